@@ -1,0 +1,122 @@
+"""Build bnfast's one extension: Cython in front, plain C behind, one object file per ISA."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import numpy
+from setuptools import Extension, setup  # before Cython, as Cython's documentation asks
+from setuptools.command.build_ext import build_ext
+
+from Cython.Build import cythonize  # isort: skip
+
+KERNELS = "src/bnfast/_kernels"
+MACHINE = sysconfig.get_platform().rpartition("-")[2]  # honours cross builds
+
+# What each variant is compiled with. Every instruction set named here has its bit in
+# cpu_features.c: change both or neither.
+X86_64 = ["-march=x86-64"]  # undoes a user's CFLAGS=-march=native in every variant
+AVX2 = [*X86_64, "-mavx2"]
+AVX512 = [
+    *AVX2,
+    *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"),
+    "-mprefer-vector-width=512",
+]
+if MACHINE in ("x86_64", "amd64"):
+    VARIANTS = {"baseline": X86_64, "avx2": AVX2, "avx512": AVX512}
+else:
+    VARIANTS = {"baseline": []}  # NEON is part of aarch64
+
+# Strict IEEE: no fast-math (its link step would also switch denormals off for the whole process),
+# and no contraction, so that every instruction set rounds alike.
+C_FLAGS = ["-std=c11", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
+KERNEL_FLAGS = [
+    *C_FLAGS,
+    *("-fopenmp-simd", "-fno-lto", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+]
+
+
+class BuildVariants(build_ext):
+    """Compile each variant_<isa>.c with its own flags; use OpenMP where the compiler has it."""
+
+    def build_extension(self, ext):
+        """Build the variants, then the extension that links them."""
+        openmp = ["-fopenmp"] if self.has_openmp() else []
+        ext.extra_compile_args = [*C_FLAGS, *openmp]
+        ext.extra_link_args = openmp  # exactly this: never a float flag at link time
+        ext.extra_objects = []
+        for isa, isa_flags in VARIANTS.items():
+            flags = [*KERNEL_FLAGS, *isa_flags]
+            ext.extra_objects += self.compiler.compile(
+                [f"{KERNELS}/variant_{isa}.c"],
+                output_dir=self.build_temp,
+                include_dirs=[KERNELS],
+                macros=[("BN_FLAGS", '"' + " ".join(flags) + '"')],
+                debug=self.debug,
+                extra_postargs=flags,
+            )
+        super().build_extension(ext)
+
+    def has_openmp(self):
+        """Compile, link and run a parallel region; BNFAST_NO_OPENMP=1 says no."""
+        if os.environ.get("BNFAST_NO_OPENMP"):
+            return False
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "openmp.c")
+            source.write_text(
+                "#include <omp.h>\n"
+                "int main(void) { int n = 0;\n"
+                "#pragma omp parallel reduction(+:n)\n"
+                "n += 1; return n == 0 || omp_get_max_threads() < 1; }\n"
+            )
+            try:
+                objects = self.compiler.compile(
+                    [str(source)], output_dir=folder, extra_postargs=["-fopenmp"]
+                )
+                self.compiler.link_executable(
+                    objects, "openmp", output_dir=folder, extra_postargs=["-fopenmp"]
+                )
+                if MACHINE == os.uname().machine:
+                    subprocess.run([str(Path(folder, "openmp"))], check=True)
+            except Exception as error:
+                print(f"building without OpenMP, bnfast will be serial: {error}", file=sys.stderr)
+                return False
+        return True
+
+
+core = Extension(
+    "bnfast._core",
+    sources=[
+        "src/bnfast/_core.pyx",
+        *(
+            f"{KERNELS}/{name}.c"
+            for name in ("block_tasks", "packing", "dispatch", "cpu_features", "openmp_runtime")
+        ),
+    ],
+    include_dirs=[KERNELS, numpy.get_include()],
+    # A changed kernel must relink. Files only: cythonize copies them.
+    depends=[str(path) for path in sorted(Path(KERNELS).rglob("*")) if path.is_file()],
+    define_macros=[
+        ("NPY_NO_DEPRECATED_API", "NPY_1_25_API_VERSION"),
+        *((f"BN_HAVE_{isa.upper()}", "1") for isa in VARIANTS),
+    ],
+)
+
+setup(
+    cmdclass={"build_ext": BuildVariants},
+    ext_modules=cythonize(
+        [core],
+        build_dir="build/cython",  # generated C stays out of src/
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": bool(os.environ.get("BNFAST_CYTHON_CHECKS")),
+            "wraparound": False,
+            "initializedcheck": False,
+            "cdivision": True,
+            "freethreading_compatible": True,
+        },
+    ),
+)

@@ -1,0 +1,22 @@
+"""Batch normalization on the CPU: NumPy arrays in, NumPy arrays out."""
+
+from bnfast._configuration import available_isas, show_config
+from bnfast._threads import get_num_threads, set_num_threads
+from bnfast._version import __version__
+from bnfast.functional import batch_norm, batch_norm_backward, batch_norm_forward, moments
+from bnfast.layers import BatchNorm
+from bnfast.statistics import Moments
+
+__all__ = [
+    "BatchNorm",
+    "Moments",
+    "__version__",
+    "available_isas",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "get_num_threads",
+    "moments",
+    "set_num_threads",
+    "show_config",
+]

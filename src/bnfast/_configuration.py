@@ -1,0 +1,169 @@
+"""The BNFAST_* variables, read once at import, and what this build and this machine are."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnfast import _core, _threads
+from bnfast._version import __version__
+
+VARIABLES = ("BNFAST_ISA", "BNFAST_NUM_THREADS")
+
+
+def _choose_isa() -> None:
+    """Obey BNFAST_ISA to the letter: a mistake must not run another variant in silence."""
+    available = _core.available_isas()
+    wanted = os.environ.get("BNFAST_ISA", "")
+    if not wanted:
+        _core.activate(available[0])
+    elif wanted in available:
+        _core.activate(wanted)
+    elif wanted in _core.built_isas():
+        raise ImportError(
+            f"BNFAST_ISA={wanted}, but this machine runs only: {', '.join(available)}"
+        )
+    else:
+        raise ImportError(
+            f"BNFAST_ISA={wanted}, but this build has only: {', '.join(_core.built_isas())}"
+        )
+
+
+def _choose_threads() -> None:
+    wanted = os.environ.get("BNFAST_NUM_THREADS", "")
+    if not wanted:
+        return
+    if not wanted.isdecimal() or int(wanted) < 1:
+        raise ImportError(f"BNFAST_NUM_THREADS must be a positive integer, got {wanted!r}")
+    _threads.set_num_threads(int(wanted))
+
+
+_choose_isa()
+_choose_threads()
+
+
+def available_isas() -> tuple[str, ...]:
+    """Return the instruction sets that this build has and this machine runs, best first.
+
+    ``BNFAST_ISA`` chooses one of them before import; the results are the same bits with any.
+
+    Returns
+    -------
+    tuple of str
+        From ``"avx512"``, ``"avx2"`` and ``"baseline"``.
+
+    Examples
+    --------
+    >>> import bnfast
+    >>> "baseline" in bnfast.available_isas()
+    True
+    """
+    return _core.available_isas()
+
+
+def _caches() -> dict[str, str]:
+    """Sizes as the Linux kernel tells them; empty elsewhere."""
+    caches = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            level, kind, size = (
+                (index / name).read_text().strip() for name in ("level", "type", "size")
+            )
+        except OSError:
+            continue
+        if kind != "Instruction":
+            caches[f"L{level}"] = size
+    return caches
+
+
+def _openmp() -> dict[str, Any]:
+    facts = _core.build_facts()
+    runtimes = None
+    try:
+        import threadpoolctl
+    except ImportError:
+        pass
+    else:
+        runtimes = [
+            {key: pool[key] for key in ("prefix", "filepath", "num_threads")}
+            for pool in threadpoolctl.threadpool_info()
+            if pool["user_api"] == "openmp"
+        ]
+    return {
+        "built with OpenMP": facts["openmp_version"] > 0,
+        "version": facts["openmp_version"] or None,
+        "library": facts["openmp_library"],
+        "all runtimes in this process": runtimes,
+    }
+
+
+def show_config(mode: str = "stdout") -> dict[str, Any] | None:
+    """Show what was built and what runs.
+
+    Parameters
+    ----------
+    mode : {"stdout", "dicts"}
+        Print it, or return it as nested dictionaries, like ``numpy.show_config``.
+
+    Returns
+    -------
+    dict or None
+        None for ``"stdout"``.
+
+    Raises
+    ------
+    ValueError
+        For any other mode.
+
+    Examples
+    --------
+    >>> import bnfast
+    >>> bnfast.show_config(mode="dicts")["bnfast"]["version"] == bnfast.__version__
+    True
+    """
+    if mode not in ("stdout", "dicts"):
+        raise ValueError(f"mode must be 'stdout' or 'dicts', got {mode!r}")
+    built = _core.built_isas()
+    config: dict[str, Any] = {
+        "bnfast": {
+            "version": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "platform": f"{sys.platform} {platform.machine()}",
+        },
+        "build": {"compiler": _core.build_facts()["compiler"], "flags": built},
+        "instruction sets": {
+            "built": list(built),
+            "available": list(_core.available_isas()),
+            "active": _core.active_isa(),
+        },
+        "OpenMP": _openmp(),
+        "threads": {
+            "used for large work": _threads.get_num_threads(),
+            "allowed by affinity": _threads.allowed_threads(),
+        },
+        "caches": _caches(),
+        "environment": {name: os.environ.get(name) for name in VARIABLES},
+    }
+    if mode == "dicts":
+        return config
+    for section, facts in config.items():
+        print(f"{section}:")
+        _print_facts(facts)
+    return None
+
+
+def _print_facts(facts: dict[str, Any], indent: str = "  ") -> None:
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            print(f"{indent}{name}:")
+            _print_facts(value, indent + "  ")
+        elif isinstance(value, list):
+            print(f"{indent}{name}: {', '.join(map(str, value)) or 'none'}")
+        else:
+            print(f"{indent}{name}: {'not set' if value is None else value}")

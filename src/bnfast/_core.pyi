@@ -1,0 +1,65 @@
+from typing import Any, TypedDict
+
+from numpy.typing import NDArray
+
+from bnfast._layout import LayoutPlan
+
+Array = NDArray[Any]
+
+HAS_OPENMP: bool
+
+class _BuildFacts(TypedDict):
+    compiler: str
+    openmp_version: int
+    openmp_library: str | None
+
+class Geometry:
+    def __init__(self, plan: LayoutPlan) -> None: ...
+
+def built_isas() -> dict[str, str]: ...
+def available_isas() -> tuple[str, ...]: ...
+def active_isa() -> str: ...
+def activate(isa: str) -> None: ...
+def kernel_names() -> tuple[str, ...]: ...
+def openmp_max_threads() -> int: ...
+def build_facts() -> _BuildFacts: ...
+def moments(geometry: Geometry, x: Array, mean: Array, m2: Array, threads: int) -> None: ...
+def normalize(
+    geometry: Geometry,
+    x: Array,
+    y: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    mean: Array,
+    invstd: Array,
+    running_mean: Array | None,
+    running_var: Array | None,
+    momentum: float,
+    correction: float,
+    threads: int,
+) -> None: ...
+def scale_shift(
+    geometry: Geometry,
+    x: Array,
+    y: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    mean: Array,
+    variance: Array,
+    threads: int,
+) -> None: ...
+def gradient(
+    geometry: Geometry,
+    x: Array,
+    dy: Array,
+    dx: Array,
+    weight: Array | None,
+    mean: Array,
+    invstd: Array,
+    sum_dy: Array,
+    sum_dy_deviation: Array,
+    constant_statistics: bool,
+    threads: int,
+) -> None: ...

@@ -1,0 +1,483 @@
+/* From task numbers to kernel calls, and the order of the phases. */
+#include "block_tasks.h"
+
+#include "packing.h"
+
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+
+/* A direct contiguous task walks at least this many neighbouring bytes of each image, so that short
+   planes are read in memory order. */
+#define NEIGHBOURING_BYTES 4096
+
+/* channels_last groups are cut at multiples of this many channels: whole cache lines, whole tiles. */
+#define CHANNELS_TOGETHER 64
+
+/* Where the operands stand in the geometry. */
+enum { X = 0, Y = 1, DY = 1, DX = 2 };
+
+typedef struct {
+    size_t first, count;
+} range;
+
+/* chunks and blocks */
+
+static bn_box box_of_chunk(const bn_geometry *geometry, size_t chunk, range channels)
+{
+    bn_box box = {.channel = channels.first, .extent = {.channels = channels.count}};
+    if (geometry->chunks_per_run > 1) {
+        box.outer = chunk / geometry->chunks_per_run;
+        box.inner = chunk % geometry->chunks_per_run * geometry->chunk_inner;
+        box.extent.outer = 1;
+        box.extent.inner = MIN(geometry->chunk_inner, geometry->inner - box.inner);
+    } else {
+        box.outer = chunk * geometry->chunk_outer;
+        box.extent.outer = MIN(geometry->chunk_outer, geometry->outer - box.outer);
+        box.extent.inner = geometry->inner;
+    }
+    return box;
+}
+
+static range chunks_of_block(const bn_geometry *geometry, size_t block)
+{
+    const size_t first = block * geometry->chunks_per_block;
+    return (range){first, MIN(geometry->chunks_per_block, geometry->chunks - first)};
+}
+
+static size_t values_of_block(const bn_geometry *geometry, size_t block)
+{
+    const range chunks = chunks_of_block(geometry, block);
+    size_t values = 0;
+    for (size_t i = 0; i < chunks.count; i++) {
+        const bn_box box = box_of_chunk(geometry, chunks.first + i, (range){0, 1});
+        values += box.extent.outer * box.extent.inner;
+    }
+    return values;
+}
+
+static range channels_of_group(const bn_job *job, size_t group)
+{
+    const size_t first = group * job->group;
+    return (range){first, MIN(job->group, job->geometry->channels - first)};
+}
+
+/* How many channels of a box go to a kernel at a time: all, unless scratch must hold them. */
+static size_t channels_at_once(const bn_geometry *geometry, const bn_box *box)
+{
+    const size_t each = box->extent.outer * box->extent.inner * geometry->itemsize;
+    return geometry->any_packed ? MAX((size_t)1, BN_SCRATCH_BYTES / each) : box->extent.channels;
+}
+
+static void *element_at(const bn_geometry *geometry, void *array, size_t index)
+{
+    return (char *)array + index * geometry->itemsize;
+}
+
+static bn_scale_shift_coefficients scale_shift_from(const bn_job *job, size_t channel)
+{
+    const bn_geometry *geometry = job->geometry;
+    bn_scale_shift_coefficients from = job->scale_shift;
+    from.mean_high = element_at(geometry, from.mean_high, channel);
+    from.mean_low = element_at(geometry, from.mean_low, channel);
+    from.scale = element_at(geometry, from.scale, channel);
+    from.shift = element_at(geometry, from.shift, channel);
+    return from;
+}
+
+static bn_gradient_coefficients gradient_from(const bn_job *job, size_t channel)
+{
+    const bn_geometry *geometry = job->geometry;
+    bn_gradient_coefficients from = job->gradient;
+    from.mean_high = element_at(geometry, from.mean_high, channel);
+    from.mean_low = element_at(geometry, from.mean_low, channel);
+    from.dy_mean_high = element_at(geometry, from.dy_mean_high, channel);
+    from.dy_mean_low = element_at(geometry, from.dy_mean_low, channel);
+    from.slope = element_at(geometry, from.slope, channel);
+    from.scale = element_at(geometry, from.scale, channel);
+    return from;
+}
+
+/* The sums of one block: those of the first lie in the job's own arrays. */
+static double *sums_of_block(const bn_job *job, double *own, size_t which, size_t block)
+{
+    const size_t channels = job->geometry->channels;
+    return block == 0 ? own : job->partials + ((block - 1) * 2 + which) * channels;
+}
+
+static void clear(double *array, range channels)
+{
+    for (size_t c = channels.first; c < channels.first + channels.count; c++) {
+        array[c] = 0.0;
+    }
+}
+
+/* one box: one kernel call */
+
+/* `count` is the number of values that the block has summed before this box. */
+typedef void visit(const bn_job *job, const bn_box *box, size_t block, size_t count);
+
+static void moments_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
+{
+    const bn_geometry *geometry = job->geometry;
+    _Alignas(64) char x_scratch[BN_SCRATCH_BYTES];
+    const bn_view x = bn_view_to_read(geometry, X, job->x, box, x_scratch);
+    job->kernels->moments[geometry->layout][geometry->dtype](
+        box->extent, x.data, x.strides, count,
+        sums_of_block(job, job->mean, 0, block) + box->channel,
+        sums_of_block(job, job->m2, 1, block) + box->channel);
+}
+
+static void scale_shift_of(const bn_job *job, const bn_box *box, size_t from_operand, char *from,
+                           size_t to_operand, char *to)
+{
+    const bn_geometry *geometry = job->geometry;
+    _Alignas(64) char from_scratch[BN_SCRATCH_BYTES], to_scratch[BN_SCRATCH_BYTES];
+    const bn_view x = bn_view_to_read(geometry, from_operand, from, box, from_scratch);
+    const bn_view y = bn_view_to_write(geometry, to_operand, to, box, to_scratch);
+    job->kernels->scale_shift[geometry->layout][geometry->dtype](
+        box->extent, x.data, x.strides, scale_shift_from(job, box->channel), y.data, y.strides);
+    bn_written(geometry, to_operand, to, box, to_scratch);
+}
+
+static void scale_shift_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
+{
+    (void)block, (void)count;
+    scale_shift_of(job, box, X, job->x, Y, job->y);
+}
+
+/* With constant statistics dx = dy * weight * invstd: a scale_shift that never reads x. */
+static void scaled_gradient_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
+{
+    (void)block, (void)count;
+    scale_shift_of(job, box, DY, job->dy, DX, job->dx);
+}
+
+static void gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
+{
+    const bn_geometry *geometry = job->geometry;
+    _Alignas(64) char dy_scratch[BN_SCRATCH_BYTES], x_scratch[BN_SCRATCH_BYTES];
+    const bn_view dy = bn_view_to_read(geometry, DY, job->dy, box, dy_scratch);
+    const bn_view x = bn_view_to_read(geometry, X, job->x, box, x_scratch);
+    (void)count;
+    job->kernels->gradient_sums[geometry->layout][geometry->dtype](
+        box->extent, dy.data, dy.strides, x.data, x.strides, gradient_from(job, box->channel),
+        sums_of_block(job, job->sum_dy, 0, block) + box->channel,
+        sums_of_block(job, job->sum_dy_deviation, 1, block) + box->channel);
+}
+
+static void input_gradient_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
+{
+    const bn_geometry *geometry = job->geometry;
+    _Alignas(64) char dy_scratch[BN_SCRATCH_BYTES], x_scratch[BN_SCRATCH_BYTES];
+    _Alignas(64) char dx_scratch[BN_SCRATCH_BYTES];
+    const bn_view dy = bn_view_to_read(geometry, DY, job->dy, box, dy_scratch);
+    const bn_view x = bn_view_to_read(geometry, X, job->x, box, x_scratch);
+    const bn_view dx = bn_view_to_write(geometry, DX, job->dx, box, dx_scratch);
+    (void)block, (void)count;
+    job->kernels->input_gradient[geometry->layout][geometry->dtype](
+        box->extent, dy.data, dy.strides, x.data, x.strides, gradient_from(job, box->channel),
+        dx.data, dx.strides);
+    bn_written(geometry, DX, job->dx, box, dx_scratch);
+}
+
+/* one block: its chunks in order for sums; the last first for outputs, because that is the one
+   which the sums have left in the cache */
+
+static size_t visit_chunk(const bn_job *job, size_t block, size_t chunk, range channels,
+                          size_t count, visit *visit_box)
+{
+    bn_box box = box_of_chunk(job->geometry, chunk, channels);
+    const size_t step = channels_at_once(job->geometry, &box);
+    const size_t end = channels.first + channels.count;
+    for (; box.channel < end; box.channel += step) {
+        box.extent.channels = MIN(step, end - box.channel);
+        visit_box(job, &box, block, count);
+    }
+    return box.extent.outer * box.extent.inner;
+}
+
+static void sum_block(const bn_job *job, size_t block, range channels, visit *visit_box)
+{
+    const range chunks = chunks_of_block(job->geometry, block);
+    size_t count = 0;
+    for (size_t i = 0; i < chunks.count; i++) {
+        count += visit_chunk(job, block, chunks.first + i, channels, count, visit_box);
+    }
+}
+
+static void write_block(const bn_job *job, size_t block, range channels, visit *visit_box)
+{
+    const range chunks = chunks_of_block(job->geometry, block);
+    for (size_t i = chunks.count; i-- > 0;) {
+        visit_chunk(job, block, chunks.first + i, channels, 0, visit_box);
+    }
+}
+
+static void sum_moments(const bn_job *job, size_t block, range channels)
+{
+    clear(sums_of_block(job, job->mean, 0, block), channels);
+    clear(sums_of_block(job, job->m2, 1, block), channels);
+    sum_block(job, block, channels, moments_of_box);
+}
+
+static void sum_gradient(const bn_job *job, size_t block, range channels)
+{
+    clear(sums_of_block(job, job->sum_dy, 0, block), channels);
+    clear(sums_of_block(job, job->sum_dy_deviation, 1, block), channels);
+    sum_block(job, block, channels, gradient_sums_of_box);
+}
+
+static void write_gradient(const bn_job *job, size_t block, range channels)
+{
+    write_block(job, block, channels,
+                job->constant_statistics ? scaled_gradient_of_box : input_gradient_of_box);
+}
+
+/* some channels: before the sums of their blocks, and from the sums to the coefficients */
+
+static size_t values_per_channel(const bn_geometry *geometry)
+{
+    return geometry->outer * geometry->inner;
+}
+
+static void merge_blocks(const bn_job *job, range channels)
+{
+    const size_t c = channels.first;
+    size_t count = values_of_block(job->geometry, 0);
+    for (size_t block = 1; block < job->geometry->blocks; block++) {
+        const size_t more = values_of_block(job->geometry, block);
+        job->kernels->merge_moments(channels.count, count, job->mean + c, job->m2 + c, more,
+                                    sums_of_block(job, NULL, 0, block) + c,
+                                    sums_of_block(job, NULL, 1, block) + c);
+        count += more;
+    }
+}
+
+static void prepare_scale_shift(const bn_job *job, range channels)
+{
+    const size_t c = channels.first;
+    const double *weight = job->weight ? job->weight + c : NULL;
+    const double *bias = job->bias ? job->bias + c : NULL;
+    job->kernels->invstd(channels.count, job->variance + c, 1.0, job->eps, job->invstd + c);
+    job->kernels->scale_shift_coefficients[job->geometry->dtype](
+        channels.count, job->mean + c, job->invstd + c, weight, bias, scale_shift_from(job, c));
+}
+
+static void prepare_gradient(const bn_job *job, range channels)
+{
+    const size_t c = channels.first;
+    job->kernels->split_mean[job->geometry->dtype](channels.count, job->mean + c,
+                                                   gradient_from(job, c));
+}
+
+static void finish_normalize(const bn_job *job, range channels)
+{
+    const size_t c = channels.first;
+    const double *weight = job->weight ? job->weight + c : NULL;
+    const double *bias = job->bias ? job->bias + c : NULL;
+    merge_blocks(job, channels);
+    job->kernels->invstd(channels.count, job->m2 + c, (double)values_per_channel(job->geometry),
+                         job->eps, job->invstd + c);
+    job->kernels->scale_shift_coefficients[job->geometry->dtype](
+        channels.count, job->mean + c, job->invstd + c, weight, bias, scale_shift_from(job, c));
+}
+
+static void finish_gradient(const bn_job *job, range channels)
+{
+    const size_t c = channels.first;
+    const double *weight = job->weight ? job->weight + c : NULL;
+    for (size_t block = 1; block < job->geometry->blocks; block++) {
+        const double *sum_dy = sums_of_block(job, NULL, 0, block);
+        const double *sum_dy_deviation = sums_of_block(job, NULL, 1, block);
+        for (size_t i = c; i < c + channels.count; i++) {
+            job->sum_dy[i] += sum_dy[i];
+            job->sum_dy_deviation[i] += sum_dy_deviation[i];
+        }
+    }
+    if (job->constant_statistics) {
+        job->kernels->scale_shift_coefficients[job->geometry->dtype](
+            channels.count, NULL, job->invstd + c, weight, NULL, scale_shift_from(job, c));
+    } else {
+        job->kernels->gradient_coefficients[job->geometry->dtype](
+            channels.count, values_per_channel(job->geometry), job->invstd + c, weight,
+            job->sum_dy + c, job->sum_dy_deviation + c, gradient_from(job, c));
+    }
+}
+
+/* tasks: number -> group and, unless the task is fused, block */
+
+static range task_channels(const bn_job *job, size_t number)
+{
+    return channels_of_group(job, number % job->groups);
+}
+
+static size_t task_block(const bn_job *job, size_t number) { return number / job->groups; }
+
+static void moments_task(const bn_job *job, size_t number)
+{
+    sum_moments(job, task_block(job, number), task_channels(job, number));
+}
+
+static void scale_shift_task(const bn_job *job, size_t number)
+{
+    write_block(job, task_block(job, number), task_channels(job, number), scale_shift_of_box);
+}
+
+static void gradient_sums_task(const bn_job *job, size_t number)
+{
+    sum_gradient(job, task_block(job, number), task_channels(job, number));
+}
+
+static void input_gradient_task(const bn_job *job, size_t number)
+{
+    write_gradient(job, task_block(job, number), task_channels(job, number));
+}
+
+static void fused_normalize_task(const bn_job *job, size_t number)
+{
+    const range channels = channels_of_group(job, number);
+    const size_t blocks = job->geometry->blocks;
+    for (size_t block = 0; block < blocks; block++) {
+        sum_moments(job, block, channels);
+    }
+    finish_normalize(job, channels);
+    for (size_t block = blocks; block-- > 0;) {
+        write_block(job, block, channels, scale_shift_of_box);
+    }
+}
+
+static void fused_gradient_task(const bn_job *job, size_t number)
+{
+    const range channels = channels_of_group(job, number);
+    const size_t blocks = job->geometry->blocks;
+    prepare_gradient(job, channels);
+    for (size_t block = 0; block < blocks; block++) {
+        sum_gradient(job, block, channels);
+    }
+    finish_gradient(job, channels);
+    for (size_t block = blocks; block-- > 0;) {
+        write_gradient(job, block, channels);
+    }
+}
+
+/* tasks over channels alone: so many channels each, that few channels are no parallel work */
+
+#define CHANNELS_PER_TASK 4096
+
+static range channels_of_task(const bn_job *job, size_t number)
+{
+    const size_t first = number * CHANNELS_PER_TASK;
+    return (range){first, MIN((size_t)CHANNELS_PER_TASK, job->geometry->channels - first)};
+}
+
+static bn_phase channel_phase(const bn_job *job, bn_task *task)
+{
+    return (bn_phase){task, (job->geometry->channels + CHANNELS_PER_TASK - 1) / CHANNELS_PER_TASK};
+}
+
+static void merge_blocks_task(const bn_job *job, size_t number)
+{
+    merge_blocks(job, channels_of_task(job, number));
+}
+
+static void prepare_scale_shift_task(const bn_job *job, size_t number)
+{
+    prepare_scale_shift(job, channels_of_task(job, number));
+}
+
+static void prepare_gradient_task(const bn_job *job, size_t number)
+{
+    prepare_gradient(job, channels_of_task(job, number));
+}
+
+static void finish_normalize_task(const bn_job *job, size_t number)
+{
+    finish_normalize(job, channels_of_task(job, number));
+}
+
+static void finish_gradient_task(const bn_job *job, size_t number)
+{
+    finish_gradient(job, channels_of_task(job, number));
+}
+
+/* the schedule */
+
+/* Cuts the channels into groups for so many threads; whether its tasks had better be fused. */
+static int group_channels(bn_job *job, size_t threads)
+{
+    const bn_geometry *geometry = job->geometry;
+    const size_t channels = geometry->channels, wanted = threads > 1 ? 2 * threads : 1;
+    int fused;
+    if (geometry->layout == BN_contiguous) {
+        const size_t run = geometry->inner * geometry->itemsize;
+        const size_t together = (NEIGHBOURING_BYTES + run - 1) / run;
+        const size_t fair = MAX((size_t)1, channels / wanted);
+        job->group = MIN(together, fair);
+        fused = geometry->blocks == 1 || threads == 1 || channels / job->group >= wanted;
+    } else {
+        const size_t groups = (wanted + geometry->blocks - 1) / geometry->blocks;
+        const size_t fair = (channels + groups - 1) / groups;
+        job->group = (fair + CHANNELS_TOGETHER - 1) / CHANNELS_TOGETHER * CHANNELS_TOGETHER;
+        job->group = MIN(job->group, channels);
+        fused = geometry->blocks == 1 || threads == 1;
+    }
+    job->groups = (channels + job->group - 1) / job->group;
+    return fused;
+}
+
+static bn_phase block_phase(const bn_job *job, bn_task *task)
+{
+    return (bn_phase){task, job->groups * job->geometry->blocks};
+}
+
+static bn_phase fused_phase(const bn_job *job, bn_task *task)
+{
+    return (bn_phase){task, job->groups};
+}
+
+size_t bn_moments_phases(bn_job *job, size_t threads, bn_phase *phases)
+{
+    group_channels(job, threads);
+    phases[0] = block_phase(job, moments_task);
+    phases[1] = channel_phase(job, merge_blocks_task);
+    return 2;
+}
+
+size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases)
+{
+    if (group_channels(job, threads)) {
+        phases[0] = fused_phase(job, fused_normalize_task);
+        return 1;
+    }
+    phases[0] = block_phase(job, moments_task);
+    phases[1] = channel_phase(job, finish_normalize_task);
+    phases[2] = block_phase(job, scale_shift_task);
+    return 3;
+}
+
+size_t bn_scale_shift_phases(bn_job *job, size_t threads, bn_phase *phases)
+{
+    group_channels(job, threads);
+    phases[0] = channel_phase(job, prepare_scale_shift_task);
+    phases[1] = block_phase(job, scale_shift_task);
+    return 2;
+}
+
+size_t bn_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
+{
+    if (group_channels(job, threads)) {
+        phases[0] = fused_phase(job, fused_gradient_task);
+        return 1;
+    }
+    phases[0] = channel_phase(job, prepare_gradient_task);
+    phases[1] = block_phase(job, gradient_sums_task);
+    phases[2] = channel_phase(job, finish_gradient_task);
+    phases[3] = block_phase(job, input_gradient_task);
+    return 4;
+}
+
+void bn_update_running(const bn_kernels *kernels, bn_dtype dtype, size_t channels, double momentum,
+                       const double *divided, double divisor, void *running)
+{
+    kernels->update_running[dtype](channels, momentum, divided, divisor, running);
+}

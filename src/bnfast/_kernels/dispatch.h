@@ -1,0 +1,16 @@
+/* Which kernels run: the variants that this build has and this machine can run, best first. */
+#ifndef BN_DISPATCH_H
+#define BN_DISPATCH_H
+
+#include <stddef.h>
+
+#include "kernels.h"
+
+/* The variants of this build, best first; NULL past the last. */
+const bn_kernels *bn_built_kernels(size_t index);
+int bn_runs_here(size_t index);
+
+/* Names of all kernels of a variant, from the X-macro list; NULL past the last. */
+const char *bn_kernel_name(size_t index);
+
+#endif

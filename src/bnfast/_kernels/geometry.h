@@ -1,0 +1,43 @@
+/* Where the elements of one call lie: an array seen as (outer, channels, inner), cut into chunks and
+   blocks. _layout.py makes it, knowing shape, strides and dtype only; here it is read. */
+#ifndef BN_GEOMETRY_H
+#define BN_GEOMETRY_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kernels.h"
+
+#define BN_MAX_OPERANDS 3
+#define BN_MAX_AXES 64
+
+/* An operand is walked directly, with these strides in elements, or packed: its chunks are gathered
+   into (and scattered from) scratch memory along the geometry's axes, with strides in bytes. */
+typedef struct {
+    int packed;
+    ptrdiff_t outer_stride, channel_stride;
+    ptrdiff_t outer_axis_strides[BN_MAX_AXES], inner_axis_strides[BN_MAX_AXES];
+} bn_operand;
+
+typedef struct {
+    bn_layout layout;
+    bn_dtype dtype;
+    size_t itemsize;
+    size_t outer, channels, inner;
+
+    /* The axes that make up outer and inner, slowest first: needed where an operand is packed. */
+    size_t outer_axes, inner_axes;
+    size_t outer_axis_sizes[BN_MAX_AXES], inner_axis_sizes[BN_MAX_AXES];
+
+    /* A chunk is chunk_outer steps of outer by chunk_inner of inner; inner is cut into
+       chunks_per_run pieces only where chunk_outer is 1. A block is some neighbouring chunks.
+       What is summed with what follows from these numbers alone. */
+    size_t chunk_outer, chunk_inner, chunks_per_run, chunks;
+    size_t chunks_per_block, blocks;
+
+    int any_packed;
+    size_t operands;
+    bn_operand operand[BN_MAX_OPERANDS];
+} bn_geometry;
+
+#endif

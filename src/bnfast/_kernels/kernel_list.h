@@ -1,0 +1,25 @@
+/* Every kernel, once: the table, the list that Python sees and the tests all come from here.
+
+   Element operations exist for every layout and dtype, <operation>_<layout>_<dtype>;
+   coefficient operations for every dtype, <operation>_<dtype>;
+   channel operations work on float64 channel arrays, <operation>. */
+#ifndef BN_KERNEL_LIST_H
+#define BN_KERNEL_LIST_H
+
+#define BN_FOR_EACH_ELEMENT_OPERATION(X) \
+    X(moments)                           \
+    X(scale_shift)                       \
+    X(gradient_sums)                     \
+    X(input_gradient)
+
+#define BN_FOR_EACH_COEFFICIENT_OPERATION(X) \
+    X(scale_shift_coefficients)              \
+    X(split_mean)                            \
+    X(gradient_coefficients)                 \
+    X(update_running)
+
+#define BN_FOR_EACH_CHANNEL_OPERATION(X) \
+    X(merge_moments)                     \
+    X(invstd)
+
+#endif

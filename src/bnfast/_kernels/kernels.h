@@ -1,0 +1,106 @@
+/* What a kernel is: the words it is described with, the signature of each operation, and the table
+   that holds one instruction set's kernels.
+
+   A kernel is static, single-threaded and allocation-free, assumes no alignment beyond the
+   element's own, and knows neither threads nor tasks. Counts are elements; strides are elements. */
+#ifndef BN_KERNELS_H
+#define BN_KERNELS_H
+
+#include <stddef.h>
+
+#include "kernel_list.h"
+
+typedef enum { BN_f32, BN_f64, BN_DTYPES } bn_dtype;
+
+/* contiguous: `inner` is a run of neighbours (NCHW, rows).
+   channels_last: the channels are neighbours and `inner` is 1 (NHWC, NC). */
+typedef enum { BN_contiguous, BN_channels_last, BN_LAYOUTS } bn_layout;
+
+/* A box of elements; every channel of it holds outer * inner values. */
+typedef struct {
+    size_t outer, channels, inner;
+} bn_extent;
+
+/* The step of the remaining axis is 1: inner in contiguous, channel in channels_last. */
+typedef struct {
+    ptrdiff_t outer, channel;
+} bn_strides;
+
+/* Per channel, in the element type; `mean` and `dy_mean` are split in two so that float32 carries
+   48 bits of them. Arrays are [channels].
+     y  = ((x - mean_high) - mean_low) * scale + shift */
+typedef struct {
+    void *mean_high, *mean_low, *scale, *shift;
+} bn_scale_shift_coefficients;
+
+/*   dx = (((dy - dy_mean_high) - dy_mean_low) - ((x - mean_high) - mean_low) * slope) * scale */
+typedef struct {
+    void *mean_high, *mean_low, *dy_mean_high, *dy_mean_low, *slope, *scale;
+} bn_gradient_coefficients;
+
+/* moments: folds the box into a running (count, mean, m2) per channel. count is how many values
+   each channel has seen; with count == 0 mean and m2 must be zero. */
+typedef void bn_moments_kernel(bn_extent extent, const void *x, bn_strides x_strides, size_t count,
+                               double *mean, double *m2);
+
+/* scale_shift: writes y; y may be x itself. */
+typedef void bn_scale_shift_kernel(bn_extent extent, const void *x, bn_strides x_strides,
+                                   bn_scale_shift_coefficients coefficients, void *y,
+                                   bn_strides y_strides);
+
+/* gradient_sums: adds sum(dy) and sum(dy * (x - mean)) of the box to two arrays of [channels]. */
+typedef void bn_gradient_sums_kernel(bn_extent extent, const void *dy, bn_strides dy_strides,
+                                     const void *x, bn_strides x_strides,
+                                     bn_gradient_coefficients coefficients, double *sum_dy,
+                                     double *sum_dy_deviation);
+
+/* input_gradient: writes dx; dx may be dy or x itself. */
+typedef void bn_input_gradient_kernel(bn_extent extent, const void *dy, bn_strides dy_strides,
+                                      const void *x, bn_strides x_strides,
+                                      bn_gradient_coefficients coefficients, void *dx,
+                                      bn_strides dx_strides);
+
+/* Arithmetic on [channels] arrays: float64 in, coefficients in the element type out.
+   A NULL weight is 1, a NULL mean or bias is 0. */
+typedef void bn_scale_shift_coefficients_kernel(size_t channels, const double *mean,
+                                                const double *invstd, const double *weight,
+                                                const double *bias,
+                                                bn_scale_shift_coefficients coefficients);
+
+/* mean_high and mean_low, all that the sums need. */
+typedef void bn_split_mean_kernel(size_t channels, const double *mean,
+                                  bn_gradient_coefficients coefficients);
+
+/* The rest, once the sums over `count` values are known. */
+typedef void bn_gradient_coefficients_kernel(size_t channels, size_t count, const double *invstd,
+                                             const double *weight, const double *sum_dy,
+                                             const double *sum_dy_deviation,
+                                             bn_gradient_coefficients coefficients);
+
+/* running = (1 - momentum) * running + momentum * divided / divisor; running has the element type. */
+typedef void bn_update_running_kernel(size_t channels, double momentum, const double *divided,
+                                      double divisor, void *running);
+
+/* Chan's merge of (count_b, mean_b, m2_b) into (count_a, mean_a, m2_a). */
+typedef void bn_merge_moments_kernel(size_t channels, size_t count_a, double *mean_a, double *m2_a,
+                                     size_t count_b, const double *mean_b, const double *m2_b);
+
+/* invstd = 1 / sqrt(variance + eps), variance = divided / divisor; invstd may be `divided`. */
+typedef void bn_invstd_kernel(size_t channels, const double *divided, double divisor, double eps,
+                              double *invstd);
+
+typedef struct {
+    const char *isa;
+    const char *flags;
+#define BN_MEMBER(operation) bn_##operation##_kernel *operation[BN_LAYOUTS][BN_DTYPES];
+    BN_FOR_EACH_ELEMENT_OPERATION(BN_MEMBER)
+#undef BN_MEMBER
+#define BN_MEMBER(operation) bn_##operation##_kernel *operation[BN_DTYPES];
+    BN_FOR_EACH_COEFFICIENT_OPERATION(BN_MEMBER)
+#undef BN_MEMBER
+#define BN_MEMBER(operation) bn_##operation##_kernel *operation;
+    BN_FOR_EACH_CHANNEL_OPERATION(BN_MEMBER)
+#undef BN_MEMBER
+} bn_kernels;
+
+#endif

@@ -1,0 +1,31 @@
+/* A box of an operand as something a kernel can walk: where it lies, or packed into scratch. */
+#ifndef BN_PACKING_H
+#define BN_PACKING_H
+
+#include "geometry.h"
+
+/* Elements that one scratch buffer holds; a chunk of one channel always fits. */
+#define BN_SCRATCH_BYTES ((size_t)16384)
+
+typedef struct {
+    size_t outer, channel, inner; /* where the box begins */
+    bn_extent extent;
+} bn_box;
+
+typedef struct {
+    char *data;
+    bn_strides strides;
+} bn_view;
+
+/* A box to read: the operand's own elements, or scratch filled with them. */
+bn_view bn_view_to_read(const bn_geometry *geometry, size_t operand, char *data,
+                        const bn_box *box, char *scratch);
+
+/* A box to write: the operand's own elements, or scratch. bn_written puts scratch in its place, and
+   does nothing for a direct operand. */
+bn_view bn_view_to_write(const bn_geometry *geometry, size_t operand, char *data,
+                         const bn_box *box, char *scratch);
+void bn_written(const bn_geometry *geometry, size_t operand, char *data, const bn_box *box,
+                char *scratch);
+
+#endif

@@ -1,0 +1,19 @@
+/* Compiler words, no logic. */
+#ifndef BN_PORTABILITY_H
+#define BN_PORTABILITY_H
+
+#define BN_JOIN_(a, b) a##b
+#define BN_JOIN(a, b) BN_JOIN_(a, b)
+#define BN_QUOTE_(a) #a
+#define BN_QUOTE(a) BN_QUOTE_(a)
+
+/* "No dependence between iterations": true for separate and for exactly aliasing arrays. */
+#if defined(__GNUC__) || defined(__clang__)
+#define BN_SIMD _Pragma("omp simd")
+#define BN_INLINE static inline __attribute__((always_inline))
+#else
+#define BN_SIMD
+#define BN_INLINE static inline
+#endif
+
+#endif

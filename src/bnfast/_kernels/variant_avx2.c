@@ -1,0 +1,9 @@
+/* The kernels for AVX2. setup.py gives this file, and only this file, those flags. */
+#if !defined(__AVX2__) || defined(__AVX512F__)
+#error "compile through setup.py: this file needs -mavx2 and nothing above it"
+#endif
+#define BN_ISA avx2
+#define BN_VECTOR_BYTES 32
+#define BN_STRIP_BYTES 128
+#define BN_TILE_BYTES 64
+#include "kernel_bodies/all_kernels.inc"

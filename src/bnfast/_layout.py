@@ -1,0 +1,205 @@
+"""Shape, strides and channel axis in; a cached, immutable plan out.
+
+The plan sees an array as ``(outer, channels, inner)``: ``outer`` are the reduced axes that step
+further than the channel axis, ``inner`` those that step less. It then cuts every channel into chunks
+and blocks. What is summed with what follows from the plan, and the plan from shape, strides and
+element size: not from the machine, nor from the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+CONTIGUOUS = "contiguous"
+CHANNELS_LAST = "channels_last"
+
+# One channel's share of a chunk. Fits the L1 cache next to the other operands, and the scratch
+# buffers of packing.h, which must be as large.
+CHUNK_BYTES = 16384
+
+# One channel's share of a block where a channel is a run: long enough that starting anew (a block's
+# first chunk is read twice) costs a thirtieth, short enough that one channel keeps all threads busy.
+BLOCK_BYTES = 32 * CHUNK_BYTES
+
+# The runs of a contiguous chunk are cut at multiples of this: whole lanes, whole cache lines.
+RUN_MULTIPLE = 64
+
+# Rows of a channels_last chunk: a multiple of the rows that a kernel sums together. Few rows where
+# they are long, because a block's first chunk is read twice; many where they are short, because
+# every chunk ends with a merge.
+ROWS_TOGETHER = 32
+MOST_ROWS = 256
+CHUNK_CHANNELS = 2048
+
+# Rows of a channels_last block: so many that its partial sums, two float64 a channel, take less
+# than a hundredth of the memory that it covers.
+FEWEST_BLOCK_ROWS = 512
+
+
+class OperandLayout(NamedTuple):
+    """How one array is walked: directly, or chunk by chunk through scratch memory.
+
+    Strides are bytes. ``outer_stride`` is meaningful for a direct operand only.
+    """
+
+    direct: bool
+    outer_stride: int
+    channel_stride: int
+    outer_axis_strides: tuple[int, ...]
+    inner_axis_strides: tuple[int, ...]
+
+
+class LayoutPlan(NamedTuple):
+    """Where the elements of a call lie and how they are cut."""
+
+    layout: str
+    itemsize: int
+    outer: int
+    channels: int
+    inner: int
+    outer_axis_sizes: tuple[int, ...]
+    inner_axis_sizes: tuple[int, ...]
+    chunk_outer: int
+    chunk_inner: int
+    chunks_per_run: int
+    chunks: int
+    chunks_per_block: int
+    blocks: int
+    operands: tuple[OperandLayout, ...]
+
+
+def _walking_order(axes: list[int], strides: tuple[tuple[int, ...], ...]) -> list[int]:
+    """Slowest axis first, as the first operand lies in memory; repeated axes (stride 0) before all."""
+
+    def steps(axis: int) -> tuple[float, ...]:
+        return tuple(-abs(s[axis]) if s[axis] else -math.inf for s in strides)
+
+    return sorted(axes, key=steps)
+
+
+def _merge(
+    axes: list[int], shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Join neighbouring axes that every operand walks as one: (sizes, strides of each operand)."""
+    sizes: list[int] = []
+    steps: list[list[int]] = []
+    for axis in axes:
+        step = [s[axis] for s in strides]
+        if sizes and all(
+            last == shape[axis] * now for last, now in zip(steps[-1], step, strict=True)
+        ):
+            sizes[-1] *= shape[axis]
+            steps[-1] = step
+        else:
+            sizes.append(shape[axis])
+            steps.append(step)
+    return tuple(sizes), tuple(tuple(s[k] for s in steps) for k in range(len(strides)))
+
+
+def _is_one_axis(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    return all(
+        strides[d] == sizes[d + 1] * strides[d + 1] for d in range(len(sizes) - 1)
+    )
+
+
+def _operand_layout(
+    layout: str,
+    itemsize: int,
+    aligned: bool,
+    channels: int,
+    channel_stride: int,
+    outer: tuple[tuple[int, ...], tuple[int, ...]],
+    inner: tuple[tuple[int, ...], tuple[int, ...]],
+) -> OperandLayout:
+    outer_sizes, outer_strides = outer
+    inner_sizes, inner_strides = inner
+    outer_stride = outer_strides[-1] if outer_strides else 0
+    if layout == CONTIGUOUS:
+        unit_run = inner_strides[-1] == itemsize and _is_one_axis(inner_sizes, inner_strides)
+    else:
+        unit_run = channel_stride == itemsize or channels == 1
+    direct = (
+        aligned
+        and unit_run
+        and _is_one_axis(outer_sizes, outer_strides)
+        and outer_stride % itemsize == 0
+        and channel_stride % itemsize == 0
+    )
+    return OperandLayout(direct, outer_stride, channel_stride, outer_strides, inner_strides)
+
+
+def _ceil_divide(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _cut(
+    layout: str, itemsize: int, outer: int, channels: int, inner: int
+) -> tuple[int, int, int, int, int, int]:
+    """(chunk_outer, chunk_inner, chunks_per_run, chunks, chunks_per_block, blocks)."""
+    if layout == CHANNELS_LAST:
+        rows = ROWS_TOGETHER * max(1, CHUNK_CHANNELS // channels)
+        chunk_outer, chunk_inner, chunks_per_run = min(rows, MOST_ROWS), 1, 1
+        block_rows = max(FEWEST_BLOCK_ROWS, BLOCK_BYTES // (channels * itemsize))
+        chunks_per_block = _ceil_divide(block_rows, chunk_outer)
+    else:
+        chunk = CHUNK_BYTES // itemsize
+        chunks_per_run = _ceil_divide(inner, chunk)
+        if chunks_per_run > 1:
+            chunk_outer = 1
+            piece = _ceil_divide(inner, chunks_per_run)
+            chunk_inner = _ceil_divide(piece, RUN_MULTIPLE) * RUN_MULTIPLE
+            chunks_per_run = _ceil_divide(inner, chunk_inner)
+        else:
+            chunk_outer, chunk_inner = max(1, chunk // inner), inner
+        chunks_per_block = BLOCK_BYTES // (chunk_outer * chunk_inner * itemsize)
+    chunks = _ceil_divide(outer, chunk_outer) * chunks_per_run
+    blocks = _ceil_divide(chunks, chunks_per_block)
+    return chunk_outer, chunk_inner, chunks_per_run, chunks, chunks_per_block, blocks
+
+
+@lru_cache(maxsize=1024)
+def plan_layout(
+    shape: tuple[int, ...],
+    axis: int,
+    itemsize: int,
+    strides: tuple[tuple[int, ...], ...],
+    aligned: tuple[bool, ...],
+) -> LayoutPlan:
+    """Plan a call over arrays of one shape.
+
+    ``strides`` (bytes) and ``aligned`` have one entry for each operand. The first operand's strides
+    choose the layout and the order of the walk; an operand that cannot be walked that way is packed.
+    No axis may be empty; ``axis`` is not negative.
+    """
+    channels = shape[axis]
+    reduced = [d for d in range(len(shape)) if d != axis and shape[d] > 1]
+    if channels > 1:
+        order = _walking_order([*reduced, axis], strides)
+        outer_axes, inner_axes = order[: order.index(axis)], order[order.index(axis) + 1 :]
+        outer_sizes, outer_strides = _merge(outer_axes, shape, strides)
+        inner_sizes, inner_strides = _merge(inner_axes, shape, strides)
+    else:
+        # No channel axis to step over: the last merged axis is the run.
+        sizes, steps = _merge(_walking_order(reduced, strides), shape, strides)
+        outer_sizes, outer_strides = sizes[:-1], tuple(s[:-1] for s in steps)
+        inner_sizes, inner_strides = sizes[-1:], tuple(s[-1:] for s in steps)
+    outer, inner = math.prod(outer_sizes), math.prod(inner_sizes)
+    layout = CONTIGUOUS if inner > 1 else CHANNELS_LAST
+    cut = _cut(layout, itemsize, outer, channels, inner)
+    operands = tuple(
+        _operand_layout(
+            layout,
+            itemsize,
+            aligned[k],
+            channels,
+            strides[k][axis] if channels > 1 else 0,
+            (outer_sizes, outer_strides[k]),
+            (inner_sizes, inner_strides[k]),
+        )
+        for k in range(len(strides))
+    )
+    return LayoutPlan(
+        layout, itemsize, outer, channels, inner, outer_sizes, inner_sizes, *cut, operands
+    )

@@ -1,0 +1,101 @@
+"""How many threads for this much work, and the fork guard."""
+
+from __future__ import annotations
+
+import operator
+import os
+
+from bnfast import _core
+
+# Less work than this many bytes is done before a team of threads has woken up: no OpenMP region.
+SERIAL_BYTES = 64 * 1024
+
+# And no thread wakes for less than this.
+BYTES_PER_THREAD = 32 * 1024
+
+_wanted: int | None = None
+_forked = False
+
+
+def _note_fork() -> None:
+    # libgomp's threads do not survive a fork, and its next parallel region would wait for them.
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def allowed_threads() -> int:
+    """Return how many processors the calling thread may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def set_num_threads(num_threads: int | None) -> None:
+    """Set how many threads one call may use.
+
+    Results do not depend on it. Without it, ``BNFAST_NUM_THREADS`` counts, and without that OpenMP's
+    own setting, read on every call (``OMP_NUM_THREADS``, ``threadpoolctl``). No setting goes beyond
+    the processors that the process may run on, and a forked child always runs serially.
+
+    Parameters
+    ----------
+    num_threads : int or None
+        At least 1; None goes back to OpenMP's own setting.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is not a positive integer.
+
+    Examples
+    --------
+    >>> import bnfast
+    >>> bnfast.set_num_threads(1)
+    >>> bnfast.get_num_threads()
+    1
+    >>> bnfast.set_num_threads(None)
+    """
+    global _wanted
+    if num_threads is None:
+        _wanted = None
+        return
+    try:
+        number = operator.index(num_threads)
+    except TypeError:
+        raise TypeError(
+            f"num_threads must be a positive integer or None, got {num_threads!r}"
+        ) from None
+    if number < 1:
+        raise ValueError(f"num_threads must be a positive integer or None, got {num_threads!r}")
+    _wanted = number
+
+
+def get_num_threads() -> int:
+    """Return how many threads a large call would use now.
+
+    Returns
+    -------
+    int
+        1 in a forked child and in a build without OpenMP.
+
+    Examples
+    --------
+    >>> import bnfast
+    >>> bnfast.get_num_threads() >= 1
+    True
+    """
+    if _forked or not _core.HAS_OPENMP:
+        return 1
+    wanted = _core.openmp_max_threads() if _wanted is None else _wanted
+    return min(wanted, allowed_threads())
+
+
+def threads_for(work_bytes: int) -> int:
+    """Return how many threads are worth their waking for a call that moves so many bytes."""
+    if work_bytes < SERIAL_BYTES:
+        return 1
+    return min(get_num_threads(), work_bytes // BYTES_PER_THREAD)

@@ -1,0 +1,266 @@
+"""User input in, checked arrays out; every error message about an argument.
+
+Each check says which argument it is about, what was expected and what came, and comes before
+anything is written.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any, SupportsFloat
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+# Beyond this much work numpy gives up on whether two arrays share an element.
+_OVERLAP_WORK = 10_000
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} array of shape {value.shape}"
+    return f"{value!r} of type {type(value).__name__}"
+
+
+def floating_array(name: str, value: object) -> Array:
+    """Return a float32 or float64 array in native byte order; a view of what came where possible."""
+    if type(value) is not np.ndarray:
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError(
+                f"{name} must be an array without a mask (bnfast would ignore it), "
+                f"got a masked {_describe(value)}"
+            )
+        try:
+            value = np.asarray(value)
+        except Exception as error:
+            raise TypeError(f"{name} must be an array, got {_describe(value)}") from error
+    array: Array = value
+    dtype = array.dtype
+    if dtype.char not in "fd" or not dtype.isnative:
+        raise TypeError(
+            f"{name} must be float32 or float64 in native byte order, got {_describe(array)}"
+        )
+    return array
+
+
+def batch(name: str, value: object, axis: object) -> tuple[Array, int, int]:
+    """Return the input as an array, its channel axis (not negative) and its number of channels."""
+    x = floating_array(name, value)
+    ndim = x.ndim
+    if ndim < 2:
+        if ndim == 1 and x.size == 0:
+            return x, 0, 0  # PyTorch lets (0,) pass as an empty batch
+        raise ValueError(
+            f"{name} must have at least 2 dimensions, a batch and channels, got shape {x.shape}"
+        )
+    channel_axis = integer("axis", axis)
+    if not -ndim <= channel_axis < ndim:
+        raise ValueError(
+            f"axis must be from {-ndim} to {ndim - 1} for {name} of shape {x.shape}, got {axis}"
+        )
+    channel_axis %= ndim
+    return x, channel_axis, x.shape[channel_axis]
+
+
+def same_shape(name: str, value: object, like_name: str, like: Array) -> Array:
+    """Return an array of the shape and dtype of another argument."""
+    array = floating_array(name, value)
+    if array.shape != like.shape or array.dtype != like.dtype:
+        raise ValueError(
+            f"{name} must have the shape and dtype of {like_name}, "
+            f"{_describe(like)}, got {_describe(array)}"
+        )
+    return array
+
+
+def _one_for_each_channel(name: str, array: Array, channels: int) -> None:
+    if array.shape != (channels,):
+        raise ValueError(
+            f"{name} must have one value for each of the {channels} channels, shape "
+            f"({channels},), got {_describe(array)}"
+        )
+
+
+def channel_parameter(name: str, value: object, channels: int) -> Array | None:
+    """Return one value a channel, contiguous and aligned, or None."""
+    if value is None:
+        return None
+    array = floating_array(name, value)
+    _one_for_each_channel(name, array, channels)
+    flags = array.flags
+    if not (flags.c_contiguous and flags.aligned):
+        array = array.copy()
+    return array
+
+
+def required_channel_parameter(name: str, value: object, channels: int) -> Array:
+    """Return one value a channel, contiguous and aligned."""
+    array = channel_parameter(name, value, channels)
+    if array is None:
+        raise TypeError(f"{name} must be an array of shape ({channels},), got None")
+    return array
+
+
+def _running_statistic(name: str, value: object, channels: int) -> Array:
+    if not isinstance(value, np.ndarray):
+        raise TypeError(
+            f"{name} is updated in place and must be a numpy array, got {_describe(value)}"
+        )
+    array = floating_array(name, value)
+    _one_for_each_channel(name, array, channels)
+    if not array.flags.writeable:
+        raise ValueError(
+            f"{name} is updated in place and must be writable, got a read-only {_describe(array)}"
+        )
+    return array
+
+
+def running_statistics(mean: object, var: object, channels: int) -> tuple[Array, Array] | None:
+    """Return the very arrays that came, to be updated in place, or None for none."""
+    if mean is None and var is None:
+        return None
+    if mean is None or var is None:
+        missing = "running_mean" if mean is None else "running_var"
+        raise ValueError(
+            f"running_mean and running_var must both be given or both be None, got None for {missing}"
+        )
+    mean_array = _running_statistic("running_mean", mean, channels)
+    var_array = _running_statistic("running_var", var, channels)
+    if _overlaps_itself(mean_array) or _overlaps_itself(var_array):
+        raise ValueError("running_mean and running_var must have a place for each channel")
+    if _shares_memory(mean_array, var_array):
+        raise ValueError("running_mean and running_var must not share memory")
+    return mean_array, var_array
+
+
+def _overlaps_itself(array: Array) -> bool:
+    """Whether two indices may name the same memory."""
+    reach = array.itemsize
+    steps = sorted(
+        (abs(stride), size)
+        for stride, size in zip(array.strides, array.shape, strict=True)
+        if size > 1
+    )
+    for stride, size in steps:
+        if stride < reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def _shares_memory(a: Array, b: Array) -> bool:
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=_OVERLAP_WORK)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _is_same_memory(a: Array, b: Array) -> bool:
+    return (
+        a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
+        and a.strides == b.strides
+    )
+
+
+def output(value: object, like_name: str, like: Array, arguments: dict[str, Array | None]) -> Array:
+    """Return the array to write: `value`, or a new one laid out like the input.
+
+    `arguments` are the others of the call. Those of the same shape may be `out` itself.
+    """
+    if value is None:
+        return np.empty_like(like, subok=False)
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"out must be a numpy array, got {_describe(value)}")
+    out: Array = value
+    if isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"out must be an array without a mask, got a masked {_describe(out)}")
+    if out.dtype != like.dtype or out.shape != like.shape:
+        raise ValueError(
+            f"out must have the shape and dtype of {like_name}, {_describe(like)}, "
+            f"got {_describe(out)}"
+        )
+    if not out.flags.writeable:
+        raise ValueError(f"out must be writable, got a read-only {_describe(out)}")
+    if _overlaps_itself(out):
+        raise ValueError(
+            f"out must not overlap itself, got strides {out.strides} for shape {out.shape}"
+        )
+    for name, argument in arguments.items():
+        if argument is None or not _shares_memory(out, argument):
+            continue
+        if argument.shape != out.shape:
+            raise ValueError(f"out must not share memory with {name}")
+        if not _is_same_memory(out, argument):
+            raise ValueError(
+                f"out must be {name} itself or not overlap it: got strides {out.strides} for out "
+                f"and {argument.strides} for {name}, with some elements in common"
+            )
+    return out
+
+
+def integer(name: str, value: object) -> int:
+    """Return an integer; booleans are none."""
+    if type(value) is int:
+        return value
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {_describe(value)}") from None
+
+
+def size(name: str, value: object) -> int:
+    """Return an integer that is not negative."""
+    number = integer(name, value)
+    if number < 0:
+        raise ValueError(f"{name} must not be negative, got {number}")
+    return number
+
+
+def floating_dtype(name: str, value: Any) -> np.dtype[Any]:
+    """Return float32 or float64 as a dtype."""
+    try:
+        dtype = np.dtype(value)
+    except TypeError:
+        raise TypeError(f"{name} must be float32 or float64, got {_describe(value)}") from None
+    if dtype.char not in "fd" or not dtype.isnative:
+        raise TypeError(f"{name} must be float32 or float64 in native byte order, got {dtype}")
+    return dtype
+
+
+def real(name: str, value: object) -> float:
+    """Return a finite number."""
+    if not isinstance(value, (float, SupportsFloat)):
+        raise TypeError(f"{name} must be a real number, got {_describe(value)}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a real number, got {_describe(value)}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
+
+
+def epsilon(value: object, *, training: bool) -> float:
+    """Return eps: positive where batch statistics are used, else not negative."""
+    eps = real("eps", value)
+    if training and eps <= 0.0:
+        raise ValueError(f"eps must be positive in training, got {eps}")
+    if eps < 0.0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    return eps
+
+
+def more_than_one_value(name: str, x: Array, channels: int) -> None:
+    """Refuse a batch with one value a channel: it has no variance."""
+    if x.size == channels:
+        raise ValueError(
+            f"{name} must have more than one value per channel in training, got shape {x.shape} "
+            f"with {channels} channels"
+        )

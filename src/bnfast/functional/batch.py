@@ -1,0 +1,261 @@
+"""Batch normalization: what it means, its defaults and its documentation."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnfast import _primitives
+from bnfast.statistics import Moments
+
+Float = TypeVar("Float", np.float32, np.float64)
+Parameter = NDArray[np.float32] | NDArray[np.float64]
+
+
+def batch_norm(
+    x: NDArray[Float],
+    running_mean: Parameter | None,
+    running_var: Parameter | None,
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    unbiased: bool = True,
+    out: NDArray[Float] | None = None,
+) -> NDArray[Float]:
+    """Normalize every channel of a batch, as ``torch.nn.functional.batch_norm`` does.
+
+    Parameters
+    ----------
+    x : array of float32 or float64, at least 2-d
+        The batch. Any strides; C channels along `axis`, M values in each.
+    running_mean, running_var : array (C,) of float32 or float64, or None
+        In training they are updated in place, or both None; in evaluation they are what `x` is
+        normalized with, and required.
+    weight, bias : array (C,) of float32 or float64, optional
+        gamma and beta; 1 and 0 where None.
+    training : bool
+        Normalize with the statistics of `x` itself rather than the running ones.
+    momentum : float
+        The weight of the NEW batch in the running statistics, as in PyTorch; Keras, Flax and ONNX
+        call its complement, the weight of the old, momentum.
+    eps : float
+        Added to the variance: positive in training, not negative in evaluation.
+    axis : int
+        The channel axis: 1 for NCHW, -1 for NHWC.
+    unbiased : bool
+        Give running_var the variance divided by M - 1, as PyTorch does, rather than by M, as Keras,
+        Flax and ONNX do. The normalization itself always divides by M.
+    out : array like `x`, optional
+        Where to write: `x` itself, or an array that shares no element with it.
+
+    Returns
+    -------
+    array like `x`
+        `out`, or a new array laid out like `x`. An empty batch gives an empty array and leaves the
+        running statistics alone.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value, or one value per channel in
+        training; before anything is written.
+
+    Notes
+    -----
+    In training, over all axes but `axis`::
+
+        mu  = mean(x)
+        var = mean((x - mu)**2)
+        y   = weight * (x - mu) / sqrt(var + eps) + bias
+        running_mean = (1 - momentum) * running_mean + momentum * mu
+        running_var  = (1 - momentum) * running_var  + momentum * var * M / (M - 1)
+
+    in evaluation, mu = running_mean and var = running_var.
+
+    References
+    ----------
+    S. Ioffe, C. Szegedy, 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing
+    Internal Covariate Shift", arXiv:1502.03167.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]], dtype=np.float32)
+    >>> mean, var = np.zeros(2, np.float32), np.ones(2, np.float32)
+    >>> bnfast.batch_norm(x, mean, var, training=True).round(3)
+    array([[-1., -1.],
+           [ 1.,  1.]], dtype=float32)
+    >>> mean, var
+    (array([0.2, 2. ], dtype=float32), array([ 1.1, 20.9], dtype=float32))
+    """
+    if training:
+        y, _, _ = _primitives.normalize(
+            x, axis, weight, bias, eps, running_mean, running_var, momentum, unbiased, out
+        )
+        return y
+    return _primitives.scale_shift(x, axis, running_mean, running_var, weight, bias, eps, out)
+
+
+def batch_norm_forward(
+    x: NDArray[Float],
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
+    """Normalize with the statistics of the batch and return them for the backward pass.
+
+    Parameters
+    ----------
+    x, weight, bias, eps, axis, out
+        As in `batch_norm` with ``training=True``.
+
+    Returns
+    -------
+    y : array like `x`
+        The normalized batch.
+    mean, invstd : array (C,) of float64
+        mu and 1 / sqrt(var + eps). Float64 for float32 data too: rounding them would lose what a
+        large mean leaves of the deviations.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`.
+
+    References
+    ----------
+    S. Ioffe, C. Szegedy, 2015, arXiv:1502.03167.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]], dtype=np.float32)
+    >>> y, mean, invstd = bnfast.batch_norm_forward(x)
+    >>> mean, invstd.round(4)
+    (array([ 2., 20.]), array([1. , 0.1]))
+    """
+    return _primitives.normalize(x, axis, weight, bias, eps, out=out)
+
+
+def batch_norm_backward(
+    dy: NDArray[Float],
+    x: NDArray[Float],
+    mean: Parameter,
+    invstd: Parameter,
+    weight: Parameter | None = None,
+    *,
+    axis: int = 1,
+    training: bool = True,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], Parameter, Parameter]:
+    """Return the gradients of batch normalization: of its input, weight and bias.
+
+    Parameters
+    ----------
+    dy : array like `x`
+        The gradient of the output.
+    x : array of float32 or float64, at least 2-d
+        The input of the forward pass.
+    mean, invstd : array (C,) of float32 or float64
+        What the forward pass returned; in evaluation, running_mean and
+        1 / sqrt(running_var + eps).
+    weight : array (C,) of float32 or float64, optional
+        gamma; 1 where None.
+    axis : int
+        The channel axis.
+    training : bool
+        Whether mean and invstd came from `x`. If not they are constants, and the gradient does not
+        pass through them.
+    out : array like `x`, optional
+        Where to write dx: `dy` or `x` itself, or an array that shares no element with either.
+
+    Returns
+    -------
+    dx : array like `x`
+        The gradient of the input.
+    dweight, dbias : array (C,)
+        The gradients of weight and bias, of the dtype of `weight`, or of `x` where it is None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value; before anything is written.
+
+    Notes
+    -----
+    With xmu = x - mean, and sums over all axes but `axis`::
+
+        dbias   = sum(dy)
+        dweight = sum(dy * xmu) * invstd
+        dx      = weight * invstd * (dy - dbias / M - xmu * invstd * dweight / M)    in training
+        dx      = weight * invstd * dy                                               in evaluation
+
+    References
+    ----------
+    S. Ioffe, C. Szegedy, 2015, arXiv:1502.03167, section 3.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[1.0], [2.0], [6.0]])
+    >>> y, mean, invstd = bnfast.batch_norm_forward(x)
+    >>> dx, dweight, dbias = bnfast.batch_norm_backward(np.array([[1.0], [0.0], [0.0]]), x, mean, invstd)
+    >>> dbias
+    array([1.])
+    >>> bool(abs(dx.sum()) < 1e-15)
+    True
+    """
+    dx, dweight, dbias = _primitives.gradient(
+        dy, x, axis, mean, invstd, weight, not training, out
+    )
+    dtype = dx.dtype if weight is None else np.asarray(weight).dtype
+    return dx, dweight.astype(dtype, copy=False), dbias.astype(dtype, copy=False)
+
+
+def moments(x: NDArray[Float], axis: int = 1) -> Moments:
+    """Return the count, mean and sum of squared deviations of every channel.
+
+    Parameters
+    ----------
+    x : array of float32 or float64, at least 2-d
+        Any strides; C channels along `axis`.
+    axis : int
+        The channel axis.
+
+    Returns
+    -------
+    Moments
+        With ``count``, ``mean`` and ``m2`` (float64, as good as a two-pass computation in float64),
+        ``var`` and ``std``; `Moments.merge` joins those of two parts of a data set. The moments of
+        an empty batch are ``(0, 0, 0)``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value.
+
+    Notes
+    -----
+    mean = sum(x) / count, m2 = sum((x - mean)**2), over all axes but `axis`.
+
+    References
+    ----------
+    T. Chan, G. Golub, R. LeVeque, 1979, "Updating Formulae and a Pairwise Algorithm for Computing
+    Sample Variances", Stanford STAN-CS-79-773.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> bnfast.moments(np.array([[1.0, 10.0], [3.0, 30.0]]))
+    Moments(count=2, mean=array([ 2., 20.]), m2=array([  2., 200.]))
+    """
+    return Moments(*_primitives.moments(x, axis))

@@ -1,0 +1,371 @@
+"""Objects that own parameters and running statistics."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from bnfast import _primitives, _validation
+from bnfast.statistics import weight_of_new_batch
+
+Array = NDArray[Any]
+
+# Below this the statistics of a batch are mostly noise: the standard error of the variance of 8
+# normal values is half of the variance.
+FEW_VALUES = 8
+
+
+_ARRAYS = ("weight", "bias", "running_mean", "running_var")
+_COUNTER = "num_batches_tracked"
+
+
+class _Saved(NamedTuple):
+    """What `backward` needs of the call before it."""
+
+    x: Array
+    mean: Array
+    invstd: Array
+    constant_statistics: bool
+
+
+class BatchNorm:
+    """Batch normalization with its parameters, running statistics and gradients.
+
+    ``torch.nn.BatchNorm1d``, ``2d`` and ``3d`` in one, for NumPy arrays of any rank.
+
+    Parameters
+    ----------
+    num_features : int
+        C, the number of channels.
+    eps : float
+        Added to the variance.
+    momentum : float or None
+        The weight of the NEW batch in the running statistics, as in PyTorch (Keras, Flax and ONNX
+        call its complement momentum); None for the plain average of all batches.
+    affine : bool
+        Whether there are a weight and a bias.
+    track_running_stats : bool
+        Whether there are running statistics. Without them evaluation, too, uses those of the batch.
+    axis : int
+        The channel axis: 1 for NCHW, -1 for NHWC.
+    unbiased : bool
+        Divide by M - 1 for running_var, as PyTorch does, rather than by M (Keras, Flax, ONNX).
+    dtype : dtype
+        Of the parameters and running statistics: float32 or float64. The input may be either.
+
+    Attributes
+    ----------
+    weight, bias : array (C,) or None
+        gamma (ones at first) and beta (zeros at first). Change them in place, or assign arrays.
+    running_mean, running_var : array (C,) or None
+        Zeros and ones at first.
+    num_batches_tracked : int or None
+        How many batches the running statistics have seen. An empty batch is none.
+    weight_grad, bias_grad : array (C,) or None
+        Of the last `backward`; a new call replaces them.
+    training : bool
+        True at first; see `train` and `eval`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type or value.
+
+    Notes
+    -----
+    The formulas stand in `bnfast.batch_norm` and `bnfast.batch_norm_backward`. The layer keeps a
+    reference to its last input, until `backward` or the next call, and does not copy it. Two threads
+    that train one layer at once race for its running statistics; evaluation may be shared.
+
+    References
+    ----------
+    S. Ioffe, C. Szegedy, 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing
+    Internal Covariate Shift", arXiv:1502.03167.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> layer = bnfast.BatchNorm(3)
+    >>> x = np.random.default_rng(0).normal(5.0, 2.0, (16, 3, 8, 8)).astype(np.float32)
+    >>> y = layer(x)
+    >>> bool(np.abs(y.mean(axis=(0, 2, 3))).max() < 1e-6)
+    True
+    >>> dx = layer.backward(np.ones_like(y))
+    >>> layer.bias_grad
+    array([1024., 1024., 1024.], dtype=float32)
+    >>> y = layer.eval()(x)
+    """
+
+    weight: Array | None
+    bias: Array | None
+    running_mean: Array | None
+    running_var: Array | None
+    weight_grad: Array | None
+    bias_grad: Array | None
+    num_batches_tracked: int | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        axis: int = 1,
+        unbiased: bool = True,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        self.num_features = _validation.size("num_features", num_features)
+        self.eps = _validation.epsilon(eps, training=True)
+        self.momentum = None if momentum is None else _validation.real("momentum", momentum)
+        self.affine = bool(affine)
+        self.track_running_stats = bool(track_running_stats)
+        self.axis = _validation.integer("axis", axis)
+        self.unbiased = bool(unbiased)
+        self.dtype = _validation.floating_dtype("dtype", dtype)
+        self.training = True
+        self.weight = np.ones(self.num_features, self.dtype) if affine else None
+        self.bias = np.zeros(self.num_features, self.dtype) if affine else None
+        self.running_mean = np.zeros(self.num_features, self.dtype) if track_running_stats else None
+        self.running_var = np.ones(self.num_features, self.dtype) if track_running_stats else None
+        self.num_batches_tracked = 0 if track_running_stats else None
+        self.weight_grad = self.bias_grad = None
+        self._saved: _Saved | None = None
+        self._warned = False
+
+    @classmethod
+    def from_keras(
+        cls,
+        gamma: ArrayLike | None,
+        beta: ArrayLike | None,
+        moving_mean: ArrayLike,
+        moving_variance: ArrayLike,
+        *,
+        momentum: float = 0.99,
+        epsilon: float = 1e-3,
+        axis: int = -1,
+    ) -> BatchNorm:
+        """Return a layer with the weights of a ``keras.layers.BatchNormalization``.
+
+        Parameters
+        ----------
+        gamma, beta, moving_mean, moving_variance : array (C,)
+            In the order of Keras's ``get_weights()``; copied. gamma is None for ``scale=False``,
+            beta for ``center=False``.
+        momentum : float
+            The weight of the OLD statistics, as in Keras.
+        epsilon, axis
+            Keras's, with Keras's defaults.
+
+        Returns
+        -------
+        BatchNorm
+            With ``momentum=1 - momentum`` and ``unbiased=False``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For an argument of the wrong dtype or shape.
+
+        Examples
+        --------
+        >>> import numpy as np, bnfast
+        >>> zeros, ones = np.zeros(4, np.float32), np.ones(4, np.float32)
+        >>> layer = bnfast.BatchNorm.from_keras(ones, zeros, zeros, ones)
+        >>> layer.axis, layer.eps, layer.unbiased
+        (-1, 0.001, False)
+        """
+        mean = _validation.floating_array("moving_mean", moving_mean)
+        if mean.ndim != 1:
+            raise ValueError(f"moving_mean must have 1 dimension, got shape {mean.shape}")
+        channels = mean.shape[0]
+        var = _validation.required_channel_parameter("moving_variance", moving_variance, channels)
+        weight = _validation.channel_parameter("gamma", gamma, channels)
+        bias = _validation.channel_parameter("beta", beta, channels)
+        layer = cls(
+            channels,
+            epsilon,
+            1.0 - _validation.real("momentum", momentum),
+            affine=gamma is not None or beta is not None,
+            axis=axis,
+            unbiased=False,
+            dtype=mean.dtype,
+        )
+        layer.weight = None if weight is None else weight.copy()
+        layer.bias = None if bias is None else bias.copy()
+        layer.running_mean, layer.running_var = mean.copy(), var.copy()
+        return layer
+
+    def train(self, mode: bool = True) -> BatchNorm:
+        """Use the statistics of each batch, and track them; return the layer itself."""
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> BatchNorm:
+        """Use the running statistics; return the layer itself."""
+        return self.train(False)
+
+    def __call__(self, x: Array) -> Array:
+        """Normalize a batch.
+
+        Parameters
+        ----------
+        x : array of float32 or float64
+            With `num_features` channels along `axis`.
+
+        Returns
+        -------
+        array like `x`
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `bnfast.batch_norm`; the layer is left as it was.
+        """
+        array, _, channels = _validation.batch("x", x, self.axis)
+        if array.ndim > 1 and channels != self.num_features:
+            raise ValueError(
+                f"x must have {self.num_features} channels along axis {self.axis}, "
+                f"got shape {array.shape}"
+            )
+        if self.training:
+            return self._train_on(array)
+        if self.running_mean is None or self.running_var is None:
+            y, mean, invstd = _primitives.normalize(
+                array, self.axis, self.weight, self.bias, self.eps
+            )
+            self._saved = _Saved(array, mean, invstd, constant_statistics=False)
+            return y
+        y = _primitives.scale_shift(
+            *(array, self.axis, self.running_mean, self.running_var),
+            *(self.weight, self.bias, self.eps),
+        )
+        invstd = 1.0 / np.sqrt(self.running_var.astype(np.float64) + self.eps)
+        self._saved = _Saved(array, self.running_mean.copy(), invstd, constant_statistics=True)
+        return y
+
+    def _train_on(self, x: Array) -> Array:
+        tracked = self.num_batches_tracked
+        if tracked is None:
+            statistics, weight_of_new = (None, None), 0.0
+        else:
+            statistics = (self.running_mean, self.running_var)
+            weight_of_new = weight_of_new_batch(self.momentum, tracked + 1)
+        y, mean, invstd = _primitives.normalize(
+            *(x, self.axis, self.weight, self.bias, self.eps),
+            *(*statistics, weight_of_new, self.unbiased),
+        )
+        if tracked is not None and x.size > 0:
+            self.num_batches_tracked = tracked + 1
+        self._saved = _Saved(x, mean, invstd, constant_statistics=False)
+        if not self._warned and 0 < x.size < FEW_VALUES * self.num_features:
+            self._warned = True
+            warnings.warn(
+                f"x of shape {x.shape} has {x.size // self.num_features} values per channel: their "
+                f"statistics are mostly noise. Use a larger batch, or eval() to normalize with the "
+                f"running statistics, or a normalization that does not depend on the batch (layer, "
+                f"group or RMS normalization)",
+                stacklevel=3,
+            )
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        """Return the gradient of the last input, and set `weight_grad` and `bias_grad`.
+
+        Parameters
+        ----------
+        dy : array like the last output
+            The gradient of the output.
+
+        Returns
+        -------
+        array like `dy`
+
+        Raises
+        ------
+        RuntimeError
+            If no call came before, or its input has been used up by another `backward`.
+        TypeError, ValueError
+            If `dy` has not the shape and dtype of the output.
+        """
+        if self._saved is None:
+            raise RuntimeError("backward needs a call of the layer before it, one for each backward")
+        x, mean, invstd, constant_statistics = self._saved
+        dx, dweight, dbias = _primitives.gradient(
+            dy, x, self.axis, mean, invstd, self.weight, constant_statistics
+        )
+        self.weight_grad = None if self.weight is None else dweight.astype(self.weight.dtype)
+        self.bias_grad = None if self.bias is None else dbias.astype(self.bias.dtype)
+        self._saved = None
+        return dx
+
+    def _state(self) -> dict[str, Array]:
+        """The layer's own arrays, by PyTorch's names."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    def state_dict(self) -> dict[str, Array]:
+        """Return copies of parameters and running statistics, with PyTorch's names and dtypes.
+
+        Returns
+        -------
+        dict of str to array
+            ``weight``, ``bias``, ``running_mean``, ``running_var`` and ``num_batches_tracked``
+            (int64, 0-d); those that the layer has not are left out.
+
+        Examples
+        --------
+        >>> import bnfast
+        >>> list(bnfast.BatchNorm(3).state_dict())
+        ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
+        """
+        state = {name: array.copy() for name, array in self._state().items()}
+        if self.num_batches_tracked is not None:
+            state[_COUNTER] = np.array(self.num_batches_tracked, np.int64)
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, ArrayLike]) -> None:
+        """Take parameters and running statistics from `state_dict`, in place.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to array
+            As `state_dict` returns it; PyTorch's tensors on the CPU will do. As in PyTorch,
+            ``num_batches_tracked`` may be missing, and is then left as it is.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a name is missing or unexpected, or an array has the wrong dtype or shape; the layer
+            is left as it was.
+        """
+        own = self._state()
+        names = [*own] if self.num_batches_tracked is None else [*own, _COUNTER]
+        missing = [name for name in own if name not in state_dict]
+        unexpected = [name for name in state_dict if name not in names]
+        if missing or unexpected:
+            raise ValueError(
+                f"state_dict must have the names {names}: missing {missing}, unexpected {unexpected}"
+            )
+        new = {
+            name: _validation.required_channel_parameter(name, state_dict[name], self.num_features)
+            for name in own
+        }
+        tracked = self.num_batches_tracked
+        if _COUNTER in state_dict:
+            tracked = _validation.size(_COUNTER, np.asarray(state_dict[_COUNTER])[()])
+        for name, array in own.items():
+            array[...] = new[name]
+        self.num_batches_tracked = tracked
+
+    def __repr__(self) -> str:
+        return (
+            f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, track_running_stats={self.track_running_stats}, "
+            f"axis={self.axis}, unbiased={self.unbiased}, dtype={self.dtype})"
+        )
