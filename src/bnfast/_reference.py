@@ -1,0 +1,125 @@
+"""Every operation in plain NumPy: the readable definition, and the oracle of the tests.
+
+Stands apart: it shares no code with the rest, and nothing else uses it. All arithmetic is done in
+`precision`, float64 unless a wider one is asked for, with two passes for the statistics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[Any]
+
+
+def _along(axis: int, ndim: int, values: Array) -> Array:
+    """One value a channel, shaped to broadcast against the batch."""
+    shape = [1] * ndim
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+def _other_axes(axis: int, ndim: int) -> tuple[int, ...]:
+    return tuple(d for d in range(ndim) if d != axis % ndim)
+
+
+def _per_channel(value: ArrayLike | None, default: float, channels: int, precision: Any) -> Array:
+    return np.full(channels, default, precision) if value is None else np.asarray(value, precision)
+
+
+def moments(x: ArrayLike, axis: int = 1, precision: Any = np.float64) -> tuple[int, Array, Array]:
+    """count, mean = sum(x) / count, m2 = sum((x - mean)**2)."""
+    x = np.asarray(x, precision)
+    axes = _other_axes(axis, x.ndim)
+    mean = x.mean(axes)
+    m2 = ((x - _along(axis, x.ndim, mean)) ** 2).sum(axes)
+    return x.size // mean.size, mean, m2
+
+
+def batch_norm_forward(
+    x: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    precision: Any = np.float64,
+) -> tuple[Array, Array, Array]:
+    """y = weight * (x - mean) * invstd + bias, invstd = 1 / sqrt(var + eps), var = m2 / count."""
+    count, mean, m2 = moments(x, axis, precision)
+    var = m2 / precision(count)
+    y = scale_shift(x, mean, var, weight, bias, eps, axis=axis, precision=precision)
+    return y, mean, 1 / np.sqrt(var + precision(eps))
+
+
+def scale_shift(
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    precision: Any = np.float64,
+) -> Array:
+    """y = weight * (x - mean) / sqrt(var + eps) + bias."""
+    x = np.asarray(x, precision)
+    mean, var = np.asarray(mean, precision), np.asarray(var, precision)
+    gamma = _per_channel(weight, 1.0, mean.size, precision)
+    beta = _per_channel(bias, 0.0, mean.size, precision)
+    scale = _along(axis, x.ndim, gamma / np.sqrt(var + precision(eps)))
+    y: Array = (x - _along(axis, x.ndim, mean)) * scale + _along(axis, x.ndim, beta)
+    return y
+
+
+def update_running(
+    running_mean: Array,
+    running_var: Array,
+    x: ArrayLike,
+    momentum: float = 0.1,
+    *,
+    axis: int = 1,
+    unbiased: bool = True,
+) -> tuple[Array, Array]:
+    """running = (1 - momentum) * running + momentum * batch; the variance by count - 1 or count."""
+    count, mean, m2 = moments(x, axis)
+    var = m2 / (count - 1 if unbiased else count)
+    return (
+        (1 - momentum) * np.asarray(running_mean, np.float64) + momentum * mean,
+        (1 - momentum) * np.asarray(running_var, np.float64) + momentum * var,
+    )
+
+
+def batch_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    training: bool = True,
+    precision: Any = np.float64,
+) -> tuple[Array, Array, Array]:
+    """dx, dweight and dbias; with xmu = x - mean.
+
+    dbias = sum(dy), dweight = sum(dy * xmu) * invstd, and dx is
+    weight * invstd * (dy - dbias / count - xmu * invstd * dweight / count) in training,
+    weight * invstd * dy in evaluation.
+    """
+    dy, x = np.asarray(dy, precision), np.asarray(x, precision)
+    mean, invstd = np.asarray(mean, precision), np.asarray(invstd, precision)
+    gamma = _per_channel(weight, 1.0, mean.size, precision)
+    axes = _other_axes(axis, x.ndim)
+    count = precision(x.size // mean.size)
+    xmu = x - _along(axis, x.ndim, mean)
+    dbias = dy.sum(axes)
+    dweight = (dy * xmu).sum(axes) * invstd
+    dx = dy
+    if training:
+        dx = dx - _along(axis, x.ndim, dbias / count)
+        dx = dx - xmu * _along(axis, x.ndim, invstd * dweight / count)
+    return dx * _along(axis, x.ndim, gamma * invstd), dweight, dbias

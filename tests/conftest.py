@@ -1,0 +1,62 @@
+"""Fixtures that every test may ask for: instruction set, threads, dtype, layout, random numbers."""
+
+import os
+import zlib
+
+import numpy as np
+import pytest
+
+import bnfast
+from bnfast import _core, _threads
+
+
+@pytest.fixture(params=bnfast.available_isas())
+def isa(request):
+    """Run the test once with every instruction set of this machine, or with the one that
+    BNFAST_ISA names."""
+    forced = os.environ.get("BNFAST_ISA")
+    if forced and request.param != forced:
+        pytest.skip(f"BNFAST_ISA={forced}")
+    before = _core.active_isa()
+    _core.activate(request.param)
+    yield request.param
+    _core.activate(before)
+
+
+@pytest.fixture
+def use_isa():
+    """Switch the instruction set inside a test."""
+    before = _core.active_isa()
+    yield _core.activate
+    _core.activate(before)
+
+
+@pytest.fixture
+def use_threads(monkeypatch):
+    """Run with exactly so many threads, however few processors there are and however little work."""
+
+    def use(num_threads):
+        monkeypatch.setattr(_threads, "allowed_threads", lambda: 64)
+        monkeypatch.setattr(_threads, "SERIAL_BYTES", 0)
+        monkeypatch.setattr(_threads, "BYTES_PER_THREAD", 1)
+        bnfast.set_num_threads(num_threads)
+
+    yield use
+    bnfast.set_num_threads(None)
+
+
+@pytest.fixture(params=[np.float32, np.float64], ids=["f32", "f64"])
+def dtype(request):
+    return np.dtype(request.param)
+
+
+@pytest.fixture(params=[1, -1], ids=["nchw", "nhwc"])
+def axis(request):
+    """The channel axis of a test that makes its input C-contiguous."""
+    return request.param
+
+
+@pytest.fixture
+def rng(request):
+    """Random numbers of the test's own, the same in every run."""
+    return np.random.default_rng(zlib.crc32(request.node.name.encode()))

@@ -1,0 +1,91 @@
+"""Comparison with ``bnfast._reference``, in long double."""
+
+import numpy as np
+from tolerances import (
+    GRADIENT_SUMS,
+    INPUT_GRADIENT,
+    MOMENTS,
+    MOMENTS_F64,
+    OUTPUT,
+    eps_of,
+)
+
+import bnfast
+from bnfast import _reference as reference
+
+WIDE = np.longdouble
+
+
+def other_axes(x, axis):
+    return tuple(d for d in range(x.ndim) if d != axis % x.ndim)
+
+
+def along(values, x, axis):
+    shape = [1] * x.ndim
+    shape[axis] = -1
+    return np.asarray(values).reshape(shape)
+
+
+def assert_within(actual, expected, tolerance):
+    """`tolerance` may be an array: the allowed absolute error."""
+    actual = np.asarray(actual, WIDE)
+    expected = np.asarray(expected, WIDE)
+    assert actual.shape == expected.shape
+    error = np.abs(actual - expected)
+    bad = ~(error <= tolerance)
+    assert not bad.any(), (
+        f"{bad.sum()} of {bad.size} off, worst by {error[bad].max()}, "
+        f"allowed {np.broadcast_to(tolerance, bad.shape)[bad].min()}"
+    )
+
+
+def check_moments(x, axis=1):
+    count, mean, m2 = reference.moments(x, axis, WIDE)
+    got = bnfast.moments(x, axis)
+    eps = eps_of(np.float64)
+    assert got.count == count
+    assert got.mean.dtype == got.m2.dtype == np.float64
+    relative = MOMENTS * eps_of(x.dtype) if x.dtype == np.float32 else MOMENTS_F64 * eps
+    std = np.sqrt(m2 / count)
+    largest = np.abs(x).max(other_axes(x, axis)) if x.size else 0.0
+    assert_within(got.mean, mean, relative * std + MOMENTS_F64 * eps * largest)
+    assert_within(got.m2, m2, relative * m2 + count * (MOMENTS_F64 * eps * largest) ** 2)
+
+
+def check_forward(x, weight=None, bias=None, eps=1e-5, axis=1, out=None):
+    y, mean, invstd = bnfast.batch_norm_forward(x, weight, bias, eps, axis=axis, out=out)
+    expected, _, expected_invstd = reference.batch_norm_forward(
+        x, weight, bias, eps, axis=axis, precision=WIDE
+    )
+    assert y.dtype == x.dtype
+    assert mean.dtype == invstd.dtype == np.float64
+    size = np.abs(expected).max(other_axes(x, axis), keepdims=True) + 1
+    assert_within(y, expected, OUTPUT / 6 * eps_of(x.dtype) * size)
+    assert_within(invstd, expected_invstd, 4 * MOMENTS * eps_of(x.dtype) * expected_invstd)
+    return y
+
+
+def check_backward(dy, x, weight=None, axis=1, training=True, out=None):
+    if training:
+        _, mean, invstd = bnfast.batch_norm_forward(x, weight, axis=axis)
+    else:
+        mean = np.linspace(-1, 1, x.shape[axis])
+        invstd = np.linspace(0.5, 2, x.shape[axis])
+    expected = reference.batch_norm_backward(
+        dy, x, mean, invstd, weight, axis=axis, training=training, precision=WIDE
+    )
+    dx, dweight, dbias = bnfast.batch_norm_backward(
+        dy, x, mean, invstd, weight, axis=axis, training=training, out=out
+    )
+    axes, eps = other_axes(x, axis), eps_of(x.dtype)
+    dtype = x.dtype if weight is None else weight.dtype
+    assert dx.dtype == x.dtype
+    assert dweight.dtype == dbias.dtype == dtype
+    scale = np.abs(along(invstd if weight is None else invstd * weight, x, axis))
+    largest = np.abs(dy).max(axes, keepdims=True) * scale
+    assert_within(dx, expected[0], INPUT_GRADIENT * eps * largest)
+    rounding = GRADIENT_SUMS * max(eps, eps_of(dtype))
+    xhat = np.abs((x - along(mean, x, axis)) * along(invstd, x, axis))
+    assert_within(dweight, expected[1], rounding * (np.abs(dy) * xhat).sum(axes))
+    assert_within(dbias, expected[2], rounding * np.abs(dy).sum(axes))
+    return dx

@@ -1,0 +1,36 @@
+"""The one table of tolerances. Each is a multiple of the element type's eps, with its reason."""
+
+import numpy as np
+
+EPS = {np.dtype(np.float32): 2.0**-23, np.dtype(np.float64): 2.0**-52}
+
+# y = ((x - mean_high) - mean_low) * scale + shift rounds five times, half an ulp each, of numbers as
+# large as (x - mean) * scale, besides the rounding of scale; normal values stay below 6.
+OUTPUT = 8 * 6 / 2
+
+# The promise of ARCHITECTURE.md for float32 output of normal values, whatever the mean.
+PROMISED_OUTPUT_ERROR = 1e-6
+
+# Sums of at most 18 float32 values, then float64: relative error of m2, of which the 16 additions
+# and the square round with a small bias.
+MOMENTS = 4
+
+# float64 sums by lanes: an error of the mean relative to the largest value, of m2 to itself. The
+# lanes make it much better than n * eps.
+MOMENTS_F64 = 32
+
+# dx rounds seven times, numbers as large as the largest term; relative to the largest dx.
+INPUT_GRADIENT = 16
+
+# Sums of products over a channel, relative to the sum of their absolute values.
+GRADIENT_SUMS = 4
+
+# Running statistics: rounded to their own dtype, after float64 arithmetic on moments.
+RUNNING = 4
+
+# Central differences in float64 with a step of 1e-6: their own truncation error and cancellation.
+FINITE_DIFFERENCES = 1e-7
+
+
+def eps_of(dtype):
+    return EPS[np.dtype(dtype)]
