@@ -91,8 +91,8 @@ def record_field(x):
 
 
 BUFFERS = {
-    "contiguous": np.ascontiguousarray,
-    "fortran": np.asfortranarray,
+    "contiguous": np.array,
+    "fortran": lambda x: np.array(x, order="F"),
     "misaligned": misaligned,
     "offset_by_one": offset_by_one,
     "in_larger_array": in_larger_array,

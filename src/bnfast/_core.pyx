@@ -31,8 +31,7 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct bn_gradient_coefficients:
         void *mean_high
         void *mean_low
-        void *dy_mean_high
-        void *dy_mean_low
+        void *dy_mean
         void *slope
         void *scale
 
@@ -86,6 +85,7 @@ cdef extern from "block_tasks.h" nogil:
         const double *bias
         double eps
         double *mean
+        double *mean_low
         double *m2
         double *invstd
         const double *variance
@@ -104,6 +104,7 @@ cdef extern from "block_tasks.h" nogil:
 
     enum:
         BN_MAX_PHASES
+        BN_SUMS
 
     size_t bn_moments_phases(bn_job *job, size_t threads, bn_phase *phases)
     size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases)
@@ -288,8 +289,7 @@ cdef bn_gradient_coefficients _gradient_arrays(_Workspace workspace, bn_geometry
     cdef size_t bytes_ = c.channels * c.itemsize
     arrays.mean_high = workspace.take(bytes_)
     arrays.mean_low = workspace.take(bytes_)
-    arrays.dy_mean_high = workspace.take(bytes_)
-    arrays.dy_mean_low = workspace.take(bytes_)
+    arrays.dy_mean = workspace.take(bytes_)
     arrays.slope = workspace.take(bytes_)
     arrays.scale = workspace.take(bytes_)
     return arrays
@@ -329,11 +329,12 @@ def moments(Geometry geometry, x, mean, m2, int threads):
     cdef bn_job job
     cdef bn_phase phases[BN_MAX_PHASES]
     cdef size_t count
-    cdef _Workspace workspace = _Workspace(c.channels, 2 * (c.blocks - 1))
+    cdef _Workspace workspace = _Workspace(c.channels, 1 + BN_SUMS * (c.blocks - 1))
     memset(&job, 0, sizeof(bn_job))
     job.kernels, job.geometry = active, c
     job.x = _data(x)
     job.mean, job.m2 = _doubles(mean), _doubles(m2)
+    job.mean_low = workspace.doubles(c.channels)
     job.partials = <double *>workspace.take(0)
     with nogil:
         count = bn_moments_phases(&job, threads, phases)
@@ -352,7 +353,7 @@ def normalize(
     cdef bn_job job
     cdef bn_phase phases[BN_MAX_PHASES]
     cdef size_t count
-    cdef _Workspace workspace = _Workspace(c.channels, 7 + 2 * (c.blocks - 1))
+    cdef _Workspace workspace = _Workspace(c.channels, 8 + BN_SUMS * (c.blocks - 1))
     memset(&job, 0, sizeof(bn_job))
     job.kernels, job.geometry = active, c
     job.x, job.y = _data(x), _data(y)
@@ -360,6 +361,7 @@ def normalize(
     job.bias = workspace.widened(bias, c.channels)
     job.eps = eps
     job.mean, job.invstd = _doubles(mean), _doubles(invstd)
+    job.mean_low = workspace.doubles(c.channels)
     job.m2 = workspace.doubles(c.channels)
     job.scale_shift = _scale_shift_arrays(workspace, c)
     job.partials = <double *>workspace.take(0)
@@ -411,7 +413,7 @@ def gradient(
     cdef bn_job job
     cdef bn_phase phases[BN_MAX_PHASES]
     cdef size_t count
-    cdef _Workspace workspace = _Workspace(c.channels, 13 + 2 * (c.blocks - 1))
+    cdef _Workspace workspace = _Workspace(c.channels, 12 + BN_SUMS * (c.blocks - 1))
     memset(&job, 0, sizeof(bn_job))
     job.kernels, job.geometry = active, c
     job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)

@@ -175,19 +175,14 @@ def plan_layout(
     """
     channels = shape[axis]
     reduced = [d for d in range(len(shape)) if d != axis and shape[d] > 1]
-    if channels > 1:
-        order = _walking_order([*reduced, axis], strides)
-        outer_axes, inner_axes = order[: order.index(axis)], order[order.index(axis) + 1 :]
-        outer_sizes, outer_strides = _merge(outer_axes, shape, strides)
-        inner_sizes, inner_strides = _merge(inner_axes, shape, strides)
-    else:
-        # No channel axis to step over: the last merged axis is the run.
-        sizes, steps = _merge(_walking_order(reduced, strides), shape, strides)
-        outer_sizes, outer_strides = sizes[:-1], tuple(s[:-1] for s in steps)
-        inner_sizes, inner_strides = sizes[-1:], tuple(s[-1:] for s in steps)
+    # With a single channel everything is one run.
+    order = _walking_order([*reduced, axis] if channels > 1 else reduced, strides)
+    cut_at = order.index(axis) if channels > 1 else -1
+    outer_sizes, outer_strides = _merge(order[: max(cut_at, 0)], shape, strides)
+    inner_sizes, inner_strides = _merge(order[cut_at + 1 :], shape, strides)
     outer, inner = math.prod(outer_sizes), math.prod(inner_sizes)
     layout = CONTIGUOUS if inner > 1 else CHANNELS_LAST
-    cut = _cut(layout, itemsize, outer, channels, inner)
+    cuts = _cut(layout, itemsize, outer, channels, inner)
     operands = tuple(
         _operand_layout(
             layout,
@@ -201,5 +196,5 @@ def plan_layout(
         for k in range(len(strides))
     )
     return LayoutPlan(
-        layout, itemsize, outer, channels, inner, outer_sizes, inner_sizes, *cut, operands
+        layout, itemsize, outer, channels, inner, outer_sizes, inner_sizes, *cuts, operands
     )

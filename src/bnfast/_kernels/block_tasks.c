@@ -90,8 +90,7 @@ static bn_gradient_coefficients gradient_from(const bn_job *job, size_t channel)
     bn_gradient_coefficients from = job->gradient;
     from.mean_high = element_at(geometry, from.mean_high, channel);
     from.mean_low = element_at(geometry, from.mean_low, channel);
-    from.dy_mean_high = element_at(geometry, from.dy_mean_high, channel);
-    from.dy_mean_low = element_at(geometry, from.dy_mean_low, channel);
+    from.dy_mean = element_at(geometry, from.dy_mean, channel);
     from.slope = element_at(geometry, from.slope, channel);
     from.scale = element_at(geometry, from.scale, channel);
     return from;
@@ -101,7 +100,7 @@ static bn_gradient_coefficients gradient_from(const bn_job *job, size_t channel)
 static double *sums_of_block(const bn_job *job, double *own, size_t which, size_t block)
 {
     const size_t channels = job->geometry->channels;
-    return block == 0 ? own : job->partials + ((block - 1) * 2 + which) * channels;
+    return block == 0 ? own : job->partials + ((block - 1) * BN_SUMS + which) * channels;
 }
 
 static void clear(double *array, range channels)
@@ -124,7 +123,8 @@ static void moments_of_box(const bn_job *job, const bn_box *box, size_t block, s
     job->kernels->moments[geometry->layout][geometry->dtype](
         box->extent, x.data, x.strides, count,
         sums_of_block(job, job->mean, 0, block) + box->channel,
-        sums_of_block(job, job->m2, 1, block) + box->channel);
+        sums_of_block(job, job->mean_low, 1, block) + box->channel,
+        sums_of_block(job, job->m2, 2, block) + box->channel);
 }
 
 static void scale_shift_of(const bn_job *job, const bn_box *box, size_t from_operand, char *from,
@@ -216,7 +216,8 @@ static void write_block(const bn_job *job, size_t block, range channels, visit *
 static void sum_moments(const bn_job *job, size_t block, range channels)
 {
     clear(sums_of_block(job, job->mean, 0, block), channels);
-    clear(sums_of_block(job, job->m2, 1, block), channels);
+    clear(sums_of_block(job, job->mean_low, 1, block), channels);
+    clear(sums_of_block(job, job->m2, 2, block), channels);
     sum_block(job, block, channels, moments_of_box);
 }
 
@@ -246,9 +247,10 @@ static void merge_blocks(const bn_job *job, range channels)
     size_t count = values_of_block(job->geometry, 0);
     for (size_t block = 1; block < job->geometry->blocks; block++) {
         const size_t more = values_of_block(job->geometry, block);
-        job->kernels->merge_moments(channels.count, count, job->mean + c, job->m2 + c, more,
-                                    sums_of_block(job, NULL, 0, block) + c,
-                                    sums_of_block(job, NULL, 1, block) + c);
+        job->kernels->merge_moments(channels.count, count, job->mean + c, job->mean_low + c,
+                                    job->m2 + c, more, sums_of_block(job, NULL, 0, block) + c,
+                                    sums_of_block(job, NULL, 1, block) + c,
+                                    sums_of_block(job, NULL, 2, block) + c);
         count += more;
     }
 }
@@ -260,7 +262,8 @@ static void prepare_scale_shift(const bn_job *job, range channels)
     const double *bias = job->bias ? job->bias + c : NULL;
     job->kernels->invstd(channels.count, job->variance + c, 1.0, job->eps, job->invstd + c);
     job->kernels->scale_shift_coefficients[job->geometry->dtype](
-        channels.count, job->mean + c, job->invstd + c, weight, bias, scale_shift_from(job, c));
+        channels.count, job->mean + c, NULL, job->invstd + c, weight, bias,
+        scale_shift_from(job, c));
 }
 
 static void prepare_gradient(const bn_job *job, range channels)
@@ -279,7 +282,8 @@ static void finish_normalize(const bn_job *job, range channels)
     job->kernels->invstd(channels.count, job->m2 + c, (double)values_per_channel(job->geometry),
                          job->eps, job->invstd + c);
     job->kernels->scale_shift_coefficients[job->geometry->dtype](
-        channels.count, job->mean + c, job->invstd + c, weight, bias, scale_shift_from(job, c));
+        channels.count, job->mean + c, job->mean_low + c, job->invstd + c, weight, bias,
+        scale_shift_from(job, c));
 }
 
 static void finish_gradient(const bn_job *job, range channels)
@@ -296,7 +300,7 @@ static void finish_gradient(const bn_job *job, range channels)
     }
     if (job->constant_statistics) {
         job->kernels->scale_shift_coefficients[job->geometry->dtype](
-            channels.count, NULL, job->invstd + c, weight, NULL, scale_shift_from(job, c));
+            channels.count, NULL, NULL, job->invstd + c, weight, NULL, scale_shift_from(job, c));
     } else {
         job->kernels->gradient_coefficients[job->geometry->dtype](
             channels.count, values_per_channel(job->geometry), job->invstd + c, weight,

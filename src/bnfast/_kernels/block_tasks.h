@@ -9,6 +9,9 @@
 #include "geometry.h"
 #include "kernels.h"
 
+/* Sums of a block: mean, mean_low and m2, or sum_dy and sum_dy_deviation. */
+#define BN_SUMS 3
+
 /* Channel arrays are float64 [channels]; weight and bias may be NULL. */
 typedef struct {
     const bn_kernels *kernels;
@@ -20,14 +23,14 @@ typedef struct {
     const double *weight, *bias;
     double eps;
 
-    /* moments and normalize write mean, m2 and invstd; scale_shift reads mean and variance and
-       writes invstd; gradient reads mean and invstd. */
-    double *mean, *m2, *invstd;
+    /* moments and normalize write mean (+ mean_low), m2 and invstd; scale_shift reads mean and
+       variance and writes invstd; gradient reads mean and invstd. */
+    double *mean, *mean_low, *m2, *invstd;
     const double *variance;
     double *sum_dy, *sum_dy_deviation;
     int constant_statistics; /* gradient: mean and invstd did not come from x */
 
-    double *partials; /* [blocks - 1][2][channels]: the sums of every block but the first */
+    double *partials; /* [blocks - 1][BN_SUMS][channels]: the sums of every block but the first */
     bn_scale_shift_coefficients scale_shift;
     bn_gradient_coefficients gradient;
 

@@ -26,22 +26,22 @@ typedef struct {
     ptrdiff_t outer, channel;
 } bn_strides;
 
-/* Per channel, in the element type; `mean` and `dy_mean` are split in two so that float32 carries
-   48 bits of them. Arrays are [channels].
+/* Per channel, in the element type; the mean is split in two, so that float32 carries 48 bits of it.
+   Arrays are [channels].
      y  = ((x - mean_high) - mean_low) * scale + shift */
 typedef struct {
     void *mean_high, *mean_low, *scale, *shift;
 } bn_scale_shift_coefficients;
 
-/*   dx = (((dy - dy_mean_high) - dy_mean_low) - ((x - mean_high) - mean_low) * slope) * scale */
+/*   dx = ((dy - dy_mean) - ((x - mean_high) - mean_low) * slope) * scale */
 typedef struct {
-    void *mean_high, *mean_low, *dy_mean_high, *dy_mean_low, *slope, *scale;
+    void *mean_high, *mean_low, *dy_mean, *slope, *scale;
 } bn_gradient_coefficients;
 
-/* moments: folds the box into a running (count, mean, m2) per channel. count is how many values
-   each channel has seen; with count == 0 mean and m2 must be zero. */
+/* moments: folds the box into a running (count, mean + mean_low, m2) per channel. count is how many
+   values each channel has seen; with count == 0 the others must be zero. */
 typedef void bn_moments_kernel(bn_extent extent, const void *x, bn_strides x_strides, size_t count,
-                               double *mean, double *m2);
+                               double *mean, double *mean_low, double *m2);
 
 /* scale_shift: writes y; y may be x itself. */
 typedef void bn_scale_shift_kernel(bn_extent extent, const void *x, bn_strides x_strides,
@@ -61,10 +61,10 @@ typedef void bn_input_gradient_kernel(bn_extent extent, const void *dy, bn_strid
                                       bn_strides dx_strides);
 
 /* Arithmetic on [channels] arrays: float64 in, coefficients in the element type out.
-   A NULL weight is 1, a NULL mean or bias is 0. */
+   A NULL weight is 1; a NULL mean, mean_low or bias is 0. */
 typedef void bn_scale_shift_coefficients_kernel(size_t channels, const double *mean,
-                                                const double *invstd, const double *weight,
-                                                const double *bias,
+                                                const double *mean_low, const double *invstd,
+                                                const double *weight, const double *bias,
                                                 bn_scale_shift_coefficients coefficients);
 
 /* mean_high and mean_low, all that the sums need. */
@@ -81,9 +81,11 @@ typedef void bn_gradient_coefficients_kernel(size_t channels, size_t count, cons
 typedef void bn_update_running_kernel(size_t channels, double momentum, const double *divided,
                                       double divisor, void *running);
 
-/* Chan's merge of (count_b, mean_b, m2_b) into (count_a, mean_a, m2_a). */
-typedef void bn_merge_moments_kernel(size_t channels, size_t count_a, double *mean_a, double *m2_a,
-                                     size_t count_b, const double *mean_b, const double *m2_b);
+/* Chan's merge of b into a. */
+typedef void bn_merge_moments_kernel(size_t channels, size_t count_a, double *mean_a,
+                                     double *mean_low_a, double *m2_a, size_t count_b,
+                                     const double *mean_b, const double *mean_low_b,
+                                     const double *m2_b);
 
 /* invstd = 1 / sqrt(variance + eps), variance = divided / divisor; invstd may be `divided`. */
 typedef void bn_invstd_kernel(size_t channels, const double *divided, double divisor, double eps,

@@ -1,0 +1,181 @@
+"""Exactness: large means, constant channels, specials, denormals, extreme ranges."""
+
+import numpy as np
+import pytest
+from cases import SMALL_CHANNELS_LAST, SMALL_CONTIGUOUS, batches, small_batches
+from oracle import WIDE, along, check_moments, other_axes
+from tolerances import MOMENTS, PROMISED_OUTPUT_ERROR, eps_of
+
+import bnfast
+from bnfast import _reference as reference
+
+RATIOS = [0.0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7]
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("shape", [(16, 8, 56, 56), (64, 32, 7, 7), (4096, 16), (50, 70, 3)])
+def test_output_error_is_at_most_1e_6_whatever_the_mean(isa, rng, axis, shape, ratio):
+    x = rng.normal(ratio, 1.0, shape).astype(np.float32)
+    y, _, _ = bnfast.batch_norm_forward(x, axis=axis)
+    expected, _, _ = reference.batch_norm_forward(x, axis=axis, precision=WIDE)
+    assert np.abs(y - expected).max() <= PROMISED_OUTPUT_ERROR
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_float32_statistics_are_as_good_as_a_float64_two_pass(isa, rng, axis, ratio, scale):
+    x = (scale * rng.normal(ratio, 1.0, (9, 13, 31, 13))).astype(np.float32)
+    check_moments(x, axis)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_float64_is_as_exact_for_its_precision(isa, rng, axis, ratio):
+    offset = 1e3 * ratio
+    x = offset + rng.normal(0.0, 1.0, (9, 13, 31, 13))
+    shifted = x - offset  # exact, and easier for the reference than x is
+    count, mean, m2 = reference.moments(shifted, axis, WIDE)
+    got = bnfast.moments(x, axis)
+    np.testing.assert_allclose(got.m2, m2.astype(np.float64), rtol=1e-14)
+    np.testing.assert_allclose(got.mean, (mean + offset).astype(np.float64), rtol=2e-16, atol=1e-15)
+    y, _, _ = bnfast.batch_norm_forward(x, axis=axis)
+    expected, _, _ = reference.batch_norm_forward(shifted, axis=axis, precision=WIDE)
+    assert np.abs(y - expected).max() <= 1e-14
+
+
+@pytest.mark.parametrize("case", ["outlier first", "drift", "alternating", "steps"])
+def test_the_running_shift_is_safe_for_any_order_of_values(isa, rng, axis, case):
+    values = rng.normal(0, 1, (60, 4096)).astype(np.float32)
+    if case == "outlier first":
+        values[0, 0] = 1e7
+    elif case == "drift":
+        values += np.linspace(-1e4, 1e4, values.size, dtype=np.float32).reshape(values.shape)
+    elif case == "alternating":
+        values += np.where(np.arange(60) % 2, 1e6, -1e6).astype(np.float32)[:, None]
+    else:
+        values += (np.arange(60, dtype=np.float32) ** 3)[:, None]
+    shape = (60, 1, 4096)
+    x = values.reshape(shape)
+    if axis == -1:
+        x = np.repeat(values.reshape(-1, 1), 3, axis=1)
+    count, mean, m2 = reference.moments(x, axis, WIDE)
+    got = bnfast.moments(x, axis)
+    # A lane that holds the outlier's square rounds each of its 15 other additions.
+    ulps = 2 * MOMENTS if case == "outlier first" else MOMENTS
+    np.testing.assert_allclose(got.m2, m2.astype(np.float64), rtol=ulps * eps_of(np.float32))
+    error = np.abs(got.mean - mean.astype(np.float64)).max()
+    assert error <= MOMENTS * eps_of(np.float32) * float(np.sqrt(m2.max() / count))
+
+
+@pytest.mark.parametrize(("shape", "axis"), batches(), ids=str)
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 1e-3, 12345.678, 3e7, 1e-30, 1e-40, 1e30])
+def test_a_constant_channel_gives_exactly_the_bias(isa, dtype, rng, shape, axis, value):
+    x = np.full(shape, value, dtype)
+    if x.size == x.shape[axis]:
+        pytest.skip("one value per channel")
+    weight, bias = rng.normal(size=(2, shape[axis])).astype(dtype)
+    y, mean, _ = bnfast.batch_norm_forward(x, weight, bias, axis=axis)
+    np.testing.assert_array_equal(mean, np.full(shape[axis], dtype.type(value), np.float64))
+    np.testing.assert_array_equal(y, np.broadcast_to(along(bias, x, axis), shape))
+    np.testing.assert_array_equal(bnfast.moments(x, axis).m2, 0.0)
+
+
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("shape", "axis"), small_batches(), ids=str)
+def test_specials_stay_in_their_channel(isa, dtype, rng, shape, axis, special):
+    x = rng.normal(3, 2, shape).astype(dtype)
+    dy = rng.normal(size=shape).astype(dtype)
+    channels = shape[axis]
+    if channels == 1:
+        pytest.skip("no other channel")
+    clean = bnfast.batch_norm_forward(x, axis=axis)
+    clean_gradient = bnfast.batch_norm_backward(dy, x, *clean[1:], axis=axis)
+    for channel in {0, channels // 2, channels - 1}:
+        spoiled = x.copy()
+        view = np.moveaxis(spoiled, axis, 0)[channel].copy()
+        view.reshape(-1)[: view.size // 2 : 3] = special
+        np.moveaxis(spoiled, axis, 0)[channel] = view
+        got = bnfast.batch_norm_forward(spoiled, axis=axis)
+        gradient = bnfast.batch_norm_backward(dy, spoiled, *got[1:], axis=axis)
+        others = np.arange(channels) != channel
+        for a, b in zip(got[1:] + gradient[1:], clean[1:] + clean_gradient[1:], strict=True):
+            np.testing.assert_array_equal(a[others], b[others])
+        for a, b in ((got[0], clean[0]), (gradient[0], clean_gradient[0])):
+            np.testing.assert_array_equal(
+                np.moveaxis(a, axis, 0)[others], np.moveaxis(b, axis, 0)[others]
+            )
+        assert np.isnan(np.moveaxis(got[0], axis, 0)[channel]).all()
+        np.testing.assert_array_equal(got[1][channel], special)
+        assert np.isnan(got[2][channel])
+
+
+@pytest.mark.parametrize("shape", [*SMALL_CONTIGUOUS, *SMALL_CHANNELS_LAST], ids=str)
+def test_both_infinities_make_the_mean_nan(isa, dtype, rng, shape):
+    x = rng.normal(3, 2, shape).astype(dtype)
+    x[0], x[-1] = np.inf, -np.inf
+    assert np.isnan(bnfast.moments(x).mean).all()
+
+
+def test_an_infinity_in_one_chunk_only_is_the_mean_of_all(isa, dtype, rng):
+    for where in (0, 5000, 300_000, 399_999):
+        x = rng.normal(size=(1, 1, 400_000)).astype(dtype)
+        x[0, 0, where] = np.inf
+        assert bnfast.moments(x).mean[0] == np.inf
+        rows = x.reshape(-1, 1).repeat(2, axis=1)
+        np.testing.assert_array_equal(bnfast.moments(rows).mean, np.inf)
+
+
+@pytest.mark.parametrize("magnitude", [1e-44, 1e-40, 1e-38, 1e-30, 1e-22, 1e15, 1e19, 1e25, 3e38])
+@pytest.mark.parametrize("shape", [*SMALL_CONTIGUOUS, *SMALL_CHANNELS_LAST], ids=str)
+def test_float32_moments_hold_over_the_whole_range(isa, rng, shape, magnitude):
+    x = (rng.uniform(-1, 1, shape) * magnitude).astype(np.float32)
+    check_moments(x)
+
+
+def test_one_extreme_channel_among_ordinary_ones(isa, rng, axis):
+    x = rng.normal(size=(40, 21, 21)).astype(np.float32)
+    view = np.moveaxis(x, axis, 0)
+    view[3] *= 1e30
+    view[9] *= 1e-35
+    view[11] = 0
+    view[20] *= 1e-42
+    check_moments(x, axis)
+
+
+def test_denormals_are_kept(isa, dtype):
+    tiny = np.finfo(dtype).smallest_subnormal
+    x = np.full((2, 3, 5), tiny, dtype)
+    zeros, ones = np.zeros(3, dtype), np.ones(3, dtype)
+    y = bnfast.batch_norm(x, zeros, ones, eps=0.0)
+    np.testing.assert_array_equal(y, tiny)
+
+
+def test_a_denormal_variance_without_eps(isa):
+    x = np.float32([[1e-22], [3e-22]])
+    got = bnfast.moments(x)
+    y = bnfast.batch_norm(x, got.mean, got.var, eps=0.0)
+    np.testing.assert_allclose(y, [[-1], [1]], rtol=1e-6)
+
+
+def test_zero_variance_without_eps_is_nan_as_in_pytorch(isa, dtype):
+    x = np.zeros((4, 2), dtype)
+    assert np.isnan(bnfast.batch_norm(x, np.zeros(2), np.zeros(2), eps=0.0)).all()
+
+
+def test_evaluation_gradient_does_not_read_x(isa, dtype, rng, axis):
+    x = np.full((3, 5, 5), np.nan, dtype)
+    dy = rng.normal(size=x.shape).astype(dtype)
+    dx, _, dbias = bnfast.batch_norm_backward(
+        dy, x, np.zeros(5), np.ones(5), axis=axis, training=False
+    )
+    np.testing.assert_array_equal(dx, dy)
+    assert np.isfinite(dbias).all()
+
+
+def test_products_beyond_float32_are_summed_in_float64(isa, axis, rng):
+    x = rng.uniform(1e20, 2e20, (40, 20, 20)).astype(np.float32)
+    dy = rng.uniform(1e20, 2e20, x.shape).astype(np.float32)
+    _, mean, invstd = bnfast.batch_norm_forward(x, axis=axis)
+    _, dweight, _ = bnfast.batch_norm_backward(dy, x, mean, invstd, np.ones(20), axis=axis)
+    xhat = (x - along(mean, x, axis)) * along(invstd, x, axis)
+    expected = (dy * xhat).sum(other_axes(x, axis))
+    np.testing.assert_allclose(dweight, expected, rtol=1e-5)

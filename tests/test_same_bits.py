@@ -1,0 +1,95 @@
+"""The same bits for any number of threads, any instruction set, any run, any buffer."""
+
+import numpy as np
+import pytest
+from cases import BUFFERS, batches, small_batches
+
+import bnfast
+
+EXTRA = [((3, 5, 40000), 1), ((9000, 7), 1), ((2, 3, 300000), 1), ((1300, 300), 1), ((5, 9000), 1)]
+
+
+def everything(x, dy, weight, bias, axis):
+    """All results of all operations, as one list."""
+    channels = x.shape[axis]
+    y, mean, invstd = bnfast.batch_norm_forward(x, weight, bias, axis=axis)
+    running_mean, running_var = np.zeros(channels, x.dtype), np.ones(channels, x.dtype)
+    trained = bnfast.batch_norm(x, running_mean, running_var, weight, bias, True, axis=axis)
+    evaluated = bnfast.batch_norm(x, running_mean, running_var, weight, bias, axis=axis)
+    moments = bnfast.moments(x, axis)
+    return [
+        *(y, mean, invstd, trained, running_mean, running_var, evaluated),
+        *(moments.mean, moments.m2),
+        *bnfast.batch_norm_backward(dy, x, mean, invstd, weight, axis=axis),
+        *bnfast.batch_norm_backward(dy, x, mean, invstd, weight, axis=axis, training=False),
+    ]
+
+
+def inputs(rng, shape, axis, dtype):
+    x, dy = rng.normal(300, 2, (2, *shape)).astype(dtype)
+    weight, bias = rng.normal(size=(2, shape[axis])).astype(dtype)
+    return x, dy, weight, bias, axis
+
+
+def assert_same(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [*batches(), *EXTRA], ids=str)
+def test_every_instruction_set_gives_the_same_bits(dtype, rng, use_isa, shape, axis):
+    arguments = inputs(rng, shape, axis, dtype)
+    use_isa("baseline")
+    expected = everything(*arguments)
+    for name in bnfast.available_isas():
+        use_isa(name)
+        assert_same(everything(*arguments), expected)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [*small_batches(), *EXTRA], ids=str)
+def test_any_number_of_threads_gives_the_same_bits(isa, dtype, rng, use_threads, shape, axis):
+    arguments = inputs(rng, shape, axis, dtype)
+    use_threads(1)
+    expected = everything(*arguments)
+    for num_threads in (2, 3, 4, 7):
+        use_threads(num_threads)
+        assert_same(everything(*arguments), expected)
+
+
+@pytest.mark.parametrize(("shape", "axis"), EXTRA, ids=str)
+def test_every_run_gives_the_same_bits(dtype, rng, use_threads, shape, axis):
+    arguments = inputs(rng, shape, axis, dtype)
+    use_threads(4)
+    expected = everything(*arguments)
+    for _ in range(5):
+        assert_same(everything(*arguments), expected)
+
+
+@pytest.mark.parametrize("buffer", ["misaligned", "offset_by_one", "in_larger_array", "cropped",
+                                    "reversed", "record_field"])
+@pytest.mark.parametrize("shape", [(3, 5, 7, 11), (2, 3, 130, 33), (70, 20), (5, 4, 1, 1)], ids=str)
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_odd_strides_give_the_bits_of_a_packed_copy(
+    isa, dtype, rng, use_threads, axis, buffer, shape, num_threads
+):
+    x, dy, weight, bias, axis = inputs(rng, shape, axis, dtype)
+    use_threads(num_threads)
+    expected = everything(x, dy, weight, bias, axis)
+    make = BUFFERS[buffer]
+    assert_same(everything(make(x), make(dy), weight, bias, axis), expected)
+    assert_same(everything(make(x), dy, weight, bias, axis), expected)
+    assert_same(everything(x, make(dy), weight, bias, axis), expected)
+
+
+def test_a_channel_does_not_depend_on_its_neighbours(isa, dtype, rng, axis):
+    x = rng.normal(3, 2, (6, 40, 40)).astype(dtype)
+    y, mean, invstd = bnfast.batch_norm_forward(x, axis=axis)
+    part = np.moveaxis(np.moveaxis(x, axis, 0)[7:30], 0, axis)
+    for got in bnfast.batch_norm_forward(part, axis=axis)[1:]:
+        assert got.shape == (23,)
+    np.testing.assert_array_equal(bnfast.batch_norm_forward(part, axis=axis)[1], mean[7:30])
+    np.testing.assert_array_equal(bnfast.batch_norm_forward(part, axis=axis)[2], invstd[7:30])
+    np.testing.assert_array_equal(
+        np.moveaxis(bnfast.batch_norm_forward(part, axis=axis)[0], axis, 0),
+        np.moveaxis(y, axis, 0)[7:30],
+    )
