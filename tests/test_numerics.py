@@ -70,8 +70,6 @@ def test_the_running_shift_is_safe_for_any_order_of_values(isa, rng, axis, case)
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 1e-3, 12345.678, 3e7, 1e-30, 1e-40, 1e30])
 def test_a_constant_channel_gives_exactly_the_bias(isa, dtype, rng, shape, axis, value):
     x = np.full(shape, value, dtype)
-    if x.size == x.shape[axis]:
-        pytest.skip("one value per channel")
     weight, bias = rng.normal(size=(2, shape[axis])).astype(dtype)
     y, mean, _ = bnfast.batch_norm_forward(x, weight, bias, axis=axis)
     np.testing.assert_array_equal(mean, np.full(shape[axis], dtype.type(value), np.float64))
@@ -80,13 +78,13 @@ def test_a_constant_channel_gives_exactly_the_bias(isa, dtype, rng, shape, axis,
 
 
 @pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize(("shape", "axis"), small_batches(), ids=str)
+@pytest.mark.parametrize(
+    ("shape", "axis"), [case for case in small_batches() if case[0][case[1]] > 1], ids=str
+)
 def test_specials_stay_in_their_channel(isa, dtype, rng, shape, axis, special):
     x = rng.normal(3, 2, shape).astype(dtype)
     dy = rng.normal(size=shape).astype(dtype)
     channels = shape[axis]
-    if channels == 1:
-        pytest.skip("no other channel")
     clean = bnfast.batch_norm_forward(x, axis=axis)
     clean_gradient = bnfast.batch_norm_backward(dy, x, *clean[1:], axis=axis)
     for channel in {0, channels // 2, channels - 1}:

@@ -1,0 +1,188 @@
+"""The plan alone: pure Python, no data."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bnfast import _layout
+from bnfast._layout import CHANNELS_LAST, CONTIGUOUS, plan_layout
+
+
+def plan_of(*arrays, axis=1):
+    first = arrays[0]
+    return plan_layout(
+        *(first.shape, axis, first.itemsize),
+        tuple(a.strides for a in arrays),
+        tuple(a.flags.aligned for a in arrays),
+    )
+
+
+def extent(plan):
+    return plan.layout, plan.outer, plan.channels, plan.inner
+
+
+def test_nchw_is_contiguous():
+    plan = plan_of(np.empty((4, 3, 5, 6), np.float32))
+    assert extent(plan) == (CONTIGUOUS, 4, 3, 30)
+    assert plan.operands[0].direct
+    assert (plan.operands[0].outer_stride, plan.operands[0].channel_stride) == (360, 120)
+
+
+def test_nhwc_is_channels_last():
+    plan = plan_of(np.empty((4, 5, 6, 3), np.float32), axis=3)
+    assert extent(plan) == (CHANNELS_LAST, 120, 3, 1)
+    assert plan.operands[0].direct
+    assert plan.operands[0].outer_stride == 12
+
+
+def test_nhwc_in_memory_under_nchw_indices_is_channels_last():
+    x = np.empty((4, 5, 6, 3), np.float32).transpose(0, 3, 1, 2)
+    assert extent(plan_of(x)) == (CHANNELS_LAST, 120, 3, 1)
+    assert plan_of(x).operands[0].direct
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (8, 16, 1), (8, 16, 1, 1), (1, 16, 8)])
+def test_axes_of_length_one_vanish(shape):
+    plan = plan_of(np.empty(shape, np.float32))
+    assert plan.outer * plan.inner == 8
+    assert plan.operands[0].direct
+
+
+def test_fortran_order_is_contiguous_over_the_batch():
+    plan = plan_of(np.asfortranarray(np.empty((4, 3, 5, 6), np.float32)))
+    assert extent(plan) == (CONTIGUOUS, 30, 3, 4)
+    assert plan.operands[0].direct
+
+
+def test_a_single_channel_is_one_run():
+    assert extent(plan_of(np.empty((4, 1, 5, 6), np.float32))) == (CONTIGUOUS, 1, 1, 120)
+    assert extent(plan_of(np.empty((4, 5, 6, 1), np.float32), axis=3)) == (CONTIGUOUS, 1, 1, 120)
+
+
+@pytest.mark.parametrize(
+    "window",
+    [np.s_[1:3], np.s_[::-1], np.s_[::2], np.s_[:, 1:], np.s_[:, ::2], np.s_[:, ::-1], np.s_[:, :, 2:]],
+    ids=str,
+)
+def test_common_slices_are_walked_directly(window):
+    plan = plan_of(np.empty((4, 3, 5, 6), np.float32)[window])
+    assert plan.layout == CONTIGUOUS
+    assert plan.operands[0].direct
+
+
+@pytest.mark.parametrize("window", [np.s_[..., 1:], np.s_[..., ::-1], np.s_[..., ::2]], ids=str)
+def test_odd_slices_are_packed_and_cut_like_a_copy(window):
+    x = np.empty((4, 3, 5, 6), np.float32)[window]
+    plan, copy = plan_of(x), plan_of(np.ascontiguousarray(x))
+    assert not plan.operands[0].direct
+    assert copy.operands[0].direct
+    ours = plan._replace(operands=(), inner_axis_sizes=(), outer_axis_sizes=())
+    theirs = copy._replace(operands=(), inner_axis_sizes=(), outer_axis_sizes=())
+    assert ours == theirs
+
+
+def test_a_repeated_batch_axis_is_the_slowest_and_direct():
+    x = np.broadcast_to(np.empty((1, 3, 5, 6), np.float32), (4, 3, 5, 6))
+    plan = plan_of(x)
+    assert extent(plan) == (CONTIGUOUS, 4, 3, 30)
+    assert plan.operands[0].direct
+    assert plan.operands[0].outer_stride == 0
+
+
+def test_operands_are_packed_one_by_one():
+    x = np.empty((4, 3, 5, 6), np.float32)
+    other = np.empty((4, 5, 6, 3), np.float32).transpose(0, 3, 1, 2)
+    plan = plan_of(x, other)
+    assert [operand.direct for operand in plan.operands] == [True, False]
+    assert [operand.direct for operand in plan_of(other, x).operands] == [True, False]
+
+
+def test_misaligned_memory_is_packed():
+    x = np.empty(4 * 12 + 1, np.uint8)[1:].view(np.float32).reshape(4, 3)
+    assert not plan_of(x).operands[0].direct
+
+
+def test_the_plan_is_cached_and_immutable():
+    x = np.empty((4, 3, 5, 6), np.float32)
+    assert plan_of(x) is plan_of(x.copy())
+    with pytest.raises(AttributeError):
+        plan_of(x).outer = 7
+
+
+def test_cuts_do_not_depend_on_the_number_of_channels_where_a_channel_is_a_run():
+    few = plan_of(np.empty((50, 3, 30, 30), np.float32))
+    many = plan_of(np.empty((50, 300, 30, 30), np.float32))
+    assert few[7:13] == many[7:13]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    layout=st.sampled_from([CONTIGUOUS, CHANNELS_LAST]),
+    itemsize=st.sampled_from([4, 8]),
+    outer=st.integers(1, 5000),
+    channels=st.integers(1, 5000),
+    inner=st.integers(2, 300_000),
+)
+def test_chunks_tile_the_channel_and_fit_the_scratch_memory(
+    layout, itemsize, outer, channels, inner
+):
+    if layout == CHANNELS_LAST:
+        inner = 1
+    cut = _layout._cut(layout, itemsize, outer, channels, inner)
+    chunk_outer, chunk_inner, chunks_per_run, chunks, chunks_per_block, blocks = cut
+    assert 1 <= chunk_outer * chunk_inner * itemsize <= _layout.CHUNK_BYTES
+    assert chunks_per_run == 1 or chunk_outer == 1
+    assert (chunks_per_run - 1) * chunk_inner < inner <= chunks_per_run * chunk_inner
+    rows = chunks // chunks_per_run
+    assert (rows - 1) * chunk_outer < outer <= rows * chunk_outer
+    assert chunks == rows * chunks_per_run
+    assert (blocks - 1) * chunks_per_block < chunks <= blocks * chunks_per_block
+    if layout == CHANNELS_LAST:
+        assert chunk_outer % _layout.ROWS_TOGETHER == 0
+        assert chunks_per_block * chunk_outer >= _layout.FEWEST_BLOCK_ROWS
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_every_element_is_visited_once(data):
+    """Walks the merged axes as packing.c does."""
+    ndim = data.draw(st.integers(2, 5))
+    shape = tuple(data.draw(st.lists(st.integers(1, 4), min_size=ndim, max_size=ndim)))
+    axis = data.draw(st.integers(0, ndim - 1))
+    order = data.draw(st.permutations(range(ndim)))
+    signs = data.draw(st.lists(st.sampled_from([1, -1, 2]), min_size=ndim, max_size=ndim))
+    big = np.arange(math.prod(2 * n for n in shape)).reshape([2 * shape[d] for d in order])
+    big = big.transpose(np.argsort(order))
+    window = tuple(
+        {1: slice(0, n), -1: slice(n - 1, None, -1), 2: slice(0, 2 * n, 2)}[sign]
+        for n, sign in zip(shape, signs, strict=True)
+    )
+    x = big[window]
+    assert x.shape == shape
+    plan = plan_of(x, axis=axis)
+    operand = plan.operands[0]
+    start = x[(0,) * ndim] * 8
+
+    def offsets(sizes, strides):
+        return [
+            sum(i * s for i, s in zip(index, strides, strict=True)) for index in np.ndindex(*sizes)
+        ]
+
+    for c in range(plan.channels):
+        visited = [
+            (start + c * operand.channel_stride + o + i) // 8
+            for o in offsets(plan.outer_axis_sizes, operand.outer_axis_strides)
+            for i in offsets(plan.inner_axis_sizes, operand.inner_axis_strides)
+        ]
+        assert sorted(visited) == sorted(np.moveaxis(x, axis, 0)[c].ravel())
+        if operand.direct:
+            inner_step = 8 if plan.inner > 1 else 0
+            direct = [
+                (start + c * operand.channel_stride + o * operand.outer_stride + i * inner_step) // 8
+                for o in range(plan.outer)
+                for i in range(plan.inner)
+            ]
+            assert direct == visited
