@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 import os
 
-from bnfast import _core
+from bnfast import _core, _validation
 
 # Less work than this many bytes is done before a team of threads has woken up: no OpenMP region.
 SERIAL_BYTES = 64 * 1024
@@ -63,14 +62,9 @@ def set_num_threads(num_threads: int | None) -> None:
     if num_threads is None:
         _wanted = None
         return
-    try:
-        number = operator.index(num_threads)
-    except TypeError:
-        raise TypeError(
-            f"num_threads must be a positive integer or None, got {num_threads!r}"
-        ) from None
+    number = _validation.integer("num_threads", num_threads)
     if number < 1:
-        raise ValueError(f"num_threads must be a positive integer or None, got {num_threads!r}")
+        raise ValueError(f"num_threads must be at least 1, got {number}")
     _wanted = number
 
 

@@ -1,0 +1,90 @@
+"""Which kernels run: the environment's word, and what this machine was expected to have."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import bnfast
+from bnfast import _core
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_available_isas_are_built_best_first_and_end_with_the_baseline():
+    available = bnfast.available_isas()
+    built = list(_core.built_isas())
+    assert available[-1] == "baseline"
+    assert [name for name in built if name in available] == list(available)
+
+
+@pytest.mark.skipif(not os.environ.get("BNFAST_EXPECT_ISAS"), reason="BNFAST_EXPECT_ISAS not set")
+def test_every_expected_isa_is_available():
+    assert set(bnfast.available_isas()) == set(os.environ["BNFAST_EXPECT_ISAS"].split(","))
+
+
+def test_the_best_isa_runs_by_default():
+    done = run("import bnfast; from bnfast import _core; print(_core.active_isa())", BNFAST_ISA="")
+    assert done.stdout.strip() == bnfast.available_isas()[0]
+
+
+@pytest.mark.parametrize("name", bnfast.available_isas())
+def test_bnfast_isa_chooses_exactly(name):
+    done = run("import bnfast; from bnfast import _core; print(_core.active_isa())", BNFAST_ISA=name)
+    assert done.stdout.strip() == name
+
+
+@pytest.mark.parametrize("name", ["avx", "AVX2", "sse2", "native", "baseline,avx2", "1"])
+def test_an_unknown_isa_is_an_import_error(name):
+    done = run("import bnfast", BNFAST_ISA=name)
+    assert done.returncode != 0
+    assert f"ImportError: BNFAST_ISA={name}, but this build has only: " in done.stderr
+
+
+def test_an_isa_that_the_machine_lacks_is_an_import_error():
+    # The machine has all that were built, so the check is made to answer otherwise.
+    code = (
+        "from bnfast import _core\n"
+        "_core.available_isas = lambda: ('baseline',)\n"
+        "import os; os.environ['BNFAST_ISA'] = list(_core.built_isas())[0]\n"
+        "import importlib, bnfast._configuration as c\n"
+        "importlib.reload(c)\n"
+    )
+    if len(_core.built_isas()) == 1:
+        pytest.skip("this build has the baseline only")
+    done = run(code, BNFAST_ISA="")
+    assert done.returncode != 0
+    assert "but this machine runs only: baseline" in done.stderr
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
+def test_a_bad_number_of_threads_is_an_import_error(value):
+    done = run("import bnfast", BNFAST_NUM_THREADS=value)
+    assert done.returncode != 0
+    assert f"ImportError: BNFAST_NUM_THREADS must be a positive integer, got '{value}'" in done.stderr
+
+
+def test_bnfast_num_threads_is_obeyed():
+    done = run("import bnfast; print(bnfast.get_num_threads())", BNFAST_NUM_THREADS="1")
+    assert done.stdout.strip() == "1"
+
+
+def test_only_an_available_isa_can_be_activated():
+    with pytest.raises(ValueError, match="isa must be one of"):
+        _core.activate("neon")
+
+
+def test_every_variant_was_compiled_strictly():
+    for flags in _core.built_isas().values():
+        words = flags.split()
+        assert "-ffp-contract=off" in words
+        assert not [word for word in words if "fast" in word or "unsafe" in word or "finite" in word]

@@ -1,0 +1,337 @@
+"""BatchNorm: modes, statistics, gradients, state, Keras, warnings."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+import bnfast
+from bnfast import BatchNorm
+from bnfast import _reference as reference
+
+
+def images(rng, dtype=np.float32, shape=(8, 3, 5, 5)):
+    return rng.normal(3, 2, shape).astype(dtype)
+
+
+def test_a_new_layer_is_pytorchs(dtype):
+    layer = BatchNorm(3, dtype=dtype)
+    for array, value in (
+        *((layer.weight, 1), (layer.bias, 0)),
+        *((layer.running_mean, 0), (layer.running_var, 1)),
+    ):
+        assert array.dtype == dtype
+        np.testing.assert_array_equal(array, np.full(3, value))
+    assert (layer.eps, layer.momentum, layer.axis, layer.unbiased) == (1e-5, 0.1, 1, True)
+    assert layer.num_batches_tracked == 0
+    assert layer.weight_grad is None
+    assert layer.bias_grad is None
+    assert layer.training
+
+
+def test_training_is_the_functional_operation(dtype, rng, axis):
+    x = images(rng, dtype)
+    channels = x.shape[axis]
+    layer = BatchNorm(channels, axis=axis, dtype=dtype)
+    layer.weight[...], layer.bias[...] = rng.normal(size=(2, channels))
+    mean, var = np.zeros(channels, dtype), np.ones(channels, dtype)
+    for number in range(1, 4):
+        expected = bnfast.batch_norm(
+            x, mean, var, layer.weight, layer.bias, training=True, axis=axis
+        )
+        np.testing.assert_array_equal(layer(x), expected)
+        np.testing.assert_array_equal(layer.running_mean, mean)
+        np.testing.assert_array_equal(layer.running_var, var)
+        assert layer.num_batches_tracked == number
+
+
+def test_evaluation_uses_the_running_statistics_and_leaves_them_alone(dtype, rng):
+    layer = BatchNorm(3, dtype=dtype)
+    layer(images(rng, dtype))
+    before = layer.state_dict()
+    x = images(rng, dtype)
+    expected = bnfast.batch_norm(x, layer.running_mean, layer.running_var)
+    np.testing.assert_array_equal(layer.eval()(x), expected)
+    np.testing.assert_equal(layer.state_dict(), before)
+    assert not layer.training
+    assert layer.train().training
+    assert not layer.train(False).training
+
+
+def test_a_changed_parameter_counts_from_the_next_call_on(rng):
+    layer = BatchNorm(3).eval()
+    x = images(rng)
+    layer(x)
+    layer.weight *= 2
+    layer.bias += 1
+    layer.running_mean += 3
+    expected = bnfast.batch_norm(
+        x, layer.running_mean, layer.running_var, layer.weight, layer.bias
+    )
+    np.testing.assert_array_equal(layer(x), expected)
+
+
+def test_without_tracking_evaluation_uses_the_batch(rng):
+    x = images(rng)
+    layer = BatchNorm(3, track_running_stats=False)
+    trained = layer(x)
+    assert layer.running_mean is None
+    assert layer.num_batches_tracked is None
+    np.testing.assert_array_equal(layer.eval()(x), trained)
+    dy = images(rng)
+    dx = layer.backward(dy)
+    layer.train()(x)
+    np.testing.assert_array_equal(layer.backward(dy), dx)
+
+
+def test_without_affine_there_is_nothing_to_learn(rng):
+    layer = BatchNorm(3, affine=False)
+    x = images(rng)
+    np.testing.assert_array_equal(layer(x), bnfast.batch_norm_forward(x)[0])
+    layer.backward(x)
+    assert layer.weight is layer.bias is layer.weight_grad is layer.bias_grad is None
+
+
+def test_momentum_none_averages_all_batches(rng):
+    layer = BatchNorm(3, momentum=None, dtype=np.float64)
+    batches = [images(rng, np.float64) for _ in range(5)]
+    for batch in batches:
+        layer(batch)
+    means = [b.mean((0, 2, 3)) for b in batches]
+    variances = [b.var((0, 2, 3), ddof=1) for b in batches]
+    np.testing.assert_allclose(layer.running_mean, np.mean(means, 0), rtol=1e-13)
+    np.testing.assert_allclose(layer.running_var, np.mean(variances, 0), rtol=1e-13)
+
+
+def test_biased_running_variance(rng):
+    layer = BatchNorm(3, momentum=1.0, unbiased=False, dtype=np.float64)
+    x = images(rng, np.float64)
+    layer(x)
+    np.testing.assert_allclose(layer.running_var, x.var((0, 2, 3)), rtol=1e-13)
+
+
+def test_an_empty_batch_counts_for_nothing():
+    layer = BatchNorm(3)
+    before = layer.state_dict()
+    y = layer(np.empty((0, 3, 5, 5), np.float32))
+    assert y.shape == (0, 3, 5, 5)
+    np.testing.assert_equal(layer.state_dict(), before)
+    assert layer.backward(y).shape == y.shape
+    np.testing.assert_array_equal(layer.weight_grad, 0)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_gradients_are_the_functional_ones(dtype, rng, axis, training):
+    x, dy = images(rng, dtype), images(rng, dtype)
+    channels = x.shape[axis]
+    layer = BatchNorm(channels, axis=axis, dtype=dtype)
+    layer.weight[...] = rng.normal(size=channels)
+    layer(x)
+    layer.backward(dy)
+    layer.train(training)
+    if training:
+        _, mean, invstd = bnfast.batch_norm_forward(x, axis=axis)
+    else:
+        mean = layer.running_mean.copy()
+        invstd = 1 / np.sqrt(layer.running_var.astype(np.float64) + layer.eps)
+    layer(x)
+    if not training:
+        layer.running_mean += 100  # what backward needs was settled by the call
+    dx = layer.backward(dy)
+    expected = bnfast.batch_norm_backward(
+        dy, x, mean, invstd, layer.weight, axis=axis, training=training
+    )
+    for got, want in zip((dx, layer.weight_grad, layer.bias_grad), expected, strict=True):
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got, want)
+
+
+def test_gradients_agree_with_the_reference(rng):
+    x, dy = images(rng, np.float64), images(rng, np.float64)
+    layer = BatchNorm(3, dtype=np.float64)
+    layer.weight[...] = [1, -2, 0.5]
+    layer(x)
+    dx = layer.backward(dy)
+    _, mean, invstd = reference.batch_norm_forward(x)
+    expected = reference.batch_norm_backward(dy, x, mean, invstd, layer.weight)
+    for got, want in zip((dx, layer.weight_grad, layer.bias_grad), expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_each_backward_needs_its_own_call(rng):
+    layer = BatchNorm(3)
+    x = images(rng)
+    with pytest.raises(RuntimeError, match="backward needs a call"):
+        layer.backward(x)
+    layer(x)
+    with pytest.raises(ValueError, match="dy must have the shape"):
+        layer.backward(x[:1])
+    layer.backward(x)
+    with pytest.raises(RuntimeError, match="one for each backward"):
+        layer.backward(x)
+
+
+@pytest.mark.parametrize("data_dtype", [np.float32, np.float64])
+def test_parameters_of_one_dtype_and_data_of_another(dtype, rng, data_dtype):
+    layer = BatchNorm(3, dtype=dtype)
+    x = images(rng, data_dtype)
+    assert layer(x).dtype == data_dtype
+    assert layer.backward(x).dtype == data_dtype
+    assert layer.weight_grad.dtype == dtype
+    assert layer.running_mean.dtype == dtype
+
+
+def test_bad_input_leaves_the_layer_as_it_was(rng):
+    layer = BatchNorm(3)
+    layer(images(rng))
+    before = layer.state_dict()
+    for bad, error in (
+        (images(rng, shape=(2, 4, 5, 5)), ValueError),
+        (images(rng, shape=(1, 3)), ValueError),
+        (images(rng).astype(np.int32), TypeError),
+    ):
+        with pytest.raises(error, match="^x must"):
+            layer(bad)
+        np.testing.assert_equal(layer.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        ({"num_features": -1}, ValueError),
+        ({"num_features": 2.5}, TypeError),
+        ({"eps": 0.0}, ValueError),
+        ({"eps": "small"}, TypeError),
+        ({"momentum": np.nan}, ValueError),
+        ({"axis": 1.5}, TypeError),
+        ({"dtype": np.float16}, TypeError),
+        ({"dtype": "nonsense"}, TypeError),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_a_new_layer(bad, error):
+    with pytest.raises(error, match=f"^{next(iter(bad))} must"):
+        BatchNorm(**({"num_features": 3} | bad))
+
+
+def test_a_small_batch_is_warned_about_once(rng):
+    layer = BatchNorm(3)
+    layer(images(rng, shape=(8, 3)))
+    with pytest.warns(UserWarning, match="7 values per channel.*eval.*layer") as caught:
+        layer(images(rng, shape=(7, 3)))
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(images(rng, shape=(7, 3)))
+        BatchNorm(3).eval()(images(rng, shape=(2, 3)))
+
+
+def test_state_goes_into_a_layer_like_it(dtype, rng):
+    layer = BatchNorm(3, dtype=dtype)
+    layer.weight[...] = [1, 2, 3]
+    for _ in range(3):
+        layer(images(rng))
+    state = layer.state_dict()
+    assert list(state) == ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    assert state["num_batches_tracked"].dtype == np.int64
+    assert state["num_batches_tracked"].shape == ()
+    other = BatchNorm(3, dtype=dtype)
+    weight = other.weight
+    other.load_state_dict(state)
+    assert other.weight is weight
+    np.testing.assert_equal(other.state_dict(), state)
+    assert other.num_batches_tracked == 3
+    state["weight"][...] = 0
+    np.testing.assert_array_equal(other.weight, [1, 2, 3])
+    np.testing.assert_array_equal(layer.weight, [1, 2, 3])
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("tracking", [True, False])
+def test_the_state_has_what_the_layer_has(affine, tracking):
+    layer = BatchNorm(3, affine=affine, track_running_stats=tracking)
+    names = ["weight", "bias"] * affine
+    names += ["running_mean", "running_var", "num_batches_tracked"] * tracking
+    assert list(layer.state_dict()) == names
+    layer.load_state_dict(layer.state_dict())
+
+
+def test_the_counter_may_be_missing_as_in_old_checkpoints(rng):
+    layer = BatchNorm(3)
+    layer(images(rng))
+    state = layer.state_dict()
+    del state["num_batches_tracked"]
+    layer.load_state_dict(state)
+    assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weight": None}, TypeError, "weight must"),
+        ({"weight": np.ones(4)}, ValueError, "weight must"),
+        ({"running_var": np.ones(3, int)}, TypeError, "running_var must"),
+        ({"num_batches_tracked": -1}, ValueError, "num_batches_tracked must"),
+        ({"num_batches_tracked": 1.5}, TypeError, "num_batches_tracked must"),
+        ({"gamma": np.ones(3)}, ValueError, r"unexpected \['gamma'\]"),
+    ],
+    ids=str,
+)
+def test_a_bad_state_changes_nothing(rng, change, error, message):
+    layer = BatchNorm(3)
+    layer(images(rng))
+    before = layer.state_dict()
+    with pytest.raises(error, match=message):
+        layer.load_state_dict({name: array + 1 for name, array in before.items()} | change)
+    np.testing.assert_equal(layer.state_dict(), before)
+    with pytest.raises(ValueError, match=r"missing \['weight', 'bias'"):
+        layer.load_state_dict({})
+
+
+def test_keras_weights_in_keras_order(dtype, rng):
+    gamma, beta, mean = rng.normal(size=(3, 4)).astype(dtype)
+    var = rng.uniform(1, 2, 4).astype(dtype)
+    layer = BatchNorm.from_keras(gamma, beta, mean, var, momentum=0.9, epsilon=2e-3)
+    assert (layer.axis, layer.eps, layer.unbiased, layer.dtype) == (-1, 2e-3, False, dtype)
+    assert layer.momentum == pytest.approx(0.1)
+    x = rng.normal(size=(6, 5, 4)).astype(dtype)
+    expected = reference.scale_shift(x, mean, var, gamma, beta, 2e-3, axis=-1)
+    np.testing.assert_allclose(layer.eval()(x), expected, rtol=1e-5, atol=1e-5)
+    layer.train()(x)
+    expected = reference.update_running(mean, var, x, 0.1, axis=-1, unbiased=False)
+    np.testing.assert_allclose(layer.running_mean, expected[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(layer.running_var, expected[1], rtol=1e-5)
+    assert not np.shares_memory(layer.running_mean, mean)
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("center", [True, False])
+def test_keras_without_scale_or_center(rng, scale, center):
+    gamma = np.full(4, 2, np.float32) if scale else None
+    beta = np.full(4, 3, np.float32) if center else None
+    layer = BatchNorm.from_keras(gamma, beta, np.zeros(4, np.float32), np.ones(4, np.float32))
+    x = images(rng, shape=(8, 5, 4))
+    expected = reference.batch_norm_forward(x, gamma, beta, 1e-3, axis=-1)[0]
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
+    layer.backward(x)
+    assert (layer.weight_grad is None) == (not scale)
+    assert (layer.bias_grad is None) == (not center)
+    layer.load_state_dict(layer.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [("gamma", np.ones(3)), ("beta", np.ones(5)), ("moving_mean", np.ones((2, 2))),
+     ("moving_variance", np.ones(4, int)), ("momentum", np.nan)],
+)
+def test_bad_keras_weights(name, bad):
+    names = ("gamma", "beta", "moving_mean", "moving_variance")
+    with pytest.raises((TypeError, ValueError), match=f"^{name} must"):
+        BatchNorm.from_keras(**({n: np.ones(4) for n in names} | {name: bad}))
+
+
+def test_the_representation_says_how_to_make_it():
+    assert repr(BatchNorm(3, axis=-1, momentum=None)) == (
+        "BatchNorm(3, eps=1e-05, momentum=None, affine=True, track_running_stats=True, "
+        "axis=-1, unbiased=True, dtype=float32)"
+    )

@@ -1,0 +1,108 @@
+"""How many threads; many callers at once; children of a fork."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import bnfast
+from bnfast import _core, _threads
+
+needs_openmp = pytest.mark.skipif(not _core.HAS_OPENMP, reason="built without OpenMP")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+
+
+@pytest.fixture
+def many_processors(monkeypatch):
+    monkeypatch.setattr(_threads, "allowed_threads", lambda: 64)
+    yield
+    bnfast.set_num_threads(None)
+
+
+@needs_openmp
+def test_set_num_threads_is_read_back(many_processors):
+    for number in (1, 2, 5):
+        bnfast.set_num_threads(number)
+        assert bnfast.get_num_threads() == number
+    bnfast.set_num_threads(None)
+    assert bnfast.get_num_threads() == _core.openmp_max_threads()
+
+
+def test_never_more_threads_than_allowed():
+    bnfast.set_num_threads(10_000)
+    assert bnfast.get_num_threads() <= _threads.allowed_threads()
+    bnfast.set_num_threads(None)
+
+
+def test_small_work_is_serial_and_large_work_is_not_cut_too_fine(many_processors):
+    bnfast.set_num_threads(8)
+    assert _threads.threads_for(_threads.SERIAL_BYTES - 1) == 1
+    assert _threads.threads_for(3 * _threads.BYTES_PER_THREAD) in (1, 3)
+    assert _threads.threads_for(1 << 30) == bnfast.get_num_threads()
+
+
+@needs_openmp
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_the_setting_of_openmp_is_read_on_every_call(many_processors, limit):
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    with threadpoolctl.threadpool_limits(limit, user_api="openmp"):
+        assert bnfast.get_num_threads() == limit
+
+
+def test_many_python_threads_get_the_same_bits(rng):
+    arrays = [rng.normal(3, 2, (4, 16, 40, 40)).astype(np.float32) for _ in range(4)]
+
+    def work(x):
+        y, mean, invstd = bnfast.batch_norm_forward(x)
+        return y, *bnfast.batch_norm_backward(y, x, mean, invstd)
+
+    expected = [work(x) for x in arrays]
+    with ThreadPoolExecutor(8) as pool:
+        for got, want in zip(pool.map(work, arrays * 10), expected * 10, strict=True):
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+CHILD = """
+import os, sys, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 and later: fork in a process with threads
+import numpy as np, bnfast
+from bnfast import _threads
+_threads.allowed_threads = lambda: 64
+bnfast.set_num_threads(4)
+x = np.random.default_rng(0).normal(size=(8, 16, 64, 64)).astype(np.float32)
+before = bnfast.batch_norm_forward(x)
+assert bnfast.get_num_threads() == {expected}
+if {fork_first}:
+    pid = os.fork()
+    if pid == 0:
+        ok = bnfast.get_num_threads() == 1
+        bnfast.set_num_threads(4)
+        ok &= bnfast.get_num_threads() == 1
+        after = bnfast.batch_norm_forward(x)
+        ok &= all(np.array_equal(a, b) for a, b in zip(before, after))
+        os._exit(0 if ok else 3)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, status
+else:
+    import multiprocessing
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        for after in pool.map(bnfast.batch_norm_forward, [x] * 4):
+            assert all(np.array_equal(a, b) for a, b in zip(before, after))
+after = bnfast.batch_norm_forward(x)
+assert all(np.array_equal(a, b) for a, b in zip(before, after))
+assert bnfast.get_num_threads() == {expected}
+"""
+
+
+@needs_fork
+@pytest.mark.parametrize("fork_first", [True, False], ids=["os.fork", "multiprocessing"])
+def test_forked_children_are_serial_and_never_hang(fork_first):
+    code = CHILD.format(fork_first=fork_first, expected=4 if _core.HAS_OPENMP else 1)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,142 @@
+"""PyTorch as a second oracle, where it is installed: its own samples, its modules, its gradients."""
+
+import numpy as np
+import pytest
+
+import bnfast
+
+torch = pytest.importorskip("torch")
+functional = torch.nn.functional
+
+
+def to_numpy(value):
+    return value.detach().numpy().copy() if torch.is_tensor(value) else value
+
+
+def opinfo_samples():
+    """PyTorch's samples for batch_norm, each with its dtype: they ship with the package."""
+    pytest.importorskip("expecttest")  # imported by PyTorch's own test package
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    (op,) = [
+        op
+        for op in op_db
+        if op.name == "nn.functional.batch_norm" and not op.variant_test_name
+    ]
+    return [
+        (str(dtype), number, sample)
+        for dtype in (torch.float32, torch.float64)
+        for number, sample in enumerate(op.sample_inputs("cpu", dtype))
+    ]
+
+
+def test_all_samples_of_pytorch_with_their_running_statistics():
+    samples = opinfo_samples()
+    assert len(samples) == 24
+    for dtype, number, sample in samples:
+        # (input, running_mean, running_var) and keywords; both sides update copies of their own.
+        theirs = [None if a is None else a.clone() for a in (sample.input, *sample.args)]
+        ours = [to_numpy(a) for a in theirs]
+        keywords = {name: to_numpy(value) for name, value in sample.kwargs.items()}
+        expected = functional.batch_norm(*theirs, **sample.kwargs)
+        got = bnfast.batch_norm(*ours, **keywords)
+        for a, b in zip([got, *ours], [expected, *theirs], strict=True):
+            if b is not None:
+                torch.testing.assert_close(
+                    torch.from_numpy(a), b.detach(), msg=f"{dtype} sample {number}"
+                )
+
+
+def test_errors_come_where_pytorch_raises():
+    x, ones = torch.ones(4, 3, 5), torch.ones(3)
+    for arguments, keywords in (
+        ((x, ones, ones), {"training": True, "eps": 0.0}),
+        ((x, ones, ones), {"training": False, "eps": -1.0}),
+        ((x, None, None), {"training": False}),
+        ((x, ones, None), {"training": True}),
+        ((x, None, ones), {"training": False}),
+        ((x[:1, :, :1], ones, ones), {"training": True}),
+        ((x, torch.ones(4), ones), {"training": True}),
+        ((x, ones, ones, torch.ones(2)), {"training": True}),
+    ):
+        with pytest.raises((ValueError, RuntimeError)):
+            functional.batch_norm(*arguments, **keywords)
+        with pytest.raises((ValueError, TypeError)):
+            bnfast.batch_norm(*[to_numpy(a) for a in arguments], **keywords)
+
+
+def test_infinity_makes_the_same_running_statistics():
+    x = np.random.default_rng(0).normal(size=(4, 3, 5))
+    x[0, 0, 0] = np.inf
+    mean, var = np.zeros(3), np.ones(3)
+    y = bnfast.batch_norm(x, mean, var, training=True)
+    tensors = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    expected = functional.batch_norm(torch.from_numpy(x), *tensors, training=True)
+    np.testing.assert_allclose(y, expected.numpy(), rtol=1e-12)
+    np.testing.assert_allclose(mean, tensors[0].numpy(), rtol=1e-12)
+    np.testing.assert_allclose(var, tensors[1].numpy(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("shape", [(6, 3), (4, 3, 5), (4, 3, 5, 6), (2, 3, 4, 5, 6)], ids=str)
+def test_gradients_are_autograds(isa, rng, shape, training):
+    x, dy = rng.normal(2, 3, (2, *shape))
+    weight, bias, mean = rng.normal(size=(3, 3))
+    var = rng.uniform(0.5, 2, 3)
+    tensors = [torch.from_numpy(a).requires_grad_() for a in (x, weight, bias)]
+    y = functional.batch_norm(
+        *(tensors[0], torch.from_numpy(mean.copy()), torch.from_numpy(var.copy())),
+        *(tensors[1], tensors[2], training),
+    )
+    y.backward(torch.from_numpy(dy))
+    if training:
+        _, mean, invstd = bnfast.batch_norm_forward(x)
+    else:
+        invstd = 1 / np.sqrt(var + 1e-5)
+    got = bnfast.batch_norm_backward(dy, x, mean, invstd, weight, training=training)
+    for a, tensor in zip(got, tensors, strict=True):
+        np.testing.assert_allclose(a, tensor.grad.numpy(), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None, 0.7])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("tracking", [True, False])
+def test_the_layer_goes_the_way_of_the_module(rng, momentum, affine, tracking):
+    module = torch.nn.BatchNorm2d(3, 1e-3, momentum, affine, tracking)
+    layer = bnfast.BatchNorm(3, 1e-3, momentum, affine, tracking)
+    if affine:
+        with torch.no_grad():
+            module.weight.copy_(torch.tensor([1.0, -2.0, 0.5]))
+            module.bias.copy_(torch.tensor([0.0, 1.0, 2.0]))
+    layer.load_state_dict(module.state_dict())
+    for step in range(6):
+        x = rng.normal(2, 3, (4, 3, 5, 6)).astype(np.float32)
+        dy = rng.normal(size=x.shape).astype(np.float32)
+        layer.train(step % 3 < 2)
+        module.train(step % 3 < 2)
+        module.zero_grad()
+        tensor = torch.from_numpy(x).requires_grad_()
+        expected = module(tensor)
+        expected.backward(torch.from_numpy(dy))
+        torch.testing.assert_close(torch.from_numpy(layer(x)), expected.detach())
+        torch.testing.assert_close(torch.from_numpy(layer.backward(dy)), tensor.grad)
+        if affine:
+            torch.testing.assert_close(torch.from_numpy(layer.weight_grad), module.weight.grad)
+            torch.testing.assert_close(torch.from_numpy(layer.bias_grad), module.bias.grad)
+    ours = {name: torch.from_numpy(array) for name, array in layer.state_dict().items()}
+    assert list(ours) == list(module.state_dict())
+    for name, tensor in module.state_dict().items():
+        assert ours[name].dtype == tensor.dtype
+        torch.testing.assert_close(ours[name], tensor)
+    torch.nn.BatchNorm2d(3, 1e-3, momentum, affine, tracking).load_state_dict(ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_state_goes_to_pytorch_and_back(rng, dtype):
+    layer = bnfast.BatchNorm(5, dtype=str(dtype).removeprefix("torch."))
+    layer(rng.normal(size=(8, 5, 2)))
+    module = torch.nn.BatchNorm1d(5, dtype=dtype)
+    module.load_state_dict({k: torch.from_numpy(v) for k, v in layer.state_dict().items()})
+    back = bnfast.BatchNorm(5, dtype=layer.dtype)
+    back.load_state_dict(module.state_dict())
+    np.testing.assert_equal(back.state_dict(), layer.state_dict())
