@@ -9,7 +9,6 @@ import pytest
 import bnfast
 from bnfast import _core, _threads
 
-
 # BNFAST_ISA narrows the run to one instruction set; without it every one that runs here is tested.
 FORCED = os.environ.get("BNFAST_ISA")
 
@@ -33,7 +32,7 @@ def use_isa():
 
 @pytest.fixture
 def use_threads(monkeypatch):
-    """Run with exactly so many threads, however few processors there are and however little work."""
+    """Run with exactly so many threads, whatever the processors and the work."""
 
     def use(num_threads):
         monkeypatch.setattr(_threads, "allowed_threads", lambda: 64)

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from cases import batches, small_batches
-from oracle import check_backward, check_forward, check_moments
 
 import bnfast
+from cases import batches, small_batches
+from oracle import check_backward, check_forward, check_moments
 
 
 @pytest.mark.parametrize(("shape", "axis"), batches(), ids=str)
@@ -40,7 +40,9 @@ def test_evaluation_is_the_formula_to_the_bit(isa, dtype, rng, shape, axis):
     along[axis] = channels
     scale = (weight.astype(np.float64) * invstd).astype(dtype).reshape(along)
     expected = (x - mean.reshape(along)) * scale + bias.reshape(along)
-    np.testing.assert_array_equal(bnfast.batch_norm(x, mean, var, weight, bias, axis=axis), expected)
+    np.testing.assert_array_equal(
+        bnfast.batch_norm(x, mean, var, weight, bias, axis=axis), expected
+    )
 
 
 @pytest.mark.parametrize(("shape", "axis"), small_batches(), ids=str)

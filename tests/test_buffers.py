@@ -4,11 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
-from cases import BUFFERS
-from oracle import check_backward, check_forward, check_moments
 
 import bnfast
 from bnfast import _reference as reference
+from cases import BUFFERS
+from oracle import check_backward, check_forward, check_moments
 
 SHAPES = [(4, 3, 5, 6), (2, 3, 40, 50), (1, 7, 3), (33, 20), (3, 1, 9, 9), (2, 3, 2, 2, 2)]
 

@@ -39,7 +39,9 @@ def test_the_best_isa_runs_by_default():
 
 @pytest.mark.parametrize("name", bnfast.available_isas())
 def test_bnfast_isa_chooses_exactly(name):
-    done = run("import bnfast; from bnfast import _core; print(_core.active_isa())", BNFAST_ISA=name)
+    done = run(
+        "import bnfast; from bnfast import _core; print(_core.active_isa())", BNFAST_ISA=name
+    )
     assert done.stdout.strip() == name
 
 
@@ -70,7 +72,9 @@ def test_an_isa_that_the_machine_lacks_is_an_import_error():
 def test_a_bad_number_of_threads_is_an_import_error(value):
     done = run("import bnfast", BNFAST_NUM_THREADS=value)
     assert done.returncode != 0
-    assert f"ImportError: BNFAST_NUM_THREADS must be a positive integer, got '{value}'" in done.stderr
+    assert (
+        f"ImportError: BNFAST_NUM_THREADS must be a positive integer, got '{value}'" in done.stderr
+    )
 
 
 def test_bnfast_num_threads_is_obeyed():
@@ -87,4 +91,6 @@ def test_every_variant_was_compiled_strictly():
     for flags in _core.built_isas().values():
         words = flags.split()
         assert "-ffp-contract=off" in words
-        assert not [word for word in words if "fast" in word or "unsafe" in word or "finite" in word]
+        assert not [
+            word for word in words if "fast" in word or "unsafe" in word or "finite" in word
+        ]

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from tolerances import FINITE_DIFFERENCES, eps_of
 
 import bnfast
 from bnfast import _reference as reference
+from tolerances import FINITE_DIFFERENCES, eps_of
 
 STEP = 1e-6
 SHAPES = [(2, 3), (5, 2, 3), (2, 3, 2, 2), (3, 2, 2, 1, 2)]
@@ -38,7 +38,9 @@ def test_training_gradients_are_those_of_the_forward_pass(isa, rng, axis, shape)
         expected = central_differences(loss, array)
         size = 1 + np.abs(expected).max()
         # With two values a channel invstd may be large, and the truncation error with it.
-        np.testing.assert_allclose(got, expected, atol=FINITE_DIFFERENCES * size * invstd.max() ** 2)
+        np.testing.assert_allclose(
+            got, expected, atol=FINITE_DIFFERENCES * size * invstd.max() ** 2
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -55,7 +57,9 @@ def test_evaluation_gradients_are_those_of_the_forward_pass(isa, rng, axis, shap
     )
     for got, array in ((dx, x), (dweight, weight), (dbias, bias)):
         expected = central_differences(loss, array)
-        np.testing.assert_allclose(got, expected, atol=FINITE_DIFFERENCES * (1 + abs(expected).max()))
+        np.testing.assert_allclose(
+            got, expected, atol=FINITE_DIFFERENCES * (1 + abs(expected).max())
+        )
 
 
 def test_the_reference_backward_is_the_derivative_of_the_reference_forward(rng):

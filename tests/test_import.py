@@ -22,9 +22,7 @@ assert tiny * np.float32(1) != 0 and np.float32(1e-38) / np.float32(1e3) != 0
 
 
 def run(*arguments):
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=60
-    )
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
@@ -45,5 +43,7 @@ def test_only_numpy_and_the_standard_library_are_imported():
 
 
 def test_the_command_line_is_not_imported():
-    done = run("-c", "import sys, bnfast; print('argparse' in sys.modules, 'bnfast._cli' in sys.modules)")
+    done = run(
+        "-c", "import sys, bnfast; print('argparse' in sys.modules, 'bnfast._cli' in sys.modules)"
+    )
     assert done.stdout.split() == ["False", "False"]

@@ -65,9 +65,7 @@ def test_a_changed_parameter_counts_from_the_next_call_on(rng):
     layer.weight *= 2
     layer.bias += 1
     layer.running_mean += 3
-    expected = bnfast.batch_norm(
-        x, layer.running_mean, layer.running_var, layer.weight, layer.bias
-    )
+    expected = bnfast.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias)
     np.testing.assert_array_equal(layer(x), expected)
 
 
@@ -190,7 +188,7 @@ def test_bad_input_leaves_the_layer_as_it_was(rng):
         (images(rng, shape=(1, 3)), ValueError),
         (images(rng).astype(np.int32), TypeError),
     ):
-        with pytest.raises(error, match="^x must"):
+        with pytest.raises(error, match=r"^x must"):
             layer(bad)
         np.testing.assert_equal(layer.state_dict(), before)
 
@@ -321,8 +319,13 @@ def test_keras_without_scale_or_center(rng, scale, center):
 
 @pytest.mark.parametrize(
     ("name", "bad"),
-    [("gamma", np.ones(3)), ("beta", np.ones(5)), ("moving_mean", np.ones((2, 2))),
-     ("moving_variance", np.ones(4, int)), ("momentum", np.nan)],
+    [
+        ("gamma", np.ones(3)),
+        ("beta", np.ones(5)),
+        ("moving_mean", np.ones((2, 2))),
+        ("moving_variance", np.ones(4, int)),
+        ("momentum", np.nan),
+    ],
 )
 def test_bad_keras_weights(name, bad):
     names = ("gamma", "beta", "moving_mean", "moving_variance")

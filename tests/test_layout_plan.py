@@ -64,7 +64,15 @@ def test_a_single_channel_is_one_run():
 
 @pytest.mark.parametrize(
     "window",
-    [np.s_[1:3], np.s_[::-1], np.s_[::2], np.s_[:, 1:], np.s_[:, ::2], np.s_[:, ::-1], np.s_[:, :, 2:]],
+    [
+        np.s_[1:3],
+        np.s_[::-1],
+        np.s_[::2],
+        np.s_[:, 1:],
+        np.s_[:, ::2],
+        np.s_[:, ::-1],
+        np.s_[:, :, 2:],
+    ],
     ids=str,
 )
 def test_common_slices_are_walked_directly(window):
@@ -181,7 +189,8 @@ def test_every_element_is_visited_once(data):
         if operand.direct:
             inner_step = 8 if plan.inner > 1 else 0
             direct = [
-                (start + c * operand.channel_stride + o * operand.outer_stride + i * inner_step) // 8
+                (start + c * operand.channel_stride + o * operand.outer_stride + i * inner_step)
+                // 8
                 for o in range(plan.outer)
                 for i in range(plan.inner)
             ]

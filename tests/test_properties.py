@@ -4,9 +4,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from oracle import check_backward, check_forward, check_moments
 
 import bnfast
+from oracle import check_backward, check_forward, check_moments
 
 
 @st.composite

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from tolerances import RUNNING, eps_of
 
 import bnfast
 from bnfast import _reference as reference
+from tolerances import RUNNING, eps_of
 
 
 def statistics(channels, dtype):
@@ -19,9 +19,7 @@ def test_the_update_is_the_formula(isa, dtype, rng, axis, momentum, unbiased, bu
     x = rng.normal(3, 2, (5, 6, 4)).astype(dtype)
     mean, var = statistics(x.shape[axis], buffer_dtype)
     expected = reference.update_running(mean, var, x, momentum, axis=axis, unbiased=unbiased)
-    bnfast.batch_norm(
-        x, mean, var, training=True, momentum=momentum, axis=axis, unbiased=unbiased
-    )
+    bnfast.batch_norm(x, mean, var, training=True, momentum=momentum, axis=axis, unbiased=unbiased)
     eps = RUNNING * max(eps_of(buffer_dtype), eps_of(dtype) if dtype == np.float32 else 0)
     np.testing.assert_allclose(mean, expected[0], rtol=eps, atol=eps * 10)
     np.testing.assert_allclose(var, expected[1], rtol=eps, atol=eps * 20)

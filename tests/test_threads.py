@@ -68,7 +68,7 @@ def test_many_python_threads_get_the_same_bits(rng):
 
 CHILD = """
 import os, sys, warnings
-warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 and later: fork in a process with threads
+warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: fork beside threads
 import numpy as np, bnfast
 from bnfast import _threads
 _threads.allowed_threads = lambda: 64
@@ -102,7 +102,5 @@ assert bnfast.get_num_threads() == {expected}
 @pytest.mark.parametrize("fork_first", [True, False], ids=["os.fork", "multiprocessing"])
 def test_forked_children_are_serial_and_never_hang(fork_first):
     code = CHILD.format(fork_first=fork_first, expected=4 if _core.HAS_OPENMP else 1)
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""PyTorch as a second oracle, where it is installed: its own samples, its modules, its gradients."""
+"""PyTorch as a second oracle, where it is installed: its samples, its modules, its gradients."""
 
 import numpy as np
 import pytest
@@ -19,9 +19,7 @@ def opinfo_samples():
     from torch.testing._internal.common_methods_invocations import op_db
 
     (op,) = [
-        op
-        for op in op_db
-        if op.name == "nn.functional.batch_norm" and not op.variant_test_name
+        op for op in op_db if op.name == "nn.functional.batch_norm" and not op.variant_test_name
     ]
     return [
         (str(dtype), number, sample)

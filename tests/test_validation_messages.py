@@ -142,9 +142,7 @@ def test_parameters_of_backward(bad, error, message, name):
 @pytest.mark.parametrize("name", ["mean", "invstd"])
 def test_backward_needs_the_statistics(name):
     good = {"mean": ones(), "invstd": ones()}
-    raises(
-        bnfast.batch_norm_backward, TypeError, "None", f"{name} ", X, X, **(good | {name: None})
-    )
+    raises(bnfast.batch_norm_backward, TypeError, "None", f"{name} ", X, X, **(good | {name: None}))
 
 
 @pytest.mark.parametrize(("bad", "error", "message"), BAD_RUNNING)
@@ -195,9 +193,7 @@ def test_out(bad, error, message):
     raises(bnfast.batch_norm_backward, error, message, "out ", X, X, ones(), ones(), out=bad)
 
 
-@pytest.mark.parametrize(
-    "shift", [np.s_[1:], np.s_[:0:-1]], ids=["shifted", "reversed"]
-)
+@pytest.mark.parametrize("shift", [np.s_[1:], np.s_[:0:-1]], ids=["shifted", "reversed"])
 def test_out_that_overlaps_an_input_in_part(shift):
     memory = np.arange(3 * C * 4, dtype=np.float32).reshape(3, C, 4)
     x, out = memory[:-1], memory[shift]
@@ -247,8 +243,14 @@ def test_eps_may_be_zero_in_evaluation_only():
 
 @pytest.mark.parametrize(
     ("bad", "error"),
-    [(np.nan, ValueError), (np.inf, ValueError), (-np.inf, ValueError), (None, TypeError),
-     ("0.1", TypeError), ([0.1, 0.2], TypeError)],
+    [
+        (np.nan, ValueError),
+        (np.inf, ValueError),
+        (-np.inf, ValueError),
+        (None, TypeError),
+        ("0.1", TypeError),
+        ([0.1, 0.2], TypeError),
+    ],
 )
 def test_momentum(bad, error):
     raises(train, error, "momentum must be", "momentum ", X, ones(), ones(), momentum=bad)
@@ -269,10 +271,13 @@ def test_one_value_per_channel_in_training(shape):
 
 
 @pytest.mark.parametrize(
-    "dy", [np.ones((2, C, 5), np.float32), np.ones((2, C, 4), np.float64), np.ones((2, C), np.float32)]
+    "dy",
+    [np.ones((2, C, 5), np.float32), np.ones((2, C, 4), np.float64), np.ones((2, C), np.float32)],
 )
 def test_dy_of_another_shape_or_dtype(dy):
-    raises(bnfast.batch_norm_backward, ValueError, "shape and dtype of x", "dy ", dy, X, ones(), ones())
+    raises(
+        bnfast.batch_norm_backward, ValueError, "shape and dtype of x", "dy ", dy, X, ones(), ones()
+    )
 
 
 def test_messages_tell_the_whole_story():

@@ -4,9 +4,9 @@ import numpy as np
 
 EPS = {np.dtype(np.float32): 2.0**-23, np.dtype(np.float64): 2.0**-52}
 
-# y = ((x - mean_high) - mean_low) * scale + shift rounds five times, half an ulp each, of numbers as
-# large as (x - mean) * scale, besides the rounding of scale; normal values stay below 6.
-OUTPUT = 8 * 6 / 2
+# y = ((x - mean_high) - mean_low) * scale + shift rounds six times with the rounding of scale, half
+# an ulp each, of numbers as large as the largest y; and scale has half the error of m2.
+OUTPUT = 4
 
 # The promise of ARCHITECTURE.md for float32 output of normal values, whatever the mean.
 PROMISED_OUTPUT_ERROR = 1e-6

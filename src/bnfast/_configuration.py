@@ -90,7 +90,7 @@ def _openmp() -> dict[str, Any]:
         pass
     else:
         runtimes = [
-            {key: pool[key] for key in ("prefix", "filepath", "num_threads")}
+            f"{pool['prefix']} ({pool['filepath']}), {pool['num_threads']} threads"
             for pool in threadpoolctl.threadpool_info()
             if pool["user_api"] == "openmp"
         ]

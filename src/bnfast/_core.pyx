@@ -2,7 +2,6 @@
 # It knows neither the formulas nor the strides: jobs are made here, done in block_tasks.c.
 """Compiled core of bnfast. Private: call it through ``_primitives`` only."""
 
-cimport cython
 cimport numpy as cnp
 from cython.parallel cimport prange
 from libc.stddef cimport ptrdiff_t, size_t

@@ -1,9 +1,9 @@
 """Shape, strides and channel axis in; a cached, immutable plan out.
 
 The plan sees an array as ``(outer, channels, inner)``: ``outer`` are the reduced axes that step
-further than the channel axis, ``inner`` those that step less. It then cuts every channel into chunks
-and blocks. What is summed with what follows from the plan, and the plan from shape, strides and
-element size: not from the machine, nor from the number of threads.
+further than the channel axis, ``inner`` those that step less. It then cuts every channel into
+chunks and blocks. What is summed with what follows from the plan, and the plan from shape, strides
+and element size: not from the machine, nor from the number of threads.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ CHANNELS_LAST = "channels_last"
 # buffers of packing.h, which must be as large.
 CHUNK_BYTES = 16384
 
-# One channel's share of a block where a channel is a run: long enough that starting anew (a block's
-# first chunk is read twice) costs a thirtieth, short enough that one channel keeps all threads busy.
+# One channel's share of a block where a channel is a run: long enough that starting anew (the first
+# chunk of a block is read twice) costs a thirtieth, short enough that one channel keeps all threads
+# busy.
 BLOCK_BYTES = 32 * CHUNK_BYTES
 
 # The runs of a contiguous chunk are cut at multiples of this: whole lanes, whole cache lines.
@@ -71,7 +72,7 @@ class LayoutPlan(NamedTuple):
 
 
 def _walking_order(axes: list[int], strides: tuple[tuple[int, ...], ...]) -> list[int]:
-    """Slowest axis first, as the first operand lies in memory; repeated axes (stride 0) before all."""
+    """Sort axes as the first operand lies in memory, slowest first, repeated ones before all."""
 
     def steps(axis: int) -> tuple[float, ...]:
         return tuple(-abs(s[axis]) if s[axis] else -math.inf for s in strides)
@@ -99,9 +100,7 @@ def _merge(
 
 
 def _is_one_axis(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    return all(
-        strides[d] == sizes[d + 1] * strides[d + 1] for d in range(len(sizes) - 1)
-    )
+    return all(strides[d] == sizes[d + 1] * strides[d + 1] for d in range(len(sizes) - 1))
 
 
 def _operand_layout(
@@ -170,8 +169,8 @@ def plan_layout(
     """Plan a call over arrays of one shape.
 
     ``strides`` (bytes) and ``aligned`` have one entry for each operand. The first operand's strides
-    choose the layout and the order of the walk; an operand that cannot be walked that way is packed.
-    No axis may be empty; ``axis`` is not negative.
+    choose the layout and the order of the walk; an operand that cannot be walked that way is
+    packed. No axis may be empty; ``axis`` is not negative.
     """
     channels = shape[axis]
     reduced = [d for d in range(len(shape)) if d != axis and shape[d] > 1]

@@ -1,4 +1,4 @@
-"""The primitives on arrays: moments, scale_shift and gradient, and normalize, which is the first two.
+"""The primitives on arrays: moments, scale_shift, gradient, and normalize: the first two in one.
 
 Each validates, plans, chooses the number of threads and calls the core, in this order; nothing is
 written before everything has been checked. The only room that calls ``_core``.
@@ -90,10 +90,11 @@ def normalize(
     geometry = _geometry_of(axis, array, y)
     threads = threads_for(array.nbytes + y.nbytes)
     written = None if tracked is None else (_writable(tracked[0]), _writable(tracked[1]))
+    running = (None, None) if written is None else written
+    correction = 1.0 if unbiased else 0.0
     _core.normalize(
         *(geometry, array, y, scale, shift, epsilon, mean, invstd),
-        *((None, None) if written is None else written),
-        *(new_weight, 1.0 if unbiased else 0.0, threads),
+        *(running[0], running[1], new_weight, correction, threads),
     )
     if tracked is not None and written is not None:
         for statistic, updated in zip(tracked, written, strict=True):

@@ -47,7 +47,7 @@ def batch_norm_forward(
     axis: int = 1,
     precision: Any = np.float64,
 ) -> tuple[Array, Array, Array]:
-    """y = weight * (x - mean) * invstd + bias, invstd = 1 / sqrt(var + eps), var = m2 / count."""
+    """Y = weight * (x - mean) * invstd + bias, invstd = 1 / sqrt(var + eps), var = m2 / count."""
     count, mean, m2 = moments(x, axis, precision)
     var = m2 / precision(count)
     y = scale_shift(x, mean, var, weight, bias, eps, axis=axis, precision=precision)
@@ -65,7 +65,7 @@ def scale_shift(
     axis: int = 1,
     precision: Any = np.float64,
 ) -> Array:
-    """y = weight * (x - mean) / sqrt(var + eps) + bias."""
+    """Y = weight * (x - mean) / sqrt(var + eps) + bias."""
     x = np.asarray(x, precision)
     mean, var = np.asarray(mean, precision), np.asarray(var, precision)
     gamma = _per_channel(weight, 1.0, mean.size, precision)
@@ -84,7 +84,10 @@ def update_running(
     axis: int = 1,
     unbiased: bool = True,
 ) -> tuple[Array, Array]:
-    """running = (1 - momentum) * running + momentum * batch; the variance by count - 1 or count."""
+    """Blend the batch in: running = (1 - momentum) * running + momentum * batch.
+
+    The variance of the batch is m2 / (count - 1), or m2 / count.
+    """
     count, mean, m2 = moments(x, axis)
     var = m2 / (count - 1 if unbiased else count)
     return (

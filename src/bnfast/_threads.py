@@ -36,9 +36,9 @@ def allowed_threads() -> int:
 def set_num_threads(num_threads: int | None) -> None:
     """Set how many threads one call may use.
 
-    Results do not depend on it. Without it, ``BNFAST_NUM_THREADS`` counts, and without that OpenMP's
-    own setting, read on every call (``OMP_NUM_THREADS``, ``threadpoolctl``). No setting goes beyond
-    the processors that the process may run on, and a forked child always runs serially.
+    Results do not depend on it. Without it, ``BNFAST_NUM_THREADS`` counts, and without that the
+    setting of OpenMP, read on every call (``OMP_NUM_THREADS``, ``threadpoolctl``). No setting goes
+    beyond the processors that the process may run on, and a forked child always runs serially.
 
     Parameters
     ----------

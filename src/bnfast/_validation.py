@@ -26,7 +26,7 @@ def _describe(value: object) -> str:
 
 
 def floating_array(name: str, value: object) -> Array:
-    """Return a float32 or float64 array in native byte order; a view of what came where possible."""
+    """Return a float32 or float64 array in native byte order, without a copy where possible."""
     if type(value) is not np.ndarray:
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError(
@@ -125,7 +125,8 @@ def running_statistics(mean: object, var: object, channels: int) -> tuple[Array,
     if mean is None or var is None:
         missing = "running_mean" if mean is None else "running_var"
         raise ValueError(
-            f"running_mean and running_var must both be given or both be None, got None for {missing}"
+            "running_mean and running_var must both be given or both be None, "
+            f"got None for {missing}"
         )
     mean_array = _running_statistic("running_mean", mean, channels)
     var_array = _running_statistic("running_var", var, channels)
@@ -155,7 +156,7 @@ def _shares_memory(a: Array, b: Array) -> bool:
     if not np.may_share_memory(a, b):
         return False
     try:
-        return np.shares_memory(a, b, max_work=_OVERLAP_WORK)
+        return np.shares_memory(a, b, max_work=_OVERLAP_WORK)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
@@ -226,7 +227,7 @@ def size(name: str, value: object) -> int:
 def floating_dtype(name: str, value: Any) -> np.dtype[Any]:
     """Return float32 or float64 as a dtype."""
     try:
-        dtype = np.dtype(value)
+        dtype: np.dtype[Any] = np.dtype(value)
     except TypeError:
         raise TypeError(f"{name} must be float32 or float64, got {_describe(value)}") from None
     if dtype.char not in "fd" or not dtype.isnative:

@@ -78,8 +78,8 @@ class BatchNorm:
     Notes
     -----
     The formulas stand in `bnfast.batch_norm` and `bnfast.batch_norm_backward`. The layer keeps a
-    reference to its last input, until `backward` or the next call, and does not copy it. Two threads
-    that train one layer at once race for its running statistics; evaluation may be shared.
+    reference to its last input, until `backward` or the next call, and does not copy it. Two
+    threads that train one layer at once race for its running statistics.
 
     References
     ----------
@@ -252,13 +252,12 @@ class BatchNorm:
     def _train_on(self, x: Array) -> Array:
         tracked = self.num_batches_tracked
         if tracked is None:
-            statistics, weight_of_new = (None, None), 0.0
+            weight_of_new = 0.0
         else:
-            statistics = (self.running_mean, self.running_var)
             weight_of_new = weight_of_new_batch(self.momentum, tracked + 1)
         y, mean, invstd = _primitives.normalize(
             *(x, self.axis, self.weight, self.bias, self.eps),
-            *(*statistics, weight_of_new, self.unbiased),
+            *(self.running_mean, self.running_var, weight_of_new, self.unbiased),
         )
         if tracked is not None and x.size > 0:
             self.num_batches_tracked = tracked + 1
@@ -294,7 +293,9 @@ class BatchNorm:
             If `dy` has not the shape and dtype of the output.
         """
         if self._saved is None:
-            raise RuntimeError("backward needs a call of the layer before it, one for each backward")
+            raise RuntimeError(
+                "backward needs a call of the layer before it, one for each backward"
+            )
         x, mean, invstd, constant_statistics = self._saved
         dx, dweight, dbias = _primitives.gradient(
             dy, x, self.axis, mean, invstd, self.weight, constant_statistics
@@ -305,7 +306,7 @@ class BatchNorm:
         return dx
 
     def _state(self) -> dict[str, Array]:
-        """The layer's own arrays, by PyTorch's names."""
+        """Return the arrays that the layer has, by PyTorch's names."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         return {name: array for name, array in arrays.items() if array is not None}
 
@@ -350,7 +351,8 @@ class BatchNorm:
         unexpected = [name for name in state_dict if name not in names]
         if missing or unexpected:
             raise ValueError(
-                f"state_dict must have the names {names}: missing {missing}, unexpected {unexpected}"
+                f"state_dict must have the names {names}: "
+                f"missing {missing}, unexpected {unexpected}"
             )
         new = {
             name: _validation.required_channel_parameter(name, state_dict[name], self.num_features)

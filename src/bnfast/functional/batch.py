@@ -208,15 +208,14 @@ def batch_norm_backward(
     >>> import numpy as np, bnfast
     >>> x = np.array([[1.0], [2.0], [6.0]])
     >>> y, mean, invstd = bnfast.batch_norm_forward(x)
-    >>> dx, dweight, dbias = bnfast.batch_norm_backward(np.array([[1.0], [0.0], [0.0]]), x, mean, invstd)
+    >>> dy = np.array([[1.0], [0.0], [0.0]])
+    >>> dx, dweight, dbias = bnfast.batch_norm_backward(dy, x, mean, invstd)
     >>> dbias
     array([1.])
     >>> bool(abs(dx.sum()) < 1e-15)
     True
     """
-    dx, dweight, dbias = _primitives.gradient(
-        dy, x, axis, mean, invstd, weight, not training, out
-    )
+    dx, dweight, dbias = _primitives.gradient(dy, x, axis, mean, invstd, weight, not training, out)
     dtype = dx.dtype if weight is None else np.asarray(weight).dtype
     return dx, dweight.astype(dtype, copy=False), dbias.astype(dtype, copy=False)
 
