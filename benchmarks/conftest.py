@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from workloads import CASES, in_layout
 
 import bnfast
+from workloads import CASES, in_layout
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def measure(request, benchmark, data):
         if benchmark.stats:  # none with --benchmark-disable
             traffic = arrays_moved * data.x.nbytes
             benchmark.extra_info["GB/s"] = traffic / benchmark.stats.stats.median / 1e9
-        # A benchmark of a wrong answer is worth nothing; how wrong a rival may be is its own affair.
+        # A benchmark of a wrong answer is worth nothing; a rival's error stands beside its time.
         assert error < 2e-6 or not trusted
 
     return run

@@ -3,8 +3,8 @@
     python benchmarks/make_tables.py            print the table
     python benchmarks/make_tables.py --write    put it between the markers in README.md
 
-Both sides take turns, call by call, with a fresh output each; medians. The error is the largest of
-the output against float64.
+All take turns, call by call: bnfast with a fresh output, bnfast with out=, NumPy with its fresh
+output; medians. The error is the largest of the output against float64.
 """
 
 import argparse
@@ -15,11 +15,11 @@ from statistics import median
 from time import perf_counter
 
 import numpy as np
-from workloads import Workload, in_layout
 
 import bnfast
 from bnfast import _reference as reference
 from bnfast._cli import numpy_formulas
+from workloads import Workload, in_layout
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
@@ -35,16 +35,17 @@ def cpu():
     return platform.processor()
 
 
-def take_turns(ours, theirs, seconds=1.5):
-    """Median times of both, in seconds; tiny calls are timed a hundred at a time."""
-    ours(), theirs()
+def take_turns(calls, seconds=2.0):
+    """Median times in seconds; tiny calls are timed a hundred at a time."""
+    for call in calls:
+        call()
     start = perf_counter()
-    ours()
+    calls[0]()
     many = 1 if perf_counter() - start > 1e-4 else 100
-    times = [], []
+    times = [[] for _ in calls]
     end = perf_counter() + seconds
     while perf_counter() < end or len(times[0]) < 5:
-        for call, record in zip((ours, theirs), times, strict=True):
+        for call, record in zip(calls, times, strict=True):
             start = perf_counter()
             for _ in range(many):
                 call()
@@ -65,22 +66,22 @@ def rows(workload, layout, offset=0.0):
     statistics = mean, var, weight, bias
     wide, narrow = (exact.mean, invstd, weight), (mean, invstd.astype(np.float32), weight)
     yield (
-        *("training", x),
-        lambda: bnfast.batch_norm_forward(x, *affine, axis=axis)[0],
+        "training",
+        lambda out=None: bnfast.batch_norm_forward(x, *affine, axis=axis, out=out)[0],
         lambda: numpy_formulas.batch_norm_forward(x, *affine, axis=axis)[0],
         lambda: reference.batch_norm_forward(x, *affine, axis=axis)[0],
     )
     if offset:
         return
     yield (
-        *("inference", x),
-        lambda: bnfast.batch_norm(x, *statistics, axis=axis),
+        "inference",
+        lambda out=None: bnfast.batch_norm(x, *statistics, axis=axis, out=out),
         lambda: numpy_formulas.batch_norm_inference(x, *statistics, axis=axis),
         lambda: reference.scale_shift(x, *statistics, axis=axis),
     )
     yield (
-        *("backward", x),
-        lambda: bnfast.batch_norm_backward(dy, x, *wide, axis=axis)[0],
+        "backward",
+        lambda out=None: bnfast.batch_norm_backward(dy, x, *wide, axis=axis, out=out)[0],
         lambda: numpy_formulas.batch_norm_backward(dy, x, *narrow, axis=axis)[0],
         lambda: reference.batch_norm_backward(dy, x, *wide, axis=axis)[0],
     )
@@ -97,12 +98,14 @@ def tiny_rows():
     def expected():
         return reference.scale_shift(x, *statistics)
 
-    def ours():
-        return bnfast.batch_norm(x, *statistics)
+    def ours(out=None):
+        return bnfast.batch_norm(x, *statistics, out=out)
 
-    formulas = lambda: numpy_formulas.batch_norm_inference(x, *statistics)  # noqa: E731
-    yield "inference", x, ours, formulas, expected
-    yield "inference, NumPy x*a+b", x, ours, lambda: x * scale + shift, expected
+    def formulas():
+        return numpy_formulas.batch_norm_inference(x, *statistics)
+
+    yield "inference", ours, formulas, expected
+    yield "inference, against x*a+b", ours, lambda: x * scale + shift, expected
 
 
 def in_units(seconds):
@@ -111,8 +114,9 @@ def in_units(seconds):
 
 def table():
     lines = [
-        "| float32, one thread | bnfast | NumPy | ratio | error of bnfast | of NumPy |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| float32, one thread | bnfast | bnfast, `out=` | NumPy | ratio "
+        "| error of bnfast | of NumPy |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     cases = [
         *[
@@ -128,21 +132,25 @@ def table():
         ],
         *[("2x64", row) for row in tiny_rows()],
     ]
-    for where, (operation, _, ours, theirs, expected) in cases:
+    for where, (operation, ours, theirs, expected) in cases:
         exact = expected()
         errors = [float(np.abs(call() - exact).max()) for call in (ours, theirs)]
-        seconds = take_turns(ours, theirs)
-        lines.append(
-            f"| {operation}, {where} | {in_units(seconds[0])} | {in_units(seconds[1])} "
-            f"| {seconds[1] / seconds[0]:.1f} | {errors[0]:.0e} | {errors[1]:.0e} |"
-        )
+        out = ours()
+        seconds = take_turns((ours, lambda out=out, ours=ours: ours(out), theirs))
+        cells = [
+            f"{operation}, {where}",
+            *map(in_units, seconds),
+            f"{seconds[2] / seconds[0]:.1f}",
+            *(f"{error:.0e}" for error in errors),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], file=sys.stderr)
     isa = bnfast.show_config(mode="dicts")["instruction sets"]["active"]
     lines += [
         "",
         f"{cpu()}, {isa}; Python {platform.python_version()}, NumPy {np.__version__}, bnfast "
-        f"{bnfast.__version__}. Both sides make a fresh output; medians of calls in turn; the error "
-        f"is the largest of the output against float64. Made by "
+        f"{bnfast.__version__}. Medians of calls in turn; the ratio is of fresh outputs on both "
+        f"sides; the error is the largest of the output against float64. Made by "
         f"`python benchmarks/make_tables.py --write`.",
     ]
     return "\n".join(lines)

@@ -276,7 +276,12 @@ def _plot(path: Path, losses: dict[str, list[float]], network: Network) -> None:
     middle = network.normalizations[1]
     for name, values in (("before", middle.before), ("after", middle.after)):
         right.hist(
-            values.ravel(), bins=120, range=(-6, 6), density=True, alpha=0.6, label=f"{name} batch norm"
+            values.ravel(),
+            bins=120,
+            range=(-6, 6),
+            density=True,
+            alpha=0.6,
+            label=f"{name} batch norm",
         )
     right.set(xlabel="activation", ylabel="density", title="Second convolution, last batch")
     right.legend()
@@ -297,10 +302,17 @@ def run(epochs: int, learning_rate: float, seed: int, output: str) -> int:
     }
     losses = {}
     steps = len(networks) * epochs * (len(x) // BATCH)
-    columns = (TextColumn("training"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"))
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} steps"),
+    )
     start = perf_counter()
     # Without batch norm such a learning rate may end in overflow: that is what is to be seen.
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar, np.errstate(all="ignore"):
+    with (
+        Progress(*columns, TimeRemainingColumn(), console=console) as bar,
+        np.errstate(all="ignore"),
+    ):
         task = bar.add_task("", total=steps)
         for name, network in networks.items():
             losses[name] = _train(
@@ -312,7 +324,9 @@ def run(epochs: int, learning_rate: float, seed: int, output: str) -> int:
         stopwatch = networks["with batch norm"].stopwatch
         ours, theirs = stopwatch.bnfast, stopwatch.numpy
         calls, difference = stopwatch.calls, stopwatch.difference
-        table = Table(title=f"{len(x)} training and {len(x_test)} test images, SGD at {learning_rate:g}")
+        table = Table(
+            title=f"{len(x)} training and {len(x_test)} test images, SGD at {learning_rate:g}"
+        )
         table.add_column("network")
         for heading in ("last loss", "test accuracy (evaluation)", "test accuracy (training mode)"):
             table.add_column(heading, justify="right")

@@ -34,7 +34,14 @@ def batch_norm_forward(
 
 
 def batch_norm_inference(
-    x: Array, mean: Array, var: Array, weight: Array, bias: Array, eps: float = 1e-5, *, axis: int = 1
+    x: Array,
+    mean: Array,
+    var: Array,
+    weight: Array,
+    bias: Array,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
 ) -> Array:
     """Return y."""
     _, shape = _axes_and_shape(x, axis)

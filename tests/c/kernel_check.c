@@ -1,0 +1,192 @@
+/* Every kernel of one variant on fixed inputs, without Python: prints a hash of all bits it makes.
+
+   For sanitizers (every array is allocated to its exact size) and for machines that are emulated.
+   Compile with -DBN_TABLE=bn_kernels_<isa> and the variant's object. */
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+
+extern const bn_kernels BN_TABLE;
+
+static uint64_t hash;
+
+static void add_to_hash(const void *data, size_t bytes)
+{
+    const unsigned char *byte = data;
+    for (size_t i = 0; i < bytes; i++) {
+        hash = (hash ^ byte[i]) * UINT64_C(1099511628211);
+    }
+}
+
+static uint64_t state = 1;
+
+/* In [-1, 1), exact in float32, the same everywhere. */
+static double next(void)
+{
+    state = state * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+    return (double)(int32_t)(state >> 32 & 0xffffff00u) / 2147483648.0;
+}
+
+static void *allocate(size_t bytes)
+{
+    void *memory = malloc(bytes ? bytes : 1);
+    if (memory == NULL) {
+        abort();
+    }
+    return memory;
+}
+
+/* NaNs are alike: their sign and payload are the machine's own affair. */
+static void add_doubles(double *values, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        if (isnan(values[i])) {
+            values[i] = 0.125;
+        }
+    }
+    add_to_hash(values, count * sizeof *values);
+}
+
+static void add_elements(void *values, size_t count, bn_dtype dtype)
+{
+    if (dtype == BN_f64) {
+        add_doubles(values, count);
+        return;
+    }
+    for (size_t i = 0; i < count; i++) {
+        if (isnan(((float *)values)[i])) {
+            ((float *)values)[i] = 0.125f;
+        }
+    }
+    add_to_hash(values, count * sizeof(float));
+}
+
+enum values { ORDINARY, LARGE_MEAN, CONSTANT, TINY, HUGE_VALUES, INFINITE, ALL_VALUES };
+
+static void *elements(size_t count, bn_dtype dtype, enum values values)
+{
+    void *memory = allocate(count * (dtype == BN_f64 ? sizeof(double) : sizeof(float)));
+    for (size_t i = 0; i < count; i++) {
+        double value = next();
+        switch (values) {
+        case LARGE_MEAN: value += 1e4; break;
+        case CONSTANT: value = 0.1; break;
+        case TINY: value *= 1e-39; break;
+        case HUGE_VALUES: value *= 1e30; break;
+        case INFINITE: value = i % 17 == 5 ? HUGE_VAL : value; break;
+        default: break;
+        }
+        if (dtype == BN_f64) {
+            ((double *)memory)[i] = value;
+        } else {
+            ((float *)memory)[i] = (float)value;
+        }
+    }
+    return memory;
+}
+
+static double *doubles(size_t count, double offset)
+{
+    double *memory = allocate(count * sizeof *memory);
+    for (size_t i = 0; i < count; i++) {
+        memory[i] = offset + next();
+    }
+    return memory;
+}
+
+static double *zeros(size_t count)
+{
+    double *memory = allocate(count * sizeof *memory);
+    memset(memory, 0, count * sizeof *memory);
+    return memory;
+}
+
+static void check(bn_layout layout, bn_dtype dtype, bn_extent extent, enum values values)
+{
+    const bn_kernels *kernels = &BN_TABLE;
+    const size_t c = extent.channels, n = extent.outer * extent.inner, all = n * c;
+    const size_t itemsize = dtype == BN_f64 ? sizeof(double) : sizeof(float);
+    const bn_strides strides = {(ptrdiff_t)(c * extent.inner), (ptrdiff_t)extent.inner};
+    void *x = elements(all, dtype, values), *more = elements(all, dtype, values);
+    void *dy = elements(all, dtype, values == CONSTANT ? ORDINARY : values);
+    void *y = allocate(all * itemsize), *dx = allocate(all * itemsize);
+    double *mean = zeros(c), *mean_low = zeros(c), *m2 = zeros(c), *invstd = zeros(c);
+    double *sum_dy = zeros(c), *sum_dy_deviation = zeros(c);
+    double *other_mean = doubles(c, 0), *other_low = zeros(c), *other_m2 = doubles(c, 2);
+    double *weight = doubles(c, 1), *bias = doubles(c, 0);
+    void *channel_arrays[9];
+    for (size_t i = 0; i < 9; i++) {
+        channel_arrays[i] = allocate(c * itemsize);
+    }
+    const bn_scale_shift_coefficients forward = {channel_arrays[0], channel_arrays[1],
+                                                 channel_arrays[2], channel_arrays[3]};
+    const bn_gradient_coefficients backward = {channel_arrays[4], channel_arrays[5],
+                                               channel_arrays[6], channel_arrays[7],
+                                               channel_arrays[8]};
+
+    kernels->moments[layout][dtype](extent, x, strides, 0, mean, mean_low, m2);
+    kernels->moments[layout][dtype](extent, more, strides, n, mean, mean_low, m2);
+    kernels->merge_moments(c, 2 * n, mean, mean_low, m2, 3, other_mean, other_low, other_m2);
+    kernels->invstd(c, m2, (double)(2 * n + 3), 1e-5, invstd);
+    add_doubles(mean, c);
+    add_doubles(mean_low, c);
+    add_doubles(m2, c);
+    add_doubles(invstd, c);
+
+    kernels->scale_shift_coefficients[dtype](c, mean, mean_low, invstd, weight, bias, forward);
+    kernels->scale_shift[layout][dtype](extent, x, strides, forward, y, strides);
+    add_elements(y, all, dtype);
+
+    kernels->split_mean[dtype](c, mean, backward);
+    kernels->gradient_sums[layout][dtype](extent, dy, strides, x, strides, backward, sum_dy,
+                                          sum_dy_deviation);
+    kernels->gradient_coefficients[dtype](c, n, invstd, weight, sum_dy, sum_dy_deviation, backward);
+    kernels->input_gradient[layout][dtype](extent, dy, strides, x, strides, backward, dx, strides);
+    add_doubles(sum_dy, c);
+    add_doubles(sum_dy_deviation, c);
+    add_elements(dx, all, dtype);
+
+    kernels->update_running[dtype](c, 0.1, m2, (double)n, channel_arrays[0]);
+    add_elements(channel_arrays[0], c, dtype);
+
+    for (size_t i = 0; i < 9; i++) {
+        free(channel_arrays[i]);
+    }
+    void *rest[] = {x,          more,      dy,       y,      dx,   mean, mean_low, m2, invstd, sum_dy,
+                    sum_dy_deviation, other_mean, other_low, other_m2, weight, bias};
+    for (size_t i = 0; i < sizeof rest / sizeof *rest; i++) {
+        free(rest[i]);
+    }
+}
+
+int main(void)
+{
+    static const size_t runs[] = {1,  2,  3,  15,  16,  17,  31,   32,   33,   49,
+                                  63, 64, 65, 196, 511, 513, 1000, 1025, 2049, 4096};
+    static const size_t widths[] = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 70, 130};
+    static const size_t rows[] = {1, 2, 15, 16, 17, 31, 32, 33, 70};
+    for (int dtype = 0; dtype < BN_DTYPES; dtype++) {
+        for (int values = 0; values < ALL_VALUES; values++) {
+            hash = UINT64_C(14695981039346656037);
+            for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
+                check(BN_contiguous, dtype, (bn_extent){1, 3, runs[i]}, values);
+                check(BN_contiguous, dtype, (bn_extent){19, 2, runs[i]}, values);
+            }
+            printf("contiguous %s %d %016llx\n", dtype == BN_f64 ? "f64" : "f32", values,
+                   (unsigned long long)hash);
+            hash = UINT64_C(14695981039346656037);
+            for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) {
+                for (size_t j = 0; j < sizeof rows / sizeof *rows; j++) {
+                    check(BN_channels_last, dtype, (bn_extent){rows[j], widths[i], 1}, values);
+                }
+            }
+            printf("channels_last %s %d %016llx\n", dtype == BN_f64 ? "f64" : "f32", values,
+                   (unsigned long long)hash);
+        }
+    }
+    return 0;
+}

@@ -1,0 +1,60 @@
+"""``python -m bnfast``, as a user calls it."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+import bnfast
+
+
+def run(*arguments, **keywords):
+    return subprocess.run(
+        [sys.executable, "-m", "bnfast", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **keywords,
+    )
+
+
+def test_info():
+    done = run("info")
+    assert done.returncode == 0, done.stderr
+    assert f"version: {bnfast.__version__}" in done.stdout
+    assert "available: " + ", ".join(bnfast.available_isas()) in done.stdout
+
+
+def test_version():
+    assert run("--version").stdout.strip() == f"bnfast {bnfast.__version__}"
+
+
+@pytest.mark.parametrize("arguments", [(), ("nonsense",), ("demo", "--epochs", "many")])
+def test_bad_arguments_show_the_usage(arguments):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert "usage: python -m bnfast" in done.stderr
+
+
+def test_demo_trains_prints_and_plots(tmp_path):
+    for package in ("sklearn", "matplotlib", "rich"):
+        pytest.importorskip(package)
+    done = run("demo", "--output", "plot.png", cwd=tmp_path, env=None)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path / "plot.png") in done.stdout
+    accuracies = [float(number) for number in re.findall(r"([\d.]+)%", done.stdout)]
+    with_evaluation, with_training, without = accuracies
+    assert with_evaluation >= 97
+    assert with_training >= 97
+    assert without < with_evaluation
+    assert re.search(r"bnfast [\d.]+ s, plain NumPy formulas\s+[\d.]+\s+s", done.stdout)
+
+
+def test_demo_says_what_is_missing(tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('no matplotlib here')")
+    done = run("demo", cwd=tmp_path)
+    assert done.returncode == 1
+    assert 'python -m pip install "bnfast[demo]"' in done.stderr
+    assert "Traceback" not in done.stderr

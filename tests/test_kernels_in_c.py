@@ -1,0 +1,66 @@
+"""The kernels alone, without Python: under sanitizers, and on an emulated aarch64."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bnfast import _core
+
+KERNELS = Path(__file__).parent.parent / "src" / "bnfast" / "_kernels"
+CHECK = Path(__file__).parent / "c" / "kernel_check.c"
+
+pytestmark = [
+    pytest.mark.skipif(not KERNELS.is_dir(), reason="needs the source tree"),
+    pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc"),
+]
+
+
+def build_and_run(folder, isa, flags, compiler="gcc", more=(), runner=()):
+    program = folder / f"check_{isa}"
+    command = [
+        *(compiler, *flags, "-Wconversion", "-Wdouble-promotion", "-Werror", *more),
+        *(f"-I{KERNELS}", f"-DBN_TABLE=bn_kernels_{isa}", '-DBN_FLAGS="checked"'),
+        *(str(KERNELS / f"variant_{isa}.c"), str(CHECK), "-lm", "-o", str(program)),
+    ]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([*runner, str(program)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 24
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """What the baseline prints."""
+    flags = _core.built_isas()["baseline"].split()
+    return build_and_run(tmp_path_factory.mktemp("baseline"), "baseline", flags)
+
+
+def test_the_checks_tell_values_apart(expected):
+    hashes = [line.split()[-1] for line in expected.splitlines()]
+    assert len(set(hashes)) == len(hashes)
+
+
+@pytest.mark.parametrize("isa", _core.available_isas())
+def test_no_variant_reads_or_writes_out_of_bounds(tmp_path, expected, isa):
+    # -O1 for the compiler's sake: what the source reads and writes is the same, and so are the bits.
+    sanitize = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = _core.built_isas()[isa].split()
+    assert build_and_run(tmp_path, isa, flags, more=sanitize) == expected
+
+
+@pytest.mark.skipif(
+    shutil.which("aarch64-linux-gnu-gcc") is None or shutil.which("qemu-aarch64") is None,
+    reason="needs aarch64-linux-gnu-gcc and qemu-aarch64",
+)
+def test_neon_makes_the_same_bits(tmp_path, expected):
+    flags = [f for f in _core.built_isas()["baseline"].split() if not f.startswith("-march")]
+    made = build_and_run(
+        *(tmp_path, "baseline", [*flags, "-static"]),
+        compiler="aarch64-linux-gnu-gcc",
+        runner=["qemu-aarch64"],
+    )
+    assert made == expected

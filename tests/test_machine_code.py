@@ -1,0 +1,108 @@
+"""What the compiler made of the kernels: full-width vectors, and nothing above each variant."""
+
+import re
+import shutil
+import subprocess
+from functools import cache
+
+import pytest
+
+from bnfast import _core
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("objdump") is None
+    or shutil.which("readelf") is None
+    or "avx2" not in _core.built_isas(),
+    reason="needs binutils and an x86-64 build",
+)
+
+REGISTER = {"baseline": "xmm", "avx2": "ymm", "avx512": "zmm"}
+ABOVE = {"baseline": ("ymm", "zmm"), "avx2": ("zmm",), "avx512": ()}
+PACKED = re.compile(r"\bv?(?:add|sub|mul)p[sd]\b.*%(xmm|ymm|zmm)")
+
+
+def output_of(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@cache
+def functions():
+    """{variant or other source: {address: (name, instructions)}} of the compiled core."""
+    source, places = "", {}
+    for line in output_of("readelf", "-sW", _core.__file__).splitlines():
+        fields = line.split()
+        if len(fields) < 8:
+            continue
+        kind, name = fields[3], fields[7]
+        if kind == "FILE":
+            source = name
+        elif kind == "FUNC" and fields[4] == "LOCAL":
+            places[int(fields[1], 16)] = source
+    made, name = {}, None
+    for line in output_of("objdump", "-d", "--no-show-raw-insn", _core.__file__).splitlines():
+        head = re.match(r"([0-9a-f]+) <(.+)>:$", line)
+        if head:
+            address = int(head[1], 16)
+            name = made.setdefault(places.get(address, ""), {}).setdefault(address, (head[2], []))
+        elif name and "\t" in line:
+            name[1].append(line.partition("\t")[2])
+    return made
+
+
+def reached_from(variant, kernel):
+    """The instructions of a kernel and of what it calls within its own object."""
+    ours = functions()[f"variant_{variant}.c"]
+    todo = [address for address, (name, _) in ours.items() if name.split(".")[0] == kernel]
+    assert todo, f"{kernel} is not in the {variant} object"
+    seen = []
+    while todo:
+        address = todo.pop()
+        if address in seen or address not in ours:
+            continue
+        seen.append(address)
+        for instruction in ours[address][1]:
+            called = re.match(r"(?:call|jmp)q?\s+([0-9a-f]+)\b", instruction)
+            if called:
+                todo.append(int(called[1], 16))
+    return [instruction for address in seen for instruction in ours[address][1]]
+
+
+@pytest.mark.parametrize("variant", REGISTER)
+@pytest.mark.parametrize("kernel", _core.kernel_names())
+def test_every_kernel_has_arithmetic_at_full_width(variant, kernel):
+    code = reached_from(variant, kernel)
+    widths = [match[1] for match in map(PACKED.search, code) if match]
+    assert REGISTER[variant] in widths or "split_mean" in kernel, (
+        f"{variant} {kernel}: {set(widths)}"
+    )
+
+
+@pytest.mark.parametrize("variant", REGISTER)
+def test_no_variant_goes_beyond_its_instruction_set(variant):
+    for name, code in functions()[f"variant_{variant}.c"].values():
+        for instruction in code:
+            assert not [r for r in ABOVE[variant] if f"%{r}" in instruction], (name, instruction)
+
+
+def test_nothing_outside_the_variants_uses_wide_vectors():
+    for source, made in functions().items():
+        if not source.startswith("variant_"):
+            for name, code in made.values():
+                wide = [i for i in code if "%ymm" in i or "%zmm" in i]
+                assert not wide, (source, name, wide)
+
+
+def test_no_fused_multiply_add_and_no_change_of_the_float_mode():
+    for made in functions().values():
+        for name, code in made.values():
+            bad = [i for i in code if re.match(r"vfn?m(add|sub)|v?ldmxcsr", i)]
+            assert not bad, (name, bad)
+
+
+def test_only_the_module_is_exported():
+    exported = [
+        line.split()[-1]
+        for line in output_of("nm", "-D", "--defined-only", _core.__file__).splitlines()
+        if " T " in line
+    ]
+    assert exported == ["PyInit__core"]

@@ -1,0 +1,117 @@
+"""Names, signatures, documentation, and that every kernel of the list is tested."""
+
+import doctest
+import importlib
+import importlib.resources
+import inspect
+import re
+
+import numpy as np
+import pytest
+
+import bnfast
+from bnfast import _core
+
+MODULES = [
+    "bnfast._configuration",
+    "bnfast._threads",
+    "bnfast.functional.batch",
+    "bnfast.layers",
+    "bnfast.statistics",
+]
+
+# Who notices when a kernel is wrong: the operations of test_batch_norm_values.py, which run on both
+# layouts and both dtypes, and what those need per channel.
+COVERED = {
+    *(
+        f"{operation}_{layout}_{dtype}"
+        for operation in ("moments", "scale_shift", "gradient_sums", "input_gradient")
+        for layout in ("contiguous", "channels_last")
+        for dtype in ("f32", "f64")
+    ),
+    *(
+        f"{operation}_{dtype}"
+        for operation in (
+            "scale_shift_coefficients",
+            "split_mean",
+            "gradient_coefficients",
+            "update_running",
+        )
+        for dtype in ("f32", "f64")
+    ),
+    "merge_moments",
+    "invstd",
+}
+
+
+def test_every_kernel_of_the_list_is_covered():
+    assert set(_core.kernel_names()) == COVERED
+    assert len(_core.kernel_names()) == len(COVERED)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of_the_documentation_run(name):
+    failed, tried = doctest.testmod(importlib.import_module(name))
+    assert tried > 0
+    assert failed == 0
+
+
+def test_all_names_are_there_and_documented():
+    for name in bnfast.__all__:
+        thing = getattr(bnfast, name)
+        if name != "__version__":
+            assert inspect.getdoc(thing)
+
+
+@pytest.mark.parametrize(
+    ("function", "signature"),
+    [
+        (
+            bnfast.batch_norm,
+            "x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, "
+            "eps=1e-05, *, axis=1, unbiased=True, out=None",
+        ),
+        (bnfast.batch_norm_forward, "x, weight=None, bias=None, eps=1e-05, *, axis=1, out=None"),
+        (
+            bnfast.batch_norm_backward,
+            "dy, x, mean, invstd, weight=None, *, axis=1, training=True, out=None",
+        ),
+        (bnfast.moments, "x, axis=1"),
+        (
+            bnfast.BatchNorm,
+            "num_features, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, *, "
+            f"axis=1, unbiased=True, dtype={np.float32!r}",
+        ),
+        (bnfast.set_num_threads, "num_threads"),
+        (bnfast.get_num_threads, ""),
+        (bnfast.available_isas, ""),
+        (bnfast.show_config, "mode='stdout'"),
+    ],
+)
+def test_signatures(function, signature):
+    parameters = inspect.signature(function).parameters.values()
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
+    assert str(inspect.Signature(bare)) == f"({signature})"
+
+
+def test_the_stub_names_what_the_core_has():
+    text = (importlib.resources.files("bnfast") / "_core.pyi").read_text()
+    named = set(re.findall(r"^(?:def|class) ([a-zA-Z]\w*)", text, re.MULTILINE))
+    there = {name for name in vars(_core) if name[0] != "_" and callable(getattr(_core, name))}
+    assert named == there
+
+
+def test_show_config_as_data():
+    config = bnfast.show_config(mode="dicts")
+    assert config["bnfast"]["version"] == bnfast.__version__
+    assert config["instruction sets"]["active"] in config["instruction sets"]["available"]
+    assert set(config["build"]["flags"]) == set(config["instruction sets"]["built"])
+    assert config["threads"]["used for large work"] == bnfast.get_num_threads()
+    assert set(config["environment"]) == {"BNFAST_ISA", "BNFAST_NUM_THREADS"}
+
+
+def test_show_config_prints(capsys):
+    assert bnfast.show_config() is None
+    printed = capsys.readouterr().out
+    for word in (bnfast.__version__, "compiler", "active", "OpenMP", "threads", "caches"):
+        assert word in printed
