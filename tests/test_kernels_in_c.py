@@ -46,7 +46,7 @@ def test_the_checks_tell_values_apart(expected):
 
 @pytest.mark.parametrize("isa", _core.available_isas())
 def test_no_variant_reads_or_writes_out_of_bounds(tmp_path, expected, isa):
-    # -O1 for the compiler's sake: what the source reads and writes is the same, and so are the bits.
+    # -O1 for the compiler's sake: the source reads and writes the same, and so are the bits.
     sanitize = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     flags = _core.built_isas()[isa].split()
     assert build_and_run(tmp_path, isa, flags, more=sanitize) == expected

@@ -107,7 +107,11 @@ def test_show_config_as_data():
     assert config["instruction sets"]["active"] in config["instruction sets"]["available"]
     assert set(config["build"]["flags"]) == set(config["instruction sets"]["built"])
     assert config["threads"]["used for large work"] == bnfast.get_num_threads()
-    assert set(config["environment"]) == {"BNFAST_ISA", "BNFAST_NUM_THREADS"}
+    assert set(config["environment"]) == {
+        "BNFAST_ISA",
+        "BNFAST_NUM_THREADS",
+        "OMP_NUM_THREADS",
+    }
 
 
 def test_show_config_prints(capsys):

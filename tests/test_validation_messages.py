@@ -74,6 +74,9 @@ BAD_EPS = [
     ("1e-5", TypeError, "eps.*real number.*str"),
     (None, TypeError, "eps.*real number.*NoneType"),
     (1j, TypeError, "eps.*real number.*complex"),
+    (np.complex64(1), TypeError, "eps.*real number.*complex64"),
+    (np.array([1e-5]), TypeError, "eps.*real number.*float64 array of shape"),
+    (True, TypeError, "eps.*real number.*bool"),
 ]
 
 BAD_AXES = [
@@ -278,6 +281,12 @@ def test_dy_of_another_shape_or_dtype(dy):
     raises(
         bnfast.batch_norm_backward, ValueError, "shape and dtype of x", "dy ", dy, X, ones(), ones()
     )
+
+
+def test_messages_stay_short():
+    with pytest.raises(TypeError) as caught:
+        bnfast.moments([[10**6] * 1000] * 1000)
+    assert len(str(caught.value)) < 300
 
 
 def test_messages_tell_the_whole_story():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from bnfast import _core, _threads
 from bnfast._version import __version__
 
-VARIABLES = ("BNFAST_ISA", "BNFAST_NUM_THREADS")
+VARIABLES = ("BNFAST_ISA", "BNFAST_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 def _choose_isa() -> None:
@@ -128,6 +127,8 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     """
     if mode not in ("stdout", "dicts"):
         raise ValueError(f"mode must be 'stdout' or 'dicts', got {mode!r}")
+    import platform  # takes longer to import than the rest of bnfast
+
     built = _core.built_isas()
     config: dict[str, Any] = {
         "bnfast": {

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any, SupportsFloat
+import reprlib
+from numbers import Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +24,7 @@ _OVERLAP_WORK = 10_000
 def _describe(value: object) -> str:
     if isinstance(value, np.ndarray):
         return f"{value.dtype} array of shape {value.shape}"
-    return f"{value!r} of type {type(value).__name__}"
+    return f"{reprlib.repr(value)} of type {type(value).__name__}"
 
 
 def floating_array(name: str, value: object) -> Array:
@@ -237,12 +239,11 @@ def floating_dtype(name: str, value: Any) -> np.dtype[Any]:
 
 def real(name: str, value: object) -> float:
     """Return a finite number."""
-    if not isinstance(value, (float, SupportsFloat)):
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if not isinstance(value, (float, Real)) or isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be a real number, got {_describe(value)}")
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a real number, got {_describe(value)}") from None
+    number = float(value)
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")
     return number

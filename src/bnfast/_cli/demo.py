@@ -269,8 +269,8 @@ def _plot(path: Path, losses: dict[str, list[float]], network: Network) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    for name, values in losses.items():
-        left.plot(values, label=name, linewidth=1)
+    for name, curve in losses.items():
+        left.plot(curve, label=name, linewidth=1)
     left.set(xlabel="step", ylabel="cross entropy", title="Training loss", yscale="log")
     left.legend()
     middle = network.normalizations[1]
