@@ -77,6 +77,30 @@ def test_every_kernel_has_arithmetic_at_full_width(variant, kernel):
     )
 
 
+# Where the loops of the reductions are, once inlined. Scalar arithmetic is left to tails, to single
+# channels and to the careful sums of rare chunks.
+REDUCTIONS = [
+    f"{name}_{dtype}"
+    for name in (
+        "shifted_sums",
+        "gradient_sums_runs",
+        "moments_channels_last",
+        "gradient_sums_channels_last",
+    )
+    for dtype in ("f32", "f64")
+]
+
+
+@pytest.mark.parametrize("variant", REGISTER)
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_the_arithmetic_of_reductions_is_mostly_at_full_width(variant, name):
+    made = functions()[f"variant_{variant}.c"].values()
+    (code,) = [code for called, code in made if called == name]
+    full = sum(f"%{REGISTER[variant]}" in i for i in code if PACKED.search(i))
+    scalar = sum(bool(re.match(r"v?(?:add|sub|mul)s[sd]\b", i)) for i in code)
+    assert full > scalar
+
+
 @pytest.mark.parametrize("variant", REGISTER)
 def test_no_variant_goes_beyond_its_instruction_set(variant):
     for name, code in functions()[f"variant_{variant}.c"].values():
