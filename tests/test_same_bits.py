@@ -69,7 +69,9 @@ def test_every_run_gives_the_same_bits(dtype, rng, use_threads, shape, axis):
     "buffer",
     ["misaligned", "offset_by_one", "in_larger_array", "cropped", "reversed", "record_field"],
 )
-@pytest.mark.parametrize("shape", [(3, 5, 7, 11), (2, 3, 130, 33), (70, 20), (5, 4, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 5, 7, 11), (2, 3, 130, 33), (2, 2, 174, 25), (70, 20), (5, 4, 1, 1)], ids=str
+)
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_odd_strides_give_the_bits_of_a_packed_copy(
     isa, dtype, rng, use_threads, axis, buffer, shape, num_threads

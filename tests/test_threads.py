@@ -102,5 +102,5 @@ assert bnfast.get_num_threads() == {expected}
 @pytest.mark.parametrize("fork_first", [True, False], ids=["os.fork", "multiprocessing"])
 def test_forked_children_are_serial_and_never_hang(fork_first):
     code = CHILD.format(fork_first=fork_first, expected=4 if _core.HAS_OPENMP else 1)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
