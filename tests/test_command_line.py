@@ -30,7 +30,14 @@ def test_version():
     assert run("--version").stdout.strip() == f"bnfast {bnfast.__version__}"
 
 
-@pytest.mark.parametrize("arguments", [(), ("nonsense",), ("demo", "--epochs", "many")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *((), ("nonsense",), ("demo", "--epochs", "many"), ("demo", "--epochs", "0")),
+        *(("demo", "--seed", "-1"), ("demo", "--learning-rate", "0")),
+        *(("demo", "--output", "plot.xyz"), ("demo", "--output", "not/a/folder/plot.png")),
+    ],
+)
 def test_bad_arguments_show_the_usage(arguments):
     done = run(*arguments)
     assert done.returncode == 2
@@ -56,5 +63,5 @@ def test_demo_says_what_is_missing(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError('no matplotlib here')")
     done = run("demo", cwd=tmp_path)
     assert done.returncode == 1
-    assert 'python -m pip install "bnfast[demo]"' in done.stderr
+    assert "python -m pip install scikit-learn matplotlib rich" in done.stderr
     assert "Traceback" not in done.stderr

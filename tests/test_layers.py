@@ -1,5 +1,7 @@
 """BatchNorm: modes, statistics, gradients, state, Keras, warnings."""
 
+import copy
+import pickle
 import warnings
 
 import numpy as np
@@ -198,7 +200,7 @@ def test_bad_input_leaves_the_layer_as_it_was(rng):
     [
         ({"num_features": -1}, ValueError),
         ({"num_features": 2.5}, TypeError),
-        ({"eps": 0.0}, ValueError),
+        ({"eps": -1e-5}, ValueError),
         ({"eps": "small"}, TypeError),
         ({"momentum": np.nan}, ValueError),
         ({"axis": 1.5}, TypeError),
@@ -210,6 +212,62 @@ def test_bad_input_leaves_the_layer_as_it_was(rng):
 def test_bad_arguments_of_a_new_layer(bad, error):
     with pytest.raises(error, match=f"^{next(iter(bad))} must"):
         BatchNorm(**({"num_features": 3} | bad))
+
+
+def test_eps_may_be_zero_in_evaluation_only(rng):
+    layer = BatchNorm(3, eps=0.0)
+    x = images(rng)
+    np.testing.assert_array_equal(layer.eval()(x), x)
+    with pytest.raises(ValueError, match="eps must be positive"):
+        layer.train()(x)
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluation", "batch statistics"])
+def test_out_of_the_call_and_of_backward(rng, mode):
+    layer = BatchNorm(3, track_running_stats=mode != "batch statistics")
+    layer.train(mode == "training")
+    other = BatchNorm(3, track_running_stats=mode != "batch statistics").train(layer.training)
+    x, dy = images(rng), images(rng)
+    out = np.empty_like(x)
+    assert layer(x, out=out) is out
+    np.testing.assert_array_equal(out, other(x))
+    expected = other.backward(dy)
+    assert layer.backward(dy, out=dy) is dy
+    np.testing.assert_array_equal(dy, expected)
+
+
+def test_parameters_may_change_before_backward(rng):
+    layer, other = BatchNorm(3), BatchNorm(3)
+    x, dy = images(rng), images(rng)
+    layer(x), other(x)
+    layer.weight *= 2
+    np.testing.assert_array_equal(layer.backward(dy), other.backward(dy))
+
+
+@pytest.mark.parametrize(
+    "copy", [copy.copy, copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))]
+)
+def test_copies_leave_the_input_out(rng, copy):
+    layer = BatchNorm(3, axis=-1)
+    x = images(rng, shape=(8, 5, 5, 3))
+    layer(x)
+    twin = copy(layer)
+    assert len(pickle.dumps(layer)) < 2000
+    np.testing.assert_equal(twin.state_dict(), layer.state_dict())
+    with pytest.raises(RuntimeError, match="needs a call"):
+        twin.backward(x)
+    layer.backward(x)
+    np.testing.assert_array_equal(twin.eval()(x), layer.eval()(x))
+
+
+def test_a_warning_turned_error_leaves_the_layer_as_it_was(rng):
+    layer = BatchNorm(3)
+    before = layer.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="values per channel"):
+            layer(images(rng, shape=(7, 3)))
+    np.testing.assert_equal(layer.state_dict(), before)
 
 
 def test_a_small_batch_is_warned_about_once(rng):

@@ -42,6 +42,11 @@ def test_merging_different_numbers_of_channels():
         bnfast.moments(np.ones((5, 4))).merge(bnfast.moments(np.ones((5, 3))))
 
 
+def test_merging_something_else():
+    with pytest.raises(TypeError, match="other must be Moments, got tuple"):
+        bnfast.moments(np.ones((5, 4))).merge((1, 2, 3))
+
+
 def test_merging_changes_neither(rng):
     a, b = bnfast.moments(rng.normal(size=(5, 4))), bnfast.moments(rng.normal(size=(6, 4)))
     kept = a.mean.copy(), b.m2.copy()

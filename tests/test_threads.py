@@ -27,7 +27,9 @@ def test_set_num_threads_is_read_back(many_processors):
     for number in (1, 2, 5):
         bnfast.set_num_threads(number)
         assert bnfast.get_num_threads() == number
+        assert "set_num_threads" in _threads.chosen_by()
     bnfast.set_num_threads(None)
+    assert _threads.chosen_by() == "OpenMP"
     assert bnfast.get_num_threads() == _core.openmp_max_threads()
 
 

@@ -33,7 +33,7 @@ BAD_ARRAYS = [
     ([[1, 2], [3, 4]], TypeError, "float32 or float64.*int64"),
     ([[1.0], [2.0, 3.0]], TypeError, "an array.*list"),
     ("text", TypeError, "float32 or float64"),
-    (None, TypeError, "float32 or float64"),
+    (None, TypeError, "float32 or float64 array, got None"),
     (np.ma.masked_array(X, X > 1), TypeError, "without a mask"),
     (np.float32(3), ValueError, r"at least 2 dimensions.*\(\)"),
     (np.zeros((), np.float32), ValueError, r"at least 2 dimensions.*\(\)"),
@@ -153,6 +153,12 @@ def test_running_statistics_in_training(bad, error, message):
     out = np.zeros_like(X)
     raises(train, error, message, "running_mean ", X, bad, ones(), out=out)
     raises(train, error, message, "running_var ", X, ones(), bad, out=out)
+
+
+def test_running_statistics_that_lie_in_the_input():
+    x = X.copy()
+    raises(train, ValueError, "share memory with x", "running_mean ", x, x[0, :, 0], ones())
+    raises(train, ValueError, "share memory with x", "running_var ", x, ones(), x[0, :, 0])
 
 
 def test_one_running_statistic_without_the_other():

@@ -82,7 +82,7 @@ def _caches() -> dict[str, str]:
 
 def _openmp() -> dict[str, Any]:
     facts = _core.build_facts()
-    runtimes = None
+    runtimes: list[str] | str = "unknown: threadpoolctl is not installed"
     try:
         import threadpoolctl
     except ImportError:
@@ -146,6 +146,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
         "OpenMP": _openmp(),
         "threads": {
             "used for large work": _threads.get_num_threads(),
+            "chosen by": _threads.chosen_by(),
             "allowed by affinity": _threads.allowed_threads(),
         },
         "caches": _caches(),

@@ -78,7 +78,7 @@ def normalize(
     scale = _validation.channel_parameter("weight", weight, channels)
     shift = _validation.channel_parameter("bias", bias, channels)
     others = {"x": array, "weight": scale, "bias": shift}
-    tracked = _validation.running_statistics(running_mean, running_var, channels)
+    tracked = _validation.running_statistics(running_mean, running_var, array, channels)
     if tracked is not None:
         others |= {"running_mean": tracked[0], "running_var": tracked[1]}
     y = _validation.output(out, "x", array, others)

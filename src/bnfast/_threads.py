@@ -88,6 +88,15 @@ def get_num_threads() -> int:
     return min(wanted, allowed_threads())
 
 
+def chosen_by() -> str:
+    """Return what decides the number of threads."""
+    if _forked:
+        return "the fork: children are serial"
+    if not _core.HAS_OPENMP:
+        return "the build: no OpenMP"
+    return "OpenMP" if _wanted is None else "set_num_threads or BNFAST_NUM_THREADS"
+
+
 def threads_for(work_bytes: int) -> int:
     """Return how many threads are worth their waking for a call that moves so many bytes."""
     if work_bytes < SERIAL_BYTES:

@@ -35,6 +35,8 @@ def floating_array(name: str, value: object) -> Array:
                 f"{name} must be an array without a mask (bnfast would ignore it), "
                 f"got a masked {_describe(value)}"
             )
+        if value is None:
+            raise TypeError(f"{name} must be a float32 or float64 array, got None")
         try:
             value = np.asarray(value)
         except Exception as error:
@@ -120,7 +122,9 @@ def _running_statistic(name: str, value: object, channels: int) -> Array:
     return array
 
 
-def running_statistics(mean: object, var: object, channels: int) -> tuple[Array, Array] | None:
+def running_statistics(
+    mean: object, var: object, x: Array, channels: int
+) -> tuple[Array, Array] | None:
     """Return the very arrays that came, to be updated in place, or None for none."""
     if mean is None and var is None:
         return None
@@ -136,11 +140,16 @@ def running_statistics(mean: object, var: object, channels: int) -> tuple[Array,
         raise ValueError("running_mean and running_var must have a place for each channel")
     if _shares_memory(mean_array, var_array):
         raise ValueError("running_mean and running_var must not share memory")
+    for name, array in (("running_mean", mean_array), ("running_var", var_array)):
+        if _shares_memory(array, x):
+            raise ValueError(f"{name} is updated in place and must not share memory with x")
     return mean_array, var_array
 
 
 def _overlaps_itself(array: Array) -> bool:
     """Whether two indices may name the same memory."""
+    if array.flags.c_contiguous:
+        return False
     reach = array.itemsize
     steps = sorted(
         (abs(stride), size)
@@ -155,6 +164,8 @@ def _overlaps_itself(array: Array) -> bool:
 
 
 def _shares_memory(a: Array, b: Array) -> bool:
+    if a is not b and a.flags.owndata and b.flags.owndata:
+        return False
     if not np.may_share_memory(a, b):
         return False
     try:

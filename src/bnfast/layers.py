@@ -29,6 +29,7 @@ class _Saved(NamedTuple):
     x: Array
     mean: Array
     invstd: Array
+    weight: Array | None
     constant_statistics: bool
 
 
@@ -42,7 +43,7 @@ class BatchNorm:
     num_features : int
         C, the number of channels.
     eps : float
-        Added to the variance.
+        Added to the variance; 0 will do for evaluation only.
     momentum : float or None
         The weight of the NEW batch in the running statistics, as in PyTorch (Keras, Flax and ONNX
         call its complement momentum); None for the plain average of all batches.
@@ -77,9 +78,13 @@ class BatchNorm:
 
     Notes
     -----
-    The formulas stand in `bnfast.batch_norm` and `bnfast.batch_norm_backward`. The layer keeps a
-    reference to its last input, until `backward` or the next call, and does not copy it. Two
-    threads that train one layer at once race for its running statistics.
+    The formulas stand in `bnfast.batch_norm` and `bnfast.batch_norm_backward`.
+
+    The layer keeps a reference to its last input until `backward` or the next call, in evaluation
+    too, and does not copy it: change the input in between and the gradients are those of something
+    else. Copies and pickles of the layer leave it out.
+
+    Two threads that train one layer at once race for its running statistics.
 
     References
     ----------
@@ -121,7 +126,7 @@ class BatchNorm:
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.num_features = _validation.size("num_features", num_features)
-        self.eps = _validation.epsilon(eps, training=True)
+        self.eps = _validation.epsilon(eps, training=False)
         self.momentum = None if momentum is None else _validation.real("momentum", momentum)
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
@@ -210,13 +215,15 @@ class BatchNorm:
         """Use the running statistics; return the layer itself."""
         return self.train(False)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """Normalize a batch.
 
         Parameters
         ----------
         x : array of float32 or float64
-            With `num_features` channels along `axis`.
+            With `num_features` channels along `axis`. Keep its values for `backward`.
+        out : array like `x`, optional
+            Where to write; `x` itself only where no `backward` follows.
 
         Returns
         -------
@@ -226,6 +233,12 @@ class BatchNorm:
         ------
         TypeError, ValueError
             As `bnfast.batch_norm`; the layer is left as it was.
+
+        Warns
+        -----
+        UserWarning
+            Once per layer, for a training batch with fewer than 8 values per channel: their
+            statistics are mostly noise.
         """
         array, _, channels = _validation.batch("x", x, self.axis)
         if array.ndim > 1 and channels != self.num_features:
@@ -234,35 +247,28 @@ class BatchNorm:
                 f"got shape {array.shape}"
             )
         if self.training:
-            return self._train_on(array)
+            return self._train_on(array, out)
         if self.running_mean is None or self.running_var is None:
             y, mean, invstd = _primitives.normalize(
-                array, self.axis, self.weight, self.bias, self.eps
+                array, self.axis, self.weight, self.bias, self.eps, out=out
             )
-            self._saved = _Saved(array, mean, invstd, constant_statistics=False)
+            self._save(array, mean, invstd, constant_statistics=False)
             return y
         y = _primitives.scale_shift(
             *(array, self.axis, self.running_mean, self.running_var),
-            *(self.weight, self.bias, self.eps),
+            *(self.weight, self.bias, self.eps, out),
         )
         invstd = 1.0 / np.sqrt(self.running_var.astype(np.float64) + self.eps)
-        self._saved = _Saved(array, self.running_mean.copy(), invstd, constant_statistics=True)
+        self._save(array, self.running_mean.copy(), invstd, constant_statistics=True)
         return y
 
-    def _train_on(self, x: Array) -> Array:
-        tracked = self.num_batches_tracked
-        if tracked is None:
-            weight_of_new = 0.0
-        else:
-            weight_of_new = weight_of_new_batch(self.momentum, tracked + 1)
-        y, mean, invstd = _primitives.normalize(
-            *(x, self.axis, self.weight, self.bias, self.eps),
-            *(self.running_mean, self.running_var, weight_of_new, self.unbiased),
-        )
-        if tracked is not None and x.size > 0:
-            self.num_batches_tracked = tracked + 1
-        self._saved = _Saved(x, mean, invstd, constant_statistics=False)
-        if not self._warned and 0 < x.size < FEW_VALUES * self.num_features:
+    def _save(self, x: Array, mean: Array, invstd: Array, *, constant_statistics: bool) -> None:
+        # The parameters may change before backward comes; they are small. x is not copied.
+        weight = None if self.weight is None else self.weight.copy()
+        self._saved = _Saved(x, mean, invstd, weight, constant_statistics)
+
+    def _train_on(self, x: Array, out: Array | None) -> Array:
+        if not self._warned and self.num_features < x.size < FEW_VALUES * self.num_features:
             self._warned = True
             warnings.warn(
                 f"x of shape {x.shape} has {x.size // self.num_features} values per channel: their "
@@ -271,15 +277,29 @@ class BatchNorm:
                 f"group or RMS normalization)",
                 stacklevel=3,
             )
+        tracked = self.num_batches_tracked
+        if tracked is None:
+            weight_of_new = 0.0
+        else:
+            weight_of_new = weight_of_new_batch(self.momentum, tracked + 1)
+        y, mean, invstd = _primitives.normalize(
+            *(x, self.axis, self.weight, self.bias, self.eps),
+            *(self.running_mean, self.running_var, weight_of_new, self.unbiased, out),
+        )
+        if tracked is not None and x.size > 0:
+            self.num_batches_tracked = tracked + 1
+        self._save(x, mean, invstd, constant_statistics=False)
         return y
 
-    def backward(self, dy: Array) -> Array:
+    def backward(self, dy: Array, *, out: Array | None = None) -> Array:
         """Return the gradient of the last input, and set `weight_grad` and `bias_grad`.
 
         Parameters
         ----------
         dy : array like the last output
             The gradient of the output.
+        out : array like `dy`, optional
+            Where to write: `dy` itself will do.
 
         Returns
         -------
@@ -296,9 +316,9 @@ class BatchNorm:
             raise RuntimeError(
                 "backward needs a call of the layer before it, one for each backward"
             )
-        x, mean, invstd, constant_statistics = self._saved
+        x, mean, invstd, weight, constant_statistics = self._saved
         dx, dweight, dbias = _primitives.gradient(
-            dy, x, self.axis, mean, invstd, self.weight, constant_statistics
+            dy, x, self.axis, mean, invstd, weight, constant_statistics, out
         )
         self.weight_grad = None if self.weight is None else dweight.astype(self.weight.dtype)
         self.bias_grad = None if self.bias is None else dbias.astype(self.bias.dtype)
@@ -364,6 +384,9 @@ class BatchNorm:
         for name, array in own.items():
             array[...] = new[name]
         self.num_batches_tracked = tracked
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_saved": None}
 
     def __repr__(self) -> str:
         return (

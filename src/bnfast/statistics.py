@@ -51,8 +51,8 @@ class Moments:
 
         Raises
         ------
-        ValueError
-            If the numbers of channels differ.
+        TypeError, ValueError
+            If `other` is something else, or the numbers of channels differ.
 
         Notes
         -----
@@ -73,6 +73,8 @@ class Moments:
         >>> np.allclose(whole.var, x.var(axis=0))
         True
         """
+        if not isinstance(other, Moments):
+            raise TypeError(f"other must be Moments, got {type(other).__name__}")
         if self.mean.shape != other.mean.shape:
             raise ValueError(
                 f"other must have {self.mean.shape[0]} channels, got {other.mean.shape[0]}"

@@ -273,22 +273,17 @@ def _plot(path: Path, losses: dict[str, list[float]], network: Network) -> None:
         left.plot(curve, label=name, linewidth=1)
     left.set(xlabel="step", ylabel="cross entropy", title="Training loss", yscale="log")
     left.legend()
-    middle = network.normalizations[1]
-    for name, values in (("before", middle.before), ("after", middle.after)):
-        right.hist(
-            values.ravel(),
-            bins=120,
-            range=(-6, 6),
-            density=True,
-            alpha=0.6,
-            label=f"{name} batch norm",
-        )
-    right.set(xlabel="activation", ylabel="density", title="Second convolution, last batch")
+    first = network.normalizations[0]
+    both = {"before batch norm": first.before, "after batch norm": first.after}
+    limits = np.percentile(np.concatenate([a.ravel() for a in both.values()]), (0.5, 99.5))
+    for name, values in both.items():
+        right.hist(values.ravel(), 100, tuple(limits), density=True, alpha=0.6, label=name)
+    right.set(xlabel="activation", ylabel="density", title="First convolution, last batch")
     right.legend()
     figure.savefig(path, dpi=120)
 
 
-def run(epochs: int, learning_rate: float, seed: int, output: str) -> int:
+def run(epochs: int, learning_rate: float, seed: int, output: Path) -> int:
     """Train both networks, print the table, write the plot; return the exit status."""
     console = Console()
     digits = load_digits()
@@ -319,8 +314,7 @@ def run(epochs: int, learning_rate: float, seed: int, output: str) -> int:
                 network, x, labels, epochs, learning_rate, seed, lambda: bar.advance(task)
             )
         # The plot shows the last batch of training, so before the accuracies are taken.
-        path = Path(output)
-        _plot(path, losses, networks["with batch norm"])
+        _plot(output, losses, networks["with batch norm"])
         stopwatch = networks["with batch norm"].stopwatch
         ours, theirs = stopwatch.bnfast, stopwatch.numpy
         calls, difference = stopwatch.calls, stopwatch.difference
@@ -346,5 +340,5 @@ def run(epochs: int, learning_rate: float, seed: int, output: str) -> int:
         f"{difference:.0e} of the largest"
     )
     console.print(f"all in {perf_counter() - start:.1f} s; plot written to", end=" ")
-    console.print(str(path.resolve()), soft_wrap=True, highlight=False)
+    console.print(str(output.resolve()), soft_wrap=True, highlight=False)
     return 0

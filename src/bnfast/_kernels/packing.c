@@ -4,29 +4,84 @@
 
 #include <string.h>
 
-static ptrdiff_t offset_along(size_t axes, const size_t *sizes, const ptrdiff_t *strides,
-                              size_t index)
+#include "portability.h"
+
+/* A position on some axes, the last the fastest, and its offset in bytes. */
+typedef struct {
+    size_t axes;
+    const size_t *sizes;
+    const ptrdiff_t *strides;
+    size_t index[BN_MAX_AXES];
+    ptrdiff_t offset;
+} position;
+
+static void go_to(position *at, size_t axes, const size_t *sizes, const ptrdiff_t *strides,
+                  size_t index)
 {
-    ptrdiff_t offset = 0;
-    for (size_t axis = axes; axis-- > 0 && index > 0;) {
-        offset += (ptrdiff_t)(index % sizes[axis]) * strides[axis];
+    at->axes = axes;
+    at->sizes = sizes;
+    at->strides = strides;
+    at->offset = 0;
+    for (size_t axis = axes; axis-- > 0;) {
+        at->index[axis] = index % sizes[axis];
+        at->offset += (ptrdiff_t)at->index[axis] * strides[axis];
         index /= sizes[axis];
     }
-    return offset;
 }
 
-static void copy_run(size_t itemsize, char *to, ptrdiff_t to_step, const char *from,
-                     ptrdiff_t from_step, size_t count)
+static void go_on(position *at)
 {
-    if (itemsize == 4) {
-        for (size_t i = 0; i < count; i++, to += to_step, from += from_step) {
-            memcpy(to, from, 4);
+    for (size_t axis = at->axes; axis-- > 0;) {
+        at->offset += at->strides[axis];
+        if (++at->index[axis] < at->sizes[axis]) {
+            return;
         }
+        at->offset -= (ptrdiff_t)at->sizes[axis] * at->strides[axis];
+        at->index[axis] = 0;
+    }
+}
+
+/* Constant arguments, so that each of the steps below gets a loop of its own. */
+BN_INLINE void copy_elements(const ptrdiff_t itemsize, char *to, const ptrdiff_t to_step,
+                             const char *from, const ptrdiff_t from_step, size_t count)
+{
+    for (ptrdiff_t i = 0; i < (ptrdiff_t)count; i++) {
+        memcpy(to + i * to_step * itemsize, from + i * from_step * itemsize, (size_t)itemsize);
+    }
+}
+
+BN_INLINE void copy_run(const ptrdiff_t itemsize, char *to, ptrdiff_t to_step, const char *from,
+                        ptrdiff_t from_step, size_t count)
+{
+    if (to_step == itemsize && from_step == itemsize) {
+        memcpy(to, from, count * (size_t)itemsize);
+    } else if (to_step == itemsize && from_step == 2 * itemsize) {
+        copy_elements(itemsize, to, 1, from, 2, count);
+    } else if (to_step == itemsize && from_step == -itemsize) {
+        copy_elements(itemsize, to, 1, from, -1, count);
+    } else if (to_step == -itemsize && from_step == itemsize) {
+        copy_elements(itemsize, to, -1, from, 1, count);
     } else {
         for (size_t i = 0; i < count; i++, to += to_step, from += from_step) {
-            memcpy(to, from, 8);
+            memcpy(to, from, (size_t)itemsize);
         }
     }
+}
+
+/* One strided run of the operand, and as many neighbours of scratch. */
+static char *copy_to_or_from(size_t itemsize, char *run, ptrdiff_t step, char *scratch,
+                             size_t count, int to_scratch)
+{
+    char *to = to_scratch ? scratch : run;
+    const char *from = to_scratch ? run : scratch;
+    const ptrdiff_t dense = (ptrdiff_t)itemsize;
+    const ptrdiff_t to_step = to_scratch ? dense : step, from_step = to_scratch ? step : dense;
+    if (itemsize == 4) {
+        copy_run(4, to, to_step, from, from_step, count);
+    } else {
+        copy_run(8, to, to_step, from, from_step, count);
+    }
+    return scratch + count * itemsize;
 }
 
 /* Visits the box in the order of scratch, (outer, channel, inner), one strided run at a time. */
@@ -34,39 +89,37 @@ static void copy_box(const bn_geometry *geometry, size_t operand, char *data, co
                      char *scratch, int to_scratch)
 {
     const bn_operand *layout = &geometry->operand[operand];
-    const size_t itemsize = geometry->itemsize, axes = geometry->inner_axes;
-    const ptrdiff_t dense = (ptrdiff_t)itemsize;
-    for (size_t o = 0; o < box->extent.outer; o++) {
-        char *step = data + (ptrdiff_t)box->channel * layout->channel_stride +
-                     offset_along(geometry->outer_axes, geometry->outer_axis_sizes,
-                                  layout->outer_axis_strides, box->outer + o);
-        if (geometry->inner == 1) {
-            const size_t count = box->extent.channels;
-            if (to_scratch) {
-                copy_run(itemsize, scratch, dense, step, layout->channel_stride, count);
-            } else {
-                copy_run(itemsize, step, layout->channel_stride, scratch, dense, count);
-            }
-            scratch += count * itemsize;
-            continue;
+    const size_t itemsize = geometry->itemsize;
+    position outer;
+    go_to(&outer, geometry->outer_axes, geometry->outer_axis_sizes, layout->outer_axis_strides,
+          box->outer);
+    data += (ptrdiff_t)box->channel * layout->channel_stride;
+    if (geometry->inner == 1) {
+        for (size_t o = 0; o < box->extent.outer; o++, go_on(&outer)) {
+            scratch = copy_to_or_from(itemsize, data + outer.offset, layout->channel_stride,
+                                      scratch, box->extent.channels, to_scratch);
         }
-        const size_t last_size = geometry->inner_axis_sizes[axes - 1];
-        const ptrdiff_t last_stride = layout->inner_axis_strides[axes - 1];
-        for (size_t c = 0; c < box->extent.channels; c++, step += layout->channel_stride) {
-            size_t i = box->inner, left = box->extent.inner;
-            while (left > 0) {
-                const size_t in_run = last_size - i % last_size;
-                const size_t count = left < in_run ? left : in_run;
-                char *run = step + offset_along(axes, geometry->inner_axis_sizes,
-                                                layout->inner_axis_strides, i);
-                if (to_scratch) {
-                    copy_run(itemsize, scratch, dense, run, last_stride, count);
-                } else {
-                    copy_run(itemsize, run, last_stride, scratch, dense, count);
-                }
-                scratch += count * itemsize;
-                i += count;
+        return;
+    }
+    const size_t rows = geometry->inner_axes - 1; /* all inner axes but the run */
+    const size_t length = geometry->inner_axis_sizes[rows];
+    const ptrdiff_t step = layout->inner_axis_strides[rows];
+    position first_row;
+    go_to(&first_row, rows, geometry->inner_axis_sizes, layout->inner_axis_strides,
+          box->inner / length);
+    for (size_t o = 0; o < box->extent.outer; o++, go_on(&outer)) {
+        char *channel = data + outer.offset;
+        for (size_t c = 0; c < box->extent.channels; c++, channel += layout->channel_stride) {
+            position row = first_row;
+            size_t column = box->inner % length;
+            for (size_t left = box->extent.inner; left > 0;) {
+                const size_t count = left < length - column ? left : length - column;
+                scratch = copy_to_or_from(itemsize,
+                                          channel + row.offset + (ptrdiff_t)column * step, step,
+                                          scratch, count, to_scratch);
                 left -= count;
+                column = 0;
+                go_on(&row);
             }
         }
     }
