@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnfast import _layout
+from bnfast import _core, _layout, _primitives
 from bnfast._layout import CHANNELS_LAST, CONTIGUOUS, plan_layout
 
 
@@ -115,9 +115,15 @@ def test_misaligned_memory_is_packed():
 
 def test_the_plan_is_cached_and_immutable():
     x = np.empty((4, 3, 5, 6), np.float32)
-    assert plan_of(x) is plan_of(x.copy())
+    assert _primitives._geometry_of(1, x) is _primitives._geometry_of(1, x.copy())
     with pytest.raises(AttributeError):
         plan_of(x).outer = 7
+
+
+def test_chunks_beyond_the_scratch_memory_are_refused():
+    plan = plan_of(np.empty((4, 3, 5, 6), np.float32))
+    with pytest.raises(ValueError, match="do not fit the scratch memory"):
+        _core.Geometry(plan._replace(chunk_inner=_layout.CHUNK_BYTES))
 
 
 def test_cuts_do_not_depend_on_the_number_of_channels_where_a_channel_is_a_run():

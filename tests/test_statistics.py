@@ -42,6 +42,15 @@ def test_merging_different_numbers_of_channels():
         bnfast.moments(np.ones((5, 4))).merge(bnfast.moments(np.ones((5, 3))))
 
 
+def test_an_infinite_mean_stays_infinite():
+    x = np.array([[np.inf, np.inf, 1.0], [1.0, 2.0, 3.0], [5.0, -np.inf, 5.0]])
+    for cut in (1, 2):
+        merged = bnfast.moments(x[:cut]).merge(bnfast.moments(x[cut:]))
+        np.testing.assert_array_equal(merged.mean, [np.inf, np.nan, 3.0])
+        np.testing.assert_array_equal(merged.mean, bnfast.moments(x).mean)
+        assert np.isnan(merged.m2[:2]).all()
+
+
 def test_merging_something_else():
     with pytest.raises(TypeError, match="other must be Moments, got tuple"):
         bnfast.moments(np.ones((5, 4))).merge((1, 2, 3))

@@ -48,6 +48,7 @@ def scale_shift(
     eps: float,
     mean: Array,
     variance: Array,
+    invstd: Array | None,
     threads: int,
 ) -> None: ...
 def gradient(
@@ -58,8 +59,8 @@ def gradient(
     weight: Array | None,
     mean: Array,
     invstd: Array,
-    sum_dy: Array,
-    sum_dy_deviation: Array,
+    dweight: Array,
+    dbias: Array,
     constant_statistics: bool,
     threads: int,
 ) -> None: ...

@@ -72,6 +72,11 @@ cdef extern from "geometry.h" nogil:
         bn_operand *operand
 
 
+cdef extern from "packing.h" nogil:
+    enum:
+        BN_SCRATCH_BYTES
+
+
 cdef extern from "block_tasks.h" nogil:
     ctypedef struct bn_job:
         const bn_kernels *kernels
@@ -109,6 +114,7 @@ cdef extern from "block_tasks.h" nogil:
     size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases)
     size_t bn_scale_shift_phases(bn_job *job, size_t threads, bn_phase *phases)
     size_t bn_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
+    void bn_parameter_gradients(const bn_job *job, bn_dtype dtype, void *dweight, void *dbias)
     void bn_update_running(const bn_kernels *kernels, bn_dtype dtype, size_t channels,
                            double momentum, const double *divided, double divisor, void *running)
 
@@ -199,6 +205,8 @@ cdef class Geometry:
             len(plan.outer_axis_sizes), len(plan.inner_axis_sizes)
         ) > BN_MAX_AXES:
             raise ValueError("the plan has too many operands or axes")
+        if plan.chunk_outer * plan.chunk_inner * itemsize > BN_SCRATCH_BYTES:
+            raise ValueError("the plan's chunks do not fit the scratch memory of packing.h")
         memset(c, 0, sizeof(bn_geometry))
         c.layout = BN_contiguous if plan.layout == "contiguous" else BN_channels_last
         c.dtype = BN_f32 if itemsize == 4 else BN_f64
@@ -380,9 +388,9 @@ cdef bn_dtype _dtype(cnp.ndarray array) noexcept:
 
 
 def scale_shift(
-    Geometry geometry, x, y, weight, bias, double eps, mean, variance, int threads
+    Geometry geometry, x, y, weight, bias, double eps, mean, variance, invstd, int threads
 ):
-    """Write y from given statistics."""
+    """Write y from given statistics, and invstd (float64) unless it is None."""
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job
     cdef bn_phase phases[BN_MAX_PHASES]
@@ -396,7 +404,7 @@ def scale_shift(
     job.eps = eps
     job.mean = <double *>workspace.widened(mean, c.channels)
     job.variance = workspace.widened(variance, c.channels)
-    job.invstd = workspace.doubles(c.channels)
+    job.invstd = workspace.doubles(c.channels) if invstd is None else _doubles(invstd)
     job.scale_shift = _scale_shift_arrays(workspace, c)
     with nogil:
         count = bn_scale_shift_phases(&job, threads, phases)
@@ -404,22 +412,23 @@ def scale_shift(
 
 
 def gradient(
-    Geometry geometry, x, dy, dx, weight, mean, invstd, sum_dy, sum_dy_deviation,
+    Geometry geometry, x, dy, dx, weight, mean, invstd, dweight, dbias,
     bint constant_statistics, int threads
 ):
-    """Write dx, sum(dy) and sum(dy * (x - mean)) (float64)."""
+    """Write dx, dweight and dbias."""
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job
     cdef bn_phase phases[BN_MAX_PHASES]
     cdef size_t count
-    cdef _Workspace workspace = _Workspace(c.channels, 12 + BN_SUMS * (c.blocks - 1))
+    cdef _Workspace workspace = _Workspace(c.channels, 14 + BN_SUMS * (c.blocks - 1))
     memset(&job, 0, sizeof(bn_job))
     job.kernels, job.geometry = active, c
     job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)
     job.weight = workspace.widened(weight, c.channels)
     job.mean = <double *>workspace.widened(mean, c.channels)
     job.invstd = <double *>workspace.widened(invstd, c.channels)
-    job.sum_dy, job.sum_dy_deviation = _doubles(sum_dy), _doubles(sum_dy_deviation)
+    job.sum_dy = workspace.doubles(c.channels)
+    job.sum_dy_deviation = workspace.doubles(c.channels)
     job.constant_statistics = constant_statistics
     job.scale_shift = _scale_shift_arrays(workspace, c)
     job.gradient = _gradient_arrays(workspace, c)
@@ -427,3 +436,4 @@ def gradient(
     with nogil:
         count = bn_gradient_phases(&job, threads, phases)
         _run(&job, phases, count, threads)
+    bn_parameter_gradients(&job, _dtype(dweight), _data(dweight), _data(dbias))

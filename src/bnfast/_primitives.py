@@ -1,7 +1,7 @@
 """The primitives on arrays: moments, scale_shift, gradient, and normalize: the first two in one.
 
 Each validates, plans, chooses the number of threads and calls the core, in this order; nothing is
-written before everything has been checked. The only room that calls ``_core``.
+written before everything has been checked. The only room that hands arrays to ``_core``.
 """
 
 from __future__ import annotations
@@ -44,14 +44,18 @@ def _writable(statistic: Array) -> Array:
     return statistic if flags.c_contiguous and flags.aligned else statistic.copy()
 
 
+def _put_back(updated: Array | None, statistic: Array) -> None:
+    if updated is not None and updated is not statistic:
+        statistic[...] = updated
+
+
 def moments(x: object, axis: object) -> tuple[int, Array, Array]:
     """Return the count, and the mean and m2 of each channel (float64)."""
     array, axis, channels = _validation.batch("x", x, axis)
     mean, m2 = np.zeros(channels), np.zeros(channels)
     if array.size == 0:
         return 0, mean, m2
-    geometry = _geometry_of(axis, array)
-    _core.moments(geometry, array, mean, m2, threads_for(array.nbytes))
+    _core.moments(_geometry_of(axis, array), array, mean, m2, threads_for(array.nbytes))
     return array.size // channels, mean, m2
 
 
@@ -77,29 +81,41 @@ def normalize(
     new_weight = _validation.real("momentum", momentum)
     scale = _validation.channel_parameter("weight", weight, channels)
     shift = _validation.channel_parameter("bias", bias, channels)
-    others = {"x": array, "weight": scale, "bias": shift}
     tracked = _validation.running_statistics(running_mean, running_var, array, channels)
-    if tracked is not None:
-        others |= {"running_mean": tracked[0], "running_var": tracked[1]}
-    y = _validation.output(out, "x", array, others)
+    if out is None:
+        y = np.empty_like(array)
+    else:
+        statistics = tracked or (None, None)
+        others = {"x": array, "weight": scale, "bias": shift}
+        others |= {"running_mean": statistics[0], "running_var": statistics[1]}
+        y = _validation.output(out, array, others)
+    if array.ndim > 1:
+        _validation.more_than_one_value("x", array, axis)
     if array.size == 0:
         return y, np.zeros(channels), np.full(channels, epsilon**-0.5)
-    _validation.more_than_one_value("x", array, channels)
 
     mean, invstd = np.empty(channels), np.empty(channels)
-    geometry = _geometry_of(axis, array, y)
-    threads = threads_for(array.nbytes + y.nbytes)
-    written = None if tracked is None else (_writable(tracked[0]), _writable(tracked[1]))
-    running = (None, None) if written is None else written
-    correction = 1.0 if unbiased else 0.0
+    written_mean = written_var = None
+    if tracked is not None:
+        written_mean, written_var = _writable(tracked[0]), _writable(tracked[1])
     _core.normalize(
-        *(geometry, array, y, scale, shift, epsilon, mean, invstd),
-        *(running[0], running[1], new_weight, correction, threads),
+        _geometry_of(axis, array, y),
+        array,
+        y,
+        scale,
+        shift,
+        epsilon,
+        mean,
+        invstd,
+        written_mean,
+        written_var,
+        new_weight,
+        1.0 if unbiased else 0.0,
+        threads_for(array.nbytes + y.nbytes),
     )
-    if tracked is not None and written is not None:
-        for statistic, updated in zip(tracked, written, strict=True):
-            if updated is not statistic:
-                statistic[...] = updated
+    if tracked is not None:
+        _put_back(written_mean, tracked[0])
+        _put_back(written_var, tracked[1])
     return y, mean, invstd
 
 
@@ -111,24 +127,38 @@ def scale_shift(
     weight: object,
     bias: object,
     eps: object,
+    invstd: Array | None = None,
     out: object = None,
 ) -> Array:
-    """Return y from given statistics, called running_mean and running_var in messages."""
+    """Return y from given statistics, called running_mean and running_var in messages.
+
+    `invstd`, a float64 array of one value a channel, is written if there is one.
+    """
     array, axis, channels = _validation.batch("x", x, axis)
     epsilon = _validation.epsilon(eps, training=False)
     centre = _validation.required_channel_parameter("running_mean", mean, channels)
     spread = _validation.required_channel_parameter("running_var", variance, channels)
     scale = _validation.channel_parameter("weight", weight, channels)
     shift = _validation.channel_parameter("bias", bias, channels)
-    others = {
-        **{"x": array, "weight": scale, "bias": shift},
-        **{"running_mean": centre, "running_var": spread},
-    }
-    y = _validation.output(out, "x", array, others)
+    if out is None:
+        y = np.empty_like(array)
+    else:
+        others = {"x": array, "weight": scale, "bias": shift}
+        others |= {"running_mean": centre, "running_var": spread}
+        y = _validation.output(out, array, others)
     if array.size > 0:
-        geometry = _geometry_of(axis, array, y)
-        threads = threads_for(array.nbytes + y.nbytes)
-        _core.scale_shift(geometry, array, y, scale, shift, epsilon, centre, spread, threads)
+        _core.scale_shift(
+            _geometry_of(axis, array, y),
+            array,
+            y,
+            scale,
+            shift,
+            epsilon,
+            centre,
+            spread,
+            invstd,
+            threads_for(array.nbytes + y.nbytes),
+        )
     return y
 
 
@@ -142,23 +172,32 @@ def gradient(
     constant_statistics: bool,
     out: object = None,
 ) -> tuple[Array, Array, Array]:
-    """Return dx, sum(dy * (x - mean)) * invstd and sum(dy), the sums in float64."""
+    """Return dx, dweight and dbias, the latter of the dtype of `weight`, or of x without one."""
     array, axis, channels = _validation.batch("x", x, axis)
-    upstream = _validation.same_shape("dy", dy, "x", array)
+    upstream = _validation.upstream_gradient(dy, array)
     centre = _validation.required_channel_parameter("mean", mean, channels)
     inverse_std = _validation.required_channel_parameter("invstd", invstd, channels)
     scale = _validation.channel_parameter("weight", weight, channels)
-    others = {
-        **{"dy": upstream, "x": array, "weight": scale},
-        **{"mean": centre, "invstd": inverse_std},
-    }
-    dx = _validation.output(out, "x", array, others)
-    sum_dy, sum_dy_deviation = np.zeros(channels), np.zeros(channels)
+    if out is None:
+        dx = np.empty_like(array)
+    else:
+        others = {"dy": upstream, "x": array, "weight": scale}
+        others |= {"mean": centre, "invstd": inverse_std}
+        dx = _validation.output(out, array, others)
+    dtype = array.dtype if scale is None else scale.dtype
+    dweight, dbias = np.zeros(channels, dtype), np.zeros(channels, dtype)
     if array.size > 0:
-        geometry = _geometry_of(axis, array, upstream, dx)
-        threads = threads_for(array.nbytes + upstream.nbytes + dx.nbytes)
         _core.gradient(
-            *(geometry, array, upstream, dx, scale, centre, inverse_std),
-            *(sum_dy, sum_dy_deviation, constant_statistics, threads),
+            _geometry_of(axis, array, upstream, dx),
+            array,
+            upstream,
+            dx,
+            scale,
+            centre,
+            inverse_std,
+            dweight,
+            dbias,
+            constant_statistics,
+            threads_for(array.nbytes + upstream.nbytes + dx.nbytes),
         )
-    return dx, sum_dy_deviation * inverse_std, sum_dy
+    return dx, dweight, dbias

@@ -39,6 +39,8 @@ def floating_array(name: str, value: object) -> Array:
             raise TypeError(f"{name} must be a float32 or float64 array, got None")
         try:
             value = np.asarray(value)
+        except MemoryError:
+            raise
         except Exception as error:
             raise TypeError(f"{name} must be an array, got {_describe(value)}") from error
     array: Array = value
@@ -69,15 +71,14 @@ def batch(name: str, value: object, axis: object) -> tuple[Array, int, int]:
     return x, channel_axis, x.shape[channel_axis]
 
 
-def same_shape(name: str, value: object, like_name: str, like: Array) -> Array:
-    """Return an array of the shape and dtype of another argument."""
-    array = floating_array(name, value)
-    if array.shape != like.shape or array.dtype != like.dtype:
+def upstream_gradient(value: object, x: Array) -> Array:
+    """Return dy, of the shape and dtype of x."""
+    dy = floating_array("dy", value)
+    if dy.shape != x.shape or dy.dtype != x.dtype:
         raise ValueError(
-            f"{name} must have the shape and dtype of {like_name}, "
-            f"{_describe(like)}, got {_describe(array)}"
+            f"dy must have the shape and dtype of x, {_describe(x)}, got {_describe(dy)}"
         )
-    return array
+    return dy
 
 
 def _one_for_each_channel(name: str, array: Array, channels: int) -> None:
@@ -125,7 +126,7 @@ def _running_statistic(name: str, value: object, channels: int) -> Array:
 def running_statistics(
     mean: object, var: object, x: Array, channels: int
 ) -> tuple[Array, Array] | None:
-    """Return the very arrays that came, to be updated in place, or None for none."""
+    """Return the memory that came, to be updated in place, or None for none."""
     if mean is None and var is None:
         return None
     if mean is None or var is None:
@@ -138,10 +139,10 @@ def running_statistics(
     var_array = _running_statistic("running_var", var, channels)
     if _overlaps_itself(mean_array) or _overlaps_itself(var_array):
         raise ValueError("running_mean and running_var must have a place for each channel")
-    if _shares_memory(mean_array, var_array):
+    if shares_memory(mean_array, var_array):
         raise ValueError("running_mean and running_var must not share memory")
     for name, array in (("running_mean", mean_array), ("running_var", var_array)):
-        if _shares_memory(array, x):
+        if shares_memory(array, x):
             raise ValueError(f"{name} is updated in place and must not share memory with x")
     return mean_array, var_array
 
@@ -163,7 +164,8 @@ def _overlaps_itself(array: Array) -> bool:
     return False
 
 
-def _shares_memory(a: Array, b: Array) -> bool:
+def shares_memory(a: Array, b: Array) -> bool:
+    """Whether two arrays have an element in common; in doubt, yes."""
     if a is not b and a.flags.owndata and b.flags.owndata:
         return False
     if not np.may_share_memory(a, b):
@@ -175,28 +177,26 @@ def _shares_memory(a: Array, b: Array) -> bool:
 
 
 def _is_same_memory(a: Array, b: Array) -> bool:
-    return (
-        a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
-        and a.strides == b.strides
-    )
+    """Whether every index names the same element; what the stride of a single step is, is moot."""
+    if a.__array_interface__["data"][0] != b.__array_interface__["data"][0]:
+        return False
+    axes = zip(a.shape, a.strides, b.strides, strict=True)
+    return all(size == 1 or ours == theirs for size, ours, theirs in axes)
 
 
-def output(value: object, like_name: str, like: Array, arguments: dict[str, Array | None]) -> Array:
-    """Return the array to write: `value`, or a new one laid out like the input.
+def output(value: object, x: Array, arguments: dict[str, Array | None]) -> Array:
+    """Return the array to write to.
 
-    `arguments` are the others of the call. Those of the same shape may be `out` itself.
+    `arguments` are the others of the call. Those of the shape of x may be `out` itself.
     """
-    if value is None:
-        return np.empty_like(like, subok=False)
     if not isinstance(value, np.ndarray):
         raise TypeError(f"out must be a numpy array, got {_describe(value)}")
     out: Array = value
     if isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"out must be an array without a mask, got a masked {_describe(out)}")
-    if out.dtype != like.dtype or out.shape != like.shape:
+    if out.dtype != x.dtype or out.shape != x.shape:
         raise ValueError(
-            f"out must have the shape and dtype of {like_name}, {_describe(like)}, "
-            f"got {_describe(out)}"
+            f"out must have the shape and dtype of x, {_describe(x)}, got {_describe(out)}"
         )
     if not out.flags.writeable:
         raise ValueError(f"out must be writable, got a read-only {_describe(out)}")
@@ -205,7 +205,7 @@ def output(value: object, like_name: str, like: Array, arguments: dict[str, Arra
             f"out must not overlap itself, got strides {out.strides} for shape {out.shape}"
         )
     for name, argument in arguments.items():
-        if argument is None or not _shares_memory(out, argument):
+        if argument is None or not shares_memory(out, argument):
             continue
         if argument.shape != out.shape:
             raise ValueError(f"out must not share memory with {name}")
@@ -254,7 +254,10 @@ def real(name: str, value: object) -> float:
         value = value[()]
     if not isinstance(value, (float, Real)) or isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be a real number, got {_describe(value)}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")
     return number
@@ -270,9 +273,10 @@ def epsilon(value: object, *, training: bool) -> float:
     return eps
 
 
-def more_than_one_value(name: str, x: Array, channels: int) -> None:
+def more_than_one_value(name: str, x: Array, axis: int) -> None:
     """Refuse a batch with one value a channel: it has no variance."""
-    if x.size == channels:
+    channels = x.shape[axis]
+    if x.size == channels and math.prod(x.shape[:axis] + x.shape[axis + 1 :]) == 1:
         raise ValueError(
             f"{name} must have more than one value per channel in training, got shape {x.shape} "
             f"with {channels} channels"

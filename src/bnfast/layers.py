@@ -207,12 +207,39 @@ class BatchNorm:
         return layer
 
     def train(self, mode: bool = True) -> BatchNorm:
-        """Use the statistics of each batch, and track them; return the layer itself."""
+        """Use the statistics of each batch, and track them; return the layer itself.
+
+        Parameters
+        ----------
+        mode : bool
+            False is `eval`.
+
+        Returns
+        -------
+        BatchNorm
+
+        Examples
+        --------
+        >>> import bnfast
+        >>> bnfast.BatchNorm(3).train().training
+        True
+        """
         self.training = bool(mode)
         return self
 
     def eval(self) -> BatchNorm:
-        """Use the running statistics; return the layer itself."""
+        """Use the running statistics; return the layer itself.
+
+        Returns
+        -------
+        BatchNorm
+
+        Examples
+        --------
+        >>> import bnfast
+        >>> bnfast.BatchNorm(3).eval().training
+        False
+        """
         return self.train(False)
 
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
@@ -223,7 +250,7 @@ class BatchNorm:
         x : array of float32 or float64
             With `num_features` channels along `axis`. Keep its values for `backward`.
         out : array like `x`, optional
-            Where to write; `x` itself only where no `backward` follows.
+            Where to write. In place, where it is `x` itself, there can be no `backward`.
 
         Returns
         -------
@@ -241,7 +268,7 @@ class BatchNorm:
             statistics are mostly noise.
         """
         array, _, channels = _validation.batch("x", x, self.axis)
-        if array.ndim > 1 and channels != self.num_features:
+        if channels != self.num_features:
             raise ValueError(
                 f"x must have {self.num_features} channels along axis {self.axis}, "
                 f"got shape {array.shape}"
@@ -252,20 +279,31 @@ class BatchNorm:
             y, mean, invstd = _primitives.normalize(
                 array, self.axis, self.weight, self.bias, self.eps, out=out
             )
-            self._save(array, mean, invstd, constant_statistics=False)
+            self._save(array, y, mean, invstd, constant_statistics=False)
             return y
+        invstd = np.empty(channels)
         y = _primitives.scale_shift(
-            *(array, self.axis, self.running_mean, self.running_var),
-            *(self.weight, self.bias, self.eps, out),
+            array,
+            self.axis,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.eps,
+            invstd,
+            out,
         )
-        invstd = 1.0 / np.sqrt(self.running_var.astype(np.float64) + self.eps)
-        self._save(array, self.running_mean.copy(), invstd, constant_statistics=True)
+        self._save(array, y, self.running_mean.copy(), invstd, constant_statistics=True)
         return y
 
-    def _save(self, x: Array, mean: Array, invstd: Array, *, constant_statistics: bool) -> None:
+    def _save(
+        self, x: Array, y: Array, mean: Array, invstd: Array, *, constant_statistics: bool
+    ) -> None:
         # The parameters may change before backward comes; they are small. x is not copied.
         weight = None if self.weight is None else self.weight.copy()
-        self._saved = _Saved(x, mean, invstd, weight, constant_statistics)
+        overwritten = _validation.shares_memory(x, y)
+        saved = _Saved(x, mean, invstd, weight, constant_statistics)
+        self._saved = None if overwritten else saved
 
     def _train_on(self, x: Array, out: Array | None) -> Array:
         if not self._warned and self.num_features < x.size < FEW_VALUES * self.num_features:
@@ -283,12 +321,20 @@ class BatchNorm:
         else:
             weight_of_new = weight_of_new_batch(self.momentum, tracked + 1)
         y, mean, invstd = _primitives.normalize(
-            *(x, self.axis, self.weight, self.bias, self.eps),
-            *(self.running_mean, self.running_var, weight_of_new, self.unbiased, out),
+            x,
+            self.axis,
+            self.weight,
+            self.bias,
+            self.eps,
+            self.running_mean,
+            self.running_var,
+            weight_of_new,
+            self.unbiased,
+            out,
         )
         if tracked is not None and x.size > 0:
             self.num_batches_tracked = tracked + 1
-        self._save(x, mean, invstd, constant_statistics=False)
+        self._save(x, y, mean, invstd, constant_statistics=False)
         return y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
@@ -308,20 +354,35 @@ class BatchNorm:
         Raises
         ------
         RuntimeError
-            If no call came before, or its input has been used up by another `backward`.
+            If no call came before, or its input was overwritten, or used by another `backward`.
         TypeError, ValueError
             If `dy` has not the shape and dtype of the output.
+
+        Examples
+        --------
+        >>> import numpy as np, bnfast
+        >>> layer = bnfast.BatchNorm(1)
+        >>> y = layer(np.arange(8.0, dtype=np.float32).reshape(8, 1))
+        >>> dx = layer.backward(np.ones_like(y))
+        >>> bool(np.abs(dx).max() < 1e-6)
+        True
+        >>> layer.bias_grad
+        array([8.], dtype=float32)
         """
         if self._saved is None:
             raise RuntimeError(
-                "backward needs a call of the layer before it, one for each backward"
+                "backward needs a call of the layer before it, not in place, one for each backward"
             )
         x, mean, invstd, weight, constant_statistics = self._saved
         dx, dweight, dbias = _primitives.gradient(
             dy, x, self.axis, mean, invstd, weight, constant_statistics, out
         )
-        self.weight_grad = None if self.weight is None else dweight.astype(self.weight.dtype)
-        self.bias_grad = None if self.bias is None else dbias.astype(self.bias.dtype)
+        self.weight_grad = None if weight is None else dweight
+        if self.bias is None:
+            self.bias_grad = None
+        else:
+            with np.errstate(all="ignore"):  # only where there is no weight to say the dtype
+                self.bias_grad = dbias.astype(self.bias.dtype, copy=False)
         self._saved = None
         return dx
 
@@ -364,6 +425,12 @@ class BatchNorm:
         TypeError, ValueError
             If a name is missing or unexpected, or an array has the wrong dtype or shape; the layer
             is left as it was.
+
+        Examples
+        --------
+        >>> import bnfast
+        >>> layer, other = bnfast.BatchNorm(3), bnfast.BatchNorm(3)
+        >>> layer.load_state_dict(other.state_dict())
         """
         own = self._state()
         names = [*own] if self.num_batches_tracked is None else [*own, _COUNTER]
@@ -375,8 +442,10 @@ class BatchNorm:
                 f"missing {missing}, unexpected {unexpected}"
             )
         new = {
-            name: _validation.required_channel_parameter(name, state_dict[name], self.num_features)
-            for name in own
+            name: _validation.required_channel_parameter(
+                name, state_dict[name], self.num_features
+            ).astype(array.dtype)
+            for name, array in own.items()
         }
         tracked = self.num_batches_tracked
         if _COUNTER in state_dict:

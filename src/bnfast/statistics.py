@@ -84,13 +84,14 @@ class Moments:
         if self.count == 0:
             return other
         count = self.count + other.count
-        difference = other.mean - self.mean
         share = other.count / count
-        return Moments(
-            count,
-            self.mean + difference * share,
-            self.m2 + other.m2 + difference**2 * (self.count * share),
-        )
+        with np.errstate(all="ignore"):
+            difference = other.mean - self.mean
+            merged = self.mean + difference * share
+            # An infinite mean stays infinite: inf - inf would make it NaN.
+            mean = np.where(np.isfinite(difference), merged, self.mean + other.mean)
+            m2 = self.m2 + other.m2 + difference**2 * (self.count * share)
+        return Moments(count, mean, m2)
 
 
 def weight_of_new_batch(momentum: float | None, num_batches_tracked: int) -> float:

@@ -6,8 +6,8 @@
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
-/* A direct contiguous task walks at least this many neighbouring bytes of each image, so that short
-   planes are read in memory order. */
+/* The channels of a contiguous group have at least this many neighbouring bytes in each image, so
+   that short planes share their cache lines within a task and are written in memory order. */
 #define NEIGHBOURING_BYTES 4096
 
 /* channels_last groups are cut at multiples of this many channels: whole cache lines, whole tiles. */
@@ -291,12 +291,10 @@ static void finish_gradient(const bn_job *job, range channels)
     const size_t c = channels.first;
     const double *weight = job->weight ? job->weight + c : NULL;
     for (size_t block = 1; block < job->geometry->blocks; block++) {
-        const double *sum_dy = sums_of_block(job, NULL, 0, block);
-        const double *sum_dy_deviation = sums_of_block(job, NULL, 1, block);
-        for (size_t i = c; i < c + channels.count; i++) {
-            job->sum_dy[i] += sum_dy[i];
-            job->sum_dy_deviation[i] += sum_dy_deviation[i];
-        }
+        job->kernels->merge_sums(channels.count, job->sum_dy + c,
+                                 sums_of_block(job, NULL, 0, block) + c);
+        job->kernels->merge_sums(channels.count, job->sum_dy_deviation + c,
+                                 sums_of_block(job, NULL, 1, block) + c);
     }
     if (job->constant_statistics) {
         job->kernels->scale_shift_coefficients[job->geometry->dtype](
@@ -484,4 +482,10 @@ void bn_update_running(const bn_kernels *kernels, bn_dtype dtype, size_t channel
                        const double *divided, double divisor, void *running)
 {
     kernels->update_running[dtype](channels, momentum, divided, divisor, running);
+}
+
+void bn_parameter_gradients(const bn_job *job, bn_dtype dtype, void *dweight, void *dbias)
+{
+    job->kernels->parameter_gradients[dtype](job->geometry->channels, job->invstd, job->sum_dy,
+                                             job->sum_dy_deviation, dweight, dbias);
 }

@@ -54,6 +54,9 @@ size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases);   /* 
 size_t bn_scale_shift_phases(bn_job *job, size_t threads, bn_phase *phases); /* x, y */
 size_t bn_gradient_phases(bn_job *job, size_t threads, bn_phase *phases);    /* x, dy, dx */
 
+/* dweight and dbias, of this dtype, once the phases of the gradient have ended. */
+void bn_parameter_gradients(const bn_job *job, bn_dtype dtype, void *dweight, void *dbias);
+
 /* running = (1 - momentum) * running + momentum * divided / divisor */
 void bn_update_running(const bn_kernels *kernels, bn_dtype dtype, size_t channels, double momentum,
                        const double *divided, double divisor, void *running);

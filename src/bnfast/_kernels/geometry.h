@@ -36,7 +36,6 @@ typedef struct {
     size_t chunks_per_block, blocks;
 
     int any_packed;
-    size_t operands;
     bn_operand operand[BN_MAX_OPERANDS];
 } bn_geometry;
 

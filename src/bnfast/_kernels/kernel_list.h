@@ -16,10 +16,12 @@
     X(scale_shift_coefficients)              \
     X(split_mean)                            \
     X(gradient_coefficients)                 \
+    X(parameter_gradients)                   \
     X(update_running)
 
 #define BN_FOR_EACH_CHANNEL_OPERATION(X) \
     X(merge_moments)                     \
+    X(merge_sums)                        \
     X(invstd)
 
 #endif

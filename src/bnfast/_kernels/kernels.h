@@ -77,6 +77,11 @@ typedef void bn_gradient_coefficients_kernel(size_t channels, size_t count, cons
                                              const double *sum_dy_deviation,
                                              bn_gradient_coefficients coefficients);
 
+/* The gradients of weight and bias, in the parameters' own type. */
+typedef void bn_parameter_gradients_kernel(size_t channels, const double *invstd,
+                                           const double *sum_dy, const double *sum_dy_deviation,
+                                           void *dweight, void *dbias);
+
 /* running = (1 - momentum) * running + momentum * divided / divisor; running has the element type. */
 typedef void bn_update_running_kernel(size_t channels, double momentum, const double *divided,
                                       double divisor, void *running);
@@ -86,6 +91,9 @@ typedef void bn_merge_moments_kernel(size_t channels, size_t count_a, double *me
                                      double *mean_low_a, double *m2_a, size_t count_b,
                                      const double *mean_b, const double *mean_low_b,
                                      const double *m2_b);
+
+/* sums += more */
+typedef void bn_merge_sums_kernel(size_t channels, double *sums, const double *more);
 
 /* invstd = 1 / sqrt(variance + eps), variance = divided / divisor; invstd may be `divided`. */
 typedef void bn_invstd_kernel(size_t channels, const double *divided, double divisor, double eps,

@@ -4,7 +4,7 @@
 
 #include "geometry.h"
 
-/* Elements that one scratch buffer holds; a chunk of one channel always fits. */
+/* Bytes of one scratch buffer; a chunk of one channel must fit, and Geometry sees to it. */
 #define BN_SCRATCH_BYTES ((size_t)16384)
 
 typedef struct {

@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfast import _primitives
+from bnfast import _primitives, _validation
 from bnfast.statistics import Moments
 
 Float = TypeVar("Float", np.float32, np.float64)
@@ -99,7 +99,8 @@ def batch_norm(
             x, axis, weight, bias, eps, running_mean, running_var, momentum, unbiased, out
         )
         return y
-    return _primitives.scale_shift(x, axis, running_mean, running_var, weight, bias, eps, out)
+    _validation.real("momentum", momentum)
+    return _primitives.scale_shift(x, axis, running_mean, running_var, weight, bias, eps, out=out)
 
 
 def batch_norm_forward(
@@ -131,9 +132,22 @@ def batch_norm_forward(
     TypeError, ValueError
         As `batch_norm`.
 
+    Notes
+    -----
+    Over all axes but `axis`::
+
+        mu  = mean(x)
+        var = mean((x - mu)**2)
+        y   = weight * (x - mu) / sqrt(var + eps) + bias
+
+    For float32 x, mu and var are within 5e-7 of the exact ones, relative to the standard deviation
+    and to var, whatever the mean; what is left of a large mean after rounding to float64 still
+    enters y. Values up to 1.7e38 are safe: the difference of larger ones may overflow.
+
     References
     ----------
-    S. Ioffe, C. Szegedy, 2015, arXiv:1502.03167.
+    S. Ioffe, C. Szegedy, 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing
+    Internal Covariate Shift", arXiv:1502.03167.
 
     Examples
     --------
@@ -215,9 +229,7 @@ def batch_norm_backward(
     >>> bool(abs(dx.sum()) < 1e-15)
     True
     """
-    dx, dweight, dbias = _primitives.gradient(dy, x, axis, mean, invstd, weight, not training, out)
-    dtype = dx.dtype if weight is None else np.asarray(weight).dtype
-    return dx, dweight.astype(dtype, copy=False), dbias.astype(dtype, copy=False)
+    return _primitives.gradient(dy, x, axis, mean, invstd, weight, not training, out)
 
 
 def moments(x: NDArray[Float], axis: int = 1) -> Moments:
@@ -233,9 +245,10 @@ def moments(x: NDArray[Float], axis: int = 1) -> Moments:
     Returns
     -------
     Moments
-        With ``count``, ``mean`` and ``m2`` (float64, as good as a two-pass computation in float64),
-        ``var`` and ``std``; `Moments.merge` joins those of two parts of a data set. The moments of
-        an empty batch are ``(0, 0, 0)``.
+        With ``count``, ``mean`` and ``m2`` (float64), ``var`` and ``std``; `Moments.merge` joins
+        those of two parts of a data set. The moments of an empty batch are ``(0, 0, 0)``. For
+        float32 data m2 is within a relative 5e-7 of the exact one, and the mean within 5e-7
+        standard deviations, whatever the mean; for float64 data within 1e-14.
 
     Raises
     ------
