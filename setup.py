@@ -30,9 +30,10 @@ if MACHINE in ("x86_64", "amd64"):
 else:
     VARIANTS = {"baseline": []}  # NEON is part of aarch64
 
-# Strict IEEE: no fast-math (its link step would also switch denormals off for the whole process),
-# and no contraction, so that every instruction set rounds alike.
-C_FLAGS = ["-std=c11", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# Strict IEEE: no fast-math, not even from a user's CFLAGS (its link step would also switch
+# denormals off for the whole process), and no contraction: every instruction set rounds alike.
+STRICT = ["-fno-fast-math"]
+C_FLAGS = ["-std=c11", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", *STRICT]
 KERNEL_FLAGS = [
     *C_FLAGS,
     *("-fopenmp-simd", "-fno-lto", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
@@ -45,8 +46,8 @@ class BuildVariants(build_ext):
     def build_extension(self, ext):
         """Build the variants, then the extension that links them."""
         openmp = ["-fopenmp"] if self.has_openmp() else []
-        ext.extra_compile_args = [*C_FLAGS, *openmp]
-        ext.extra_link_args = openmp  # exactly this: never a float flag at link time
+        ext.extra_compile_args = [*C_FLAGS, *VARIANTS["baseline"], *openmp]
+        ext.extra_link_args = [*STRICT, *openmp]
         ext.extra_objects = []
         for isa, isa_flags in VARIANTS.items():
             flags = [*KERNEL_FLAGS, *isa_flags]

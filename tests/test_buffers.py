@@ -1,6 +1,8 @@
 """Awkward memory: strides, alignment, order, read-only, broadcast; where results are written."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -144,14 +146,32 @@ def test_misaligned_running_statistics(rng):
     np.testing.assert_allclose(var, expected_var)
 
 
-def test_no_copy_as_large_as_the_input_is_made(rng):
-    import tracemalloc
+MEMORY = """
+import resource, sys
+import numpy as np, bnfast
+unit = 1 if sys.platform == "darwin" else 1024
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+memory, dy, out = (np.ones((16, 32, 128, 260), np.float32) for _ in range(3))
+for axis in (1, 3):
+    for step in (1, 2):
+        arrays = [a[..., ::step] for a in (memory, dy, out)]
+        small = [a[:2, :, :2] for a in arrays]
+        for x, dy_, y in (small, arrays):
+            before = peak()
+            channels = x.shape[axis]
+            mean, var = np.zeros(channels), np.ones(channels)
+            bnfast.batch_norm(x, mean, var, training=True, axis=axis, out=y)
+            bnfast.batch_norm(x, mean, var, axis=axis, out=y)
+            bnfast.batch_norm_backward(dy_, x, mean, var, axis=axis, out=y)
+        grown = peak() - before
+        assert grown < max(arrays[0].nbytes // 100, 1 << 20), (axis, step, grown)
+"""
 
-    x = rng.normal(size=(8, 64, 128, 65)).astype(np.float32)[..., ::2]
-    out = np.empty((8, 64, 128, 33), np.float32)
-    bnfast.batch_norm_forward(x, out=out)
-    tracemalloc.start()
-    bnfast.batch_norm_forward(x, out=out)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < out.nbytes / 100
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no resource module")
+def test_no_copy_as_large_as_the_input_is_made():
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr

@@ -47,7 +47,7 @@ def test_bad_arguments_show_the_usage(arguments):
 def test_demo_trains_prints_and_plots(tmp_path):
     for package in ("sklearn", "matplotlib", "rich"):
         pytest.importorskip(package)
-    done = run("demo", "--epochs", "8", "--output", "plot.png", cwd=tmp_path)
+    done = run("demo", "--output", "plot.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path / "plot.png") in done.stdout

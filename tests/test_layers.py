@@ -236,6 +236,45 @@ def test_out_of_the_call_and_of_backward(rng, mode):
     np.testing.assert_array_equal(dy, expected)
 
 
+def test_in_place_leaves_nothing_to_go_back_from(rng):
+    layer = BatchNorm(3)
+    for _ in range(2):
+        x = images(rng)
+        layer(x, out=x)
+        with pytest.raises(RuntimeError, match="not in place"):
+            layer.backward(x)
+        layer.eval()
+
+
+def test_numpy_errors_come_before_anything_is_written(rng):
+    x = images(rng)
+    dy = np.full_like(x, 1e38)
+    layer = BatchNorm(3)
+    layer.running_var[...] = -1
+    with np.errstate(all="raise"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x)
+        assert np.isfinite(layer.running_mean).all()
+        layer.backward(dy)
+        layer.running_var[...] = -1
+        assert np.isnan(layer.eval()(x)).all()
+        layer.backward(dy)
+        mean, invstd = np.zeros(3), np.ones(3)
+        bnfast.batch_norm_backward(dy, x, mean, invstd, np.ones(3, np.float32), out=dy)
+
+
+def test_a_state_of_the_layers_own_arrays_is_taken_as_it_was():
+    layer = BatchNorm(3)
+    layer.load_state_dict(layer.state_dict() | {"weight": layer.bias, "bias": layer.weight})
+    np.testing.assert_array_equal(layer.weight, 0)
+    np.testing.assert_array_equal(layer.bias, 1)
+
+
+def test_an_array_without_channels_is_about_x():
+    with pytest.raises(ValueError, match="x must have 3 channels"):
+        BatchNorm(3)(np.empty(0, np.float32))
+
+
 def test_parameters_may_change_before_backward(rng):
     layer, other = BatchNorm(3), BatchNorm(3)
     x, dy = images(rng), images(rng)

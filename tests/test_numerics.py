@@ -156,9 +156,10 @@ def test_a_denormal_variance_without_eps(isa):
     np.testing.assert_allclose(y, [[-1], [1]], rtol=1e-6)
 
 
-def test_zero_variance_without_eps_is_nan_as_in_pytorch(isa, dtype):
-    x = np.zeros((4, 2), dtype)
-    assert np.isnan(bnfast.batch_norm(x, np.zeros(2), np.zeros(2), eps=0.0)).all()
+def test_zero_variance_without_eps_divides_by_zero(isa, dtype):
+    x = np.array([[0.0, -1.0, 1.0]], dtype)
+    y = bnfast.batch_norm(x, np.zeros(3), np.zeros(3), eps=0.0)
+    np.testing.assert_array_equal(y, [[np.nan, -np.inf, np.inf]])
 
 
 def test_evaluation_gradient_does_not_read_x(isa, dtype, rng, axis):
@@ -169,6 +170,45 @@ def test_evaluation_gradient_does_not_read_x(isa, dtype, rng, axis):
     )
     np.testing.assert_array_equal(dx, dy)
     assert np.isfinite(dbias).all()
+
+
+def test_sums_of_dy_beyond_float32_are_made_in_float64(isa, axis):
+    x = np.full((40, 20, 20), 1, np.float32)
+    x[::2] = 5
+    dy = np.full(x.shape, 2e38, np.float32)
+    dy[:20] *= -1
+    _, mean, invstd = bnfast.batch_norm_forward(x, axis=axis)
+    dx, _, dbias = bnfast.batch_norm_backward(dy, x, mean, invstd, axis=axis)
+    assert np.isfinite(dx).all()
+    np.testing.assert_array_equal(dbias, 0)
+
+
+@pytest.mark.parametrize(("x_size", "dy_size"), [(1e-3, 1e-40), (1e-20, 1e-23), (1.0, 1e-38)])
+def test_products_below_float32_are_summed_in_float64(isa, axis, rng, x_size, dy_size):
+    x = (rng.normal(size=(40, 20, 20)) * x_size).astype(np.float32)
+    dy = (rng.normal(size=x.shape) * dy_size).astype(np.float32)
+    weight = np.ones(20)  # float64, and with it dweight
+    _, mean, invstd = bnfast.batch_norm_forward(x, weight, eps=1e-60, axis=axis)
+    _, dweight, _ = bnfast.batch_norm_backward(dy, x, mean, invstd, weight, axis=axis)
+    expected = reference.batch_norm_backward(dy, x, mean, invstd, axis=axis)[1]
+    np.testing.assert_allclose(dweight, expected, rtol=1e-5)
+
+
+def test_a_dead_dy_has_no_gradient(isa, dtype, rng, axis):
+    x = rng.normal(size=(40, 20, 20)).astype(dtype)
+    dy = np.zeros_like(x)
+    _, mean, invstd = bnfast.batch_norm_forward(x, axis=axis)
+    for got in bnfast.batch_norm_backward(dy, x, mean, invstd, axis=axis):
+        np.testing.assert_array_equal(got, 0)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-40, 1e-80, 1e-300])
+def test_a_constant_channel_gives_the_bias_for_any_eps(isa, dtype, axis, eps):
+    x = np.full((4, 5, 5), 0.1, dtype)
+    bias = np.arange(5).astype(dtype)
+    weight = np.full(5, -1e10, dtype)
+    y, _, _ = bnfast.batch_norm_forward(x, weight, bias, eps, axis=axis)
+    np.testing.assert_array_equal(y, np.broadcast_to(along(bias, x, axis), x.shape))
 
 
 def test_products_beyond_float32_are_summed_in_float64(isa, axis, rng):

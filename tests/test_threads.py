@@ -33,12 +33,6 @@ def test_set_num_threads_is_read_back(many_processors):
     assert bnfast.get_num_threads() == _core.openmp_max_threads()
 
 
-def test_never_more_threads_than_allowed():
-    bnfast.set_num_threads(10_000)
-    assert bnfast.get_num_threads() <= _threads.allowed_threads()
-    bnfast.set_num_threads(None)
-
-
 def test_small_work_is_serial_and_large_work_is_not_cut_too_fine(many_processors):
     bnfast.set_num_threads(8)
     assert _threads.threads_for(_threads.SERIAL_BYTES - 1) == 1
@@ -98,6 +92,48 @@ after = bnfast.batch_norm_forward(x)
 assert all(np.array_equal(a, b) for a, b in zip(before, after))
 assert bnfast.get_num_threads() == {expected}
 """
+
+
+LATE_IMPORT = """
+import ctypes, os, sys
+try:
+    gomp = ctypes.CDLL("libgomp.so.1")  # as another library would have it
+except OSError:
+    sys.exit(77)
+body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: None)
+gomp.GOMP_parallel(body, None, 2, 0)
+pid = os.fork()
+if pid == 0:
+    import numpy as np, bnfast
+    from bnfast import _threads
+    _threads.allowed_threads = lambda: 64
+    bnfast.set_num_threads(4)
+    bnfast.batch_norm_forward(np.ones((8, 16, 64, 64), np.float32))
+    os._exit(0 if bnfast.get_num_threads() == 1 else 3)
+_, status = os.waitpid(pid, 0)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@needs_fork
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_child_that_imports_bnfast_after_the_fork_does_not_hang():
+    done = subprocess.run(
+        [sys.executable, "-c", LATE_IMPORT], capture_output=True, text=True, timeout=120
+    )
+    if done.returncode == 77:
+        pytest.skip("no libgomp.so.1")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_no_more_threads_than_processors_are_allowed():
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import bnfast;"
+        "bnfast.set_num_threads(4); print(bnfast.get_num_threads())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "1", done.stderr
 
 
 @needs_fork

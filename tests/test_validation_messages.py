@@ -71,6 +71,7 @@ BAD_EPS = [
     (-1e-5, ValueError, "eps.*negative|eps.*positive"),
     (np.nan, ValueError, "eps.*finite"),
     (np.inf, ValueError, "eps.*finite"),
+    (10**400, ValueError, "eps.*finite"),
     ("1e-5", TypeError, "eps.*real number.*str"),
     (None, TypeError, "eps.*real number.*NoneType"),
     (1j, TypeError, "eps.*real number.*complex"),
@@ -221,6 +222,30 @@ def test_out_that_overlaps_an_input_in_part(shift):
     )
 
 
+def test_out_that_may_overlap_is_refused_where_nobody_can_tell(monkeypatch):
+    def too_hard(*_, **__):
+        raise np.exceptions.TooHardError
+
+    memory = np.zeros((2, C, 8), np.float32)
+    monkeypatch.setattr(np, "shares_memory", too_hard)
+    raises(
+        train,
+        ValueError,
+        "x itself or not overlap",
+        "out ",
+        memory[..., ::2],
+        out=memory[..., 1::2],
+    )
+
+
+def test_in_place_where_an_axis_of_length_one_has_another_stride():
+    a = np.arange(12, dtype=np.float32).reshape(4, C)
+    x, out = a[:, :, None], a.reshape(4, C, 1)
+    assert x.strides != out.strides
+    expected = train(x.copy())
+    np.testing.assert_array_equal(train(x, out=out), expected)
+
+
 def test_out_that_interleaves_with_the_input_is_fine():
     memory = np.zeros((2, C, 8), np.float32)
     x, out = memory[..., ::2], memory[..., 1::2]
@@ -236,6 +261,19 @@ def test_out_must_not_hold_a_parameter(name):
     full = {"mean": "running_mean", "var": "running_var"}.get(name, name)
     raises(train, ValueError, f"share memory with {full}", "out ", X, out=out, **given)
     raises(infer, ValueError, f"share memory with {full}", "out ", X, out=out, **given)
+
+
+@pytest.mark.parametrize("name", ["mean", "invstd", "weight"])
+def test_out_of_backward_must_not_hold_a_parameter(name):
+    out = np.zeros((2, C, 4), np.float32)
+    given = {"mean": ones(), "invstd": ones(), "weight": ones(), name: out[0, 0, :C]}
+    raises(
+        bnfast.batch_norm_backward,
+        *(ValueError, f"share memory with {name}", "out "),
+        *(X, X),
+        out=out,
+        **given,
+    )
 
 
 @pytest.mark.parametrize(("bad", "error", "message"), BAD_EPS)
@@ -263,6 +301,7 @@ def test_eps_may_be_zero_in_evaluation_only():
 )
 def test_momentum(bad, error):
     raises(train, error, "momentum must be", "momentum ", X, ones(), ones(), momentum=bad)
+    raises(infer, error, "momentum must be", "momentum ", X, ones(), ones(), momentum=bad)
 
 
 @pytest.mark.parametrize("number", [1, np.float32(0.5), np.int64(1), np.array(0.5)])
@@ -270,12 +309,17 @@ def test_any_real_number_will_do(number):
     train(X, ones(), ones(), momentum=number, eps=number)
 
 
-@pytest.mark.parametrize("shape", [(1, C), (1, C, 1), (1, C, 1, 1)])
+@pytest.mark.parametrize("shape", [(1, C), (1, C, 1), (1, C, 1, 1), (1, 0), (1, 0, 1)])
 def test_one_value_per_channel_in_training(shape):
-    x = np.ones(shape, np.float32)
-    raises(train, ValueError, "more than one value per channel", "x ", x, ones(), ones())
+    x, one = np.ones(shape, np.float32), ones(shape[1])
+    raises(train, ValueError, "more than one value per channel", "x ", x, one, one.copy())
     raises(bnfast.batch_norm_forward, ValueError, "more than one value per channel", "x ", x)
-    assert infer(x, ones(), ones()).shape == shape
+    assert infer(x, one, one).shape == shape
+
+
+@pytest.mark.parametrize("shape", [(1, C), (1, C, 1)])
+def test_one_value_per_channel_has_moments(shape):
+    x = np.ones(shape, np.float32)
     assert bnfast.moments(x).count == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from bnfast import _core, _validation
 
@@ -13,17 +14,27 @@ SERIAL_BYTES = 64 * 1024
 BYTES_PER_THREAD = 32 * 1024
 
 _wanted: int | None = None
-_forked = False
 
 
-def _note_fork() -> None:
-    # libgomp's threads do not survive a fork, and its next parallel region would wait for them.
-    global _forked
-    _forked = True
+def _started_by_fork_alone() -> bool:
+    """Whether this process was forked and has not executed a program since, as Linux tells it."""
+    try:
+        stat = Path("/proc/self/stat").read_text()
+    except OSError:
+        return False
+    flags = int(stat.rpartition(")")[2].split()[6])
+    return bool(flags & 0x40)  # PF_FORKNOEXEC
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
+# An OpenMP runtime's threads do not survive a fork, and its next parallel region would wait for
+# them. The parent may have used one, ours or another library's: a process that was a forked child
+# when it imported bnfast is serial, and so is one that was forked since, by Python or not.
+_unforked_process = None if _started_by_fork_alone() else os.getpid()
+
+
+def in_forked_child() -> bool:
+    """Return whether this process must enter no OpenMP region."""
+    return os.getpid() != _unforked_process
 
 
 def allowed_threads() -> int:
@@ -82,7 +93,7 @@ def get_num_threads() -> int:
     >>> bnfast.get_num_threads() >= 1
     True
     """
-    if _forked or not _core.HAS_OPENMP:
+    if in_forked_child() or not _core.HAS_OPENMP:
         return 1
     wanted = _core.openmp_max_threads() if _wanted is None else _wanted
     return min(wanted, allowed_threads())
@@ -90,7 +101,7 @@ def get_num_threads() -> int:
 
 def chosen_by() -> str:
     """Return what decides the number of threads."""
-    if _forked:
+    if in_forked_child():
         return "the fork: children are serial"
     if not _core.HAS_OPENMP:
         return "the build: no OpenMP"

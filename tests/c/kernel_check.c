@@ -12,6 +12,19 @@
 
 extern const bn_kernels BN_TABLE;
 
+/* Which operations of the list were called: main fails if one was not. */
+#define ID(operation) ID_##operation,
+#define NAME(operation) #operation,
+enum {
+    BN_FOR_EACH_ELEMENT_OPERATION(ID) BN_FOR_EACH_COEFFICIENT_OPERATION(ID)
+        BN_FOR_EACH_CHANNEL_OPERATION(ID) OPERATIONS
+};
+static const char *const names[] = {BN_FOR_EACH_ELEMENT_OPERATION(NAME)
+                                        BN_FOR_EACH_COEFFICIENT_OPERATION(NAME)
+                                            BN_FOR_EACH_CHANNEL_OPERATION(NAME)};
+static int called[OPERATIONS];
+#define CALL(operation) (called[ID_##operation] = 1, BN_TABLE.operation)
+
 static uint64_t hash;
 
 static void add_to_hash(const void *data, size_t bytes)
@@ -107,7 +120,6 @@ static double *zeros(size_t count)
 
 static void check(bn_layout layout, bn_dtype dtype, bn_extent extent, enum values values)
 {
-    const bn_kernels *kernels = &BN_TABLE;
     const size_t c = extent.channels, n = extent.outer * extent.inner, all = n * c;
     const size_t itemsize = dtype == BN_f64 ? sizeof(double) : sizeof(float);
     const bn_strides strides = {(ptrdiff_t)(c * extent.inner), (ptrdiff_t)extent.inner};
@@ -128,30 +140,35 @@ static void check(bn_layout layout, bn_dtype dtype, bn_extent extent, enum value
                                                channel_arrays[6], channel_arrays[7],
                                                channel_arrays[8]};
 
-    kernels->moments[layout][dtype](extent, x, strides, 0, mean, mean_low, m2);
-    kernels->moments[layout][dtype](extent, more, strides, n, mean, mean_low, m2);
-    kernels->merge_moments(c, 2 * n, mean, mean_low, m2, 3, other_mean, other_low, other_m2);
-    kernels->invstd(c, m2, (double)(2 * n + 3), 1e-5, invstd);
+    CALL(moments)[layout][dtype](extent, x, strides, 0, mean, mean_low, m2);
+    CALL(moments)[layout][dtype](extent, more, strides, n, mean, mean_low, m2);
+    CALL(merge_moments)(c, 2 * n, mean, mean_low, m2, 3, other_mean, other_low, other_m2);
+    CALL(invstd)(c, m2, (double)(2 * n + 3), 1e-5, invstd);
     add_doubles(mean, c);
     add_doubles(mean_low, c);
     add_doubles(m2, c);
     add_doubles(invstd, c);
 
-    kernels->scale_shift_coefficients[dtype](c, mean, mean_low, invstd, weight, bias, forward);
-    kernels->scale_shift[layout][dtype](extent, x, strides, forward, y, strides);
+    CALL(scale_shift_coefficients)[dtype](c, mean, mean_low, invstd, weight, bias, forward);
+    CALL(scale_shift)[layout][dtype](extent, x, strides, forward, y, strides);
     add_elements(y, all, dtype);
 
-    kernels->split_mean[dtype](c, mean, backward);
-    kernels->gradient_sums[layout][dtype](extent, dy, strides, x, strides, backward, sum_dy,
+    CALL(split_mean)[dtype](c, mean, backward);
+    CALL(gradient_sums)[layout][dtype](extent, dy, strides, x, strides, backward, sum_dy,
                                           sum_dy_deviation);
-    kernels->gradient_coefficients[dtype](c, n, invstd, weight, sum_dy, sum_dy_deviation, backward);
-    kernels->input_gradient[layout][dtype](extent, dy, strides, x, strides, backward, dx, strides);
+    CALL(gradient_coefficients)[dtype](c, n, invstd, weight, sum_dy, sum_dy_deviation, backward);
+    CALL(input_gradient)[layout][dtype](extent, dy, strides, x, strides, backward, dx, strides);
     add_doubles(sum_dy, c);
     add_doubles(sum_dy_deviation, c);
     add_elements(dx, all, dtype);
 
-    kernels->update_running[dtype](c, 0.1, m2, (double)n, channel_arrays[0]);
-    add_elements(channel_arrays[0], c, dtype);
+    CALL(update_running)[dtype](c, 0.1, m2, (double)n, channel_arrays[0]);
+    CALL(merge_sums)(c, sum_dy, other_mean);
+    CALL(parameter_gradients)[dtype](c, invstd, sum_dy, sum_dy_deviation, channel_arrays[1],
+                                     channel_arrays[2]);
+    for (size_t i = 0; i < 3; i++) {
+        add_elements(channel_arrays[i], c, dtype);
+    }
 
     for (size_t i = 0; i < 9; i++) {
         free(channel_arrays[i]);
@@ -186,6 +203,12 @@ int main(void)
             }
             printf("channels_last %s %d %016llx\n", dtype == BN_f64 ? "f64" : "f32", values,
                    (unsigned long long)hash);
+        }
+    }
+    for (int i = 0; i < OPERATIONS; i++) {
+        if (!called[i]) {
+            fprintf(stderr, "%s is in kernel_list.h but is not checked here\n", names[i]);
+            return 1;
         }
     }
     return 0;
