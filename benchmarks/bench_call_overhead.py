@@ -1,12 +1,15 @@
 """Calls so small that nothing but the call is measured: one row of 64 channels, a batch of two."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 import bnfast
 from bnfast._cli import numpy_formulas
 
-pytestmark = pytest.mark.benchmark(max_time=0.3, group="call overhead")
+pytestmark = pytest.mark.benchmark(max_time=0.3, group="call overhead and import")
 
 X = np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64)
 OUT = np.empty_like(X)
@@ -45,3 +48,14 @@ def bench_layer_inference(benchmark):
 
 def bench_multiply_add_numpy(benchmark):
     benchmark(lambda: X * WEIGHT + BIAS)
+
+
+@pytest.mark.parametrize("module", ["numpy", "bnfast"])
+def bench_import(benchmark, module):
+    benchmark.pedantic(
+        subprocess.run,
+        ([sys.executable, "-c", f"import {module}"],),
+        {"check": True},
+        rounds=15,
+        warmup_rounds=2,
+    )

@@ -149,9 +149,10 @@ def table():
     lines += [
         "",
         f"{cpu()}, {isa}; Python {platform.python_version()}, NumPy {np.__version__}, bnfast "
-        f"{bnfast.__version__}. Medians of calls in turn; the ratio is of fresh outputs on both "
-        f"sides; the error is the largest of the output against float64. Made by "
-        f"`python benchmarks/make_tables.py --write`.",
+        f"{bnfast.__version__}. Medians of calls in turn, so that each finds the caches and the "
+        "memory that another left; the ratio is of fresh outputs on both sides; the error is the "
+        "largest of the output against float64. Made by "
+        "`python benchmarks/make_tables.py --write`.",
     ]
     return "\n".join(lines)
 

@@ -111,7 +111,7 @@ def normalize(
         written_var,
         new_weight,
         1.0 if unbiased else 0.0,
-        threads_for(array.nbytes + y.nbytes),
+        threads_for(3 * array.nbytes),
     )
     if tracked is not None:
         _put_back(written_mean, tracked[0])
@@ -157,7 +157,7 @@ def scale_shift(
             centre,
             spread,
             invstd,
-            threads_for(array.nbytes + y.nbytes),
+            threads_for(2 * array.nbytes),
         )
     return y
 
@@ -198,6 +198,6 @@ def gradient(
             dweight,
             dbias,
             constant_statistics,
-            threads_for(array.nbytes + upstream.nbytes + dx.nbytes),
+            threads_for(5 * array.nbytes),
         )
     return dx, dweight, dbias
