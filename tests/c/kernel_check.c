@@ -118,8 +118,10 @@ static double *zeros(size_t count)
     return memory;
 }
 
-static void check(bn_layout layout, bn_dtype dtype, bn_extent extent, enum values values)
+static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
 {
+    const bn_dtype dtype = (bn_dtype)dtype_;
+    const enum values values = (enum values)values_;
     const size_t c = extent.channels, n = extent.outer * extent.inner, all = n * c;
     const size_t itemsize = dtype == BN_f64 ? sizeof(double) : sizeof(float);
     const bn_strides strides = {(ptrdiff_t)(c * extent.inner), (ptrdiff_t)extent.inner};
