@@ -127,6 +127,14 @@ def test_an_empty_batch_gives_an_empty_array(dtype, shape):
     assert y.shape == shape
 
 
+def test_more_values_than_an_int_can_count(rng):
+    image = rng.normal(5, 1, (1, 2, 32768)).astype(np.float32)
+    got = bnfast.moments(np.broadcast_to(image, (70000, 2, 32768)))
+    assert got.count == 70000 * 32768 > 2**31
+    np.testing.assert_allclose(got.mean, image.mean((0, 2), np.float64), rtol=1e-7)
+    np.testing.assert_allclose(got.var, image.var((0, 2), np.float64), rtol=1e-6)
+
+
 def test_array_likes_are_accepted_as_input():
     class Wrapper:
         def __array__(self, dtype=None, copy=None):

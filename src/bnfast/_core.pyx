@@ -310,9 +310,20 @@ cdef double *_doubles(cnp.ndarray array) noexcept:
     return <double *>cnp.PyArray_DATA(array)
 
 
-cdef void _run(const bn_job *job, const bn_phase *phases, size_t count, int threads) noexcept nogil:
+ctypedef size_t (*bn_phases)(bn_job *job, size_t threads, bn_phase *phases) noexcept nogil
+
+
+cdef bn_job _new_job(const bn_geometry *geometry) noexcept:
+    cdef bn_job job
+    memset(&job, 0, sizeof(bn_job))
+    job.kernels, job.geometry = active, geometry
+    return job
+
+
+cdef void _do(bn_job *job, bn_phases phases_of, int threads) noexcept nogil:
+    cdef bn_phase phases[BN_MAX_PHASES]
     cdef size_t phase
-    for phase in range(count):
+    for phase in range(phases_of(job, threads, phases)):
         _run_phase(job, phases[phase].task, <Py_ssize_t>phases[phase].tasks, threads)
 
 
@@ -333,19 +344,14 @@ cdef void _run_phase(
 def moments(Geometry geometry, x, mean, m2, int threads):
     """Write the mean and m2 of every channel of x (float64)."""
     cdef bn_geometry *c = &geometry.c
-    cdef bn_job job
-    cdef bn_phase phases[BN_MAX_PHASES]
-    cdef size_t count
+    cdef bn_job job = _new_job(c)
     cdef _Workspace workspace = _Workspace(c.channels, 1 + BN_SUMS * (c.blocks - 1))
-    memset(&job, 0, sizeof(bn_job))
-    job.kernels, job.geometry = active, c
     job.x = _data(x)
     job.mean, job.m2 = _doubles(mean), _doubles(m2)
     job.mean_low = workspace.doubles(c.channels)
     job.partials = <double *>workspace.take(0)
     with nogil:
-        count = bn_moments_phases(&job, threads, phases)
-        _run(&job, phases, count, threads)
+        _do(&job, bn_moments_phases, threads)
 
 
 def normalize(
@@ -357,12 +363,8 @@ def normalize(
     The running variance takes m2 / (count - correction).
     """
     cdef bn_geometry *c = &geometry.c
-    cdef bn_job job
-    cdef bn_phase phases[BN_MAX_PHASES]
-    cdef size_t count
+    cdef bn_job job = _new_job(c)
     cdef _Workspace workspace = _Workspace(c.channels, 8 + BN_SUMS * (c.blocks - 1))
-    memset(&job, 0, sizeof(bn_job))
-    job.kernels, job.geometry = active, c
     job.x, job.y = _data(x), _data(y)
     job.weight = workspace.widened(weight, c.channels)
     job.bias = workspace.widened(bias, c.channels)
@@ -373,8 +375,7 @@ def normalize(
     job.scale_shift = _scale_shift_arrays(workspace, c)
     job.partials = <double *>workspace.take(0)
     with nogil:
-        count = bn_normalize_phases(&job, threads, phases)
-        _run(&job, phases, count, threads)
+        _do(&job, bn_normalize_phases, threads)
     if running_mean is not None:
         bn_update_running(active, _dtype(running_mean), c.channels, momentum, job.mean, 1.0,
                           _data(running_mean))
@@ -392,12 +393,8 @@ def scale_shift(
 ):
     """Write y from given statistics, and invstd (float64) unless it is None."""
     cdef bn_geometry *c = &geometry.c
-    cdef bn_job job
-    cdef bn_phase phases[BN_MAX_PHASES]
-    cdef size_t count
+    cdef bn_job job = _new_job(c)
     cdef _Workspace workspace = _Workspace(c.channels, 9)
-    memset(&job, 0, sizeof(bn_job))
-    job.kernels, job.geometry = active, c
     job.x, job.y = _data(x), _data(y)
     job.weight = workspace.widened(weight, c.channels)
     job.bias = workspace.widened(bias, c.channels)
@@ -407,8 +404,7 @@ def scale_shift(
     job.invstd = workspace.doubles(c.channels) if invstd is None else _doubles(invstd)
     job.scale_shift = _scale_shift_arrays(workspace, c)
     with nogil:
-        count = bn_scale_shift_phases(&job, threads, phases)
-        _run(&job, phases, count, threads)
+        _do(&job, bn_scale_shift_phases, threads)
 
 
 def gradient(
@@ -417,12 +413,8 @@ def gradient(
 ):
     """Write dx, dweight and dbias."""
     cdef bn_geometry *c = &geometry.c
-    cdef bn_job job
-    cdef bn_phase phases[BN_MAX_PHASES]
-    cdef size_t count
+    cdef bn_job job = _new_job(c)
     cdef _Workspace workspace = _Workspace(c.channels, 14 + BN_SUMS * (c.blocks - 1))
-    memset(&job, 0, sizeof(bn_job))
-    job.kernels, job.geometry = active, c
     job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)
     job.weight = workspace.widened(weight, c.channels)
     job.mean = <double *>workspace.widened(mean, c.channels)
@@ -434,6 +426,5 @@ def gradient(
     job.gradient = _gradient_arrays(workspace, c)
     job.partials = <double *>workspace.take(0)
     with nogil:
-        count = bn_gradient_phases(&job, threads, phases)
-        _run(&job, phases, count, threads)
+        _do(&job, bn_gradient_phases, threads)
     bn_parameter_gradients(&job, _dtype(dweight), _data(dweight), _data(dbias))
