@@ -248,16 +248,20 @@ def floating_dtype(name: str, value: Any) -> np.dtype[Any]:
     return dtype
 
 
-def real(name: str, value: object) -> float:
-    """Return a finite number."""
+def _as_float(name: str, value: object) -> float:
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
-    if not isinstance(value, (float, Real)) or isinstance(value, (bool, np.bool_)):
+    if not isinstance(value, Real) or isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be a real number, got {_describe(value)}")
     try:
-        number = float(value)
+        return float(value)
     except OverflowError:
-        number = math.inf
+        return math.inf
+
+
+def real(name: str, value: object) -> float:
+    """Return a finite number."""
+    number = value if type(value) is float else _as_float(name, value)
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")
     return number
