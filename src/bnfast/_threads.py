@@ -22,10 +22,10 @@ _wanted: int | None = None
 def _started_by_fork_alone() -> bool:
     """Whether this process was forked and has not executed a program since, as Linux tells it."""
     try:
-        stat = Path("/proc/self/stat").read_text()
+        stat = Path("/proc/self/stat").read_bytes()  # the name in it may be any bytes
     except OSError:
         return False
-    flags = int(stat.rpartition(")")[2].split()[6])
+    flags = int(stat.rpartition(b")")[2].split()[6])
     return bool(flags & 0x40)  # PF_FORKNOEXEC
 
 
@@ -76,10 +76,7 @@ def set_num_threads(num_threads: int | None) -> None:
     if num_threads is None:
         _wanted = None
         return
-    number = _validation.integer("num_threads", num_threads)
-    if number < 1:
-        raise ValueError(f"num_threads must be at least 1, got {number}")
-    _wanted = number
+    _wanted = _validation.integer_from("num_threads", num_threads, 1)
 
 
 def get_num_threads() -> int:

@@ -71,6 +71,14 @@ def batch(name: str, value: object, axis: object) -> tuple[Array, int, int]:
     return x, channel_axis, x.shape[channel_axis]
 
 
+def same_channels(name: str, x: Array, axis: int, channels: int) -> None:
+    """Refuse a batch with another number of channels than a layer has."""
+    if x.ndim < 2 or x.shape[axis] != channels:
+        raise ValueError(
+            f"{name} must have {channels} channels along axis {axis}, got shape {x.shape}"
+        )
+
+
 def upstream_gradient(value: object, x: Array) -> Array:
     """Return dy, of the shape and dtype of x."""
     dy = floating_array("dy", value)
@@ -229,11 +237,11 @@ def integer(name: str, value: object) -> int:
         raise TypeError(f"{name} must be an integer, got {_describe(value)}") from None
 
 
-def size(name: str, value: object) -> int:
-    """Return an integer that is not negative."""
+def integer_from(name: str, value: object, least: int) -> int:
+    """Return an integer that is at least `least`."""
     number = integer(name, value)
-    if number < 0:
-        raise ValueError(f"{name} must not be negative, got {number}")
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
     return number
 
 

@@ -125,7 +125,7 @@ class BatchNorm:
         unbiased: bool = True,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.num_features = _validation.size("num_features", num_features)
+        self.num_features = _validation.integer_from("num_features", num_features, 0)
         self.eps = _validation.epsilon(eps, training=False)
         self.momentum = None if momentum is None else _validation.real("momentum", momentum)
         self.affine = bool(affine)
@@ -268,11 +268,7 @@ class BatchNorm:
             statistics are mostly noise.
         """
         array, _, channels = _validation.batch("x", x, self.axis)
-        if channels != self.num_features:
-            raise ValueError(
-                f"x must have {self.num_features} channels along axis {self.axis}, "
-                f"got shape {array.shape}"
-            )
+        _validation.same_channels("x", array, self.axis, self.num_features)
         if self.training:
             return self._train_on(array, out)
         if self.running_mean is None or self.running_var is None:
@@ -449,7 +445,8 @@ class BatchNorm:
         }
         tracked = self.num_batches_tracked
         if _COUNTER in state_dict:
-            tracked = _validation.size(_COUNTER, np.asarray(state_dict[_COUNTER])[()])
+            counter = np.asarray(state_dict[_COUNTER])[()]
+            tracked = _validation.integer_from(_COUNTER, counter, 0)
         for name, array in own.items():
             array[...] = new[name]
         self.num_batches_tracked = tracked
