@@ -73,6 +73,11 @@ static void *element_at(const bn_geometry *geometry, void *array, size_t index)
     return (char *)array + index * geometry->itemsize;
 }
 
+static const double *parameter_from(const double *parameter, size_t channel)
+{
+    return parameter ? parameter + channel : NULL;
+}
+
 static bn_scale_shift_coefficients scale_shift_from(const bn_job *job, size_t channel)
 {
     const bn_geometry *geometry = job->geometry;
@@ -258,12 +263,10 @@ static void merge_blocks(const bn_job *job, range channels)
 static void prepare_scale_shift(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
-    const double *weight = job->weight ? job->weight + c : NULL;
-    const double *bias = job->bias ? job->bias + c : NULL;
     job->kernels->invstd(channels.count, job->variance + c, 1.0, job->eps, job->invstd + c);
     job->kernels->scale_shift_coefficients[job->geometry->dtype](
-        channels.count, job->mean + c, NULL, job->invstd + c, weight, bias,
-        scale_shift_from(job, c));
+        channels.count, job->mean + c, NULL, job->invstd + c,
+        parameter_from(job->weight, c), parameter_from(job->bias, c), scale_shift_from(job, c));
 }
 
 static void prepare_gradient(const bn_job *job, range channels)
@@ -276,20 +279,17 @@ static void prepare_gradient(const bn_job *job, range channels)
 static void finish_normalize(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
-    const double *weight = job->weight ? job->weight + c : NULL;
-    const double *bias = job->bias ? job->bias + c : NULL;
     merge_blocks(job, channels);
     job->kernels->invstd(channels.count, job->m2 + c, (double)values_per_channel(job->geometry),
                          job->eps, job->invstd + c);
     job->kernels->scale_shift_coefficients[job->geometry->dtype](
-        channels.count, job->mean + c, job->mean_low + c, job->invstd + c, weight, bias,
-        scale_shift_from(job, c));
+        channels.count, job->mean + c, job->mean_low + c, job->invstd + c,
+        parameter_from(job->weight, c), parameter_from(job->bias, c), scale_shift_from(job, c));
 }
 
 static void finish_gradient(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
-    const double *weight = job->weight ? job->weight + c : NULL;
     for (size_t block = 1; block < job->geometry->blocks; block++) {
         job->kernels->merge_sums(channels.count, job->sum_dy + c,
                                  sums_of_block(job, NULL, 0, block) + c);
@@ -298,11 +298,13 @@ static void finish_gradient(const bn_job *job, range channels)
     }
     if (job->constant_statistics) {
         job->kernels->scale_shift_coefficients[job->geometry->dtype](
-            channels.count, NULL, NULL, job->invstd + c, weight, NULL, scale_shift_from(job, c));
+            channels.count, NULL, NULL, job->invstd + c, parameter_from(job->weight, c), NULL,
+            scale_shift_from(job, c));
     } else {
         job->kernels->gradient_coefficients[job->geometry->dtype](
-            channels.count, values_per_channel(job->geometry), job->invstd + c, weight,
-            job->sum_dy + c, job->sum_dy_deviation + c, gradient_from(job, c));
+            channels.count, values_per_channel(job->geometry), job->invstd + c,
+            parameter_from(job->weight, c), job->sum_dy + c, job->sum_dy_deviation + c,
+            gradient_from(job, c));
     }
 }
 
