@@ -1,5 +1,8 @@
 """PyTorch as a second oracle, where it is installed: its samples, its modules, its gradients."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -138,3 +141,28 @@ def test_state_goes_to_pytorch_and_back(rng, dtype):
     back = bnfast.BatchNorm(5, dtype=layer.dtype)
     back.load_state_dict(module.state_dict())
     np.testing.assert_equal(back.state_dict(), layer.state_dict())
+
+
+BESIDE = """
+import numpy as np, torch, bnfast
+from bnfast import _threads
+_threads.allowed_threads = lambda: 64
+x = np.random.default_rng(0).normal(3, 2, (8, 16, 64, 64)).astype(np.float32)
+bnfast.set_num_threads(1)
+expected = bnfast.batch_norm_forward(x)
+bnfast.set_num_threads(3)
+torch.set_num_threads(2)
+tensor = torch.from_numpy(x)
+total = tensor.add(1).sum()
+for _ in range(20):
+    for a, b in zip(bnfast.batch_norm_forward(x), expected):
+        np.testing.assert_array_equal(a, b)
+    assert tensor.add(1).sum() == total
+"""
+
+
+def test_both_openmp_runtimes_work_in_turn():
+    done = subprocess.run(
+        [sys.executable, "-c", BESIDE], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
