@@ -44,6 +44,14 @@ def use_threads(monkeypatch):
     bnfast.set_num_threads(None)
 
 
+@pytest.fixture
+def use_caches():
+    """Schedule as if the second and the last level of cache had these sizes."""
+    before = _core.cache_sizes()
+    yield _core.assume_cache_sizes
+    _core.assume_cache_sizes(*before)
+
+
 @pytest.fixture(params=[np.float32, np.float64], ids=["f32", "f64"])
 def dtype(request):
     return np.dtype(request.param)

@@ -56,6 +56,19 @@ def test_any_number_of_threads_gives_the_same_bits(isa, dtype, rng, use_threads,
         assert_same(everything(*arguments), expected)
 
 
+@pytest.mark.parametrize(("shape", "axis"), [*small_batches(), *EXTRA], ids=str)
+def test_the_sizes_of_caches_change_no_bit(
+    isa, dtype, rng, use_threads, use_caches, shape, axis
+):
+    arguments = inputs(rng, shape, axis, dtype)
+    use_threads(2)
+    use_caches(1 << 50, 1 << 50)
+    expected = everything(*arguments)
+    for level2, last_level in ((0, 0), (1 << 14, 1 << 16), (1 << 50, 0)):
+        use_caches(level2, last_level)
+        assert_same(everything(*arguments), expected)
+
+
 @pytest.mark.parametrize(("shape", "axis"), EXTRA, ids=str)
 def test_every_run_gives_the_same_bits(dtype, rng, use_threads, shape, axis):
     arguments = inputs(rng, shape, axis, dtype)

@@ -66,18 +66,8 @@ def available_isas() -> tuple[str, ...]:
 
 
 def _caches() -> dict[str, str]:
-    """Sizes as the Linux kernel tells them; empty elsewhere."""
-    caches = {}
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        try:
-            level, kind, size = (
-                (index / name).read_text().strip() for name in ("level", "type", "size")
-            )
-        except OSError:
-            continue
-        if kind != "Instruction":
-            caches[f"L{level}"] = size
-    return caches
+    level2, last_level = _core.cache_sizes()
+    return {"level 2": f"{level2 >> 10} KiB", "last level": f"{last_level >> 10} KiB"}
 
 
 def _openmp() -> dict[str, Any]:

@@ -72,6 +72,17 @@ cdef extern from "geometry.h" nogil:
         bn_operand *operand
 
 
+    size_t bn_coefficients(const bn_geometry *geometry)
+
+
+cdef extern from "cache_sizes.h" nogil:
+    ctypedef struct bn_caches:
+        size_t level2
+        size_t last_level
+
+    bn_caches bn_cache_sizes()
+
+
 cdef extern from "packing.h" nogil:
     enum:
         BN_SCRATCH_BYTES
@@ -81,6 +92,7 @@ cdef extern from "block_tasks.h" nogil:
     ctypedef struct bn_job:
         const bn_kernels *kernels
         const bn_geometry *geometry
+        bn_caches caches
         char *x
         char *y
         char *dy
@@ -137,6 +149,8 @@ HAS_OPENMP = bn_openmp_version() > 0
 # Set once at import by _configuration, before anything can run; use_isa is for tests only.
 cdef const bn_kernels *active = bn_built_kernels(0)
 
+cdef bn_caches caches = bn_cache_sizes()
+
 
 def built_isas():
     """Return ``{name: flags}`` of the variants in this build, best first."""
@@ -165,6 +179,16 @@ def activate(isa):
     if isa not in available_isas():
         raise ValueError(f"isa must be one of {available_isas()}, got {isa!r}")
     active = bn_built_kernels(<size_t>names.index(isa))
+
+
+def cache_sizes():
+    """Return the bytes of the second and of the last level of cache that schedules go by."""
+    return caches.level2, caches.last_level
+
+
+def assume_cache_sizes(size_t level2, size_t last_level):
+    """Go by other sizes of the caches: for tests, which make all schedules run on any machine."""
+    caches.level2, caches.last_level = level2, last_level
 
 
 def kernel_names():
@@ -242,11 +266,13 @@ cdef class _Workspace:
     cdef char *memory
     cdef size_t used
 
-    def __cinit__(self, size_t channels, size_t arrays):
+    def __cinit__(self, size_t channels, size_t arrays, size_t coefficient_bytes=0):
         self.used = 0
-        self.memory = <char *>malloc(arrays * _padded(channels * sizeof(double)) + 64)
+        self.memory = <char *>malloc(
+            arrays * _padded(channels * sizeof(double)) + coefficient_bytes + 64
+        )
         if self.memory is NULL:
-            raise MemoryError(f"no memory for {arrays} arrays of {channels} channels")
+            raise MemoryError(f"no memory for the statistics of {channels} channels")
 
     def __dealloc__(self):
         free(self.memory)
@@ -281,9 +307,13 @@ cdef size_t _padded(size_t bytes_) noexcept nogil:
     return (bytes_ + 63) // 64 * 64
 
 
+cdef size_t _coefficient_bytes(bn_geometry *c, size_t arrays) noexcept:
+    return arrays * _padded(bn_coefficients(c) * c.itemsize)
+
+
 cdef bn_scale_shift_coefficients _scale_shift_arrays(_Workspace workspace, bn_geometry *c):
     cdef bn_scale_shift_coefficients arrays
-    cdef size_t bytes_ = c.channels * c.itemsize
+    cdef size_t bytes_ = bn_coefficients(c) * c.itemsize
     arrays.mean_high = workspace.take(bytes_)
     arrays.mean_low = workspace.take(bytes_)
     arrays.scale = workspace.take(bytes_)
@@ -293,7 +323,7 @@ cdef bn_scale_shift_coefficients _scale_shift_arrays(_Workspace workspace, bn_ge
 
 cdef bn_gradient_coefficients _gradient_arrays(_Workspace workspace, bn_geometry *c):
     cdef bn_gradient_coefficients arrays
-    cdef size_t bytes_ = c.channels * c.itemsize
+    cdef size_t bytes_ = bn_coefficients(c) * c.itemsize
     arrays.mean_high = workspace.take(bytes_)
     arrays.mean_low = workspace.take(bytes_)
     arrays.dy_mean = workspace.take(bytes_)
@@ -316,7 +346,7 @@ ctypedef size_t (*bn_phases)(bn_job *job, size_t threads, bn_phase *phases) noex
 cdef bn_job _new_job(const bn_geometry *geometry) noexcept:
     cdef bn_job job
     memset(&job, 0, sizeof(bn_job))
-    job.kernels, job.geometry = active, geometry
+    job.kernels, job.geometry, job.caches = active, geometry, caches
     return job
 
 
@@ -364,7 +394,9 @@ def normalize(
     """
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
-    cdef _Workspace workspace = _Workspace(c.channels, 8 + BN_SUMS * (c.blocks - 1))
+    cdef _Workspace workspace = _Workspace(
+        c.channels, 4 + BN_SUMS * (c.blocks - 1), _coefficient_bytes(c, 4)
+    )
     job.x, job.y = _data(x), _data(y)
     job.weight = workspace.widened(weight, c.channels)
     job.bias = workspace.widened(bias, c.channels)
@@ -394,7 +426,7 @@ def scale_shift(
     """Write y from given statistics, and invstd (float64) unless it is None."""
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
-    cdef _Workspace workspace = _Workspace(c.channels, 9)
+    cdef _Workspace workspace = _Workspace(c.channels, 5, _coefficient_bytes(c, 4))
     job.x, job.y = _data(x), _data(y)
     job.weight = workspace.widened(weight, c.channels)
     job.bias = workspace.widened(bias, c.channels)
@@ -414,7 +446,9 @@ def gradient(
     """Write dx, dweight and dbias."""
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
-    cdef _Workspace workspace = _Workspace(c.channels, 14 + BN_SUMS * (c.blocks - 1))
+    cdef _Workspace workspace = _Workspace(
+        c.channels, 5 + BN_SUMS * (c.blocks - 1), _coefficient_bytes(c, 9)
+    )
     job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)
     job.weight = workspace.widened(weight, c.channels)
     job.mean = <double *>workspace.widened(mean, c.channels)

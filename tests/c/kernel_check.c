@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "geometry.h"
 #include "kernels.h"
 
 extern const bn_kernels BN_TABLE;
@@ -78,6 +79,18 @@ static void add_elements(void *values, size_t count, bn_dtype dtype)
     add_to_hash(values, count * sizeof(float));
 }
 
+/* How an output is stored, and whether its rows are walked as one, changes no bit. */
+static void expect_same(const void *expected, void *made, size_t count, bn_dtype dtype)
+{
+    const uint64_t before = hash;
+    add_elements(made, count, dtype); /* NaNs are alike */
+    hash = before;
+    if (memcmp(expected, made, count * (dtype == BN_f64 ? sizeof(double) : sizeof(float))) != 0) {
+        fprintf(stderr, "another way to store gave other bits\n");
+        exit(1);
+    }
+}
+
 enum values { ORDINARY, LARGE_MEAN, CONSTANT, TINY, HUGE_VALUES, INFINITE, ALL_VALUES };
 
 static void *elements(size_t count, bn_dtype dtype, enum values values)
@@ -118,6 +131,16 @@ static double *zeros(size_t count)
     return memory;
 }
 
+/* Lets a coefficient array recur, as whoever calls a channels_last kernel with a period must. */
+static void recur(const bn_geometry *geometry, void *array)
+{
+    char *bytes = array;
+    const size_t own = geometry->channels * geometry->itemsize;
+    for (size_t i = own; i < bn_coefficients(geometry) * geometry->itemsize; i++) {
+        bytes[i] = bytes[i - own];
+    }
+}
+
 static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
 {
     const bn_dtype dtype = (bn_dtype)dtype_;
@@ -132,15 +155,16 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     double *sum_dy = zeros(c), *sum_dy_deviation = zeros(c);
     double *other_mean = doubles(c, 0), *other_low = zeros(c), *other_m2 = doubles(c, 2);
     double *weight = doubles(c, 1), *bias = doubles(c, 0);
+    const bn_geometry geometry = {
+        .layout = layout, .dtype = dtype, .itemsize = itemsize, .channels = c};
     void *channel_arrays[9];
     for (size_t i = 0; i < 9; i++) {
-        channel_arrays[i] = allocate(c * itemsize);
+        channel_arrays[i] = allocate(bn_coefficients(&geometry) * itemsize);
     }
-    const bn_scale_shift_coefficients forward = {channel_arrays[0], channel_arrays[1],
-                                                 channel_arrays[2], channel_arrays[3]};
-    const bn_gradient_coefficients backward = {channel_arrays[4], channel_arrays[5],
-                                               channel_arrays[6], channel_arrays[7],
-                                               channel_arrays[8]};
+    bn_scale_shift_coefficients forward = {channel_arrays[0], channel_arrays[1],
+                                           channel_arrays[2], channel_arrays[3], 0};
+    bn_gradient_coefficients backward = {channel_arrays[4], channel_arrays[5], channel_arrays[6],
+                                         channel_arrays[7], channel_arrays[8], 0};
 
     CALL(moments)[layout][dtype](extent, x, strides, 0, mean, mean_low, m2);
     CALL(moments)[layout][dtype](extent, more, strides, n, mean, mean_low, m2);
@@ -152,17 +176,40 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     add_doubles(invstd, c);
 
     CALL(scale_shift_coefficients)[dtype](c, mean, mean_low, invstd, weight, bias, forward);
-    CALL(scale_shift)[layout][dtype](extent, x, strides, forward, y, strides);
+    CALL(scale_shift)[layout][dtype](extent, x, strides, forward, y, strides, BN_stored);
     add_elements(y, all, dtype);
+    for (size_t i = 0; i < 4; i++) {
+        recur(&geometry, channel_arrays[i]);
+    }
+    forward.period = bn_period(&geometry);
+    for (int stores = BN_stored; stores <= BN_streamed; stores++) {
+        void *same = allocate(all * itemsize);
+        CALL(scale_shift)[layout][dtype](extent, x, strides, forward, same, strides,
+                                         (bn_stores)stores);
+        expect_same(y, same, all, dtype);
+        free(same);
+    }
 
     CALL(split_mean)[dtype](c, mean, backward);
     CALL(gradient_sums)[layout][dtype](extent, dy, strides, x, strides, backward, sum_dy,
                                           sum_dy_deviation);
     CALL(gradient_coefficients)[dtype](c, n, invstd, weight, sum_dy, sum_dy_deviation, backward);
-    CALL(input_gradient)[layout][dtype](extent, dy, strides, x, strides, backward, dx, strides);
+    CALL(input_gradient)[layout][dtype](extent, dy, strides, x, strides, backward, dx, strides,
+                                        BN_stored);
     add_doubles(sum_dy, c);
     add_doubles(sum_dy_deviation, c);
     add_elements(dx, all, dtype);
+    for (size_t i = 4; i < 9; i++) {
+        recur(&geometry, channel_arrays[i]);
+    }
+    backward.period = bn_period(&geometry);
+    for (int stores = BN_stored; stores <= BN_streamed; stores++) {
+        void *same = allocate(all * itemsize);
+        CALL(input_gradient)[layout][dtype](extent, dy, strides, x, strides, backward, same,
+                                            strides, (bn_stores)stores);
+        expect_same(dx, same, all, dtype);
+        free(same);
+    }
 
     CALL(update_running)[dtype](c, 0.1, m2, (double)n, channel_arrays[0]);
     CALL(merge_sums)(c, sum_dy, other_mean);
@@ -186,7 +233,8 @@ int main(void)
 {
     static const size_t runs[] = {1,  2,  3,  15,  16,  17,  31,   32,   33,   49,
                                   63, 64, 65, 196, 511, 513, 1000, 1025, 2049, 4096};
-    static const size_t widths[] = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 70, 130};
+    static const size_t widths[] = {1,  2,  3,  4,  5,  7,  8,  9,   15,
+                                    16, 17, 31, 33, 63, 64, 65, 70, 130, 1030};
     static const size_t rows[] = {1, 2, 15, 16, 17, 31, 32, 33, 70};
     for (int dtype = 0; dtype < BN_DTYPES; dtype++) {
         for (int values = 0; values < ALL_VALUES; values++) {

@@ -1,7 +1,10 @@
 /* From task numbers to kernel calls, and the order of the phases. */
 #include "block_tasks.h"
 
+#include <string.h>
+
 #include "packing.h"
+#include "portability.h"
 
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
@@ -12,6 +15,8 @@
 
 /* channels_last groups are cut at multiples of this many channels: whole cache lines, whole tiles. */
 #define CHANNELS_TOGETHER 64
+
+static size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
 /* Where the operands stand in the geometry. */
 enum { X = 0, Y = 1, DY = 1, DX = 2 };
@@ -78,6 +83,12 @@ static const double *parameter_from(const double *parameter, size_t channel)
     return parameter ? parameter + channel : NULL;
 }
 
+/* A box of all channels may be walked as one run where its rows are dense. */
+static size_t period_of(const bn_geometry *geometry, size_t channels)
+{
+    return channels == geometry->channels ? bn_period(geometry) : 0;
+}
+
 static bn_scale_shift_coefficients scale_shift_from(const bn_job *job, size_t channel)
 {
     const bn_geometry *geometry = job->geometry;
@@ -139,8 +150,10 @@ static void scale_shift_of(const bn_job *job, const bn_box *box, size_t from_ope
     _Alignas(64) char from_scratch[BN_SCRATCH_BYTES], to_scratch[BN_SCRATCH_BYTES];
     const bn_view x = bn_view_to_read(geometry, from_operand, from, box, from_scratch);
     const bn_view y = bn_view_to_write(geometry, to_operand, to, box, to_scratch);
+    bn_scale_shift_coefficients coefficients = scale_shift_from(job, box->channel);
+    coefficients.period = period_of(geometry, box->extent.channels);
     job->kernels->scale_shift[geometry->layout][geometry->dtype](
-        box->extent, x.data, x.strides, scale_shift_from(job, box->channel), y.data, y.strides);
+        box->extent, x.data, x.strides, coefficients, y.data, y.strides, job->stores);
     bn_written(geometry, to_operand, to, box, to_scratch);
 }
 
@@ -178,10 +191,12 @@ static void input_gradient_of_box(const bn_job *job, const bn_box *box, size_t b
     const bn_view dy = bn_view_to_read(geometry, DY, job->dy, box, dy_scratch);
     const bn_view x = bn_view_to_read(geometry, X, job->x, box, x_scratch);
     const bn_view dx = bn_view_to_write(geometry, DX, job->dx, box, dx_scratch);
+    bn_gradient_coefficients coefficients = gradient_from(job, box->channel);
+    coefficients.period = period_of(geometry, box->extent.channels);
     (void)block, (void)count;
     job->kernels->input_gradient[geometry->layout][geometry->dtype](
-        box->extent, dy.data, dy.strides, x.data, x.strides, gradient_from(job, box->channel),
-        dx.data, dx.strides);
+        box->extent, dy.data, dy.strides, x.data, x.strides, coefficients, dx.data, dx.strides,
+        job->stores);
     bn_written(geometry, DX, job->dx, box, dx_scratch);
 }
 
@@ -216,6 +231,7 @@ static void write_block(const bn_job *job, size_t block, range channels, visit *
     for (size_t i = chunks.count; i-- > 0;) {
         visit_chunk(job, block, chunks.first + i, channels, 0, visit_box);
     }
+    BN_FENCE_STREAMS();
 }
 
 static void sum_moments(const bn_job *job, size_t block, range channels)
@@ -233,10 +249,54 @@ static void sum_gradient(const bn_job *job, size_t block, range channels)
     sum_block(job, block, channels, gradient_sums_of_box);
 }
 
-static void write_gradient(const bn_job *job, size_t block, range channels)
+static visit *gradient_visit(const bn_job *job)
 {
-    write_block(job, block, channels,
-                job->constant_statistics ? scaled_gradient_of_box : input_gradient_of_box);
+    return job->constant_statistics ? scaled_gradient_of_box : input_gradient_of_box;
+}
+
+/* one piece of an output: a part of outer by a part of the channels by a part of inner */
+
+/* Pieces are walked from their end in steps of this size: what the sums read last may still be in a
+   cache. */
+#define STEP_BYTES ((size_t)1 << 20)
+
+static range part(size_t whole, size_t parts, size_t number)
+{
+    const size_t first = whole / parts * number + MIN(whole % parts, number);
+    return (range){first, whole / parts + (number < whole % parts)};
+}
+
+static void write_piece(const bn_job *job, size_t number, visit *visit_box)
+{
+    const bn_geometry *geometry = job->geometry;
+    const bn_extent pieces = job->pieces;
+    const range inner = part(geometry->inner, pieces.inner, number % pieces.inner);
+    number /= pieces.inner;
+    const range channels = part(geometry->channels, pieces.channels, number % pieces.channels);
+    const range outer = part(geometry->outer, pieces.outer, number / pieces.channels);
+
+    const size_t most = (geometry->any_packed ? BN_SCRATCH_BYTES : STEP_BYTES) / geometry->itemsize;
+    const size_t inner_step = geometry->any_packed ? MIN(inner.count, most) : inner.count;
+    const size_t channel_step = geometry->any_packed
+                                    ? MIN(channels.count, MAX((size_t)1, most / inner_step))
+                                    : channels.count;
+    const size_t outer_step = MAX((size_t)1, most / (inner_step * channel_step));
+    for (size_t o = (outer.count + outer_step - 1) / outer_step; o-- > 0;) {
+        for (size_t c = 0; c < channels.count; c += channel_step) {
+            for (size_t i = 0; i < inner.count; i += inner_step) {
+                const bn_box box = {
+                    .outer = outer.first + o * outer_step,
+                    .channel = channels.first + c,
+                    .inner = inner.first + i,
+                    .extent = {.outer = MIN(outer_step, outer.count - o * outer_step),
+                               .channels = MIN(channel_step, channels.count - c),
+                               .inner = MIN(inner_step, inner.count - i)},
+                };
+                visit_box(job, &box, 0, 0);
+            }
+        }
+    }
+    BN_FENCE_STREAMS();
 }
 
 /* some channels: before the sums of their blocks, and from the sums to the coefficients */
@@ -260,6 +320,37 @@ static void merge_blocks(const bn_job *job, range channels)
     }
 }
 
+/* Lets a coefficient array go on beyond its channels and recur. */
+static void repeat(const bn_geometry *geometry, void *array)
+{
+    const size_t length = bn_coefficients(geometry);
+    for (size_t set = geometry->channels; set < length;) {
+        const size_t more = MIN(set, length - set);
+        memcpy(element_at(geometry, array, set), array, more * geometry->itemsize);
+        set += more;
+    }
+}
+
+/* Only the first channels recur, and the task that has the first of them has them all. */
+static void repeat_scale_shift(const bn_job *job, range channels)
+{
+    const bn_scale_shift_coefficients *arrays = &job->scale_shift;
+    void *const each[] = {arrays->mean_high, arrays->mean_low, arrays->scale, arrays->shift};
+    for (size_t i = 0; channels.first == 0 && i < sizeof each / sizeof *each; i++) {
+        repeat(job->geometry, each[i]);
+    }
+}
+
+static void repeat_gradient(const bn_job *job, range channels)
+{
+    const bn_gradient_coefficients *arrays = &job->gradient;
+    void *const each[] = {arrays->mean_high, arrays->mean_low, arrays->dy_mean, arrays->slope,
+                          arrays->scale};
+    for (size_t i = 0; channels.first == 0 && i < sizeof each / sizeof *each; i++) {
+        repeat(job->geometry, each[i]);
+    }
+}
+
 static void prepare_scale_shift(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
@@ -267,6 +358,8 @@ static void prepare_scale_shift(const bn_job *job, range channels)
     job->kernels->scale_shift_coefficients[job->geometry->dtype](
         channels.count, job->mean + c, NULL, job->invstd + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), scale_shift_from(job, c));
+    repeat_scale_shift(job, channels);
+    repeat_scale_shift(job, channels);
 }
 
 static void prepare_gradient(const bn_job *job, range channels)
@@ -285,6 +378,7 @@ static void finish_normalize(const bn_job *job, range channels)
     job->kernels->scale_shift_coefficients[job->geometry->dtype](
         channels.count, job->mean + c, job->mean_low + c, job->invstd + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), scale_shift_from(job, c));
+    repeat_scale_shift(job, channels);
 }
 
 static void finish_gradient(const bn_job *job, range channels)
@@ -300,11 +394,13 @@ static void finish_gradient(const bn_job *job, range channels)
         job->kernels->scale_shift_coefficients[job->geometry->dtype](
             channels.count, NULL, NULL, job->invstd + c, parameter_from(job->weight, c), NULL,
             scale_shift_from(job, c));
+        repeat_scale_shift(job, channels);
     } else {
         job->kernels->gradient_coefficients[job->geometry->dtype](
             channels.count, values_per_channel(job->geometry), job->invstd + c,
             parameter_from(job->weight, c), job->sum_dy + c, job->sum_dy_deviation + c,
             gradient_from(job, c));
+        repeat_gradient(job, channels);
     }
 }
 
@@ -322,19 +418,19 @@ static void moments_task(const bn_job *job, size_t number)
     sum_moments(job, task_block(job, number), task_channels(job, number));
 }
 
-static void scale_shift_task(const bn_job *job, size_t number)
-{
-    write_block(job, task_block(job, number), task_channels(job, number), scale_shift_of_box);
-}
-
 static void gradient_sums_task(const bn_job *job, size_t number)
 {
     sum_gradient(job, task_block(job, number), task_channels(job, number));
 }
 
+static void scale_shift_task(const bn_job *job, size_t number)
+{
+    write_piece(job, number, scale_shift_of_box);
+}
+
 static void input_gradient_task(const bn_job *job, size_t number)
 {
-    write_gradient(job, task_block(job, number), task_channels(job, number));
+    write_piece(job, number, gradient_visit(job));
 }
 
 static void fused_normalize_task(const bn_job *job, size_t number)
@@ -360,7 +456,7 @@ static void fused_gradient_task(const bn_job *job, size_t number)
     }
     finish_gradient(job, channels);
     for (size_t block = blocks; block-- > 0;) {
-        write_gradient(job, block, channels);
+        write_block(job, block, channels, gradient_visit(job));
     }
 }
 
@@ -406,6 +502,21 @@ static void finish_gradient_task(const bn_job *job, size_t number)
 
 /* the schedule */
 
+/* An output of at least this share of the last-level cache goes around it: what is read next would
+   not find it there, and a line that is written without having been read saves its reading. */
+#define STREAMED_SHARE(last_level) ((last_level) / 2)
+
+static void choose_stores(bn_job *job, const char *output, const char *x, const char *dy)
+{
+    const bn_geometry *geometry = job->geometry;
+    const size_t bytes =
+        geometry->outer * geometry->channels * geometry->inner * geometry->itemsize;
+    /* In place, a line has been read already. */
+    const int streamed =
+        bytes >= STREAMED_SHARE(job->caches.last_level) && output != x && output != dy;
+    job->stores = streamed ? BN_streamed : BN_stored;
+}
+
 /* Cuts the channels into groups for so many threads; whether its tasks had better be fused. */
 static int group_channels(bn_job *job, size_t threads)
 {
@@ -434,6 +545,19 @@ static bn_phase block_phase(const bn_job *job, bn_task *task)
     return (bn_phase){task, job->groups * job->geometry->blocks};
 }
 
+/* Cuts an output into as many pieces as there are threads, in memory order as far as it goes. */
+static bn_phase piece_phase(bn_job *job, size_t threads, bn_task *task)
+{
+    const bn_geometry *geometry = job->geometry;
+    const size_t together = geometry->layout == BN_channels_last ? CHANNELS_TOGETHER : 1;
+    bn_extent pieces;
+    pieces.outer = MIN(threads, geometry->outer);
+    pieces.channels = MIN(divide_up(threads, pieces.outer), divide_up(geometry->channels, together));
+    pieces.inner = MIN(divide_up(threads, pieces.outer * pieces.channels), geometry->inner);
+    job->pieces = pieces;
+    return (bn_phase){task, pieces.outer * pieces.channels * pieces.inner};
+}
+
 static bn_phase fused_phase(const bn_job *job, bn_task *task)
 {
     return (bn_phase){task, job->groups};
@@ -449,26 +573,28 @@ size_t bn_moments_phases(bn_job *job, size_t threads, bn_phase *phases)
 
 size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases)
 {
+    choose_stores(job, job->y, job->x, NULL);
     if (group_channels(job, threads)) {
         phases[0] = fused_phase(job, fused_normalize_task);
         return 1;
     }
     phases[0] = block_phase(job, moments_task);
     phases[1] = channel_phase(job, finish_normalize_task);
-    phases[2] = block_phase(job, scale_shift_task);
+    phases[2] = piece_phase(job, threads, scale_shift_task);
     return 3;
 }
 
 size_t bn_scale_shift_phases(bn_job *job, size_t threads, bn_phase *phases)
 {
-    group_channels(job, threads);
+    choose_stores(job, job->y, job->x, NULL);
     phases[0] = channel_phase(job, prepare_scale_shift_task);
-    phases[1] = block_phase(job, scale_shift_task);
+    phases[1] = piece_phase(job, threads, scale_shift_task);
     return 2;
 }
 
 size_t bn_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
 {
+    choose_stores(job, job->dx, job->x, job->dy);
     if (group_channels(job, threads)) {
         phases[0] = fused_phase(job, fused_gradient_task);
         return 1;
@@ -476,7 +602,7 @@ size_t bn_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
     phases[0] = channel_phase(job, prepare_gradient_task);
     phases[1] = block_phase(job, gradient_sums_task);
     phases[2] = channel_phase(job, finish_gradient_task);
-    phases[3] = block_phase(job, input_gradient_task);
+    phases[3] = piece_phase(job, threads, input_gradient_task);
     return 4;
 }
 

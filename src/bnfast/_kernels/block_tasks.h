@@ -6,6 +6,7 @@
 #ifndef BN_BLOCK_TASKS_H
 #define BN_BLOCK_TASKS_H
 
+#include "cache_sizes.h"
 #include "geometry.h"
 #include "kernels.h"
 
@@ -16,6 +17,7 @@
 typedef struct {
     const bn_kernels *kernels;
     const bn_geometry *geometry;
+    bn_caches caches;
 
     char *x, *y;   /* moments, normalize, scale_shift */
     char *dy, *dx; /* gradient, besides x */
@@ -34,7 +36,10 @@ typedef struct {
     bn_scale_shift_coefficients scale_shift;
     bn_gradient_coefficients gradient;
 
-    size_t group, groups; /* channels in a task, and how many such groups; see bn_*_phases */
+    /* Set by bn_*_phases. */
+    size_t group, groups; /* channels in a task, and how many such groups */
+    bn_stores stores;     /* of the output */
+    bn_extent pieces;     /* into how many parts each axis of the output is cut */
 } bn_job;
 
 typedef void bn_task(const bn_job *job, size_t number);
@@ -47,7 +52,7 @@ typedef struct {
 
 #define BN_MAX_PHASES 4
 
-/* How this job is done by so many threads: sets group and groups, returns the number of phases.
+/* How this job is done by so many threads: returns the number of phases.
    Which operand stands where in the geometry is said by its position below. */
 size_t bn_moments_phases(bn_job *job, size_t threads, bn_phase *phases);     /* x */
 size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases);   /* x, y */

@@ -39,4 +39,22 @@ typedef struct {
     bn_operand operand[BN_MAX_OPERANDS];
 } bn_geometry;
 
+/* Coefficients of dense channels_last rows recur with this period, so that a few channels make long
+   runs too; 0 where they do not. */
+#define BN_SHORTEST_PERIOD ((size_t)64)
+#define BN_LINE_ELEMENTS ((size_t)16)
+
+static inline size_t bn_period(const bn_geometry *geometry)
+{
+    const size_t rows = (BN_SHORTEST_PERIOD + geometry->channels - 1) / geometry->channels;
+    return geometry->layout == BN_channels_last ? rows * geometry->channels : 0;
+}
+
+/* How many elements a coefficient array must hold. */
+static inline size_t bn_coefficients(const bn_geometry *geometry)
+{
+    const size_t period = bn_period(geometry);
+    return period ? period + BN_LINE_ELEMENTS : geometry->channels;
+}
+
 #endif

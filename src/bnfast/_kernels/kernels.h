@@ -26,16 +26,22 @@ typedef struct {
     ptrdiff_t outer, channel;
 } bn_strides;
 
+/* Whether an output may stay in the caches, or had better go around them. */
+typedef enum { BN_stored, BN_streamed } bn_stores;
+
 /* Per channel, in the element type; the mean is split in two, so that float32 carries 48 bits of it.
-   Arrays are [channels].
+   Arrays are [channels]; with a period, channels_last ones go on beyond that and recur, for a cache
+   line more than the period, so that rows which follow each other closely can be walked as one.
      y  = ((x - mean_high) - mean_low) * scale + shift */
 typedef struct {
     void *mean_high, *mean_low, *scale, *shift;
+    size_t period;
 } bn_scale_shift_coefficients;
 
 /*   dx = ((dy - dy_mean) - ((x - mean_high) - mean_low) * slope) * scale */
 typedef struct {
     void *mean_high, *mean_low, *dy_mean, *slope, *scale;
+    size_t period;
 } bn_gradient_coefficients;
 
 /* moments: folds the box into a running (count, mean + mean_low, m2) per channel. count is how many
@@ -46,7 +52,7 @@ typedef void bn_moments_kernel(bn_extent extent, const void *x, bn_strides x_str
 /* scale_shift: writes y; y may be x itself. */
 typedef void bn_scale_shift_kernel(bn_extent extent, const void *x, bn_strides x_strides,
                                    bn_scale_shift_coefficients coefficients, void *y,
-                                   bn_strides y_strides);
+                                   bn_strides y_strides, bn_stores stores);
 
 /* gradient_sums: adds sum(dy) and sum(dy * (x - mean)) of the box to two arrays of [channels]. */
 typedef void bn_gradient_sums_kernel(bn_extent extent, const void *dy, bn_strides dy_strides,
@@ -58,7 +64,7 @@ typedef void bn_gradient_sums_kernel(bn_extent extent, const void *dy, bn_stride
 typedef void bn_input_gradient_kernel(bn_extent extent, const void *dy, bn_strides dy_strides,
                                       const void *x, bn_strides x_strides,
                                       bn_gradient_coefficients coefficients, void *dx,
-                                      bn_strides dx_strides);
+                                      bn_strides dx_strides, bn_stores stores);
 
 /* Arithmetic on [channels] arrays: float64 in, coefficients in the element type out.
    A NULL weight is 1; a NULL mean, mean_low or bias is 0. */

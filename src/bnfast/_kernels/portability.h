@@ -16,4 +16,12 @@
 #define BN_INLINE static inline
 #endif
 
+/* Makes streamed lines visible to whoever waits for this thread. */
+#if defined(__SSE2__)
+#include <immintrin.h>
+#define BN_FENCE_STREAMS() _mm_sfence()
+#else
+#define BN_FENCE_STREAMS() ((void)0)
+#endif
+
 #endif
