@@ -94,7 +94,14 @@ core = Extension(
         "src/bnfast/_core.pyx",
         *(
             f"{KERNELS}/{name}.c"
-            for name in ("block_tasks", "packing", "dispatch", "cpu_features", "cache_sizes", "openmp_runtime")
+            for name in (
+                "block_tasks",
+                "packing",
+                "dispatch",
+                "cpu_features",
+                "cache_sizes",
+                "openmp_runtime",
+            )
         ),
     ],
     include_dirs=[KERNELS, numpy.get_include()],

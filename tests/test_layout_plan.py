@@ -146,7 +146,7 @@ def test_chunks_tile_the_channel_and_fit_the_scratch_memory(
     if layout == CHANNELS_LAST:
         inner = 1
     cut = _layout._cut(layout, itemsize, outer, channels, inner)
-    chunk_outer, chunk_inner, chunks_per_run, chunks, chunks_per_block, blocks = cut
+    chunk_outer, chunk_inner, chunks_per_run, chunks, chunks_per_block, blocks, phases = cut
     assert 1 <= chunk_outer * chunk_inner * itemsize <= _layout.CHUNK_BYTES
     assert chunks_per_run == 1 or chunk_outer == 1
     assert (chunks_per_run - 1) * chunk_inner < inner <= chunks_per_run * chunk_inner
@@ -155,8 +155,11 @@ def test_chunks_tile_the_channel_and_fit_the_scratch_memory(
     assert chunks == rows * chunks_per_run
     assert (blocks - 1) * chunks_per_block < chunks <= blocks * chunks_per_block
     if layout == CHANNELS_LAST:
-        assert chunk_outer % _layout.ROWS_TOGETHER == 0
         assert chunks_per_block * chunk_outer >= _layout.FEWEST_BLOCK_ROWS
+    if layout == CHANNELS_LAST and channels < _layout.FEWEST_LANES:
+        assert _layout.FEWEST_LANES <= phases * channels <= _layout.MOST_LANES
+    else:
+        assert phases == 1
 
 
 @settings(max_examples=300, deadline=None)

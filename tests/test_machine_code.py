@@ -84,8 +84,8 @@ REDUCTIONS = [
     for name in (
         "shifted_sums",
         "gradient_sums_runs",
-        "moments_channels_last",
-        "gradient_sums_channels_last",
+        "add_deviations",
+        "add_products",
     )
     for dtype in ("f32", "f64")
 ]
@@ -99,10 +99,15 @@ REDUCTIONS = [
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_the_arithmetic_of_reductions_is_mostly_at_full_width(variant, name):
     made = functions()[f"variant_{variant}.c"].values()
-    (code,) = [code for called, code in made if called == name]
-    full = sum(f"%{REGISTER[variant]}" in i for i in code if PACKED.search(i))
-    scalar = sum(bool(re.match(r"v?(?:add|sub|mul)s[sd]\b", i)) for i in code)
-    assert full > scalar
+    clones = [code for called, code in made if called.split(".")[0] == name]
+
+    def mostly_full(code):
+        full = sum(f"%{REGISTER[variant]}" in i for i in code if PACKED.search(i))
+        scalar = sum(bool(re.match(r"v?(?:add|sub|mul)s[sd]\b", i)) for i in code)
+        return full > scalar
+
+    # Of the compiler's copies for constant arguments, those for single channels are scalar.
+    assert any(map(mostly_full, clones))
 
 
 @pytest.mark.parametrize("variant", REGISTER)

@@ -57,9 +57,7 @@ def test_any_number_of_threads_gives_the_same_bits(isa, dtype, rng, use_threads,
 
 
 @pytest.mark.parametrize(("shape", "axis"), [*small_batches(), *EXTRA], ids=str)
-def test_the_sizes_of_caches_change_no_bit(
-    isa, dtype, rng, use_threads, use_caches, shape, axis
-):
+def test_the_sizes_of_caches_change_no_bit(isa, dtype, rng, use_threads, use_caches, shape, axis):
     arguments = inputs(rng, shape, axis, dtype)
     use_threads(2)
     use_caches(1 << 50, 1 << 50)

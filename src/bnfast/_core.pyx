@@ -68,6 +68,7 @@ cdef extern from "geometry.h" nogil:
         size_t chunks
         size_t chunks_per_block
         size_t blocks
+        size_t phases
         int any_packed
         bn_operand *operand
 
@@ -245,6 +246,7 @@ cdef class Geometry:
         c.chunk_outer, c.chunk_inner = plan.chunk_outer, plan.chunk_inner
         c.chunks_per_run, c.chunks = plan.chunks_per_run, plan.chunks
         c.chunks_per_block, c.blocks = plan.chunks_per_block, plan.blocks
+        c.phases = plan.phases
         for k, layout in enumerate(plan.operands):
             operand = &c.operand[k]
             operand.packed = not layout.direct

@@ -26,12 +26,14 @@ BLOCK_BYTES = 32 * CHUNK_BYTES
 # The runs of a contiguous chunk are cut at multiples of this: whole lanes, whole cache lines.
 RUN_MULTIPLE = 64
 
-# Rows of a channels_last chunk: a multiple of the rows that a kernel sums together. Few rows where
-# they are long, because a block's first chunk is read twice; many where they are short, because
-# every chunk ends with a merge.
-ROWS_TOGETHER = 32
-MOST_ROWS = 256
-CHUNK_CHANNELS = 2048
+# Rows of a channels_last chunk, for each phase: so many that the merge at its end costs little.
+CHUNK_ROWS = 256
+
+# Rows of fewer channels than FEWEST_LANES are summed several at a time, so that the lanes of such a
+# wide row fill vectors of VECTOR_LANES well; row_sums.inc has room for MOST_LANES.
+FEWEST_LANES = 64
+VECTOR_LANES = 16
+MOST_LANES = 256
 
 # Rows of a channels_last block: so many that its partial sums, three float64 a channel, take less
 # than a hundredth of the memory that it covers.
@@ -67,6 +69,7 @@ class LayoutPlan(NamedTuple):
     chunks: int
     chunks_per_block: int
     blocks: int
+    phases: int
     operands: tuple[OperandLayout, ...]
 
 
@@ -132,13 +135,27 @@ def _ceil_divide(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def _phases(channels: int) -> int:
+    """How many rows of so few channels are summed at a time: the fewest that waste least."""
+    if channels >= FEWEST_LANES:
+        return 1
+
+    def waste(phases: int) -> float:
+        lanes = phases * channels
+        return _ceil_divide(lanes, VECTOR_LANES) * VECTOR_LANES / lanes
+
+    return min(range(_ceil_divide(FEWEST_LANES, channels), MOST_LANES // channels + 1), key=waste)
+
+
 def _cut(
     layout: str, itemsize: int, outer: int, channels: int, inner: int
-) -> tuple[int, int, int, int, int, int]:
-    """(chunk_outer, chunk_inner, chunks_per_run, chunks, chunks_per_block, blocks)."""
+) -> tuple[int, int, int, int, int, int, int]:
+    """(chunk_outer, chunk_inner, chunks_per_run, chunks, chunks_per_block, blocks, phases)."""
+    phases = 1
     if layout == CHANNELS_LAST:
-        rows = ROWS_TOGETHER * max(1, CHUNK_CHANNELS // channels)
-        chunk_outer, chunk_inner, chunks_per_run = min(rows, MOST_ROWS), 1, 1
+        phases = _phases(channels)
+        rows = min(CHUNK_ROWS * phases, CHUNK_BYTES // itemsize)
+        chunk_outer, chunk_inner, chunks_per_run = rows, 1, 1
         block_rows = max(FEWEST_BLOCK_ROWS, BLOCK_BYTES // (channels * itemsize))
         chunks_per_block = _ceil_divide(block_rows, chunk_outer)
     else:
@@ -154,7 +171,7 @@ def _cut(
         chunks_per_block = BLOCK_BYTES // (chunk_outer * chunk_inner * itemsize)
     chunks = _ceil_divide(outer, chunk_outer) * chunks_per_run
     blocks = _ceil_divide(chunks, chunks_per_block)
-    return chunk_outer, chunk_inner, chunks_per_run, chunks, chunks_per_block, blocks
+    return chunk_outer, chunk_inner, chunks_per_run, chunks, chunks_per_block, blocks, phases
 
 
 def plan_layout(

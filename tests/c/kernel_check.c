@@ -155,8 +155,9 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     double *sum_dy = zeros(c), *sum_dy_deviation = zeros(c);
     double *other_mean = doubles(c, 0), *other_low = zeros(c), *other_m2 = doubles(c, 2);
     double *weight = doubles(c, 1), *bias = doubles(c, 0);
-    const bn_geometry geometry = {
-        .layout = layout, .dtype = dtype, .itemsize = itemsize, .channels = c};
+    const size_t phases = layout == BN_channels_last && c < 64 ? 64 / c + c % 3 : 1;
+    const bn_geometry geometry = {.layout = layout, .dtype = dtype, .itemsize = itemsize,
+                                  .channels = c, .phases = phases};
     void *channel_arrays[9];
     for (size_t i = 0; i < 9; i++) {
         channel_arrays[i] = allocate(bn_coefficients(&geometry) * itemsize);
@@ -166,8 +167,8 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     bn_gradient_coefficients backward = {channel_arrays[4], channel_arrays[5], channel_arrays[6],
                                          channel_arrays[7], channel_arrays[8], 0};
 
-    CALL(moments)[layout][dtype](extent, x, strides, 0, mean, mean_low, m2);
-    CALL(moments)[layout][dtype](extent, more, strides, n, mean, mean_low, m2);
+    CALL(moments)[layout][dtype](extent, x, strides, phases, 0, mean, mean_low, m2);
+    CALL(moments)[layout][dtype](extent, more, strides, phases, n, mean, mean_low, m2);
     CALL(merge_moments)(c, 2 * n, mean, mean_low, m2, 3, other_mean, other_low, other_m2);
     CALL(invstd)(c, m2, (double)(2 * n + 3), 1e-5, invstd);
     add_doubles(mean, c);
@@ -191,8 +192,8 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     }
 
     CALL(split_mean)[dtype](c, mean, backward);
-    CALL(gradient_sums)[layout][dtype](extent, dy, strides, x, strides, backward, sum_dy,
-                                          sum_dy_deviation);
+    CALL(gradient_sums)[layout][dtype](extent, dy, strides, x, strides, phases, backward, sum_dy,
+                                       sum_dy_deviation);
     CALL(gradient_coefficients)[dtype](c, n, invstd, weight, sum_dy, sum_dy_deviation, backward);
     CALL(input_gradient)[layout][dtype](extent, dy, strides, x, strides, backward, dx, strides,
                                         BN_stored);

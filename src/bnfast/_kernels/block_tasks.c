@@ -137,7 +137,7 @@ static void moments_of_box(const bn_job *job, const bn_box *box, size_t block, s
     _Alignas(64) char x_scratch[BN_SCRATCH_BYTES];
     const bn_view x = bn_view_to_read(geometry, X, job->x, box, x_scratch);
     job->kernels->moments[geometry->layout][geometry->dtype](
-        box->extent, x.data, x.strides, count,
+        box->extent, x.data, x.strides, geometry->phases, count,
         sums_of_block(job, job->mean, 0, block) + box->channel,
         sums_of_block(job, job->mean_low, 1, block) + box->channel,
         sums_of_block(job, job->m2, 2, block) + box->channel);
@@ -178,7 +178,8 @@ static void gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t bl
     const bn_view x = bn_view_to_read(geometry, X, job->x, box, x_scratch);
     (void)count;
     job->kernels->gradient_sums[geometry->layout][geometry->dtype](
-        box->extent, dy.data, dy.strides, x.data, x.strides, gradient_from(job, box->channel),
+        box->extent, dy.data, dy.strides, x.data, x.strides, geometry->phases,
+        gradient_from(job, box->channel),
         sums_of_block(job, job->sum_dy, 0, block) + box->channel,
         sums_of_block(job, job->sum_dy_deviation, 1, block) + box->channel);
 }

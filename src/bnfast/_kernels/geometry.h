@@ -34,6 +34,7 @@ typedef struct {
        What is summed with what follows from these numbers alone. */
     size_t chunk_outer, chunk_inner, chunks_per_run, chunks;
     size_t chunks_per_block, blocks;
+    size_t phases; /* rows of channels_last that are summed side by side, lane by lane */
 
     int any_packed;
     bn_operand operand[BN_MAX_OPERANDS];
@@ -41,13 +42,11 @@ typedef struct {
 
 /* Coefficients of dense channels_last rows recur with this period, so that a few channels make long
    runs too; 0 where they do not. */
-#define BN_SHORTEST_PERIOD ((size_t)64)
 #define BN_LINE_ELEMENTS ((size_t)16)
 
 static inline size_t bn_period(const bn_geometry *geometry)
 {
-    const size_t rows = (BN_SHORTEST_PERIOD + geometry->channels - 1) / geometry->channels;
-    return geometry->layout == BN_channels_last ? rows * geometry->channels : 0;
+    return geometry->layout == BN_channels_last ? geometry->phases * geometry->channels : 0;
 }
 
 /* How many elements a coefficient array must hold. */

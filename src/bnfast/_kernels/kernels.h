@@ -45,9 +45,11 @@ typedef struct {
 } bn_gradient_coefficients;
 
 /* moments: folds the box into a running (count, mean + mean_low, m2) per channel. count is how many
-   values each channel has seen; with count == 0 the others must be zero. */
-typedef void bn_moments_kernel(bn_extent extent, const void *x, bn_strides x_strides, size_t count,
-                               double *mean, double *mean_low, double *m2);
+   values each channel has seen; with count == 0 the others must be zero. `phases` is how many rows of
+   channels_last are summed side by side; see row_sums.inc. */
+typedef void bn_moments_kernel(bn_extent extent, const void *x, bn_strides x_strides,
+                               size_t phases, size_t count, double *mean, double *mean_low,
+                               double *m2);
 
 /* scale_shift: writes y; y may be x itself. */
 typedef void bn_scale_shift_kernel(bn_extent extent, const void *x, bn_strides x_strides,
@@ -56,7 +58,7 @@ typedef void bn_scale_shift_kernel(bn_extent extent, const void *x, bn_strides x
 
 /* gradient_sums: adds sum(dy) and sum(dy * (x - mean)) of the box to two arrays of [channels]. */
 typedef void bn_gradient_sums_kernel(bn_extent extent, const void *dy, bn_strides dy_strides,
-                                     const void *x, bn_strides x_strides,
+                                     const void *x, bn_strides x_strides, size_t phases,
                                      bn_gradient_coefficients coefficients, double *sum_dy,
                                      double *sum_dy_deviation);
 

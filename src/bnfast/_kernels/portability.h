@@ -11,9 +11,13 @@
 #if defined(__GNUC__) || defined(__clang__)
 #define BN_SIMD _Pragma("omp simd")
 #define BN_INLINE static inline __attribute__((always_inline))
+#define BN_NOINLINE static __attribute__((noinline)) /* a hot loop that keeps its name */
+#define BN_PREFETCH(address) __builtin_prefetch(address)
 #else
+#define BN_PREFETCH(address) ((void)0)
 #define BN_SIMD
 #define BN_INLINE static inline
+#define BN_NOINLINE static
 #endif
 
 /* Makes streamed lines visible to whoever waits for this thread. */
