@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import bnfast
-from bnfast._cli import numpy_formulas
+from bnfast._cli.bench.rivals import numpy_formulas
 
 pytestmark = pytest.mark.benchmark(max_time=0.3, group="call overhead and import")
 

@@ -1,13 +1,15 @@
 """Inputs of a workload, and what is noted beside a time."""
 
 import os
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import bnfast
-from workloads import CASES, in_layout
+from bnfast._cli.bench.cell import make_batch
+from bnfast._cli.bench.workloads import SETS, layouts_of, name_of
+
+CASES = [(shape, layout) for shape in SETS["tracked"] for layout in layouts_of(shape)]
 
 
 @pytest.fixture(autouse=True)
@@ -17,26 +19,10 @@ def threads():
     bnfast.set_num_threads(None)
 
 
-@pytest.fixture(
-    params=CASES, ids=[f"{w.name}-{'x'.join(map(str, w.shape))}-{layout}" for w, layout in CASES]
-)
+@pytest.fixture(params=CASES, ids=[f"{name_of(shape)}-{layout}" for shape, layout in CASES])
 def data(request):
     """Arrays for one workload, the statistics of its x, and an array to write to."""
-    workload, layout = request.param
-    shape, axis = in_layout(workload, layout)
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal(shape, np.float32) * np.float32(2) + np.float32(3)
-    dy = rng.standard_normal(shape, np.float32)
-    weight, bias = rng.standard_normal((2, shape[axis]), np.float32)
-    moments = bnfast.moments(x, axis)
-    return SimpleNamespace(
-        **{"x": x, "dy": dy, "weight": weight, "bias": bias, "axis": axis},
-        mean=moments.mean.astype(np.float32),
-        var=moments.var.astype(np.float32),
-        invstd=1 / np.sqrt(moments.var + 1e-5),
-        exact_mean=moments.mean,
-        out=np.empty_like(x),
-    )
+    return make_batch(*request.param, np.float32, mean=1.5)
 
 
 @pytest.fixture

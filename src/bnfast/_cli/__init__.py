@@ -6,8 +6,12 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from bnfast import __version__, show_config
+from bnfast._cli.bench import rivals, workloads
+from bnfast._cli.bench.cell import OPERATIONS
+from bnfast._threads import allowed_threads
 
 
 def _positive(kind: type[int] | type[float], *, or_zero: bool = False) -> Callable[[str], float]:
@@ -21,13 +25,40 @@ def _positive(kind: type[int] | type[float], *, or_zero: bool = False) -> Callab
     return convert
 
 
-def _new_png(text: str) -> Path:
+def _new_file(text: str) -> Path:
     path = Path(text)
-    if path.suffix != ".png":
-        raise argparse.ArgumentTypeError(f"{text} must end in .png")
     if not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"the folder of {text} does not exist")
     return path
+
+
+def _new_png(text: str) -> Path:
+    if Path(text).suffix != ".png":
+        raise argparse.ArgumentTypeError(f"{text} must end in .png")
+    return _new_file(text)
+
+
+def _shapes(text: str) -> str:
+    try:
+        workloads.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _threads(text: str) -> int:
+    threads = int(_positive(int)(text))
+    if threads > allowed_threads():
+        raise argparse.ArgumentTypeError(f"this process may use {allowed_threads()} processors")
+    return threads
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in rivals.PEERS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of: {', '.join(rivals.PEERS)}")
+    return names
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,7 +88,67 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--output", type=_new_png, default="bnfast_demo.png", metavar="FILE", help="the plot"
     )
+    _add_bench(commands)
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="measure bnfast and every rival that is installed, in one run",
+        description="Measure bnfast and every rival that is installed, in turn, call by call.",
+    )
+    bench.add_argument(
+        "--op",
+        nargs="+",
+        choices=OPERATIONS,
+        default=OPERATIONS,
+        help="operations (default: all)",
+    )
+    bench.add_argument(
+        "--layout",
+        nargs="+",
+        choices=workloads.LAYOUTS,
+        default=workloads.LAYOUTS,
+        help="layouts (default: both)",
+    )
+    bench.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    bench.add_argument(
+        "--shapes",
+        type=_shapes,
+        metavar="NAME|NxCxHxW,...",
+        help=f"sets of shapes and shapes, of {', '.join(workloads.SETS)} (default: resnet50,small)",
+    )
+    bench.add_argument(
+        "--threads", type=_threads, default=1, help="of every contender (default: 1)"
+    )
+    bench.add_argument(
+        "--regime",
+        choices=("out", "fresh"),
+        default="out",
+        help="write to given memory, or to a new output at each call (default: out)",
+    )
+    bench.add_argument(
+        "--peers",
+        type=_peers,
+        metavar="NAME,...",
+        help=f"rivals, of {', '.join(rivals.PEERS)} (default: all that are installed)",
+    )
+    bench.add_argument(
+        "--mean", type=float, default=0.0, help="of the data, whose deviation is 1 (default: 0)"
+    )
+    bench.add_argument(
+        "--quick", action="store_true", help="few shapes, unless --shapes says which; short turns"
+    )
+    bench.add_argument("--json", type=_new_file, metavar="FILE", help="write all numbers")
+    bench.add_argument(
+        "--markdown",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write the tables as Markdown, or print them",
+    )
+    bench.add_argument("--plot", type=_new_png, metavar="FILE.png", help="draw the ratios")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,6 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "info":
         show_config()
         return 0
+    if options.command == "bench":
+        return _bench(options)
     try:
         from bnfast._cli import demo
     except ImportError as error:
@@ -76,3 +169,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     return demo.run(options.epochs, options.learning_rate, options.seed, options.output)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    try:
+        from bnfast._cli.bench import run
+    except ImportError as error:
+        print(
+            f"python -m bnfast bench needs matplotlib and rich ({error}).\n"
+            "Install them with: python -m pip install matplotlib rich\n"
+            'or, with every rival: python -m pip install "bnfast[bench]"',
+            file=sys.stderr,
+        )
+        return 1
+    selection = run.Selection(
+        tuple(options.op),
+        tuple(options.layout),
+        options.dtype,
+        options.shapes,
+        options.threads,
+        options.regime,
+        options.peers,
+        options.mean,
+        options.quick,
+    )
+    return run.run(selection, options.json, options.markdown, options.plot)

@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from bnfast import BatchNorm
-from bnfast._cli import numpy_formulas
+from bnfast._cli.bench.rivals import numpy_formulas
 
 Array = NDArray[Any]
 

@@ -1,0 +1,80 @@
+"""The picture: the ratio to each rival in every cell, and bandwidth over size with its limit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from bnfast._cli.bench.cell import OPERATIONS
+from bnfast._cli.bench.workloads import LAYOUTS, name_of
+
+Row = dict[str, Any]
+
+LAYOUT_STYLES = {"nchw": ("o", "-"), "nhwc": ("s", "--")}
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Write a PNG: one row for each operation."""
+    operations = [o for o in OPERATIONS if any(r["operation"] == o for r in results["rows"])]
+    most = max(sum(r["operation"] == o for r in results["rows"]) for o in operations)
+    size = (max(11.0, 6 + 0.28 * most), 3.6 * len(operations) + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    widths = [max(1.2, 0.05 * most), 1]
+    grid = figure.subplots(len(operations), 2, squeeze=False, width_ratios=widths)
+    for operation, (left, right) in zip(operations, grid, strict=True):
+        rows = [row for row in results["rows"] if row["operation"] == operation]
+        _ratios(left, rows, list(results["rivals"]))
+        left.set_title(f"{operation}: times as multiples of bnfast's", fontsize=10)
+        _bandwidths(right, rows)
+        right.set_title(f"{operation}: bandwidth", fontsize=10)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=9)
+    threads = "one thread" if results["threads"] == 1 else f"{results['threads']} threads"
+    machine = results["machine"]
+    about = f"{machine['cpu']}, {machine['instruction set']}; {results['dtype']}, {threads}"
+    figure.supxlabel(f"{about}; {results['command']}", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _ratios(axes: Axes, rows: list[Row], titles: list[str]) -> None:
+    for number, title in enumerate(titles):
+        found = [(i, row["rivals"][title].get("ratio")) for i, row in enumerate(rows)]
+        points = [(i, ratio) for i, ratio in found if ratio is not None]
+        if points:
+            x, y = zip(*points, strict=True)
+            marker = "osD^vPX"[number % 7]
+            axes.scatter(x, y, s=24, c=f"C{number}", marker=marker, alpha=0.8, label=title)
+    axes.axhline(1, color="black", linewidth=1)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_ylabel("above 1: bnfast is faster")
+    labels = [f"{name_of(tuple(row['shape']))} {row['layout']}" for row in rows]
+    axes.set_xticks(range(len(rows)), labels, rotation=90, fontsize=7)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def _bandwidths(axes: Axes, rows: list[Row]) -> None:
+    for layout in LAYOUTS:
+        these = sorted((r for r in rows if r["layout"] == layout), key=lambda r: int(r["traffic"]))
+        if these:
+            marker, line = LAYOUT_STYLES[layout]
+            sizes = [row["traffic"] / 2**20 for row in these]
+            achieved = [row["bnfast"]["GB/s"] for row in these]
+            axes.plot(sizes, achieved, marker + line, markersize=4, label=layout.upper())
+    limits: dict[float, float] = {}
+    for row in sorted(rows, key=lambda r: int(r["traffic"])):
+        size, rate = row["traffic"] / 2**20, row["limit"]["GB/s"]
+        limits[size] = max(rate, limits.get(size, 0))
+    axes.plot(list(limits), list(limits.values()), color="black", linewidth=1, label="limit")
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="MiB that must be read and written", ylabel="GB/s")
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)

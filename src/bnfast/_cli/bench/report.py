@@ -1,0 +1,268 @@
+"""What was measured, as a table for the terminal, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from bnfast._cli.bench.cell import OPERATIONS
+from bnfast._cli.bench.workloads import LAYOUTS, name_of
+
+Results = dict[str, Any]
+Row = dict[str, Any]
+
+
+class Text(NamedTuple):
+    """A cell of a table."""
+
+    text: str
+    best: bool = False
+
+
+class Sheet(NamedTuple):
+    """A table, whoever prints it; the first columns are names, the others numbers."""
+
+    title: str
+    names: int
+    headings: list[str]
+    rows: list[list[Text]]
+
+
+def geometric_means(rows: list[Row]) -> list[Row]:
+    """Return the mean ratio and the largest error for each operation, layout and rival."""
+    means = []
+    for operation, layout in product(OPERATIONS, LAYOUTS):
+        group = [r for r in rows if (r["operation"], r["layout"]) == (operation, layout)]
+        if not group:
+            continue
+        mean: Row = {"operation": operation, "layout": layout, "cells": len(group), "rivals": {}}
+        mean["error of bnfast"] = max(row["bnfast"]["error"] for row in group)
+        for title in group[0]["rivals"]:
+            offered = [r["rivals"][title] for r in group if "ratio" in r["rivals"][title]]
+            if offered:
+                logarithms = [math.log(outcome["ratio"]) for outcome in offered]
+                mean["rivals"][title] = {
+                    "ratio": math.exp(sum(logarithms) / len(offered)),
+                    "error": max(outcome["error"] for outcome in offered),
+                    "cells": len(offered),
+                }
+        means.append(mean)
+    return means
+
+
+def losses(rows: list[Row]) -> list[Row]:
+    """Return the cells in which a rival was faster, the worst first."""
+    lost = [
+        {
+            **{key: row[key] for key in ("operation", "shape", "layout")},
+            "rival": title,
+            "ratio": outcome["ratio"],
+            "error": outcome["error"],
+            "error of bnfast": row["bnfast"]["error"],
+        }
+        for row in rows
+        for title, outcome in row["rivals"].items()
+        if outcome.get("ratio", 1) < 1
+    ]
+    return sorted(lost, key=lambda loss: float(loss["ratio"]))
+
+
+def duration(seconds: float) -> str:
+    """Return it with a unit."""
+    unit, name = (1e-3, "ms") if seconds > 1e-4 else (1e-6, "µs")
+    return f"{seconds / unit:.3g} {name}"
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+
+
+def _outcome(outcome: Row) -> str:
+    if "failed" in outcome:
+        return "failed"
+    if "not offered" in outcome:
+        return "—"
+    mark = "†" if outcome.get("fresh") else ""
+    return f"{_ratio(outcome['ratio'])}{mark} ({outcome['error']:.0e})"
+
+
+def all_cells(results: Results) -> Sheet:
+    """Return the table of all cells."""
+    headings = ["operation", "shape", "layout", "bnfast", "±", "GB/s", "of limit", "error"]
+    lines = []
+    for row in results["rows"]:
+        mine = row["bnfast"]
+        ratios = [outcome.get("ratio", math.inf) for outcome in row["rivals"].values()]
+        best = min(ratios, default=math.inf)
+        lines.append(
+            [
+                *(Text(row["operation"]), Text(name_of(tuple(row["shape"])))),
+                *(Text(row["layout"].upper()), Text(duration(mine["seconds"]))),
+                Text(f"{mine['spread']:.0%}"),
+                Text(f"{mine['GB/s']:.1f}"),
+                Text(f"{mine['fraction of limit']:.0%}"),
+                Text(f"{mine['error']:.0e}"),
+                *(
+                    Text(_outcome(outcome), math.isfinite(ratio) and ratio == best)
+                    for outcome, ratio in zip(row["rivals"].values(), ratios, strict=True)
+                ),
+            ]
+        )
+    title = "Times of the rivals as multiples of bnfast's (and largest errors)"
+    return Sheet(title, 3, headings + list(results["rivals"]), lines)
+
+
+def all_means(results: Results) -> Sheet:
+    """Return the table of geometric means."""
+    headings = ["operation", "layout", "cells", "error", *results["rivals"]]
+    lines = []
+    for mean in results["geometric means"]:
+        rivals = mean["rivals"]
+        best = min((rival["ratio"] for rival in rivals.values()), default=math.inf)
+        line = [Text(mean["operation"]), Text(mean["layout"].upper()), Text(str(mean["cells"]))]
+        line.append(Text(f"{mean['error of bnfast']:.0e}"))
+        for title in results["rivals"]:
+            if title not in rivals:
+                line.append(Text("—"))
+                continue
+            rival = rivals[title]
+            some = "" if rival["cells"] == mean["cells"] else f", {rival['cells']} cells"
+            text = f"{_ratio(rival['ratio'])} ({rival['error']:.0e}{some})"
+            line.append(Text(text, rival["ratio"] == best))
+        lines.append(line)
+    return Sheet("Geometric means of the ratios (and largest errors)", 2, headings, lines)
+
+
+def all_losses(results: Results) -> Sheet:
+    """Return the table of cells where a rival is faster."""
+    lines = [
+        [
+            *(Text(loss["operation"]), Text(name_of(tuple(loss["shape"])))),
+            *(Text(loss["layout"].upper()), Text(loss["rival"])),
+            *(Text(_ratio(loss["ratio"])), Text(f"{loss['error']:.0e}")),
+            Text(f"{loss['error of bnfast']:.0e}"),
+        ]
+        for loss in results["losses"]
+    ]
+    compared = sum("ratio" in o for row in results["rows"] for o in row["rivals"].values())
+    title = f"Where a rival is faster: {len(lines)} of {compared} comparisons"
+    headings = ["operation", "shape", "layout", "rival", "ratio", "its error", "of bnfast"]
+    return Sheet(title, 4, headings, lines)
+
+
+def notes(results: Results) -> list[str]:
+    """Return what must be known to read the tables: the machine, the versions, the failures."""
+    machine, versions = results["machine"], dict(results["versions"])
+    failed: dict[str, None] = {}  # in order, each once
+    for title, rival in results["rivals"].items():
+        if "failed" in rival:
+            failed[f"{title} failed: {rival['failed']}"] = None
+        else:
+            versions[title] = rival["version"]
+    for row in results["rows"]:
+        for title, outcome in row["rivals"].items():
+            if "failed" in outcome and "failed" not in results["rivals"][title]:
+                shape = name_of(tuple(row["shape"]))
+                where = f"{row['operation']}, {shape}, {row['layout'].upper()}"
+                failed[f"{title} failed ({where}): {outcome['failed']}"] = None
+    threads = "one thread" if results["threads"] == 1 else f"{results['threads']} threads"
+    writes = "new outputs" if results["regime"] == "fresh" else "outputs written to given memory"
+    caches = ", ".join(f"{level} {size}" for level, size in machine["caches"].items())
+    lines = [
+        f"{machine['cpu']}, {machine['instruction set']}"
+        + (f", {caches}" if caches else "")
+        + f"; {results['dtype']}, {threads}, {writes}.",
+        ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
+        f"Made by `{results['command']}`.",
+        "Medians of calls in turn, and half the distance of their quartiles; ratios above 1 are "
+        "bnfast's; errors are the largest against float64; the best rival is marked. The limit is "
+        "the best of plain and streaming copies, reads and writes in place of the same size, "
+        "measured in the same turns.",
+    ]
+    if any(o.get("fresh") for row in results["rows"] for o in row["rivals"].values()):
+        lines.append("† writes to new memory at each call: it has no better way.")
+    return lines + list(failed)
+
+
+def _sheets(results: Results) -> list[Sheet]:
+    sheets = [all_cells(results), all_means(results), all_losses(results)]
+    return [sheet for sheet in sheets if sheet.rows]
+
+
+def show(results: Results) -> None:
+    """Print it all; where there is no terminal to fit in, in wide lines."""
+    console = Console(width=None if sys.stdout.isatty() else 220)
+    for sheet in _sheets(results):
+        table = Table(title=sheet.title, title_justify="left")
+        for number, heading in enumerate(sheet.headings):
+            table.add_column(heading, justify="left" if number < sheet.names else "right")
+        for line in sheet.rows:
+            table.add_row(*(f"[bold]{t.text}[/bold]" if t.best else t.text for t in line))
+        console.print(table)
+    for note in notes(results):
+        console.print(escape(note), highlight=False)
+
+
+def markdown_table(sheet: Sheet) -> str:
+    """Return one table."""
+    rules = ["---" if number < sheet.names else "---:" for number in range(len(sheet.headings))]
+    lines = [sheet.headings, rules]
+    lines += [[f"**{t.text}**" if t.best else t.text for t in line] for line in sheet.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def markdown(results: Results) -> str:
+    """Return all tables and notes."""
+    parts = []
+    for sheet in _sheets(results):
+        parts += [f"{sheet.title}:", markdown_table(sheet)]
+    return "\n\n".join(parts + notes(results))
+
+
+def write_json(results: Results, path: Path) -> None:
+    """Write everything, also what the tables leave out."""
+    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[str, str], None]]:
+    """Show how far it is; yields what is called with the cell and the contender at work."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("cells,"),
+        TimeElapsedColumn(),
+        TextColumn("gone,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    # It draws at a step alone, never from a thread of its own in the middle of a measurement.
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
+        task = bar.add_task("", total=total)
+
+        def step(cell: str, contender: str) -> None:
+            if contender == "data":
+                bar.update(task, description=cell, refresh=True)
+            elif not contender:
+                bar.advance(task)
+
+        yield step

@@ -1,0 +1,109 @@
+"""Who bnfast is compared with: one file for each, which imports its package when it is imported."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnfast._cli.bench.cell import Cell
+
+Array = NDArray[Any]
+
+
+class NotOffered(Exception):
+    """The rival has no such operation, layout or dtype; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A cell, prepared: all that is timed is `call`."""
+
+    call: Callable[[], Any]  # returns its result, in whatever form it has
+    read: Callable[[Any], Array] = np.asarray  # that result in the layout of the cell, not timed
+    fresh: bool = False  # it makes a new output at each call, although it was asked to write to one
+    note: str = ""
+
+
+class Rival(ABC):
+    """One opponent, at its best setting for a number of threads that is fixed for the run."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    @property
+    @abstractmethod
+    def version(self) -> str:
+        """What is measured."""
+
+    @abstractmethod
+    def prepare(self, cell: Cell, fresh: bool) -> Contender:
+        """Return the cell with its inputs where this rival likes them best, or raise NotOffered.
+
+        With `fresh` every call makes its output anew; without, it writes to memory that is there,
+        to ``cell.batch.out`` where the layout is the same.
+        """
+
+
+class Peer(NamedTuple):
+    """Where a rival is to be found."""
+
+    title: str
+    module: str
+    rival: str  # the class
+    distributions: tuple[str, ...]  # on PyPI
+
+    def missing(self) -> list[str]:
+        """Return what is not installed."""
+        return [name for name in self.distributions if not _installed(name)]
+
+    def load(self, threads: int) -> Rival:
+        """Import it and make it ready; whatever that raises is for the caller to report."""
+        module = importlib.import_module(f"{__name__}.{self.module}")
+        rival: Rival = getattr(module, self.rival)(threads)
+        return rival
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+PEERS = {
+    "numpy": Peer("NumPy", "numpy_formulas", "NumPyFormulas", ("numpy",)),
+    "pytorch": Peer("PyTorch", "pytorch", "PyTorch", ("torch",)),
+    "onednn": Peer("oneDNN", "onednn", "OneDnn", ("onednn-cpu-gomp",)),
+    "onednn-blocked": Peer("oneDNN blocked", "onednn", "OneDnnBlocked", ("onednn-cpu-gomp",)),
+    "onnxruntime": Peer("ONNX Runtime", "onnx_runtime", "OnnxRuntime", ("onnxruntime", "onnx")),
+    "jax": Peer("JAX", "jax_xla", "JaxXla", ("jax", "jaxlib")),
+    "numba": Peer("Numba", "numba_kernels", "NumbaKernels", ("numba",)),
+}
+
+
+class NotInstalled(Exception):
+    """A rival that was asked for by name is missing; the message says how to get it."""
+
+
+def choose(names: tuple[str, ...] | None) -> dict[str, Peer]:
+    """Return the rivals of these names, or all that are installed."""
+    if names is None:
+        return {name: peer for name, peer in PEERS.items() if not peer.missing()}
+    chosen = {name: PEERS[name] for name in names}
+    missing = {name: peer.missing() for name, peer in chosen.items() if peer.missing()}
+    if missing:
+        packages = list(dict.fromkeys(package for group in missing.values() for package in group))
+        raise NotInstalled(
+            f"not installed: {', '.join(missing)}\n"
+            f"Get {'it' if len(missing) == 1 else 'them'} with: "
+            f"python -m pip install {' '.join(packages)}"
+        )
+    return chosen

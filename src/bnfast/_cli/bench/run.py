@@ -1,0 +1,290 @@
+"""The order of a run: the rivals, the cells, and for each cell data, contenders, errors, times."""
+
+from __future__ import annotations
+
+import math
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import bnfast
+from bnfast._cli.bench import figure, limit, report
+from bnfast._cli.bench.cell import (
+    EPS,
+    OPERATIONS,
+    Batch,
+    Cell,
+    aligned_empty,
+    exact_result,
+    largest_error,
+    make_batch,
+)
+from bnfast._cli.bench.rivals import PEERS, Contender, NotInstalled, NotOffered, Rival, choose
+from bnfast._cli.bench.timing import Timing, take_turns
+from bnfast._cli.bench.workloads import LAYOUTS, Shape, layouts_of, name_of, parse
+
+DEFAULT_SHAPES, QUICK_SHAPES = "resnet50,small", "quick"
+
+# Seconds of taking turns for each cell, beside the making of its data and its exact result.
+BUDGET, QUICK_BUDGET = 2.5, 0.3
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the command line asked for."""
+
+    operations: tuple[str, ...] = OPERATIONS
+    layouts: tuple[str, ...] = LAYOUTS
+    dtype: str = "float32"
+    shapes: str | None = None
+    threads: int = 1
+    regime: str = "out"
+    peers: tuple[str, ...] | None = None
+    mean: float = 0.0
+    quick: bool = False
+
+    def command(self) -> str:
+        """Return the command that measures this again."""
+        words = ["python", "-m", "bnfast", "bench"]
+        default = Selection()
+        if self.operations != default.operations:
+            words += ["--op", *self.operations]
+        if self.layouts != default.layouts:
+            words += ["--layout", *self.layouts]
+        for name in ("dtype", "shapes", "threads", "regime", "mean"):
+            value = getattr(self, name)
+            if value != getattr(default, name):
+                words += [f"--{name}", f"{value:g}" if name == "mean" else str(value)]
+        if self.peers is not None:
+            words += ["--peers", ",".join(self.peers)]
+        return shlex.join(words + ["--quick"] * self.quick)
+
+    def batches(self) -> list[tuple[Shape, str]]:
+        """Return every shape in every layout."""
+        shapes = parse(self.shapes or (QUICK_SHAPES if self.quick else DEFAULT_SHAPES))
+        return [(shape, layout) for shape in shapes for layout in layouts_of(shape, self.layouts)]
+
+    def operations_on(self, shape: Shape) -> tuple[str, ...]:
+        """Return the operations, but nothing of training where there is one value per channel."""
+        alone = math.prod(shape) == shape[1]
+        return tuple(op for op in self.operations if op == "inference" or not alone)
+
+
+def ours(cell: Cell, fresh: bool) -> Contender:
+    """Return bnfast's call on a cell."""
+    b = cell.batch
+    out = None if fresh else b.out
+    if cell.operation == "inference":
+        arguments = b.x, b.mean, b.var, b.weight, b.bias
+        return Contender(partial(bnfast.batch_norm, *arguments, eps=EPS, axis=b.axis, out=out))
+    if cell.operation == "training":
+        forward = partial(bnfast.batch_norm_forward, b.x, b.weight, b.bias, EPS)
+        return Contender(partial(forward, axis=b.axis, out=out), _first)
+    saved = b.dy, b.x, b.exact_mean, b.exact_invstd, b.weight
+    return Contender(partial(bnfast.batch_norm_backward, *saved, axis=b.axis, out=out), _first)
+
+
+def _first(results: tuple[Any, ...]) -> Any:
+    return results[0]
+
+
+def _reason(error: Exception) -> str:
+    """Return one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _machine() -> dict[str, Any]:
+    config = bnfast.show_config(mode="dicts")
+    assert config is not None
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    return {
+        "cpu": name,
+        "processors": config["threads"]["allowed by affinity"],
+        "instruction set": config["instruction sets"]["active"],
+        "caches": config["caches"],
+        "system": config["bnfast"]["platform"],
+    }
+
+
+def measure(
+    selection: Selection,
+    rivals: dict[str, Rival | str],
+    progress: Callable[[str, str], None] = lambda cell, contender: None,
+    budget: float | None = None,
+) -> dict[str, Any]:
+    """Return all that was measured, as it goes into the JSON file.
+
+    `rivals` are those that are ready, by the title of their columns, or why they are not.
+    """
+    bnfast.set_num_threads(selection.threads)
+    seconds = budget or (QUICK_BUDGET if selection.quick else BUDGET)
+    rows = []
+    for cell in cells(selection):
+        name = f"{cell.operation} {name_of(cell.batch.shape)} {cell.batch.layout}"
+        progress(name, "data")
+        rows.append(_measure_cell(cell, selection, rivals, seconds, partial(progress, name)))
+        progress(name, "")
+    versions = {
+        title: {"version": rival.version} if isinstance(rival, Rival) else {"failed": rival}
+        for title, rival in rivals.items()
+    }
+    return {
+        "command": selection.command(),
+        "machine": _machine(),
+        "versions": {"Python": platform.python_version(), "bnfast": bnfast.__version__},
+        "rivals": versions,
+        "dtype": selection.dtype,
+        "threads": selection.threads,
+        "regime": selection.regime,
+        "mean": selection.mean,
+        "rows": rows,
+        "geometric means": report.geometric_means(rows),
+        "losses": report.losses(rows),
+    }
+
+
+def cells(selection: Selection) -> Iterator[Cell]:
+    """Make the data of one shape and layout after the other, and yield its operations."""
+    for shape, layout in selection.batches():
+        operations = selection.operations_on(shape)
+        batch: Batch | None = None
+        for operation in operations:
+            batch = batch or make_batch(shape, layout, selection.dtype, selection.mean)
+            yield Cell(operation, batch)
+
+
+def _enter_all(
+    cell: Cell, fresh: bool, rivals: dict[str, Rival | str], observe: Callable[[str], None]
+) -> tuple[dict[str, Contender], dict[str, dict[str, Any]]]:
+    """Prepare everyone, and judge each one's first result before the next one overwrites it."""
+    exact = exact_result(cell)
+    contenders: dict[str, Contender] = {}
+    outcomes: dict[str, dict[str, Any]] = {}
+    for name, rival in {"bnfast": None, **rivals}.items():
+        observe(name)
+        if isinstance(rival, str):
+            outcomes[name] = {"failed": rival}
+            continue
+        try:
+            contender = ours(cell, fresh) if rival is None else rival.prepare(cell, fresh)
+            cell.batch.out.fill(np.nan)  # whoever writes nothing is found out
+            outcome: dict[str, Any] = {
+                "error": largest_error(contender.read(contender.call()), exact)
+            }
+        except NotOffered as reason:
+            outcomes[name] = {"not offered": str(reason)}
+            continue
+        except Exception as error:
+            if rival is None:
+                raise
+            outcomes[name] = {"failed": _reason(error)}
+            continue
+        if contender.note:
+            outcome["implementation"] = contender.note
+        if contender.fresh:
+            outcome["fresh"] = True
+        contenders[name], outcomes[name] = contender, outcome
+    return contenders, outcomes
+
+
+def _measure_cell(
+    cell: Cell,
+    selection: Selection,
+    rivals: dict[str, Rival | str],
+    seconds: float,
+    observe: Callable[[str], None],
+) -> dict[str, Any]:
+    fresh = selection.regime == "fresh"
+    contenders, outcomes = _enter_all(cell, fresh, rivals, observe)
+    b = cell.batch
+    probes = limit.probes(b.x, aligned_empty(b.x.shape, b.dtype), selection.threads)
+    calls = {name: contender.call for name, contender in contenders.items()}
+    results = take_turns(
+        {**calls, **{f"memory: {kind}": call for kind, call in probes.items()}},
+        seconds,
+        settle=selection.threads > 1,
+        observe=observe,
+    )
+    for name, result in results.items():
+        if isinstance(result, Timing):
+            outcomes.setdefault(name, {}).update(
+                seconds=result.median,
+                quartiles=[result.lower_quartile, result.upper_quartile],
+                spread=result.spread,
+                rounds=result.rounds,
+            )
+        elif name in rivals:
+            outcomes[name] = {"failed": _reason(result)}
+        else:
+            raise result
+    probed = {kind: outcomes.pop(f"memory: {kind}")["seconds"] for kind in probes}
+    rate, set_by = limit.best(cell.operation, b.x.nbytes, probed)
+    mine = outcomes.pop("bnfast")
+    for outcome in outcomes.values():
+        if "seconds" in outcome:
+            outcome["ratio"] = outcome["seconds"] / mine["seconds"]
+    achieved = cell.traffic / mine["seconds"]
+    return {
+        "operation": cell.operation,
+        "shape": list(b.shape),
+        "layout": b.layout,
+        "traffic": cell.traffic,
+        "bnfast": {**mine, "GB/s": achieved / 1e9, "fraction of limit": achieved / rate},
+        "limit": {
+            "GB/s": rate / 1e9,
+            "set by": set_by,
+            "probes in GB/s": {
+                kind: limit.MOVED[kind] * b.x.nbytes / time / 1e9 for kind, time in probed.items()
+            },
+        },
+        "rivals": outcomes,
+    }
+
+
+def ready(selection: Selection) -> dict[str, Rival | str]:
+    """Import the rivals; one that is installed and does not work stays in the table as failed."""
+    rivals: dict[str, Rival | str] = {}
+    for peer in choose(selection.peers).values():
+        try:
+            rivals[peer.title] = peer.load(selection.threads)
+        except Exception as error:
+            rivals[peer.title] = _reason(error)
+    return rivals
+
+
+def run(selection: Selection, json: Path | None, markdown: str | None, plot: Path | None) -> int:
+    """Measure, print the table and write the files; return the exit status."""
+    try:
+        rivals = ready(selection)
+    except NotInstalled as error:
+        print(error, file=sys.stderr)
+        return 1
+    total = sum(len(selection.operations_on(shape)) for shape, _ in selection.batches())
+    with report.progress_bar(total) as progress:
+        results = measure(selection, rivals, progress)
+    report.show(results)
+    if set(results["rivals"]) == {PEERS["numpy"].title} and selection.peers is None:
+        print('The rivals come with: python -m pip install "bnfast[bench]"')
+    if json is not None:
+        report.write_json(results, json)
+    if markdown == "-":
+        print(report.markdown(results))
+    elif markdown is not None:
+        Path(markdown).write_text(report.markdown(results) + "\n", encoding="utf-8")
+    if plot is not None:
+        figure.draw(results, plot)
+    return 0

@@ -1,0 +1,105 @@
+"""Contenders measured in turn, call by call."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import perf_counter, sleep
+
+import numpy as np
+
+# A turn lasts at least this long: the clock is read after so many calls.
+TURN = 200e-6
+
+# Where even the fastest takes longer than this, a call leaves nothing in a cache for the next.
+LONG = 10e-3
+
+# An idle team of OpenMP threads spins for some milliseconds before it sleeps, on processors that
+# the next contender needs. With every runtime left to its default, as its users have it, each one
+# waits until the team before it sleeps, and its untimed call wakes its own.
+SETTLE = 20e-3
+
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 40
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: the median of the rounds and their quartiles."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+    rounds: int
+
+    @property
+    def spread(self) -> float:
+        """Half the distance of the quartiles, as a part of the median."""
+        return (self.upper_quartile - self.lower_quartile) / 2 / self.median
+
+
+def _seconds(call: Callable[[], object], many: int) -> float:
+    """Time so many calls; what they return is dropped, and its memory given back, within."""
+    start = perf_counter()
+    for _ in range(many):
+        call()
+    return (perf_counter() - start) / many
+
+
+def take_turns(
+    calls: Mapping[str, Callable[[], object]],
+    budget: float,
+    *,
+    settle: bool = False,
+    observe: Callable[[str], None] = lambda name: None,
+) -> dict[str, Timing | Exception]:
+    """Time all calls in turn until the budget of seconds is spent.
+
+    Every contender once a round, and each round begins one further, so that none always follows the
+    same neighbour's work in time. A turn begins with a call that is not timed: what is in the
+    caches, and which threads are awake, is then the contender's own doing, as in a loop of its
+    calls. A contender that raises leaves the rounds, and its exception is its result.
+    """
+    failures: dict[str, Exception] = {}
+    estimates: dict[str, float] = {}
+    for name, call in calls.items():
+        try:
+            call()  # compiles, connects, allocates
+            estimates[name] = min(_seconds(call, 1) for _ in range(2))
+        except Exception as error:
+            failures[name] = error
+    many = {name: max(1, math.ceil(TURN / max(t, 1e-9))) for name, t in estimates.items()}
+    untimed = bool(estimates) and min(estimates.values()) < LONG
+    times: dict[str, list[float]] = {name: [] for name in estimates}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        end = perf_counter() + budget
+        for number in range(MOST_ROUNDS):
+            if number >= FEWEST_ROUNDS and perf_counter() > end:
+                break
+            for name in _rotated(list(times), number):
+                observe(name)
+                try:
+                    if settle:
+                        sleep(SETTLE)
+                    if untimed:
+                        calls[name]()
+                    times[name].append(_seconds(calls[name], many[name]))
+                except Exception as error:
+                    failures[name] = error
+                    del times[name]
+    finally:
+        if collecting:
+            gc.enable()
+    results: dict[str, Timing | Exception] = dict(failures)
+    for name, record in times.items():
+        lower, median, upper = np.percentile(record, (25, 50, 75))
+        results[name] = Timing(float(median), float(lower), float(upper), len(record))
+    return {name: results[name] for name in calls}
+
+
+def _rotated(names: list[str], number: int) -> list[str]:
+    first = number % max(1, len(names))
+    return names[first:] + names[:first]

@@ -1,0 +1,73 @@
+"""The shapes that are measured: (batch, channels, height, width), or (batch, channels)."""
+
+from __future__ import annotations
+
+Shape = tuple[int, ...]  # channels second, however the layout has it
+
+SETS: dict[str, tuple[Shape, ...]] = {
+    # Every normalization of ResNet-50, a batch of 50 images of 224 by 224.
+    "resnet50": (
+        *((50, 64, 112, 112), (50, 256, 56, 56), (50, 64, 56, 56)),
+        *((50, 512, 28, 28), (50, 128, 28, 28), (50, 1024, 14, 14)),
+        *((50, 256, 14, 14), (50, 2048, 7, 7), (50, 512, 7, 7)),
+    ),
+    # Some of ResNet-50, BN-Inception and Inception-v3, in the batches they are trained with.
+    "small": (
+        *((50, 64, 112, 112), (50, 256, 56, 56), (50, 128, 28, 28)),
+        *((50, 1024, 14, 14), (50, 512, 7, 7), (96, 224, 14, 14)),
+        *((96, 320, 7, 7), (96, 64, 147, 147), (96, 80, 73, 73)),
+        *((96, 96, 35, 35), (96, 160, 17, 17), (96, 384, 8, 8)),
+    ),
+    # Channels that fill no vector.
+    "odd": (
+        *((8, 3, 224, 224), (32, 23, 35, 35), (32, 27, 33, 33), (32, 33, 28, 28)),
+        *((16, 54, 42, 42), (32, 257, 14, 14), (32, 810, 7, 7)),
+    ),
+    # Planes of 1, 4, 49 and 196 elements.
+    "planes": ((50, 4096, 1, 1), (50, 2048, 2, 2), (50, 512, 7, 7), (50, 256, 14, 14)),
+    # Input and output together: 32 KiB, 400 KiB, 3 MiB and 12 MiB of float32.
+    "cache": ((4, 16, 8, 8), (4, 64, 14, 14), (8, 64, 28, 28), (16, 128, 28, 28)),
+    # Nothing but the call.
+    "call": ((1, 64), (2, 64)),
+    # What `pytest benchmarks` keeps track of.
+    "tracked": (
+        *((32, 64, 56, 56), (50, 64, 112, 112), (50, 128, 28, 28), (50, 256, 14, 14)),
+        *((50, 2048, 7, 7), (96, 96, 35, 35), (32, 27, 33, 33), (8, 3, 224, 224)),
+        *((1, 257, 28, 28), (16, 512), (256, 2048)),
+    ),
+    "quick": ((50, 128, 28, 28), (50, 512, 7, 7), (2, 64)),
+}
+
+LAYOUTS = ("nchw", "nhwc")
+
+
+def name_of(shape: Shape) -> str:
+    """Return the shape as it is written on the command line."""
+    return "x".join(map(str, shape))
+
+
+def in_layout(shape: Shape, layout: str) -> tuple[Shape, int]:
+    """Return the shape in memory and the channel axis."""
+    if layout == "nchw":
+        return shape, 1
+    n, c, *spatial = shape
+    return (n, *spatial, c), -1
+
+
+def layouts_of(shape: Shape, layouts: tuple[str, ...] = LAYOUTS) -> tuple[str, ...]:
+    """Return the layouts, or one of them where both are the same: NC."""
+    return layouts if len(shape) > 2 else layouts[:1]
+
+
+def parse(text: str) -> tuple[Shape, ...]:
+    """Return the shapes of a list of sets and shapes, each once: ``call,odd,8x64x28x28``."""
+    shapes: list[Shape] = []
+    for name in text.split(","):
+        if name in SETS:
+            shapes += SETS[name]
+            continue
+        sizes = name.split("x")
+        if len(sizes) < 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+            raise ValueError(f"{name!r} is neither NxC, NxCxHxW nor one of: {', '.join(SETS)}")
+        shapes.append(tuple(map(int, sizes)))
+    return tuple(dict.fromkeys(shapes))
