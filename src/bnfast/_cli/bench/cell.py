@@ -134,10 +134,13 @@ def exact_result(cell: Cell) -> Array:
 
 
 def largest_error(result: Array, exact: Array) -> float:
-    """Return the largest absolute difference, NaN where there is one."""
+    """Return the largest absolute difference; raise where it is none."""
     if result.shape != exact.shape:
         raise ValueError(f"the result has shape {result.shape}, not {exact.shape}")
     step = max(1, _SLICE_BYTES // max(1, exact[0].nbytes))
     starts = range(0, len(exact), step)
     parts = ((result[start : start + step], exact[start : start + step]) for start in starts)
-    return float(np.max([np.abs(ours - theirs).max() for ours, theirs in parts]))
+    error = float(np.max([np.abs(ours - theirs).max() for ours, theirs in parts]))
+    if math.isnan(error):
+        raise ValueError("the result is not a number in places")
+    return error

@@ -1,8 +1,10 @@
-"""Loops compiled by Numba, parallel, as one would write them by hand for speed."""
+"""Loops compiled by Numba, as one would write them by hand for speed."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numba
@@ -17,13 +19,16 @@ Array = NDArray[Any]
 
 # Sums may be reordered, which is what makes LLVM vectorize them, and products fused into them: the
 # rival's best setting. bnfast allows itself neither.
-kernel = numba.njit(parallel=True, fastmath={"reassoc", "contract"}, nogil=True)
+FASTMATH = {"reassoc", "contract"}
 
-# Rows of channels that a thread of the NHWC kernels sums before it goes on to the next ones.
+# Below this size, and with one thread, the loops are compiled without threads: to enter a parallel
+# region takes Numba some 20 microseconds.
+SERIAL_BYTES = 1 << 20
+
+# Rows of channels that the NHWC loops sum in the dtype of x before they go on in float64.
 ROWS = 64
 
 
-@kernel
 def inference_nchw(x, mean, var, weight, bias, eps, y):
     """(N, C, run)."""
     images, channels, run = x.shape
@@ -35,7 +40,6 @@ def inference_nchw(x, mean, var, weight, bias, eps, y):
             y[n, c, i] = x[n, c, i] * scale + shift
 
 
-@kernel
 def training_nchw(x, weight, bias, eps, y, means, invstds):
     """(N, C, run): a thread has a channel, twice for its statistics and once more for y."""
     images, channels, run = x.shape
@@ -62,7 +66,6 @@ def training_nchw(x, weight, bias, eps, y, means, invstds):
                 y[n, c, i] = (x[n, c, i] - mean) * scale + shift
 
 
-@kernel
 def backward_nchw(dy, x, mean, invstd, weight, dx, dweight, dbias):
     """(N, C, run)."""
     images, channels, run = x.shape
@@ -87,7 +90,6 @@ def backward_nchw(dy, x, mean, invstd, weight, dx, dweight, dbias):
                 dx[n, c, i] = (dy[n, c, i] - of_mean - (x[n, c, i] - m) * of_var) * scale
 
 
-@kernel
 def inference_nhwc(x, mean, var, weight, bias, eps, y):
     """(rows, C)."""
     rows, channels = x.shape
@@ -98,32 +100,51 @@ def inference_nhwc(x, mean, var, weight, bias, eps, y):
             y[row, c] = x[row, c] * scale[c] + shift[c]
 
 
-@kernel
 def training_nhwc(x, weight, bias, eps, y, means, invstds, sums):
-    """(rows, C): blocks of rows are summed in the dtype of x, the blocks of a thread in float64."""
+    """(rows, C): a thread has a share of the rows, and reads four of them at a time."""
     rows, channels = x.shape
     threads = len(sums)
     share = (rows + threads - 1) // threads
-    sums[:] = 0
     for thread in prange(threads):
+        first, end = thread * share, min(rows, (thread + 1) * share)
         part = np.empty(channels, x.dtype)
-        for start in range(thread * share, min(rows, (thread + 1) * share), ROWS):
+        sums[thread] = 0
+        for start in range(first, end, ROWS):
+            stop = min(start + ROWS, end)
             part[:] = 0
-            for row in range(start, min(start + ROWS, rows, (thread + 1) * share)):
+            row = start
+            while row + 4 <= stop:
+                for c in range(channels):
+                    part[c] += (x[row, c] + x[row + 1, c]) + (x[row + 2, c] + x[row + 3, c])
+                row += 4
+            while row < stop:
                 for c in range(channels):
                     part[c] += x[row, c]
+                row += 1
             for c in range(channels):
                 sums[thread, c] += part[c]
     for c in range(channels):
         means[c] = sums[:, c].sum() / rows
-    sums[:] = 0
     for thread in prange(threads):
+        first, end = thread * share, min(rows, (thread + 1) * share)
         part = np.empty(channels, x.dtype)
-        for start in range(thread * share, min(rows, (thread + 1) * share), ROWS):
+        sums[thread] = 0
+        for start in range(first, end, ROWS):
+            stop = min(start + ROWS, end)
             part[:] = 0
-            for row in range(start, min(start + ROWS, rows, (thread + 1) * share)):
+            row = start
+            while row + 4 <= stop:
                 for c in range(channels):
-                    part[c] += (x[row, c] - means[c]) ** 2
+                    mean = means[c]
+                    d0, d1 = x[row, c] - mean, x[row + 1, c] - mean
+                    d2, d3 = x[row + 2, c] - mean, x[row + 3, c] - mean
+                    part[c] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+                row += 4
+            while row < stop:
+                for c in range(channels):
+                    d = x[row, c] - means[c]
+                    part[c] += d * d
+                row += 1
             for c in range(channels):
                 sums[thread, c] += part[c]
     scale = np.empty(channels, x.dtype)
@@ -131,37 +152,45 @@ def training_nhwc(x, weight, bias, eps, y, means, invstds, sums):
         invstds[c] = 1 / math.sqrt(sums[:, c].sum() / rows + eps)
         scale[c] = weight[c] * invstds[c]
     for thread in prange(threads):
-        last = min(rows, (thread + 1) * share) - 1
-        for row in range(last, thread * share - 1, -1):
+        first, end = thread * share, min(rows, (thread + 1) * share)
+        for row in range(end - 1, first - 1, -1):
             for c in range(channels):
                 y[row, c] = (x[row, c] - means[c]) * scale[c] + bias[c]
 
 
-@kernel
 def backward_nhwc(dy, x, mean, invstd, weight, dx, dweight, dbias, sums, products):
-    """(rows, C)."""
+    """(rows, C), as in training."""
     rows, channels = x.shape
     threads = len(sums)
     share = (rows + threads - 1) // threads
-    sums[:] = 0
-    products[:] = 0
     for thread in prange(threads):
+        first, end = thread * share, min(rows, (thread + 1) * share)
         part, product = np.empty(channels, x.dtype), np.empty(channels, x.dtype)
-        for start in range(thread * share, min(rows, (thread + 1) * share), ROWS):
+        sums[thread] = 0
+        products[thread] = 0
+        for start in range(first, end, ROWS):
+            stop = min(start + ROWS, end)
             part[:] = 0
             product[:] = 0
-            for row in range(start, min(start + ROWS, rows, (thread + 1) * share)):
+            row = start
+            while row + 2 <= stop:
+                for c in range(channels):
+                    m = mean[c]
+                    g0, g1 = dy[row, c], dy[row + 1, c]
+                    part[c] += g0 + g1
+                    product[c] += g0 * (x[row, c] - m) + g1 * (x[row + 1, c] - m)
+                row += 2
+            while row < stop:
                 for c in range(channels):
                     part[c] += dy[row, c]
                     product[c] += dy[row, c] * (x[row, c] - mean[c])
+                row += 1
             for c in range(channels):
                 sums[thread, c] += part[c]
                 products[thread, c] += product[c]
-    scale, of_mean, of_var = (
-        np.empty(channels, x.dtype),
-        np.empty(channels, x.dtype),
-        np.empty(channels, x.dtype),
-    )
+    scale = np.empty(channels, x.dtype)
+    of_mean = np.empty(channels, x.dtype)
+    of_var = np.empty(channels, x.dtype)
     for c in range(channels):
         total, total_product = sums[:, c].sum(), products[:, c].sum()
         dbias[c], dweight[c] = total, total_product * invstd[c]
@@ -169,11 +198,20 @@ def backward_nhwc(dy, x, mean, invstd, weight, dx, dweight, dbias, sums, product
         of_mean[c] = total / rows
         of_var[c] = total_product / rows * invstd[c] * invstd[c]
     for thread in prange(threads):
-        last = min(rows, (thread + 1) * share) - 1
-        for row in range(last, thread * share - 1, -1):
+        first, end = thread * share, min(rows, (thread + 1) * share)
+        for row in range(end - 1, first - 1, -1):
             for c in range(channels):
                 centred = x[row, c] - mean[c]
                 dx[row, c] = (dy[row, c] - of_mean[c] - centred * of_var[c]) * scale[c]
+
+
+@cache
+def compiled(loop: Callable[..., None], parallel: bool) -> Callable[..., None]:
+    """Return it as machine code, made for the types of its first call."""
+    machine_code: Callable[..., None] = numba.njit(
+        loop, parallel=parallel, fastmath=FASTMATH, nogil=True
+    )
+    return machine_code
 
 
 class NumbaKernels(Rival):
@@ -198,10 +236,11 @@ class NumbaKernels(Rival):
         x, dy, out = (array.reshape(flat) for array in (b.x, b.dy, b.out))
         eps = b.dtype.type(EPS)
         saved = np.empty((2, c), b.dtype)
-        partial = np.empty((2, self.threads, c))
+        parallel = self.threads > 1 and x.nbytes >= SERIAL_BYTES
+        partial = np.empty((2, self.threads if parallel else 1, c))
         statistics = x, b.mean, b.var, b.weight, b.bias, eps
         gradient = dy, x, b.mean, b.invstd, b.weight
-        function, before, after = {
+        loop, before, after = {
             ("inference", True): (inference_nchw, statistics, ()),
             ("inference", False): (inference_nhwc, statistics, ()),
             ("training", True): (training_nchw, (x, b.weight, b.bias, eps), (*saved,)),
@@ -209,6 +248,7 @@ class NumbaKernels(Rival):
             ("backward", True): (backward_nchw, gradient, (*saved,)),
             ("backward", False): (backward_nhwc, gradient, (*saved, *partial)),
         }[cell.operation, runs]
+        function = compiled(loop, parallel)
 
         def call() -> Array:
             y = np.empty_like(x) if fresh else out

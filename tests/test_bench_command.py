@@ -1,0 +1,335 @@
+"""``python -m bnfast bench``: what it measures, and what it says of it. No speed is tested."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import bnfast
+from bnfast import _reference as reference
+from bnfast._cli.bench import cell as cells
+from bnfast._cli.bench import limit, rivals, timing, workloads
+from bnfast._cli.bench.rivals import numpy_formulas
+
+
+def bench(*arguments, **keywords):
+    return subprocess.run(
+        [sys.executable, "-m", "bnfast", "bench", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,  # a machine may be busy with other things
+        **keywords,
+    )
+
+
+@pytest.fixture
+def run():
+    """The module of a run, which needs what draws its results."""
+    for package in ("rich", "matplotlib"):
+        pytest.importorskip(package)
+    from bnfast._cli.bench import run
+
+    yield run
+    bnfast.set_num_threads(None)
+
+
+class Stub(rivals.Rival):
+    """Prepares what it is made with, or raises it."""
+
+    def __init__(self, made):
+        super().__init__(1)
+        self.made = made
+
+    @property
+    def version(self):
+        return "0"
+
+    def prepare(self, cell, fresh):
+        if isinstance(self.made, Exception):
+            raise self.made
+        return rivals.Contender(lambda: self.made(cell))
+
+
+def raising(error, after):
+    """A call that works so many times."""
+    calls = []
+
+    def call(cell):
+        calls.append(1)
+        if len(calls) > after:
+            raise error
+        return cell.batch.x
+
+    return call
+
+
+def test_every_set_of_shapes_parses():
+    for name, shapes in workloads.SETS.items():
+        assert workloads.parse(name) == shapes
+        assert len(set(shapes)) == len(shapes)
+
+
+def test_shapes_mix_with_sets_each_once():
+    assert workloads.parse("2x64,call,8x3x5x7,2x64") == ((2, 64), (1, 64), (8, 3, 5, 7))
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "3", "2x", "2x0", "2x-3", "2 x 3", "call,,odd"])
+def test_bad_shapes_are_refused(text):
+    with pytest.raises(ValueError, match="is neither NxC, NxCxHxW nor one of: resnet50, small"):
+        workloads.parse(text)
+
+
+def test_layouts():
+    assert workloads.in_layout((2, 3, 4, 5), "nchw") == ((2, 3, 4, 5), 1)
+    assert workloads.in_layout((2, 3, 4, 5), "nhwc") == ((2, 4, 5, 3), -1)
+    assert workloads.layouts_of((2, 3)) == ("nchw",)
+
+
+def test_memory_is_aligned():
+    for size in (1, 7, 1000):
+        array = cells.aligned_empty((size, 3), np.float32)
+        assert array.ctypes.data % 64 == 0
+        assert array.shape == (size, 3)
+
+
+@pytest.mark.parametrize("operation", cells.OPERATIONS)
+def test_exact_results_in_slices_are_the_reference(operation, axis, dtype, monkeypatch):
+    monkeypatch.setattr(cells, "_SLICE_BYTES", 8 * 4 * 25 * 2)  # two channels
+    batch = cells.make_batch((4, 5, 5, 5), "nchw" if axis == 1 else "nhwc", dtype, mean=3)
+    b = batch
+    expected = {
+        "inference": lambda: reference.scale_shift(b.x, b.mean, b.var, b.weight, b.bias, axis=axis),
+        "training": lambda: reference.batch_norm_forward(b.x, b.weight, b.bias, axis=axis)[0],
+        "backward": lambda: reference.batch_norm_backward(
+            b.dy, b.x, b.exact_mean, b.exact_invstd, b.weight, axis=axis
+        )[0],
+    }[operation]()
+    exact = cells.exact_result(cells.Cell(operation, batch))
+    np.testing.assert_allclose(exact, expected, rtol=1e-13, atol=1e-13)
+    wrong = exact.copy()
+    wrong.flat[-1] += 0.25
+    assert cells.largest_error(wrong, exact) == 0.25
+    wrong.flat[3] = np.nan
+    with pytest.raises(ValueError, match="not a number"):
+        cells.largest_error(wrong, exact)
+
+
+def test_turns_rotate(monkeypatch):
+    monkeypatch.setattr(timing, "TURN", 0)  # one call a turn
+    turns = []
+    calls = dict.fromkeys("abc", lambda: None)
+    results = timing.take_turns(calls, 0, observe=turns.append)
+    rounds = ["".join(turns[i : i + 3]) for i in range(0, len(turns), 3)]
+    assert rounds == ["abc", "bca", "cab", "abc", "bca"]
+    assert list(results) == ["a", "b", "c"]
+    assert all(result.rounds == timing.FEWEST_ROUNDS for result in results.values())
+
+
+def test_short_calls_are_timed_many_at_a_time():
+    times = []
+    timing.take_turns({"a": lambda: times.append(1)}, 0)
+    assert len(times) > 100 * timing.FEWEST_ROUNDS
+
+
+def test_a_contender_that_raises_leaves_the_rounds(monkeypatch):
+    monkeypatch.setattr(timing, "TURN", 0)
+    error = RuntimeError("no more")
+    calls = []
+
+    def sometimes():
+        calls.append(1)
+        if len(calls) == 9:
+            raise error
+
+    def never():
+        raise error
+
+    results = timing.take_turns({"a": lambda: None, "b": sometimes, "c": never}, 0)
+    assert results["a"].rounds == timing.FEWEST_ROUNDS
+    assert results["b"] is error
+    assert results["c"] is error
+    assert len(calls) == 9
+
+
+def test_the_limit_is_the_best_that_fits():
+    seconds = {"copy": 4.0, "streaming_copy": 2.0, "in_place": 3.0, "read": 0.5}
+    assert limit.best("training", 100, seconds) == (100, "streaming_copy")
+    assert limit.best("backward", 100, seconds) == (120, "streaming_copy and read")
+
+
+def test_the_limit_is_probed():
+    x, y = np.ones(1000, np.float32), np.zeros(1000, np.float32)
+    for kind, probe in limit.probes(x, y, 1).items():
+        probe()
+        assert (x == 1).all(), kind
+    assert list(limit.probes(x, y, 1)) == list(limit.MOVED)
+    limit.probes(x, y, 1)["copy"]()
+    np.testing.assert_array_equal(x, y)
+
+
+def test_the_error_column_is_the_largest_error(run):
+    selection = run.Selection(shapes="3x4x5x5", quick=True)
+    results = run.measure(selection, {"NumPy": numpy_formulas.NumPyFormulas(1)}, budget=1e-9)
+    assert [(row["operation"], row["layout"]) for row in results["rows"]] == [
+        (operation, layout) for layout in workloads.LAYOUTS for operation in cells.OPERATIONS
+    ]
+    training = results["rows"][1]
+    b = cells.make_batch((3, 4, 5, 5), "nchw", np.float32)
+    exact = reference.batch_norm_forward(b.x, b.weight, b.bias)[0]
+    formula = numpy_formulas.batch_norm_forward(b.x, b.weight, b.bias)[0]
+    y = bnfast.batch_norm_forward(b.x, b.weight, b.bias)[0]
+    assert training["rivals"]["NumPy"]["error"] == np.abs(formula - exact).max()
+    assert training["bnfast"]["error"] == np.abs(y - exact).max()
+
+
+def test_failures_are_reported(run):
+    stubs = {
+        "right": numpy_formulas.NumPyFormulas(1),
+        "elsewhere": Stub(rivals.NotOffered("not here")),
+        "at once": Stub(ValueError("will not prepare")),
+        "first": Stub(raising(RuntimeError("will not run"), 0)),
+        "later": Stub(raising(RuntimeError("gave up"), 5)),
+        "wrong shape": Stub(lambda cell: cell.batch.x[:1]),
+        "lazy": Stub(lambda cell: cell.batch.out),  # writes nothing
+        "unloadable": "ImportError: no such library",
+    }
+    selection = run.Selection(("inference",), ("nchw",), shapes="3x4x5x5", quick=True)
+    results = run.measure(selection, stubs, budget=1e-9)
+    (row,) = results["rows"]
+    outcomes = row["rivals"]
+    assert list(outcomes) == list(stubs)
+    assert outcomes["right"]["ratio"] > 0
+    assert outcomes["elsewhere"] == {"not offered": "not here"}
+    assert outcomes["at once"] == {"failed": "ValueError: will not prepare"}
+    assert outcomes["first"] == {"failed": "RuntimeError: will not run"}
+    assert outcomes["later"] == {"failed": "RuntimeError: gave up"}
+    assert "has shape (1, 4, 5, 5)" in outcomes["wrong shape"]["failed"]
+    assert "not a number" in outcomes["lazy"]["failed"]
+    assert outcomes["unloadable"] == {"failed": "ImportError: no such library"}
+    text = run.report.markdown(results)
+    line = next(line for line in text.splitlines() if line.startswith("| inference | 3x4x5x5"))
+    assert [cell.strip() for cell in line.split("|")][-8:-1] == ["—", *["failed"] * 6]
+    assert "first failed (inference, 3x4x5x5, NCHW): RuntimeError: will not run" in text
+    assert "unloadable failed: ImportError: no such library" in text
+
+
+def test_means_and_losses(run):
+    def row(operation, ratio, error):
+        outcome = {"ratio": ratio, "error": error}
+        return {
+            **{"operation": operation, "shape": [2, 3], "layout": "nchw"},
+            "bnfast": {"error": 1e-7},
+            "rivals": {"a": outcome, "b": {"not offered": "no"}},
+        }
+
+    rows = [row("training", 0.5, 1e-3), row("training", 8.0, 1e-6), row("inference", 3.0, 0.0)]
+    inference, training = run.report.geometric_means(rows)
+    assert training["rivals"] == {"a": {"ratio": pytest.approx(2), "error": 1e-3, "cells": 2}}
+    assert inference["rivals"]["a"]["cells"] == 1
+    (loss,) = run.report.losses(rows)
+    assert (loss["rival"], loss["ratio"], loss["error"]) == ("a", 0.5, 1e-3)
+
+
+def test_one_value_per_channel_has_no_training(run):
+    selection = run.Selection(shapes="1x64,1x64x1x1,1x64x2x1")
+    assert [selection.operations_on(shape) for shape, _ in selection.batches()] == [
+        *[("inference",)] * 3,
+        *[cells.OPERATIONS] * 2,
+    ]
+
+
+def test_the_command_says_how_to_measure_again(run):
+    assert run.Selection().command() == "python -m bnfast bench"
+    selection = run.Selection(
+        ("training",), ("nhwc",), "float64", "call", 2, "fresh", ("jax",), 1e4, True
+    )
+    assert selection.command() == (
+        "python -m bnfast bench --op training --layout nhwc --dtype float64 --shapes call "
+        "--threads 2 --regime fresh --mean 10000 --peers jax --quick"
+    )
+
+
+def test_a_missing_rival_is_said_with_the_way_to_get_it(monkeypatch):
+    missing = rivals.Peer("Absent", "absent", "Absent", ("no-such-package", "numpy"))
+    monkeypatch.setitem(rivals.PEERS, "absent", missing)
+    assert "absent" not in rivals.choose(None)
+    assert list(rivals.choose(("numpy",))) == ["numpy"]
+    with pytest.raises(rivals.NotInstalled, match=r"python -m pip install no-such-package$"):
+        rivals.choose(("numpy", "absent"))
+
+
+def test_the_command_writes_the_same_in_every_form(run, tmp_path):
+    arguments = "--quick --peers numpy --shapes 2x8,3x4x5x5 --json j --markdown m --plot p.png"
+    done = bench(*arguments.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "j").read_text(encoding="utf-8"))
+    assert results["command"].endswith("--shapes 2x8,3x4x5x5 --peers numpy --quick")
+    assert results["versions"]["bnfast"] == bnfast.__version__
+    assert results["rivals"] == {"NumPy": {"version": np.__version__}}
+    assert (results["dtype"], results["threads"], results["regime"]) == ("float32", 1, "out")
+    assert len(results["rows"]) == 9
+    for row in results["rows"]:
+        mine, rival = row["bnfast"], row["rivals"]["NumPy"]
+        assert mine["quartiles"][0] <= mine["seconds"] <= mine["quartiles"][1]
+        assert mine["GB/s"] == pytest.approx(row["traffic"] / mine["seconds"] / 1e9)
+        assert mine["fraction of limit"] == pytest.approx(mine["GB/s"] / row["limit"]["GB/s"])
+        assert rival["ratio"] == pytest.approx(rival["seconds"] / mine["seconds"])
+        assert mine["error"] < 1e-4
+        assert set(row["limit"]["probes in GB/s"]) == set(limit.MOVED)
+    text = (tmp_path / "m").read_text(encoding="utf-8")
+    assert text == run.report.markdown(results) + "\n"
+    for row in results["rows"]:
+        name = f"| {row['operation']} | {'x'.join(map(str, row['shape']))} "
+        assert name + f"| {row['layout'].upper()} |" in text
+        ratio, error = row["rivals"]["NumPy"]["ratio"], row["rivals"]["NumPy"]["error"]
+        assert f"| **{ratio:.2f} ({error:.0e})** |" in text or ratio >= 10
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert "Geometric means" in done.stdout
+    assert results["command"] in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(("--op", "nonsense"), ("--layout", "chwn"), ("--dtype", "float16")),
+        *(("--shapes", "3"), ("--threads", "0"), ("--threads", "1000000")),
+        *(("--peers", "nobody"), ("--json", "no/such/folder/f"), ("--plot", "plot.xyz")),
+    ],
+)
+def test_bad_arguments_show_the_usage(arguments):
+    done = bench(*arguments)
+    assert done.returncode == 2
+    assert "usage: python -m bnfast bench" in done.stderr
+    if arguments[0] == "--peers":
+        assert "'nobody' is none of: numpy, pytorch, onednn" in done.stderr
+
+
+def test_it_says_what_is_missing(tmp_path):
+    (tmp_path / "rich.py").write_text("raise ImportError('no rich here')")
+    done = bench(cwd=tmp_path)
+    assert done.returncode == 1
+    assert "python -m pip install matplotlib rich" in done.stderr
+    assert "bnfast[bench]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# In processes of their own: JAX and PyTorch leave threads behind, which other tests fork.
+@pytest.mark.parametrize("regime, dtype", [("out", "float32"), ("fresh", "float64")])
+@pytest.mark.parametrize("peer", [name for name in rivals.PEERS if name != "numpy"])
+def test_every_rival_is_right(run, peer, regime, dtype, tmp_path):
+    if rivals.PEERS[peer].missing():
+        pytest.skip(f"{peer} is not installed")
+    choice = ["--peers", peer, "--regime", regime, "--dtype", dtype, "--json", "j"]
+    done = bench("--quick", "--shapes", "16x20,6x19x5x7", *choice, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for row in json.loads((tmp_path / "j").read_text(encoding="utf-8"))["rows"]:
+        (outcome,) = row["rivals"].values()
+        missing = (
+            (peer.startswith("onednn") and dtype == "float64")
+            or (peer == "onnxruntime" and row["operation"] != "inference")
+            or (peer == "onnxruntime" and row["layout"] != "nchw")
+        )
+        assert ("not offered" in outcome) == missing, (row["operation"], row["layout"], outcome)
+        assert missing or outcome["error"] < (1e-4 if dtype == "float32" else 1e-12), outcome
