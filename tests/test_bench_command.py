@@ -154,19 +154,29 @@ def test_a_contender_that_raises_leaves_the_rounds(monkeypatch):
 
 
 def test_the_limit_is_the_best_that_fits():
-    seconds = {"copy": 4.0, "streaming_copy": 2.0, "in_place": 3.0, "read": 0.5}
-    assert limit.best("training", 100, seconds) == (100, "streaming_copy")
-    assert limit.best("backward", 100, seconds) == (120, "streaming_copy and read")
+    rates = {"copy": 2.0, "streaming_copy": 4.0, "in_place": 3.0, "read": 16.0}
+    assert limit.best("training", rates) == (4, "streaming_copy")
+    rate, set_by = limit.best("backward", rates)
+    assert rate == pytest.approx(3 / (1 / 4 + 1 / 4 + 1 / 16))
+    assert set_by == "streaming_copy and read"
 
 
-def test_the_limit_is_probed():
-    x, y = np.ones(1000, np.float32), np.zeros(1000, np.float32)
-    for kind, probe in limit.probes(x, y, 1).items():
-        probe()
-        assert (x == 1).all(), kind
-    assert list(limit.probes(x, y, 1)) == list(limit.MOVED)
-    limit.probes(x, y, 1)["copy"]()
-    np.testing.assert_array_equal(x, y)
+@pytest.mark.parametrize("operation, arrays", [("training", 2), ("backward", 3)])
+def test_probes_touch_what_the_operation_touches(operation, arrays, dtype, monkeypatch):
+    probed = []
+    monkeypatch.setattr(limit._core, "probe_memory", lambda *arguments: probed.append(arguments))
+    cell = cells.Cell(operation, cells.make_batch((8, 16, 5, 5), "nchw", dtype))
+    probes = limit.Probes(cell, 3)
+    for call in probes.calls.values():
+        call()
+    assert probes.nbytes == cell.traffic == arrays * cell.batch.x.nbytes
+    by_kind = {kind: (x.nbytes, y.nbytes, threads) for kind, x, y, threads in probed}
+    half = cell.traffic // 2
+    assert by_kind["copy"] == by_kind["streaming_copy"] == (half, half, 3)
+    assert by_kind["in_place"] == by_kind["read"] == (cell.traffic, cell.traffic, 3)
+    rates = probes.rates(dict.fromkeys(probes.calls, 0.5))
+    moved = 2.0 * cell.traffic
+    assert rates == {"copy": moved, "streaming_copy": moved, "in_place": 2 * moved, "read": moved}
 
 
 def test_the_error_column_is_the_largest_error(run):

@@ -1,4 +1,8 @@
-"""The limit: how fast the memory can be read and written, measured beside everything else."""
+"""The limit: how fast memory can be read and written, measured beside everything else.
+
+Every probe touches as much memory as the operation does, so that it finds it in the same caches: a
+copy from one half of it to the other, reading all of it, and writing all of it in place.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +12,52 @@ from typing import Any
 from numpy.typing import NDArray
 
 from bnfast import _core
+from bnfast._cli.bench.cell import Cell, aligned_empty
 
 Array = NDArray[Any]
 
-# How many bytes of an array's size a probe moves: it reads x, writes y, or both.
-MOVED = {"copy": 2, "streaming_copy": 2, "in_place": 2, "read": 1}
+# How often each byte of that memory is moved.
+MOVED = {"copy": 1, "streaming_copy": 1, "in_place": 2, "read": 1}
+
+# More than this is in no cache, and no slower.
+MOST_BYTES = 512 << 20
 
 
-def probes(x: Array, y: Array, threads: int) -> dict[str, Callable[[], object]]:
-    """Return calls that move arrays of this size, and do nothing else."""
+class Probes:
+    """What moves memory and does nothing else, for one cell."""
 
-    def probe(kind: str) -> Callable[[], object]:
-        return lambda: _core.probe_memory(kind, x, y, threads)
+    def __init__(self, cell: Cell, threads: int) -> None:
+        dtype = cell.batch.dtype
+        line = 64 // dtype.itemsize
+        half = max(line, min(cell.traffic, MOST_BYTES) // (2 * dtype.itemsize) // line * line)
+        memory = aligned_empty((2 * half,), dtype)
+        memory.fill(1)
+        self.nbytes = memory.nbytes
+        x, y = memory[:half], memory[half:]
 
-    return {kind: probe(kind) for kind in MOVED}
+        def probe(kind: str, source: Array, target: Array) -> Callable[[], object]:
+            return lambda: _core.probe_memory(kind, source, target, threads)
+
+        self.calls = {
+            "copy": probe("copy", x, y),
+            "streaming_copy": probe("streaming_copy", x, y),
+            "in_place": probe("in_place", memory, memory),
+            "read": probe("read", memory, memory),
+        }
+
+    def rates(self, seconds: Mapping[str, float]) -> dict[str, float]:
+        """Return bytes read and written a second."""
+        return {kind: MOVED[kind] * self.nbytes / seconds[kind] for kind in self.calls}
 
 
-def best(operation: str, nbytes: int, seconds: Mapping[str, float]) -> tuple[float, str]:
+def best(operation: str, rates: Mapping[str, float]) -> tuple[float, str]:
     """Return the limit in bytes a second, and what set it.
 
-    Inference and training read one array and write one: the best of the probes that do so, a limit
-    in place too, though only those who need not keep x can reach that. Backward reads another one.
+    Inference and training read as much as they write: the best of the probes that do so, in place
+    too, though only those who need not keep x can come near that. A third of what backward moves is
+    another array that is only read.
     """
-    kind = min((k for k, moved in MOVED.items() if moved == 2), key=lambda k: seconds[k])
+    kind = max(("copy", "streaming_copy", "in_place"), key=lambda kind: rates[kind])
     if operation == "backward":
-        return 3 * nbytes / (seconds[kind] + seconds["read"]), f"{kind} and read"
-    return 2 * nbytes / seconds[kind], kind
+        return 3 / (2 / rates[kind] + 1 / rates["read"]), f"{kind} and read"
+    return rates[kind], kind

@@ -194,8 +194,8 @@ def notes(results: Results) -> list[str]:
         f"Made by `{results['command']}`.",
         "Medians of calls in turn, and half the distance of their quartiles; ratios above 1 are "
         "bnfast's; errors are the largest against float64; the best rival is marked. The limit is "
-        "the best of plain and streaming copies, reads and writes in place of the same size, "
-        "measured in the same turns.",
+        "the best that plain and streaming copies, reads and writes in place reach on as much "
+        "memory, measured in the same turns.",
     ]
     if any(o.get("fresh") for row in results["rows"] for o in row["rivals"].values()):
         lines.append("† writes to new memory at each call: it has no better way.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import shlex
 import sys
@@ -21,7 +22,6 @@ from bnfast._cli.bench.cell import (
     OPERATIONS,
     Batch,
     Cell,
-    aligned_empty,
     exact_result,
     largest_error,
     make_batch,
@@ -211,10 +211,10 @@ def _measure_cell(
     fresh = selection.regime == "fresh"
     contenders, outcomes = _enter_all(cell, fresh, rivals, observe)
     b = cell.batch
-    probes = limit.probes(b.x, aligned_empty(b.x.shape, b.dtype), selection.threads)
+    probes = limit.Probes(cell, selection.threads)
     calls = {name: contender.call for name, contender in contenders.items()}
     results = take_turns(
-        {**calls, **{f"memory: {kind}": call for kind, call in probes.items()}},
+        {**calls, **{f"memory: {kind}": call for kind, call in probes.calls.items()}},
         seconds,
         settle=selection.threads > 1,
         observe=observe,
@@ -231,8 +231,10 @@ def _measure_cell(
             outcomes[name] = {"failed": _reason(result)}
         else:
             raise result
-    probed = {kind: outcomes.pop(f"memory: {kind}")["seconds"] for kind in probes}
-    rate, set_by = limit.best(cell.operation, b.x.nbytes, probed)
+    probed = probes.rates(
+        {kind: outcomes.pop(f"memory: {kind}")["seconds"] for kind in probes.calls}
+    )
+    rate, set_by = limit.best(cell.operation, probed)
     mine = outcomes.pop("bnfast")
     for outcome in outcomes.values():
         if "seconds" in outcome:
@@ -247,9 +249,7 @@ def _measure_cell(
         "limit": {
             "GB/s": rate / 1e9,
             "set by": set_by,
-            "probes in GB/s": {
-                kind: limit.MOVED[kind] * b.x.nbytes / time / 1e9 for kind, time in probed.items()
-            },
+            "probes in GB/s": {kind: rate / 1e9 for kind, rate in probed.items()},
         },
         "rivals": outcomes,
     }
@@ -257,6 +257,9 @@ def _measure_cell(
 
 def ready(selection: Selection) -> dict[str, Rival | str]:
     """Import the rivals; one that is installed and does not work stays in the table as failed."""
+    # Where OpenMP is LLVM's, as on macOS, idle threads would spin ten times as long as the turns
+    # allow for. Read at its first parallel region, which is to come.
+    os.environ.setdefault("KMP_BLOCKTIME", "10")
     rivals: dict[str, Rival | str] = {}
     for peer in choose(selection.peers).values():
         try:
