@@ -83,14 +83,14 @@ def main():
     bnfast.set_num_threads(1)
     losses = report.all_losses(results)
     parts = [
-        f"{report.all_means(results).title}, of times as multiples of bnfast's; best in bold:",
+        "Times of the rivals as multiples of bnfast's, geometric means (and largest errors):",
         report.markdown_table(report.all_means(results)),
         f"{losses.title}; [all cells](docs/benchmark.md).",
         "![Ratios in every cell, and bandwidth with its limit](docs/benchmark.png)",
         "The same with data whose mean is 10,000 times its standard deviation:",
         report.markdown_table(report.all_cells(far)),
         call_table(),
-        "\n".join(report.notes(results)),
+        *report.notes(results),
         "All of it is made by `python benchmarks/make_tables.py`.",
     ]
     body = "\n\n".join(parts)

@@ -146,7 +146,7 @@ def _add_bench(commands: Any) -> None:
         nargs="?",
         const="-",
         metavar="FILE",
-        help="write the tables as Markdown, or print them",
+        help="write the tables as Markdown, or print them so",
     )
     bench.add_argument("--plot", type=_new_png, metavar="FILE.png", help="draw the ratios")
 

@@ -15,7 +15,7 @@ from bnfast._cli.bench.workloads import LAYOUTS, name_of
 
 Row = dict[str, Any]
 
-LAYOUT_STYLES = {"nchw": ("o", "-"), "nhwc": ("s", "--")}
+MARKERS = {"nchw": "o", "nhwc": "s"}
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -64,15 +64,16 @@ def _bandwidths(axes: Axes, rows: list[Row]) -> None:
     for layout in LAYOUTS:
         these = sorted((r for r in rows if r["layout"] == layout), key=lambda r: int(r["traffic"]))
         if these:
-            marker, line = LAYOUT_STYLES[layout]
             sizes = [row["traffic"] / 2**20 for row in these]
             achieved = [row["bnfast"]["GB/s"] for row in these]
-            axes.plot(sizes, achieved, marker + line, markersize=4, label=layout.upper())
+            axes.plot(sizes, achieved, MARKERS[layout], markersize=4, label=layout.upper())
     limits: dict[float, float] = {}
     for row in sorted(rows, key=lambda r: int(r["traffic"])):
         size, rate = row["traffic"] / 2**20, row["limit"]["GB/s"]
         limits[size] = max(rate, limits.get(size, 0))
-    axes.plot(list(limits), list(limits.values()), color="black", linewidth=1, label="limit")
+    axes.plot(
+        list(limits), list(limits.values()), color="black", linewidth=1, label="limit", zorder=1
+    )
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.set(xlabel="MiB that must be read and written", ylabel="GB/s")

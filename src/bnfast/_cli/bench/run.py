@@ -138,6 +138,7 @@ def measure(
         progress(name, "data")
         rows.append(_measure_cell(cell, selection, rivals, seconds, partial(progress, name)))
         progress(name, "")
+        del cell  # or its arrays would stay while the next ones are made
     versions = {
         title: {"version": rival.version} if isinstance(rival, Rival) else {"failed": rival}
         for title, rival in rivals.items()
@@ -279,15 +280,16 @@ def run(selection: Selection, json: Path | None, markdown: str | None, plot: Pat
     total = sum(len(selection.operations_on(shape)) for shape, _ in selection.batches())
     with report.progress_bar(total) as progress:
         results = measure(selection, rivals, progress)
-    report.show(results)
-    if set(results["rivals"]) == {PEERS["numpy"].title} and selection.peers is None:
-        print('The rivals come with: python -m pip install "bnfast[bench]"')
     if json is not None:
         report.write_json(results, json)
-    if markdown == "-":
-        print(report.markdown(results))
-    elif markdown is not None:
+    if markdown not in (None, "-"):
         Path(markdown).write_text(report.markdown(results) + "\n", encoding="utf-8")
     if plot is not None:
         figure.draw(results, plot)
+    if markdown == "-":
+        print(report.markdown(results))
+    else:
+        report.show(results)
+    if set(results["rivals"]) == {PEERS["numpy"].title} and selection.peers is None:
+        print('The rivals come with: python -m pip install "bnfast[bench]"', file=sys.stderr)
     return 0

@@ -13,12 +13,16 @@ import numpy as np
 # A turn lasts at least this long: the clock is read after so many calls.
 TURN = 200e-6
 
+# And begins with calls that are not timed, for as long as this, one at least: after the others'
+# turns, a contender of 10 MiB took up to seven calls until the last-level cache was its own again.
+WARM_UP = 2e-3
+
 # Where even the fastest takes longer than this, a call leaves nothing in a cache for the next.
 LONG = 10e-3
 
 # An idle team of OpenMP threads spins for some milliseconds before it sleeps, on processors that
 # the next contender needs. With every runtime left to its default, as its users have it, each one
-# waits until the team before it sleeps, and its untimed call wakes its own.
+# waits until the team before it sleeps, and its untimed calls wake its own.
 SETTLE = 20e-3
 
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 40
@@ -57,7 +61,7 @@ def take_turns(
     """Time all calls in turn until the budget of seconds is spent.
 
     Every contender once a round, and each round begins one further, so that none always follows the
-    same neighbour's work in time. A turn begins with a call that is not timed: what is in the
+    same neighbour's work in time. A turn begins with calls that are not timed: what is in the
     caches, and which threads are awake, is then the contender's own doing, as in a loop of its
     calls. A contender that raises leaves the rounds, and its exception is its result.
     """
@@ -66,11 +70,12 @@ def take_turns(
     for name, call in calls.items():
         try:
             call()  # compiles, connects, allocates
-            estimates[name] = min(_seconds(call, 1) for _ in range(2))
+            estimates[name] = _seconds(call, 1)
         except Exception as error:
             failures[name] = error
-    many = {name: max(1, math.ceil(TURN / max(t, 1e-9))) for name, t in estimates.items()}
-    untimed = bool(estimates) and min(estimates.values()) < LONG
+    many = {name: _calls_in(TURN, t) for name, t in estimates.items()}
+    cached = bool(estimates) and min(estimates.values()) < LONG
+    untimed = {name: _calls_in(WARM_UP, t) if cached else 0 for name, t in estimates.items()}
     times: dict[str, list[float]] = {name: [] for name in estimates}
     collecting = gc.isenabled()
     gc.disable()
@@ -84,7 +89,7 @@ def take_turns(
                 try:
                     if settle:
                         sleep(SETTLE)
-                    if untimed:
+                    for _ in range(untimed[name]):
                         calls[name]()
                     times[name].append(_seconds(calls[name], many[name]))
                 except Exception as error:
@@ -98,6 +103,10 @@ def take_turns(
         lower, median, upper = np.percentile(record, (25, 50, 75))
         results[name] = Timing(float(median), float(lower), float(upper), len(record))
     return {name: results[name] for name in calls}
+
+
+def _calls_in(seconds: float, estimate: float) -> int:
+    return max(1, math.ceil(seconds / max(estimate, 1e-9)))
 
 
 def _rotated(names: list[str], number: int) -> list[str]:

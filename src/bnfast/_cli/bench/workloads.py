@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 Shape = tuple[int, ...]  # channels second, however the layout has it
 
 SETS: dict[str, tuple[Shape, ...]] = {
@@ -55,8 +57,8 @@ def in_layout(shape: Shape, layout: str) -> tuple[Shape, int]:
 
 
 def layouts_of(shape: Shape, layouts: tuple[str, ...] = LAYOUTS) -> tuple[str, ...]:
-    """Return the layouts, or one of them where both are the same: NC."""
-    return layouts if len(shape) > 2 else layouts[:1]
+    """Return the layouts, or one of them where both are the same: planes of one element."""
+    return layouts if math.prod(shape[2:]) > 1 else layouts[:1]
 
 
 def parse(text: str) -> tuple[Shape, ...]:

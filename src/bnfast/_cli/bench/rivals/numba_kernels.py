@@ -231,7 +231,7 @@ class NumbaKernels(Rival):
         b = cell.batch
         n, c, *_ = b.shape
         # Channels that are neighbours, also in NC, are what the NHWC loops are for.
-        runs = b.axis == 1 and b.x.ndim > 2
+        runs = b.axis == 1 and b.x.size > n * c
         flat = (n, c, -1) if runs else (-1, c)
         x, dy, out = (array.reshape(flat) for array in (b.x, b.dy, b.out))
         eps = b.dtype.type(EPS)

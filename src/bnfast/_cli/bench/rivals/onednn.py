@@ -211,9 +211,11 @@ class OneDnn(Rival):
             raise NotOffered("no float64")
         work = Work()
         n, c, *spatial = b.shape
-        shape = (n, c, *(*spatial, 1, 1)[:2]) if len(spatial) < 2 else b.shape
-        if len(shape) != 4:
+        if len(spatial) > 2:
             raise NotOffered("only NCHW and NHWC are driven here")
+        shape = (n, c, *(*spatial, 1, 1)[:2])
+        if shape[2:] == (1, 1) and not self.blocked:
+            shape = shape[:2]  # as NCHW this would get the kernels for planes, 30 times as slow
         plain = work.described(shape, None if b.axis == 1 else 1)
         layout = work.blocked(shape) if self.blocked else plain
         size = library().c.dnnl_memory_desc_get_size(layout) // 4
