@@ -121,10 +121,10 @@ def test_turns_rotate(monkeypatch):
     monkeypatch.setattr(timing, "TURN", 0)  # one call a turn
     monkeypatch.setattr(timing, "WARM_UP", 0)  # and one before
     turns = []
-    calls = dict.fromkeys("abc", lambda: None)
-    results = timing.take_turns(calls, 0, observe=turns.append)
-    rounds = ["".join(turns[i : i + 3]) for i in range(0, len(turns), 3)]
-    assert rounds == ["abc", "bca", "cab", "abc", "bca"]
+    calls = {name: lambda name=name: turns.append(name) for name in "abc"}
+    results = timing.take_turns(calls, 0)
+    rounds = ["".join(turns[i : i + 6]) for i in range(0, len(turns), 6)]
+    assert rounds == ["aabbcc", *["aabbcc", "bbccaa", "ccaabb", "aabbcc", "bbccaa"]]
     assert list(results) == ["a", "b", "c"]
     assert all(result.rounds == timing.FEWEST_ROUNDS for result in results.values())
 
@@ -309,6 +309,7 @@ def test_the_command_writes_the_same_in_every_form(run, tmp_path):
         *(("--op", "nonsense"), ("--layout", "chwn"), ("--dtype", "float16")),
         *(("--shapes", "3"), ("--threads", "0"), ("--threads", "1000000")),
         *(("--peers", "nobody"), ("--json", "no/such/folder/f"), ("--plot", "plot.xyz")),
+        ("--markdown", "no/such/folder/f"),
     ],
 )
 def test_bad_arguments_show_the_usage(arguments):

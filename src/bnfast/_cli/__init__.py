@@ -144,7 +144,8 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument(
         "--markdown",
         nargs="?",
-        const="-",
+        type=_new_file,
+        const=Path("-"),
         metavar="FILE",
         help="write the tables as Markdown, or print them so",
     )

@@ -243,8 +243,8 @@ def write_json(results: Results, path: Path) -> None:
 
 
 @contextmanager
-def progress_bar(total: int) -> Iterator[Callable[[str, str], None]]:
-    """Show how far it is; yields what is called with the cell and the contender at work."""
+def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
+    """Show how far it is; yields what is called with each cell as it begins."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -258,11 +258,12 @@ def progress_bar(total: int) -> Iterator[Callable[[str, str], None]]:
     # It draws at a step alone, never from a thread of its own in the middle of a measurement.
     with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
         task = bar.add_task("", total=total)
+        begun = 0
 
-        def step(cell: str, contender: str) -> None:
-            if contender == "data":
-                bar.update(task, description=cell, refresh=True)
-            elif not contender:
-                bar.advance(task)
+        def begin(cell: str) -> None:
+            nonlocal begun
+            bar.update(task, completed=begun, description=cell, refresh=True)
+            begun += 1
 
-        yield step
+        yield begin
+        bar.update(task, completed=total, refresh=True)

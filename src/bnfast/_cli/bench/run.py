@@ -123,21 +123,21 @@ def _machine() -> dict[str, Any]:
 def measure(
     selection: Selection,
     rivals: dict[str, Rival | str],
-    progress: Callable[[str, str], None] = lambda cell, contender: None,
+    progress: Callable[[str], None] = lambda cell: None,
     budget: float | None = None,
 ) -> dict[str, Any]:
     """Return all that was measured, as it goes into the JSON file.
 
-    `rivals` are those that are ready, by the title of their columns, or why they are not.
+    `rivals` are those that are ready, by the title of their columns, or why they are not;
+    `progress` is told of each cell before it is measured.
     """
     bnfast.set_num_threads(selection.threads)
     seconds = budget or (QUICK_BUDGET if selection.quick else BUDGET)
     rows = []
     for cell in cells(selection):
         name = f"{cell.operation} {name_of(cell.batch.shape)} {cell.batch.layout}"
-        progress(name, "data")
-        rows.append(_measure_cell(cell, selection, rivals, seconds, partial(progress, name)))
-        progress(name, "")
+        progress(name)
+        rows.append(_measure_cell(cell, selection, rivals, seconds))
         del cell  # or its arrays would stay while the next ones are made
     versions = {
         title: {"version": rival.version} if isinstance(rival, Rival) else {"failed": rival}
@@ -169,14 +169,13 @@ def cells(selection: Selection) -> Iterator[Cell]:
 
 
 def _enter_all(
-    cell: Cell, fresh: bool, rivals: dict[str, Rival | str], observe: Callable[[str], None]
+    cell: Cell, fresh: bool, rivals: dict[str, Rival | str]
 ) -> tuple[dict[str, Contender], dict[str, dict[str, Any]]]:
     """Prepare everyone, and judge each one's first result before the next one overwrites it."""
     exact = exact_result(cell)
     contenders: dict[str, Contender] = {}
     outcomes: dict[str, dict[str, Any]] = {}
     for name, rival in {"bnfast": None, **rivals}.items():
-        observe(name)
         if isinstance(rival, str):
             outcomes[name] = {"failed": rival}
             continue
@@ -207,10 +206,9 @@ def _measure_cell(
     selection: Selection,
     rivals: dict[str, Rival | str],
     seconds: float,
-    observe: Callable[[str], None],
 ) -> dict[str, Any]:
     fresh = selection.regime == "fresh"
-    contenders, outcomes = _enter_all(cell, fresh, rivals, observe)
+    contenders, outcomes = _enter_all(cell, fresh, rivals)
     b = cell.batch
     probes = limit.Probes(cell, selection.threads)
     calls = {name: contender.call for name, contender in contenders.items()}
@@ -218,7 +216,6 @@ def _measure_cell(
         {**calls, **{f"memory: {kind}": call for kind, call in probes.calls.items()}},
         seconds,
         settle=selection.threads > 1,
-        observe=observe,
     )
     for name, result in results.items():
         if isinstance(result, Timing):
@@ -270,7 +267,7 @@ def ready(selection: Selection) -> dict[str, Rival | str]:
     return rivals
 
 
-def run(selection: Selection, json: Path | None, markdown: str | None, plot: Path | None) -> int:
+def run(selection: Selection, json: Path | None, markdown: Path | None, plot: Path | None) -> int:
     """Measure, print the table and write the files; return the exit status."""
     try:
         rivals = ready(selection)
@@ -282,11 +279,12 @@ def run(selection: Selection, json: Path | None, markdown: str | None, plot: Pat
         results = measure(selection, rivals, progress)
     if json is not None:
         report.write_json(results, json)
-    if markdown not in (None, "-"):
-        Path(markdown).write_text(report.markdown(results) + "\n", encoding="utf-8")
+    to_terminal = markdown == Path("-")
+    if markdown is not None and not to_terminal:
+        markdown.write_text(report.markdown(results) + "\n", encoding="utf-8")
     if plot is not None:
         figure.draw(results, plot)
-    if markdown == "-":
+    if to_terminal:
         print(report.markdown(results))
     else:
         report.show(results)

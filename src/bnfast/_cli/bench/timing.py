@@ -56,7 +56,6 @@ def take_turns(
     budget: float,
     *,
     settle: bool = False,
-    observe: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing | Exception]:
     """Time all calls in turn until the budget of seconds is spent.
 
@@ -85,7 +84,6 @@ def take_turns(
             if number >= FEWEST_ROUNDS and perf_counter() > end:
                 break
             for name in _rotated(list(times), number):
-                observe(name)
                 try:
                     if settle:
                         sleep(SETTLE)
