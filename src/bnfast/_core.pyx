@@ -34,9 +34,15 @@ cdef extern from "kernels.h" nogil:
         void *slope
         void *scale
 
+    ctypedef float bn_memory_probe(size_t lines, const float *start, float *to) noexcept
+
     ctypedef struct bn_kernels:
         const char *isa
         const char *flags
+        bn_memory_probe *probe_copy
+        bn_memory_probe *probe_streaming_copy
+        bn_memory_probe *probe_read
+        bn_memory_probe *probe_in_place
 
 
 cdef extern from "geometry.h" nogil:
@@ -464,3 +470,35 @@ def gradient(
     with nogil:
         _do(&job, bn_gradient_phases, threads)
     bn_parameter_gradients(&job, _dtype(dweight), _data(dweight), _data(dbias))
+
+
+def probe_memory(kind, x, y, int threads):
+    """Read and write whole cache lines and compute nothing: for benchmarks.
+
+    `x` and `y` begin at cache lines and are as large; "copy" and "streaming_copy" read x and write
+    y, "read" reads x, "in_place" changes the sign of y.
+    """
+    cdef bn_memory_probe *probe
+    cdef cnp.ndarray source = x, target = y
+    cdef Py_ssize_t lines = cnp.PyArray_NBYTES(source) // 64, part
+    cdef float *start = <float *>cnp.PyArray_DATA(source)
+    cdef float *to = <float *>cnp.PyArray_DATA(target)
+    if kind == "copy":
+        probe = active.probe_copy
+    elif kind == "streaming_copy":
+        probe = active.probe_streaming_copy
+    elif kind == "read":
+        probe = active.probe_read
+    elif kind == "in_place":
+        probe = active.probe_in_place
+    else:
+        raise ValueError(f"no such probe: {kind!r}")
+    if (<uintptr_t>start | <uintptr_t>to) % 64 or source.nbytes != target.nbytes:
+        raise ValueError("x and y must begin at cache lines and be as large")
+    with nogil:
+        if threads == 1:
+            probe(<size_t>lines, start, to)
+        else:
+            for part in prange(threads, num_threads=threads, schedule="static"):
+                probe(<size_t>((part + 1) * lines // threads - part * lines // threads),
+                      start + 16 * (part * lines // threads), to + 16 * (part * lines // threads))

@@ -15,14 +15,16 @@ extern const bn_kernels BN_TABLE;
 
 /* Which operations of the list were called: main fails if one was not. */
 #define ID(operation) ID_##operation,
+#define PROBE_ID(kind) ID_probe_##kind,
 #define NAME(operation) #operation,
 enum {
     BN_FOR_EACH_ELEMENT_OPERATION(ID) BN_FOR_EACH_COEFFICIENT_OPERATION(ID)
-        BN_FOR_EACH_CHANNEL_OPERATION(ID) OPERATIONS
+        BN_FOR_EACH_CHANNEL_OPERATION(ID) BN_FOR_EACH_MEMORY_PROBE(PROBE_ID) OPERATIONS
 };
 static const char *const names[] = {BN_FOR_EACH_ELEMENT_OPERATION(NAME)
                                         BN_FOR_EACH_COEFFICIENT_OPERATION(NAME)
-                                            BN_FOR_EACH_CHANNEL_OPERATION(NAME)};
+                                            BN_FOR_EACH_CHANNEL_OPERATION(NAME)
+                                                BN_FOR_EACH_MEMORY_PROBE(NAME)};
 static int called[OPERATIONS];
 #define CALL(operation) (called[ID_##operation] = 1, BN_TABLE.operation)
 
@@ -230,6 +232,35 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     }
 }
 
+/* Memory probes take whole cache lines. */
+static void check_probes(void)
+{
+    enum { LINES = 37, ELEMENTS = LINES * 16 };
+    float *from = aligned_alloc(64, ELEMENTS * sizeof *from);
+    float *to = aligned_alloc(64, ELEMENTS * sizeof *to);
+    double sum = 0;
+    if (from == NULL || to == NULL) {
+        abort();
+    }
+    for (size_t i = 0; i < ELEMENTS; i++) {
+        from[i] = (float)(i % 7);
+        sum += i < LINES / 4 * 64 ? (double)from[i] : 0;
+    }
+    CALL(probe_copy)(LINES, from, to);
+    int wrong = memcmp(from, to, ELEMENTS * sizeof *to) != 0;
+    CALL(probe_in_place)(LINES, to, to);
+    wrong |= to[ELEMENTS - 1] != -from[ELEMENTS - 1];
+    CALL(probe_streaming_copy)(LINES, from, to);
+    wrong |= memcmp(from, to, ELEMENTS * sizeof *to) != 0;
+    wrong |= CALL(probe_read)(LINES, from, to) != (float)sum;
+    free(from);
+    free(to);
+    if (wrong) {
+        fprintf(stderr, "a memory probe moved something else\n");
+        exit(1);
+    }
+}
+
 int main(void)
 {
     static const size_t runs[] = {1,  2,  3,  15,  16,  17,  31,   32,   33,   49,
@@ -256,6 +287,7 @@ int main(void)
                    (unsigned long long)hash);
         }
     }
+    check_probes();
     for (int i = 0; i < OPERATIONS; i++) {
         if (!called[i]) {
             fprintf(stderr, "%s is in kernel_list.h but is not checked here\n", names[i]);

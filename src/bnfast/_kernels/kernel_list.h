@@ -2,7 +2,8 @@
 
    Element operations exist for every layout and dtype, <operation>_<layout>_<dtype>;
    coefficient operations for every dtype, <operation>_<dtype>;
-   channel operations work on float64 channel arrays, <operation>. */
+   channel operations work on float64 channel arrays, <operation>;
+   memory probes compute nothing: the benchmark asks with them what memory can do, probe_<kind>. */
 #ifndef BN_KERNEL_LIST_H
 #define BN_KERNEL_LIST_H
 
@@ -23,5 +24,11 @@
     X(merge_moments)                     \
     X(merge_sums)                        \
     X(invstd)
+
+#define BN_FOR_EACH_MEMORY_PROBE(X) \
+    X(copy)                         \
+    X(streaming_copy)               \
+    X(read)                         \
+    X(in_place)
 
 #endif

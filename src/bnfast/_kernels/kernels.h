@@ -107,6 +107,9 @@ typedef void bn_merge_sums_kernel(size_t channels, double *sums, const double *m
 typedef void bn_invstd_kernel(size_t channels, const double *divided, double divisor, double eps,
                               double *invstd);
 
+/* Reads and writes so many cache lines; see memory_probes.inc. */
+typedef float bn_memory_probe(size_t lines, const float *from, float *to);
+
 typedef struct {
     const char *isa;
     const char *flags;
@@ -118,6 +121,9 @@ typedef struct {
 #undef BN_MEMBER
 #define BN_MEMBER(operation) bn_##operation##_kernel *operation;
     BN_FOR_EACH_CHANNEL_OPERATION(BN_MEMBER)
+#undef BN_MEMBER
+#define BN_MEMBER(kind) bn_memory_probe *probe_##kind;
+    BN_FOR_EACH_MEMORY_PROBE(BN_MEMBER)
 #undef BN_MEMBER
 } bn_kernels;
 
