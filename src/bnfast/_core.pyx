@@ -78,7 +78,6 @@ cdef extern from "geometry.h" nogil:
         int any_packed
         bn_operand *operand
 
-
     size_t bn_coefficients(const bn_geometry *geometry)
 
 

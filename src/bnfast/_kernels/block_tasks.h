@@ -38,7 +38,7 @@ typedef struct {
 
     /* Set by bn_*_phases. */
     size_t group, groups; /* channels in a task, and how many such groups */
-    bn_stores stores;     /* of the output */
+    bn_output output;
     bn_extent pieces;     /* into how many parts each axis of the output is cut */
 } bn_job;
 

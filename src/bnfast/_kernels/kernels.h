@@ -51,10 +51,17 @@ typedef void bn_moments_kernel(bn_extent extent, const void *x, bn_strides x_str
                                size_t phases, size_t count, double *mean, double *mean_low,
                                double *m2);
 
+/* How an output is made: where its lines go, and how many elements beyond each one that is read the
+   one lies that had better be fetched into the cache meanwhile; 0 for none. */
+typedef struct {
+    bn_stores stores;
+    ptrdiff_t ahead;
+} bn_output;
+
 /* scale_shift: writes y; y may be x itself. */
 typedef void bn_scale_shift_kernel(bn_extent extent, const void *x, bn_strides x_strides,
                                    bn_scale_shift_coefficients coefficients, void *y,
-                                   bn_strides y_strides, bn_stores stores);
+                                   bn_strides y_strides, bn_output output);
 
 /* gradient_sums: adds sum(dy) and sum(dy * (x - mean)) of the box to two arrays of [channels]. */
 typedef void bn_gradient_sums_kernel(bn_extent extent, const void *dy, bn_strides dy_strides,
@@ -66,7 +73,7 @@ typedef void bn_gradient_sums_kernel(bn_extent extent, const void *dy, bn_stride
 typedef void bn_input_gradient_kernel(bn_extent extent, const void *dy, bn_strides dy_strides,
                                       const void *x, bn_strides x_strides,
                                       bn_gradient_coefficients coefficients, void *dx,
-                                      bn_strides dx_strides, bn_stores stores);
+                                      bn_strides dx_strides, bn_output output);
 
 /* Arithmetic on [channels] arrays: float64 in, coefficients in the element type out.
    A NULL weight is 1; a NULL mean, mean_low or bias is 0. */

@@ -13,8 +13,10 @@
 #define BN_INLINE static inline __attribute__((always_inline))
 #define BN_NOINLINE static __attribute__((noinline)) /* a hot loop that keeps its name */
 #define BN_PREFETCH(address) __builtin_prefetch(address)
+#define BN_PREFETCH_L2(address) __builtin_prefetch(address, 0, 2)
 #else
 #define BN_PREFETCH(address) ((void)0)
+#define BN_PREFETCH_L2(address) ((void)0)
 #define BN_SIMD
 #define BN_INLINE static inline
 #define BN_NOINLINE static
