@@ -21,6 +21,8 @@ def build_and_run(folder, isa, flags, compiler="gcc", more=(), runner=()):
     program = folder / f"check_{isa}"
     command = [
         *(compiler, *flags, "-Wconversion", "-Wdouble-promotion", "-Werror", *more),
+        # GCC guesses wrongly of arrays that another function fills; clang does not know the word.
+        *(() if compiler == "clang" else ("-Wno-maybe-uninitialized",)),
         *(f"-I{KERNELS}", f"-DBN_TABLE=bn_kernels_{isa}", '-DBN_FLAGS="checked"'),
         *(str(KERNELS / f"variant_{isa}.c"), str(CHECK), "-lm", "-o", str(program)),
     ]
@@ -48,7 +50,6 @@ def test_the_checks_tell_values_apart(expected):
 def test_no_variant_reads_or_writes_out_of_bounds(tmp_path, expected, isa):
     # -O1 for the compiler's sake: the source reads and writes the same, and so are the bits.
     sanitize = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    sanitize += ["-Wno-maybe-uninitialized"]  # GCC's manual: sanitizers make it cry wolf
     flags = _core.built_isas()[isa].split()
     assert build_and_run(tmp_path, isa, flags, more=sanitize) == expected
 

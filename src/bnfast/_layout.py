@@ -26,6 +26,9 @@ BLOCK_BYTES = 32 * CHUNK_BYTES
 # The runs of a contiguous chunk are cut at multiples of this: whole lanes, whole cache lines.
 RUN_MULTIPLE = 64
 
+# Rows, or images of short planes, that kernels sum at a time.
+ROWS_TOGETHER = 16
+
 # Rows of a channels_last chunk, for each phase: so many that the merge at its end costs little.
 CHUNK_ROWS = 256
 
@@ -168,6 +171,8 @@ def _cut(
             chunks_per_run = _ceil_divide(inner, chunk_inner)
         else:
             chunk_outer, chunk_inner = max(1, chunk // inner), inner
+            if chunk_outer > ROWS_TOGETHER:
+                chunk_outer -= chunk_outer % ROWS_TOGETHER
         chunks_per_block = BLOCK_BYTES // (chunk_outer * chunk_inner * itemsize)
     chunks = _ceil_divide(outer, chunk_outer) * chunks_per_run
     blocks = _ceil_divide(chunks, chunks_per_block)

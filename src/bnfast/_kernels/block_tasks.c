@@ -9,9 +9,10 @@
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
-/* The channels of a contiguous group have at least this many neighbouring bytes in each image, so
-   that short planes share their cache lines within a task and are written in memory order. */
+/* The channels of a contiguous group have at most so many neighbouring bytes in each image: short planes are summed together, share their cache lines within a task and are written in
+   memory order. */
 #define NEIGHBOURING_BYTES 4096
+#define FEWEST_BYTES 1024 /* unless that is more than the cache holds, but never fewer than this */
 
 /* channels_last groups are cut at multiples of this many channels: whole cache lines, whole tiles. */
 #define CHANNELS_TOGETHER 64
@@ -541,11 +542,11 @@ static int group_channels(bn_job *job, size_t threads, size_t tensors)
     int fused;
     if (geometry->layout == BN_contiguous) {
         const size_t run = geometry->inner * geometry->itemsize;
-        const size_t together = (NEIGHBOURING_BYTES + run - 1) / run;
+        const size_t together = MAX((size_t)1, NEIGHBOURING_BYTES / run);
         const size_t fair = MAX((size_t)1, channels / wanted);
         const size_t channel = values_per_channel(geometry) * geometry->itemsize * tensors;
-        const size_t slab = MAX((size_t)1, AHEAD_SHARE(job->caches.level2) / channel);
-        job->group = MIN(MIN(together, fair), slab);
+        const size_t slab = MAX(AHEAD_SHARE(job->caches.level2) / channel, FEWEST_BYTES / run);
+        job->group = MIN(MIN(together, fair), MAX((size_t)1, slab));
         fused = geometry->blocks == 1 || threads == 1 || channels / job->group >= wanted;
     } else {
         const size_t groups = (wanted + geometry->blocks - 1) / geometry->blocks;
