@@ -66,4 +66,41 @@ def gradient(
     constant_statistics: bool,
     threads: int,
 ) -> None: ...
+def remember(x: Array, axis: int, operands: int, geometry: Geometry) -> None: ...
+def scale_shift_at_once(
+    x: object,
+    axis: object,
+    mean: object,
+    variance: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    invstd: Array | None,
+    out: object,
+    most_bytes: int,
+) -> Array | None: ...
+def normalize_at_once(
+    x: object,
+    axis: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    running_mean: object,
+    running_var: object,
+    momentum: object,
+    unbiased: bool,
+    out: object,
+    most_bytes: int,
+) -> tuple[Array, Array, Array] | None: ...
+def gradient_at_once(
+    dy: object,
+    x: object,
+    axis: object,
+    mean: object,
+    invstd: object,
+    weight: object,
+    constant_statistics: bool,
+    out: object,
+    most_bytes: int,
+) -> tuple[Array, Array, Array] | None: ...
 def probe_memory(kind: str, x: Array, y: Array, threads: int) -> None: ...

@@ -3,6 +3,7 @@
 """Compiled core of bnfast. Private: call it through ``_primitives`` only."""
 
 cimport numpy as cnp
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from cython.parallel cimport prange
 from libc.stddef cimport ptrdiff_t, size_t
 from libc.stdint cimport uintptr_t
@@ -34,11 +35,13 @@ cdef extern from "kernels.h" nogil:
         void *slope
         void *scale
 
+    ctypedef void bn_widen_kernel(size_t channels, const float *narrow, double *wide) noexcept
     ctypedef float bn_memory_probe(size_t lines, const float *start, float *to) noexcept
 
     ctypedef struct bn_kernels:
         const char *isa
         const char *flags
+        bn_widen_kernel *widen
         bn_memory_probe *probe_copy
         bn_memory_probe *probe_streaming_copy
         bn_memory_probe *probe_read
@@ -267,75 +270,84 @@ cdef class Geometry:
                     operand.inner_axis_strides[axis] = stride
 
 
-cdef class _Workspace:
-    """Channel arrays of one call, each on its own cache lines, freed together."""
+cdef enum:
+    SMALL_WORKSPACE = 16384
 
-    cdef char *memory
-    cdef size_t used
+# Channel arrays of one call, each on its own cache lines: in the caller's `small` memory where they
+# fit there. Nothing between _reserve and _release may raise.
+ctypedef struct _Workspace:
+    char *next
+    char *heap
 
-    def __cinit__(self, size_t channels, size_t arrays, size_t coefficient_bytes=0):
-        self.used = 0
-        self.memory = <char *>malloc(
-            arrays * _padded(channels * sizeof(double)) + coefficient_bytes + 64
-        )
-        if self.memory is NULL:
-            raise MemoryError(f"no memory for the statistics of {channels} channels")
 
-    def __dealloc__(self):
-        free(self.memory)
+cdef int _reserve(_Workspace *workspace, char *small, size_t bytes_) except -1:
+    workspace.heap = NULL
+    if bytes_ + 64 > SMALL_WORKSPACE:
+        workspace.heap = <char *>malloc(bytes_ + 64)
+        if workspace.heap is NULL:
+            raise MemoryError("no memory for the statistics of the channels")
+        small = workspace.heap
+    workspace.next = <char *>((<uintptr_t>small + 63) // 64 * 64)
+    return 0
 
-    cdef void *take(self, size_t bytes_) noexcept:
-        cdef uintptr_t start = (<uintptr_t>self.memory + 63) // 64 * 64 + self.used
-        self.used += _padded(bytes_)
-        return <void *>start
 
-    cdef double *doubles(self, size_t channels) noexcept:
-        return <double *>self.take(channels * sizeof(double))
+cdef void _release(_Workspace *workspace) noexcept:
+    free(workspace.heap)
 
-    cdef const double *widened(self, parameter, size_t channels):
-        """The parameter as float64, NULL for None: a 1-d aligned contiguous float32 or float64."""
-        cdef cnp.ndarray array
-        cdef double *wide
-        cdef const float *narrow
-        cdef size_t c
-        if parameter is None:
-            return NULL
-        array = parameter
-        if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64:
-            return <const double *>cnp.PyArray_DATA(array)
-        wide = self.doubles(channels)
-        narrow = <const float *>cnp.PyArray_DATA(array)
-        for c in range(channels):
-            wide[c] = narrow[c]
-        return wide
+
+cdef void *_take(_Workspace *workspace, size_t bytes_) noexcept:
+    cdef void *taken = workspace.next
+    workspace.next += _padded(bytes_)
+    return taken
+
+
+cdef double *_take_doubles(_Workspace *workspace, size_t channels) noexcept:
+    return <double *>_take(workspace, channels * sizeof(double))
+
+
+cdef const double *_widened(_Workspace *workspace, parameter, size_t channels) noexcept:
+    """The parameter as float64, NULL for None: a 1-d aligned contiguous float32 or float64."""
+    cdef double *wide
+    if parameter is None:
+        return NULL
+    if cnp.PyArray_TYPE(<cnp.ndarray>parameter) == cnp.NPY_FLOAT64:
+        return <const double *>_data(parameter)
+    wide = _take_doubles(workspace, channels)
+    active.widen(channels, <const float *>_data(parameter), wide)
+    return wide
 
 
 cdef size_t _padded(size_t bytes_) noexcept nogil:
     return (bytes_ + 63) // 64 * 64
 
 
-cdef size_t _coefficient_bytes(bn_geometry *c, size_t arrays) noexcept:
-    return arrays * _padded(bn_coefficients(c) * c.itemsize)
+cdef size_t _workspace_bytes(bn_geometry *c, size_t arrays, size_t coefficients) noexcept:
+    return (
+        arrays * _padded(c.channels * sizeof(double))
+        + coefficients * _padded(bn_coefficients(c) * c.itemsize)
+    )
 
 
-cdef bn_scale_shift_coefficients _scale_shift_arrays(_Workspace workspace, bn_geometry *c):
+cdef bn_scale_shift_coefficients _scale_shift_arrays(
+    _Workspace *workspace, bn_geometry *c
+) noexcept:
     cdef bn_scale_shift_coefficients arrays
     cdef size_t bytes_ = bn_coefficients(c) * c.itemsize
-    arrays.mean_high = workspace.take(bytes_)
-    arrays.mean_low = workspace.take(bytes_)
-    arrays.scale = workspace.take(bytes_)
-    arrays.shift = workspace.take(bytes_)
+    arrays.mean_high = _take(workspace, bytes_)
+    arrays.mean_low = _take(workspace, bytes_)
+    arrays.scale = _take(workspace, bytes_)
+    arrays.shift = _take(workspace, bytes_)
     return arrays
 
 
-cdef bn_gradient_coefficients _gradient_arrays(_Workspace workspace, bn_geometry *c):
+cdef bn_gradient_coefficients _gradient_arrays(_Workspace *workspace, bn_geometry *c) noexcept:
     cdef bn_gradient_coefficients arrays
     cdef size_t bytes_ = bn_coefficients(c) * c.itemsize
-    arrays.mean_high = workspace.take(bytes_)
-    arrays.mean_low = workspace.take(bytes_)
-    arrays.dy_mean = workspace.take(bytes_)
-    arrays.slope = workspace.take(bytes_)
-    arrays.scale = workspace.take(bytes_)
+    arrays.mean_high = _take(workspace, bytes_)
+    arrays.mean_low = _take(workspace, bytes_)
+    arrays.dy_mean = _take(workspace, bytes_)
+    arrays.slope = _take(workspace, bytes_)
+    arrays.scale = _take(workspace, bytes_)
     return arrays
 
 
@@ -355,6 +367,19 @@ cdef bn_job _new_job(const bn_geometry *geometry) noexcept:
     memset(&job, 0, sizeof(bn_job))
     job.kernels, job.geometry, job.caches = active, geometry, caches
     return job
+
+
+# Other Python threads need not be let in for the few microseconds of less work than this.
+cdef size_t _BRIEF_BYTES = 1 << 15
+
+
+cdef void _do_all(bn_job *job, bn_phases phases_of, int threads) noexcept:
+    cdef const bn_geometry *c = job.geometry
+    if threads == 1 and c.outer * c.channels * c.inner * c.itemsize < _BRIEF_BYTES:
+        _do(job, phases_of, 1)
+    else:
+        with nogil:
+            _do(job, phases_of, threads)
 
 
 cdef void _do(bn_job *job, bn_phases phases_of, int threads) noexcept nogil:
@@ -382,16 +407,18 @@ def moments(Geometry geometry, x, mean, m2, int threads):
     """Write the mean and m2 of every channel of x (float64)."""
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
-    cdef _Workspace workspace = _Workspace(c.channels, 1 + BN_SUMS * (c.blocks - 1))
+    cdef _Workspace workspace
+    cdef char small[SMALL_WORKSPACE]
+    _reserve(&workspace, small, _workspace_bytes(c, 1 + BN_SUMS * (c.blocks - 1), 0))
     job.x = _data(x)
     job.mean, job.m2 = _doubles(mean), _doubles(m2)
-    job.mean_low = workspace.doubles(c.channels)
-    job.partials = <double *>workspace.take(0)
-    with nogil:
-        _do(&job, bn_moments_phases, threads)
+    job.mean_low = _take_doubles(&workspace, c.channels)
+    job.partials = <double *>_take(&workspace, 0)
+    _do_all(&job, bn_moments_phases, threads)
+    _release(&workspace)
 
 
-def normalize(
+cpdef object normalize(
     Geometry geometry, x, y, weight, bias, double eps, mean, invstd,
     running_mean, running_var, double momentum, double correction, int threads
 ):
@@ -401,74 +428,283 @@ def normalize(
     """
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
-    cdef _Workspace workspace = _Workspace(
-        c.channels, 4 + BN_SUMS * (c.blocks - 1), _coefficient_bytes(c, 4)
-    )
+    cdef _Workspace workspace
+    cdef char small[SMALL_WORKSPACE]
+    _reserve(&workspace, small, _workspace_bytes(c, 4 + BN_SUMS * (c.blocks - 1), 4))
     job.x, job.y = _data(x), _data(y)
-    job.weight = workspace.widened(weight, c.channels)
-    job.bias = workspace.widened(bias, c.channels)
+    job.weight = _widened(&workspace, weight, c.channels)
+    job.bias = _widened(&workspace, bias, c.channels)
     job.eps = eps
     job.mean, job.invstd = _doubles(mean), _doubles(invstd)
-    job.mean_low = workspace.doubles(c.channels)
-    job.m2 = workspace.doubles(c.channels)
-    job.scale_shift = _scale_shift_arrays(workspace, c)
-    job.partials = <double *>workspace.take(0)
-    with nogil:
-        _do(&job, bn_normalize_phases, threads)
+    job.mean_low = _take_doubles(&workspace, c.channels)
+    job.m2 = _take_doubles(&workspace, c.channels)
+    job.scale_shift = _scale_shift_arrays(&workspace, c)
+    job.partials = <double *>_take(&workspace, 0)
+    _do_all(&job, bn_normalize_phases, threads)
     if running_mean is not None:
         bn_update_running(active, _dtype(running_mean), c.channels, momentum, job.mean, 1.0,
                           _data(running_mean))
     if running_var is not None:
         bn_update_running(active, _dtype(running_var), c.channels, momentum, job.m2,
                           <double>(c.outer * c.inner) - correction, _data(running_var))
+    _release(&workspace)
 
 
 cdef bn_dtype _dtype(cnp.ndarray array) noexcept:
     return BN_f32 if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32 else BN_f64
 
 
-def scale_shift(
+cpdef object scale_shift(
     Geometry geometry, x, y, weight, bias, double eps, mean, variance, invstd, int threads
 ):
     """Write y from given statistics, and invstd (float64) unless it is None."""
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
-    cdef _Workspace workspace = _Workspace(c.channels, 5, _coefficient_bytes(c, 4))
+    cdef _Workspace workspace
+    cdef char small[SMALL_WORKSPACE]
+    _reserve(&workspace, small, _workspace_bytes(c, 5, 4))
     job.x, job.y = _data(x), _data(y)
-    job.weight = workspace.widened(weight, c.channels)
-    job.bias = workspace.widened(bias, c.channels)
+    job.weight = _widened(&workspace, weight, c.channels)
+    job.bias = _widened(&workspace, bias, c.channels)
     job.eps = eps
-    job.mean = <double *>workspace.widened(mean, c.channels)
-    job.variance = workspace.widened(variance, c.channels)
-    job.invstd = workspace.doubles(c.channels) if invstd is None else _doubles(invstd)
-    job.scale_shift = _scale_shift_arrays(workspace, c)
-    with nogil:
-        _do(&job, bn_scale_shift_phases, threads)
+    job.mean = <double *>_widened(&workspace, mean, c.channels)
+    job.variance = _widened(&workspace, variance, c.channels)
+    job.invstd = _take_doubles(&workspace, c.channels) if invstd is None else _doubles(invstd)
+    job.scale_shift = _scale_shift_arrays(&workspace, c)
+    _do_all(&job, bn_scale_shift_phases, threads)
+    _release(&workspace)
 
 
-def gradient(
+cpdef object gradient(
     Geometry geometry, x, dy, dx, weight, mean, invstd, dweight, dbias,
     bint constant_statistics, int threads
 ):
     """Write dx, dweight and dbias."""
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
-    cdef _Workspace workspace = _Workspace(
-        c.channels, 5 + BN_SUMS * (c.blocks - 1), _coefficient_bytes(c, 9)
-    )
+    cdef _Workspace workspace
+    cdef char small[SMALL_WORKSPACE]
+    _reserve(&workspace, small, _workspace_bytes(c, 5 + BN_SUMS * (c.blocks - 1), 9))
     job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)
-    job.weight = workspace.widened(weight, c.channels)
-    job.mean = <double *>workspace.widened(mean, c.channels)
-    job.invstd = <double *>workspace.widened(invstd, c.channels)
-    job.sum_dy = workspace.doubles(c.channels)
-    job.sum_dy_deviation = workspace.doubles(c.channels)
+    job.weight = _widened(&workspace, weight, c.channels)
+    job.mean = <double *>_widened(&workspace, mean, c.channels)
+    job.invstd = <double *>_widened(&workspace, invstd, c.channels)
+    job.sum_dy = _take_doubles(&workspace, c.channels)
+    job.sum_dy_deviation = _take_doubles(&workspace, c.channels)
     job.constant_statistics = constant_statistics
-    job.scale_shift = _scale_shift_arrays(workspace, c)
-    job.gradient = _gradient_arrays(workspace, c)
-    job.partials = <double *>workspace.take(0)
-    with nogil:
-        _do(&job, bn_gradient_phases, threads)
+    job.scale_shift = _scale_shift_arrays(&workspace, c)
+    job.gradient = _gradient_arrays(&workspace, c)
+    job.partials = <double *>_take(&workspace, 0)
+    _do_all(&job, bn_gradient_phases, threads)
     bn_parameter_gradients(&job, _dtype(dweight), _data(dweight), _data(dbias))
+    _release(&workspace)
+
+
+# Common calls at once: small, C-contiguous, on a shape that has been planned before. Whatever is
+# anything else gives None, and comes again through the checks and the plan of _primitives.
+
+# {itemsize, axis, operands and shape, as bytes: Geometry}, of arrays that are C-contiguous and
+# aligned.
+cdef dict _planned = {}
+cdef Py_ssize_t _MOST_PLANNED = 1024
+
+
+cdef bytes _key(cnp.ndarray x, Py_ssize_t axis, Py_ssize_t operands):
+    cdef Py_ssize_t words[BN_MAX_AXES + 3]
+    cdef int d, ndim = cnp.PyArray_NDIM(x)
+    words[0] = cnp.PyArray_ITEMSIZE(x)
+    words[1] = axis
+    words[2] = operands
+    for d in range(ndim):
+        words[3 + d] = cnp.PyArray_DIM(x, d)
+    return PyBytes_FromStringAndSize(<char *>words, (3 + ndim) * sizeof(Py_ssize_t))
+
+
+def remember(x, Py_ssize_t axis, Py_ssize_t operands, Geometry geometry):
+    """Keep the geometry of calls on so many C-contiguous arrays like x."""
+    if len(_planned) >= _MOST_PLANNED:
+        _planned.clear()
+    _planned[_key(x, axis, operands)] = geometry
+
+
+cdef inline bint _is_plain(array) noexcept:
+    """An array, no subclass, of native floats that follow each other."""
+    if not cnp.PyArray_CheckExact(array):
+        return False
+    cdef cnp.ndarray a = array
+    cdef int kind = cnp.PyArray_TYPE(a)
+    return (
+        (kind == cnp.NPY_FLOAT32 or kind == cnp.NPY_FLOAT64)
+        and cnp.PyArray_CHKFLAGS(a, cnp.NPY_ARRAY_CARRAY_RO)
+        and cnp.PyArray_ISNOTSWAPPED(a)
+    )
+
+
+cdef inline bint _is_like(array, cnp.ndarray x) noexcept:
+    """Another plain array of the shape and dtype of x."""
+    if not _is_plain(array):
+        return False
+    cdef cnp.ndarray a = array
+    return cnp.PyArray_TYPE(a) == cnp.PyArray_TYPE(x) and cnp.PyArray_SAMESHAPE(a, x)
+
+
+cdef inline bint _is_parameter(array, Py_ssize_t channels) noexcept:
+    if not _is_plain(array):
+        return False
+    cdef cnp.ndarray a = array
+    return cnp.PyArray_NDIM(a) == 1 and cnp.PyArray_DIM(a, 0) == channels
+
+
+cdef inline bint _is_parameter_or_none(array, Py_ssize_t channels) noexcept:
+    return array is None or _is_parameter(array, channels)
+
+
+cdef inline bint _apart(a, b) noexcept:
+    """Whether two plain arrays share no byte; None shares nothing."""
+    if a is None or b is None:
+        return True
+    cdef char *a_data = _data(a)
+    cdef char *b_data = _data(b)
+    return (
+        a_data + cnp.PyArray_NBYTES(<cnp.ndarray>a) <= b_data
+        or b_data + cnp.PyArray_NBYTES(<cnp.ndarray>b) <= a_data
+    )
+
+
+cdef inline bint _writable(array) noexcept:
+    return cnp.PyArray_CHKFLAGS(<cnp.ndarray>array, cnp.NPY_ARRAY_WRITEABLE)
+
+
+cdef inline bint _is_output(out, cnp.ndarray x) noexcept:
+    """None, or a plain array that is x itself or apart from it."""
+    return out is None or (
+        _is_like(out, x) and _writable(out) and (_data(out) == _data(x) or _apart(out, x))
+    )
+
+
+cdef inline cnp.ndarray _output(out, cnp.ndarray x):
+    if out is not None:
+        return out
+    return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
+
+
+cdef inline cnp.ndarray _empty_channels(Py_ssize_t channels, int kind):
+    cdef cnp.npy_intp size = channels
+    return cnp.PyArray_EMPTY(1, &size, kind, 0)
+
+
+cdef inline double _finite(number) noexcept:
+    """A float that is finite, or -1."""
+    if type(number) is not float:
+        return -1.0
+    cdef double value = <double>number
+    return value if value - value == 0.0 else -1.0
+
+
+cdef Geometry _geometry_of_plain(x_, axis_, int operands, int passes, Py_ssize_t most_bytes):
+    """The geometry of calls on arrays like x, or None where this is no common call.
+
+    `passes` is how often memory as large as x is read or written.
+    """
+    if type(axis_) is not int or not _is_plain(x_):
+        return None
+    cdef cnp.ndarray x = x_
+    cdef Py_ssize_t axis = axis_, ndim = cnp.PyArray_NDIM(x)
+    if passes * cnp.PyArray_NBYTES(x) >= most_bytes or ndim < 2 or not -ndim <= axis < ndim:
+        return None
+    return _planned.get(_key(x, axis if axis >= 0 else axis + ndim, operands))
+
+
+def scale_shift_at_once(
+    x, axis, mean, variance, weight, bias, eps, invstd, out, Py_ssize_t most_bytes
+):
+    """Return y, or None; fewer than `most_bytes` are moved."""
+    cdef Geometry geometry = _geometry_of_plain(x, axis, 2, 2, most_bytes)
+    cdef double epsilon = _finite(eps)
+    if geometry is None or epsilon < 0.0:
+        return None
+    cdef Py_ssize_t channels = geometry.c.channels
+    if not (
+        _is_parameter(mean, channels)
+        and _is_parameter(variance, channels)
+        and _is_parameter_or_none(weight, channels)
+        and _is_parameter_or_none(bias, channels)
+        and _is_output(out, x)
+    ):
+        return None
+    for other in (mean, variance, weight, bias):
+        if not _apart(out, other):
+            return None
+    y = _output(out, x)
+    scale_shift(geometry, x, y, weight, bias, epsilon, mean, variance, invstd, 1)
+    return y
+
+
+def normalize_at_once(
+    x, axis, weight, bias, eps, running_mean, running_var, momentum, bint unbiased, out,
+    Py_ssize_t most_bytes
+):
+    """Return (y, mean, invstd), or None; fewer than `most_bytes` are moved."""
+    cdef Geometry geometry = _geometry_of_plain(x, axis, 2, 3, most_bytes)
+    cdef double epsilon = _finite(eps), new_weight = _finite(momentum)
+    cdef bint tracked = running_mean is not None
+    if geometry is None or epsilon <= 0.0 or new_weight < 0.0:
+        return None
+    cdef Py_ssize_t channels = geometry.c.channels
+    if not (
+        _is_parameter_or_none(weight, channels)
+        and _is_parameter_or_none(bias, channels)
+        and _is_output(out, x)
+        and tracked == (running_var is not None)
+        and cnp.PyArray_SIZE(x) > channels
+    ):
+        return None
+    if tracked and not (
+        _is_parameter(running_mean, channels)
+        and _is_parameter(running_var, channels)
+        and _writable(running_mean)
+        and _writable(running_var)
+        and _apart(running_mean, running_var)
+        and _apart(running_mean, x)
+        and _apart(running_var, x)
+    ):
+        return None
+    for other in (weight, bias, running_mean, running_var):
+        if not _apart(out, other):
+            return None
+    y = _output(out, x)
+    mean = _empty_channels(channels, cnp.NPY_FLOAT64)
+    invstd = _empty_channels(channels, cnp.NPY_FLOAT64)
+    normalize(geometry, x, y, weight, bias, epsilon, mean, invstd, running_mean, running_var,
+              new_weight, 1.0 if unbiased else 0.0, 1)
+    return y, mean, invstd
+
+
+def gradient_at_once(
+    dy, x, axis, mean, invstd, weight, bint constant_statistics, out, Py_ssize_t most_bytes
+):
+    """Return (dx, dweight, dbias), or None; fewer than `most_bytes` are moved."""
+    cdef Geometry geometry = _geometry_of_plain(x, axis, 3, 5, most_bytes)
+    if geometry is None or not _is_like(dy, x):
+        return None
+    cdef Py_ssize_t channels = geometry.c.channels
+    if not (
+        _is_parameter(mean, channels)
+        and _is_parameter(invstd, channels)
+        and _is_parameter_or_none(weight, channels)
+        and _is_output(out, x)
+        and _is_output(out, dy)
+    ):
+        return None
+    for other in (mean, invstd, weight):
+        if not _apart(out, other):
+            return None
+    cdef int kind = cnp.PyArray_TYPE(<cnp.ndarray>(x if weight is None else weight))
+    dx = _output(out, x)
+    dweight = _empty_channels(channels, kind)
+    dbias = _empty_channels(channels, kind)
+    gradient(geometry, x, dy, dx, weight, mean, invstd, dweight, dbias, constant_statistics, 1)
+    return dx, dweight, dbias
 
 
 def probe_memory(kind, x, y, int threads):

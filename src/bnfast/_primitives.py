@@ -2,6 +2,9 @@
 
 Each validates, plans, chooses the number of threads and calls the core, in this order; nothing is
 written before everything has been checked. The only room that hands arrays to ``_core``.
+
+A common call, small and on plain arrays of a shape that has been planned, is checked and done by the
+core at once; whatever else comes gets None there, and goes this way.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from bnfast import _core, _validation
+from bnfast import _core, _threads, _validation
 from bnfast._layout import plan_layout
 from bnfast._threads import threads_for
 from bnfast._validation import Array
@@ -29,13 +32,17 @@ def _geometry(
 
 def _geometry_of(axis: int, *operands: Array) -> _core.Geometry:
     first = operands[0]
-    return _geometry(
+    aligned = tuple([operand.flags.aligned for operand in operands])
+    geometry = _geometry(
         first.shape,
         axis,
         first.itemsize,
         tuple([operand.strides for operand in operands]),
-        tuple([operand.flags.aligned for operand in operands]),
+        aligned,
     )
+    if all(aligned) and all([operand.flags.c_contiguous for operand in operands]):
+        _core.remember(first, axis, len(operands), geometry)
+    return geometry
 
 
 def _writable(statistic: Array) -> Array:
@@ -76,6 +83,12 @@ def normalize(
     The running statistics, both given or neither, are updated with `momentum` as the weight of the
     batch.
     """
+    done = _core.normalize_at_once(
+        *(x, axis, weight, bias, eps, running_mean, running_var, momentum, unbiased, out),
+        _threads.SERIAL_BYTES,
+    )
+    if done is not None:
+        return done
     array, axis, channels = _validation.batch("x", x, axis)
     epsilon = _validation.epsilon(eps, training=True)
     new_weight = _validation.real("momentum", momentum)
@@ -134,6 +147,11 @@ def scale_shift(
 
     `invstd`, a float64 array of one value a channel, is written if there is one.
     """
+    done = _core.scale_shift_at_once(
+        x, axis, mean, variance, weight, bias, eps, invstd, out, _threads.SERIAL_BYTES
+    )
+    if done is not None:
+        return done
     array, axis, channels = _validation.batch("x", x, axis)
     epsilon = _validation.epsilon(eps, training=False)
     centre = _validation.required_channel_parameter("running_mean", mean, channels)
@@ -173,6 +191,11 @@ def gradient(
     out: object = None,
 ) -> tuple[Array, Array, Array]:
     """Return dx, dweight and dbias, the latter of the dtype of `weight`, or of x without one."""
+    done = _core.gradient_at_once(
+        dy, x, axis, mean, invstd, weight, constant_statistics, out, _threads.SERIAL_BYTES
+    )
+    if done is not None:
+        return done
     array, axis, channels = _validation.batch("x", x, axis)
     upstream = _validation.upstream_gradient(dy, array)
     centre = _validation.required_channel_parameter("mean", mean, channels)

@@ -267,8 +267,7 @@ class BatchNorm:
             Once per layer, for a training batch with fewer than 8 values per channel: their
             statistics are mostly noise.
         """
-        array, _, channels = _validation.batch("x", x, self.axis)
-        _validation.same_channels("x", array, self.axis, self.num_features)
+        array = self._batch(x)
         if self.training:
             return self._train_on(array, out)
         if self.running_mean is None or self.running_var is None:
@@ -277,7 +276,7 @@ class BatchNorm:
             )
             self._save(array, y, mean, invstd, constant_statistics=False)
             return y
-        invstd = np.empty(channels)
+        invstd = np.empty(self.num_features)
         y = _primitives.scale_shift(
             array,
             self.axis,
@@ -291,6 +290,17 @@ class BatchNorm:
         )
         self._save(array, y, self.running_mean.copy(), invstd, constant_statistics=True)
         return y
+
+    def _batch(self, x: Array) -> Array:
+        """Return the input as an array with the channels of this layer."""
+        axis = self.axis
+        if type(x) is np.ndarray:
+            shape = x.shape
+            if -len(shape) <= axis < len(shape) > 1 and shape[axis] == self.num_features:
+                return x
+        array, _, _ = _validation.batch("x", x, axis)
+        _validation.same_channels("x", array, axis, self.num_features)
+        return array
 
     def _save(
         self, x: Array, y: Array, mean: Array, invstd: Array, *, constant_statistics: bool

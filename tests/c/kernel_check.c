@@ -218,6 +218,10 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
 
     CALL(update_running)[dtype](c, 0.1, m2, (double)n, channel_arrays[0]);
     CALL(merge_sums)(c, sum_dy, other_mean);
+    if (dtype == BN_f32) {
+        CALL(widen)(c, channel_arrays[0], other_m2);
+        add_doubles(other_m2, c);
+    }
     CALL(parameter_gradients)[dtype](c, invstd, sum_dy, sum_dy_deviation, channel_arrays[1],
                                      channel_arrays[2]);
     for (size_t i = 0; i < 3; i++) {

@@ -23,7 +23,8 @@
 #define BN_FOR_EACH_CHANNEL_OPERATION(X) \
     X(merge_moments)                     \
     X(merge_sums)                        \
-    X(invstd)
+    X(invstd)                            \
+    X(widen)
 
 #define BN_FOR_EACH_MEMORY_PROBE(X) \
     X(copy)                         \

@@ -114,6 +114,9 @@ typedef void bn_merge_sums_kernel(size_t channels, double *sums, const double *m
 typedef void bn_invstd_kernel(size_t channels, const double *divided, double divisor, double eps,
                               double *invstd);
 
+/* A float32 parameter as float64. */
+typedef void bn_widen_kernel(size_t channels, const float *narrow, double *wide);
+
 /* Reads and writes so many cache lines; see memory_probes.inc. */
 typedef float bn_memory_probe(size_t lines, const float *from, float *to);
 

@@ -99,8 +99,9 @@ def batch_norm(
             x, axis, weight, bias, eps, running_mean, running_var, momentum, unbiased, out
         )
         return y
-    _validation.real("momentum", momentum)
-    return _primitives.scale_shift(x, axis, running_mean, running_var, weight, bias, eps, out=out)
+    if type(momentum) is not float or momentum - momentum != 0.0:
+        _validation.real("momentum", momentum)
+    return _primitives.scale_shift(x, axis, running_mean, running_var, weight, bias, eps, None, out)
 
 
 def batch_norm_forward(
@@ -157,7 +158,7 @@ def batch_norm_forward(
     >>> mean, invstd.round(4)
     (array([ 2., 20.]), array([1. , 0.1]))
     """
-    return _primitives.normalize(x, axis, weight, bias, eps, out=out)
+    return _primitives.normalize(x, axis, weight, bias, eps, None, None, 0.0, True, out)
 
 
 def batch_norm_backward(
