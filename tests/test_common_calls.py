@@ -1,4 +1,4 @@
-"""Common calls are done at once in the core: the same bits, and anything else goes the other way."""
+"""Common calls are done at once in the core, with the same bits; anything else goes another way."""
 
 import numpy as np
 import pytest

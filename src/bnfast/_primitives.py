@@ -3,8 +3,8 @@
 Each validates, plans, chooses the number of threads and calls the core, in this order; nothing is
 written before everything has been checked. The only room that hands arrays to ``_core``.
 
-A common call, small and on plain arrays of a shape that has been planned, is checked and done by the
-core at once; whatever else comes gets None there, and goes this way.
+A common call, small and on plain arrays of a shape that has been planned, is checked and done by
+the core at once; whatever else comes gets None there, and goes this way.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _geometry_of(axis: int, *operands: Array) -> _core.Geometry:
         tuple([operand.strides for operand in operands]),
         aligned,
     )
-    if all(aligned) and all([operand.flags.c_contiguous for operand in operands]):
+    if all(aligned) and all(operand.flags.c_contiguous for operand in operands):
         _core.remember(first, axis, len(operands), geometry)
     return geometry
 
