@@ -9,12 +9,13 @@
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
-/* The channels of a contiguous group have at most so many neighbouring bytes in each image: short planes are summed together, share their cache lines within a task and are written in
-   memory order. */
+/* The channels of a contiguous group have at most so many neighbouring bytes in each image: short
+   planes are summed together, share their cache lines within a task and are written in memory
+   order. */
 #define NEIGHBOURING_BYTES 4096
 #define FEWEST_BYTES 1024 /* unless that is more than the cache holds, but never fewer than this */
 
-/* channels_last groups are cut at multiples of this many channels: whole cache lines, whole tiles. */
+/* channels_last groups are cut at multiples of so many channels: whole cache lines, whole tiles. */
 #define CHANNELS_TOGETHER 64
 
 static size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
