@@ -272,6 +272,7 @@ static visit *gradient_visit(const bn_job *job)
 /* Pieces are walked from their end in steps of this size: what the sums read last may still be in a
    cache. */
 #define STEP_BYTES ((size_t)1 << 20)
+#define FEWEST_ROWS ((size_t)8) /* for kernels that prepare coefficients once for all rows of a box */
 
 static range part(size_t whole, size_t parts, size_t number)
 {
@@ -293,7 +294,8 @@ static void write_piece(const bn_job *job, size_t number, visit *visit_box)
     const size_t channel_step = geometry->any_packed
                                     ? MIN(channels.count, MAX((size_t)1, most / inner_step))
                                     : channels.count;
-    const size_t outer_step = MAX((size_t)1, most / (inner_step * channel_step));
+    const size_t fewest = geometry->any_packed ? 1 : FEWEST_ROWS;
+    const size_t outer_step = MAX(fewest, most / (inner_step * channel_step));
     for (size_t o = (outer.count + outer_step - 1) / outer_step; o-- > 0;) {
         for (size_t c = 0; c < channels.count; c += channel_step) {
             for (size_t i = 0; i < inner.count; i += inner_step) {
