@@ -101,6 +101,7 @@ core = Extension(
                 "cpu_features",
                 "cache_sizes",
                 "openmp_runtime",
+                "output_memory",
             )
         ),
     ],
@@ -109,6 +110,7 @@ core = Extension(
     depends=[str(path) for path in sorted(Path(KERNELS).rglob("*")) if path.is_file()],
     define_macros=[
         ("NPY_NO_DEPRECATED_API", "NPY_1_25_API_VERSION"),
+        ("NPY_TARGET_VERSION", "NPY_1_25_API_VERSION"),
         *((f"BN_HAVE_{isa.upper()}", "1") for isa in VARIANTS),
     ],
 )

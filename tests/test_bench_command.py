@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import bnfast
+from bnfast import _core
 from bnfast import _reference as reference
 from bnfast._cli.bench import cell as cells
 from bnfast._cli.bench import limit, rivals, timing, workloads
@@ -347,3 +348,33 @@ def test_every_rival_is_right(run, peer, regime, dtype, tmp_path):
         )
         assert ("not offered" in outcome) == missing, (row["operation"], row["layout"], outcome)
         assert missing or outcome["error"] < (1e-4 if dtype == "float32" else 1e-12), outcome
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("lines", [1, 5, 64, 1000])
+def test_memory_probes_move_what_they_say(isa, threads, lines):
+    x = cells.aligned_empty((16 * lines,), np.float32)
+    y = cells.aligned_empty((16 * lines,), np.float32)
+    x[:] = np.arange(x.size) + 1
+    for kind in ("copy", "streaming_copy"):
+        y[:] = 0
+        _core.probe_memory(kind, x, y, threads)
+        np.testing.assert_array_equal(y, x)
+    _core.probe_memory("in_place", x, y, threads)
+    np.testing.assert_array_equal(y, -x)
+    _core.probe_memory("read", x, x, threads)
+    np.testing.assert_array_equal(y, -x)
+
+
+def test_memory_probes_refuse_what_they_cannot_move():
+    x = cells.aligned_empty((64,), np.float32)
+    with pytest.raises(ValueError, match="no such probe"):
+        _core.probe_memory("swap", x, x, 1)
+    for other in (x[1:], x[16:]):
+        with pytest.raises(ValueError, match="cache lines"):
+            _core.probe_memory("copy", x, other, 1)
+
+
+def test_the_sizes_of_the_caches_are_known():
+    level2, last_level = _core.cache_sizes()
+    assert 1 << 15 <= level2 <= last_level

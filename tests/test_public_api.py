@@ -14,6 +14,7 @@ from bnfast import _core
 
 MODULES = [
     "bnfast._configuration",
+    "bnfast._memory",
     "bnfast._threads",
     "bnfast.functional.batch",
     "bnfast.layers",
@@ -56,6 +57,8 @@ def test_all_names_are_there_and_documented():
         ),
         (bnfast.set_num_threads, "num_threads"),
         (bnfast.get_num_threads, ""),
+        (bnfast.set_output_pool_limit, "limit"),
+        (bnfast.get_output_pool_limit, ""),
         (bnfast.available_isas, ""),
         (bnfast.show_config, "mode='stdout'"),
     ],
@@ -82,6 +85,7 @@ def test_show_config_as_data():
     assert set(config["environment"]) == {
         "BNFAST_ISA",
         "BNFAST_NUM_THREADS",
+        "BNFAST_OUTPUT_POOL_LIMIT",
         "OMP_NUM_THREADS",
     }
 

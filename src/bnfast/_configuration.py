@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from bnfast import _core, _threads
+from bnfast import _core, _memory, _threads
 from bnfast._version import __version__
 
-VARIABLES = ("BNFAST_ISA", "BNFAST_NUM_THREADS", "OMP_NUM_THREADS")
+VARIABLES = (
+    *("BNFAST_ISA", "BNFAST_NUM_THREADS", "BNFAST_OUTPUT_POOL_LIMIT"),
+    "OMP_NUM_THREADS",
+)
 
 
 def _choose_isa() -> None:
@@ -41,8 +44,18 @@ def _choose_threads() -> None:
     _threads.set_num_threads(int(wanted))
 
 
+def _choose_pool() -> None:
+    wanted = os.environ.get("BNFAST_OUTPUT_POOL_LIMIT", "") or str(_memory.DEFAULT_LIMIT)
+    if not wanted.isdecimal():
+        raise ImportError(
+            f"BNFAST_OUTPUT_POOL_LIMIT must be a number of bytes, at least 0, got {wanted!r}"
+        )
+    _memory.set_output_pool_limit(int(wanted))
+
+
 _choose_isa()
 _choose_threads()
+_choose_pool()
 
 
 def available_isas() -> tuple[str, ...]:
@@ -139,6 +152,10 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
             "allowed by affinity": _threads.allowed_threads(),
         },
         "caches": _caches(),
+        "output pool": {
+            "limit": f"{_memory.get_output_pool_limit() >> 10} KiB",
+            "kept now": f"{_core.output_pool_bytes() >> 10} KiB",
+        },
         "environment": {name: os.environ.get(name) for name in VARIABLES},
     }
     if mode == "dicts":

@@ -4,11 +4,12 @@
 
 cimport numpy as cnp
 from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.pycapsule cimport PyCapsule_New
 from cython.parallel cimport prange
 from libc.stddef cimport ptrdiff_t, size_t
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
+from libc.string cimport memset, strcpy
 
 cnp.import_array()
 
@@ -151,6 +152,32 @@ cdef extern from "openmp_runtime.h" nogil:
     int bn_openmp_version()
     const char *bn_openmp_library()
     const char *bn_compiler()
+
+
+cdef extern from "output_memory.h" nogil:
+    void *bn_output_malloc(void *context, size_t bytes)
+    void *bn_output_calloc(void *context, size_t count, size_t size)
+    void *bn_output_realloc(void *context, void *memory, size_t bytes)
+    void bn_output_free(void *context, void *memory, size_t bytes)
+    void bn_limit_output_pool(size_t bytes)
+    size_t bn_output_pool_bytes()
+
+
+cdef extern from "numpy/arrayobject.h":
+    ctypedef struct PyDataMemAllocator:
+        void *ctx
+        void *(*malloc)(void *, size_t) noexcept nogil
+        void *(*calloc)(void *, size_t, size_t) noexcept nogil
+        void *(*realloc)(void *, void *, size_t) noexcept nogil
+        void (*free)(void *, void *, size_t) noexcept nogil
+
+    ctypedef struct PyDataMem_Handler:
+        char name[127]
+        unsigned char version
+        PyDataMemAllocator allocator
+
+    object PyDataMem_SetHandler(object handler)
+    object PyArray_NewLikeArray(cnp.ndarray prototype, cnp.NPY_ORDER order, void *dtype, int subok)
 
 
 HAS_OPENMP = bn_openmp_version() > 0
@@ -498,6 +525,49 @@ cpdef object gradient(
     _do_all(&job, bn_gradient_phases, threads)
     bn_parameter_gradients(&job, _dtype(dweight), _data(dweight), _data(dbias))
     _release(&workspace)
+
+
+# Smaller outputs are left to NumPy: the system has their pages ready.
+cdef Py_ssize_t _POOLED_BYTES = 4 << 20
+
+cdef PyDataMem_Handler _output_handler
+memset(&_output_handler, 0, sizeof(_output_handler))
+strcpy(_output_handler.name, b"bnfast_outputs")
+_output_handler.version = 1
+_output_handler.allocator.malloc = bn_output_malloc
+_output_handler.allocator.calloc = bn_output_calloc
+_output_handler.allocator.realloc = bn_output_realloc
+_output_handler.allocator.free = bn_output_free
+
+cdef object _output_capsule = PyCapsule_New(&_output_handler, b"mem_handler", NULL)
+cdef bint _pooled = False
+
+
+def limit_output_pool(size_t bytes_):
+    """Keep at most so many bytes of the memory that large outputs leave."""
+    global _pooled
+    _pooled = bytes_ > 0
+    bn_limit_output_pool(bytes_)
+
+
+def output_pool_bytes():
+    """Return how many bytes are kept now."""
+    return bn_output_pool_bytes()
+
+
+def empty_output(cnp.ndarray x):
+    """Return a new array laid out like x, in memory that another output has left if there is some.
+
+    The array owns its memory; NumPy gives it back to the allocator it came from (NEP 49). The
+    allocator is set for this one array and in this context alone.
+    """
+    if not _pooled or cnp.PyArray_NBYTES(x) < _POOLED_BYTES:
+        return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+    before = PyDataMem_SetHandler(_output_capsule)
+    try:
+        return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+    finally:
+        PyDataMem_SetHandler(before)
 
 
 # Common calls at once: small, C-contiguous, on a shape that has been planned before. Whatever is

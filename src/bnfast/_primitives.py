@@ -96,7 +96,7 @@ def normalize(
     shift = _validation.channel_parameter("bias", bias, channels)
     tracked = _validation.running_statistics(running_mean, running_var, array, channels)
     if out is None:
-        y = np.empty_like(array)
+        y = _core.empty_output(array)
     else:
         statistics = tracked or (None, None)
         others = {"x": array, "weight": scale, "bias": shift}
@@ -159,7 +159,7 @@ def scale_shift(
     scale = _validation.channel_parameter("weight", weight, channels)
     shift = _validation.channel_parameter("bias", bias, channels)
     if out is None:
-        y = np.empty_like(array)
+        y = _core.empty_output(array)
     else:
         others = {"x": array, "weight": scale, "bias": shift}
         others |= {"running_mean": centre, "running_var": spread}
@@ -202,7 +202,7 @@ def gradient(
     inverse_std = _validation.required_channel_parameter("invstd", invstd, channels)
     scale = _validation.channel_parameter("weight", weight, channels)
     if out is None:
-        dx = np.empty_like(array)
+        dx = _core.empty_output(array)
     else:
         others = {"dy": upstream, "x": array, "weight": scale}
         others |= {"mean": centre, "invstd": inverse_std}

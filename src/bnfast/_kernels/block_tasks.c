@@ -525,14 +525,15 @@ static void finish_gradient_task(const bn_job *job, size_t number)
    not find it there, and a line that is written without having been read saves its reading. */
 #define STREAMED_SHARE(last_level) ((last_level) / 2)
 
-static void choose_stores(bn_job *job, const char *output, const char *x, const char *dy)
+static void choose_stores(bn_job *job, size_t operand, const char *output, const char *x,
+                          const char *dy)
 {
     const bn_geometry *geometry = job->geometry;
     const size_t bytes =
         geometry->outer * geometry->channels * geometry->inner * geometry->itemsize;
-    /* In place, a line has been read already. */
-    const int streamed =
-        bytes >= STREAMED_SHARE(job->caches.last_level) && output != x && output != dy;
+    /* In place, a line has been read already; scratch is read again at once. */
+    const int streamed = bytes >= STREAMED_SHARE(job->caches.last_level) && output != x &&
+                         output != dy && !geometry->operand[operand].packed;
     job->output = (bn_output){streamed ? BN_streamed : BN_stored, 0};
 }
 
@@ -607,7 +608,7 @@ size_t bn_moments_phases(bn_job *job, size_t threads, bn_phase *phases)
 
 size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases)
 {
-    choose_stores(job, job->y, job->x, NULL);
+    choose_stores(job, Y, job->y, job->x, NULL);
     if (group_channels(job, threads, 1)) {
         fetch_ahead(job, 1);
         phases[0] = fused_phase(job, fused_normalize_task);
@@ -621,7 +622,7 @@ size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases)
 
 size_t bn_scale_shift_phases(bn_job *job, size_t threads, bn_phase *phases)
 {
-    choose_stores(job, job->y, job->x, NULL);
+    choose_stores(job, Y, job->y, job->x, NULL);
     phases[0] = channel_phase(job, prepare_scale_shift_task);
     phases[1] = piece_phase(job, threads, scale_shift_task);
     return 2;
@@ -629,7 +630,7 @@ size_t bn_scale_shift_phases(bn_job *job, size_t threads, bn_phase *phases)
 
 size_t bn_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
 {
-    choose_stores(job, job->dx, job->x, job->dy);
+    choose_stores(job, DX, job->dx, job->x, job->dy);
     if (group_channels(job, threads, 2)) {
         fetch_ahead(job, 2);
         phases[0] = fused_phase(job, fused_gradient_task);

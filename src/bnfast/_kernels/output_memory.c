@@ -1,0 +1,170 @@
+/* Writing to new memory takes longer than normalizing: the system clears every page of it first. So the
+   memory that outputs of bnfast leave is kept, up to a limit, for the next output of the same size.
+
+   Nobody waits for the pool: who finds another thread at it goes without. So a process that was forked
+   in the middle of things cannot hang on it either. */
+#if defined(__linux__)
+#define _GNU_SOURCE /* madvise */
+#include <sys/mman.h>
+#endif
+
+#include "output_memory.h"
+
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Blocks are whole huge pages, so that the size of an output tells that of its block. */
+#define PAGE ((size_t)2 << 20)
+#define BLOCKS 16
+
+typedef struct {
+    void *memory;
+    size_t bytes;
+} block;
+
+static struct {
+    atomic_flag busy;
+    block blocks[BLOCKS]; /* the oldest first */
+    size_t count, bytes, limit;
+} pool = {.busy = ATOMIC_FLAG_INIT};
+
+static int enter(void)
+{
+    return !atomic_flag_test_and_set_explicit(&pool.busy, memory_order_acquire);
+}
+
+static void leave(void) { atomic_flag_clear_explicit(&pool.busy, memory_order_release); }
+
+/* 0 for more than there can be. */
+static size_t block_bytes(size_t bytes)
+{
+    const size_t pages = bytes / PAGE + (bytes % PAGE != 0 || bytes == 0);
+    return pages > SIZE_MAX / PAGE ? 0 : pages * PAGE;
+}
+
+static block remove_block(size_t index)
+{
+    const block removed = pool.blocks[index];
+    pool.count--;
+    pool.bytes -= removed.bytes;
+    memmove(pool.blocks + index, pool.blocks + index + 1,
+            (pool.count - index) * sizeof *pool.blocks);
+    return removed;
+}
+
+/* Takes out the oldest blocks until so many more fit; returns how many came out. */
+static size_t make_room(size_t blocks, size_t bytes, block *out)
+{
+    size_t removed = 0;
+    while (pool.count > 0 &&
+           (pool.bytes + bytes > pool.limit || pool.count + blocks > BLOCKS)) {
+        out[removed++] = remove_block(0);
+    }
+    return removed;
+}
+
+static void free_blocks(const block *blocks, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        free(blocks[i].memory);
+    }
+}
+
+void *bn_take_output(size_t bytes)
+{
+    const size_t wanted = block_bytes(bytes);
+    void *memory = NULL;
+    if (wanted == 0) {
+        return NULL;
+    }
+    if (enter()) {
+        for (size_t i = pool.count; i-- > 0 && memory == NULL;) {
+            if (pool.blocks[i].bytes == wanted) {
+                memory = remove_block(i).memory;
+            }
+        }
+        leave();
+    }
+    if (memory == NULL) {
+        memory = aligned_alloc(PAGE, wanted);
+#if defined(__linux__)
+        if (memory != NULL) {
+            (void)madvise(memory, wanted, MADV_HUGEPAGE); /* a wish */
+        }
+#endif
+    }
+    return memory;
+}
+
+void bn_return_output(void *memory, size_t bytes)
+{
+    block removed[BLOCKS + 1];
+    size_t count = 0;
+    const block returned = {memory, block_bytes(bytes)};
+    if (enter()) {
+        if (returned.bytes <= pool.limit) {
+            count = make_room(1, returned.bytes, removed);
+            pool.blocks[pool.count++] = returned;
+            pool.bytes += returned.bytes;
+        } else {
+            removed[count++] = returned;
+        }
+        leave();
+    } else {
+        removed[count++] = returned;
+    }
+    free_blocks(removed, count);
+}
+
+void bn_limit_output_pool(size_t bytes)
+{
+    block removed[BLOCKS];
+    size_t count;
+    while (!enter()) {
+        /* Another thread is moving a pointer or two. */
+    }
+    pool.limit = bytes;
+    count = make_room(0, 0, removed);
+    leave();
+    free_blocks(removed, count);
+}
+
+size_t bn_output_pool_bytes(void)
+{
+    size_t bytes = 0;
+    if (enter()) {
+        bytes = pool.bytes;
+        leave();
+    }
+    return bytes;
+}
+
+void *bn_output_malloc(void *context, size_t bytes)
+{
+    (void)context;
+    return bn_take_output(bytes);
+}
+
+void *bn_output_calloc(void *context, size_t count, size_t size)
+{
+    void *memory = size > 0 && count > SIZE_MAX / size ? NULL : bn_take_output(count * size);
+    (void)context;
+    return memory == NULL ? NULL : memset(memory, 0, count * size);
+}
+
+void *bn_output_realloc(void *context, void *memory, size_t bytes)
+{
+    const size_t wanted = block_bytes(bytes);
+    (void)context;
+    return wanted == 0 ? NULL : realloc(memory, wanted);
+}
+
+void bn_output_free(void *context, void *memory, size_t bytes)
+{
+    (void)context;
+    if (memory != NULL) {
+        bn_return_output(memory, bytes);
+    }
+}

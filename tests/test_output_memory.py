@@ -1,0 +1,164 @@
+"""The memory that large outputs leave goes to the next ones, within a limit."""
+
+import gc
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import bnfast
+from bnfast import _core
+
+LARGE = (64, 64, 32, 32)  # 16 MiB of float32
+BYTES = 16 << 20
+
+
+@pytest.fixture(autouse=True)
+def empty_pool():
+    before = bnfast.get_output_pool_limit()
+    bnfast.set_output_pool_limit(0)
+    bnfast.set_output_pool_limit(4 * BYTES)
+    yield
+    bnfast.set_output_pool_limit(0)
+    bnfast.set_output_pool_limit(before)
+
+
+@pytest.fixture
+def x(rng):
+    return rng.standard_normal(LARGE, np.float32)
+
+
+def calls(x):
+    mean, var = np.zeros(64, np.float32), np.ones(64, np.float32)
+    yield lambda: bnfast.batch_norm(x, mean, var)
+    yield lambda: bnfast.batch_norm_forward(x)[0]
+    yield lambda: bnfast.batch_norm_backward(x, x, mean, var)[0]
+
+
+def address(array):
+    return array.__array_interface__["data"][0]
+
+
+def test_the_next_output_gets_the_memory(x):
+    for call in calls(x):
+        y = call()
+        first = address(y)
+        del y
+        assert _core.output_pool_bytes() == BYTES
+        y = call()
+        assert address(y) == first
+        assert _core.output_pool_bytes() == 0
+        del y
+
+
+def test_an_output_is_an_ordinary_array(x):
+    expected = bnfast.batch_norm_forward(x)[0]
+    for y in (bnfast.batch_norm_forward(x)[0], bnfast.batch_norm_forward(x)[0]):
+        assert y.flags.owndata
+        assert y.flags.aligned
+        assert y.base is None
+        np.testing.assert_array_equal(y, expected)
+        y.resize((3, *LARGE), refcheck=False)
+        np.testing.assert_array_equal(y[0], expected)
+        y.resize((5,), refcheck=False)
+        np.testing.assert_array_equal(y, expected.reshape(-1)[:5])
+
+
+def test_memory_in_use_is_not_given_twice(x):
+    held = [bnfast.batch_norm_forward(x)[0] for _ in range(3)]
+    view = held[0][1:, ::2]
+    del held[0]
+    other = bnfast.batch_norm_forward(-x)[0]
+    np.testing.assert_array_equal(view, bnfast.batch_norm_forward(x)[0][1:, ::2])
+    assert not np.shares_memory(other, view)
+
+
+def test_the_layout_is_that_of_the_input(x):
+    for other in (np.asfortranarray(x), x.transpose(0, 2, 3, 1), x[:, :, ::-1]):
+        y = bnfast.batch_norm_forward(other, axis=other.shape.index(64, 1))[0]
+        assert y.strides == np.empty_like(other).strides
+
+
+def test_the_limit_holds(x):
+    for kept in range(1, 4):
+        bnfast.set_output_pool_limit(kept * BYTES + 1)
+        held = [bnfast.batch_norm_forward(x)[0] for _ in range(5)]
+        del held
+        assert _core.output_pool_bytes() == kept * BYTES
+    bnfast.set_output_pool_limit(BYTES)
+    assert _core.output_pool_bytes() == BYTES
+    bnfast.set_output_pool_limit(BYTES - 1)
+    assert _core.output_pool_bytes() == 0
+    bnfast.batch_norm_forward(x)
+    assert _core.output_pool_bytes() == 0
+
+
+def test_the_oldest_goes_first(x):
+    sizes = [32, 40, 48, 56]
+    bnfast.set_output_pool_limit(2 * BYTES)
+    for rows in sizes:
+        bnfast.batch_norm_forward(x[:rows])
+    assert _core.output_pool_bytes() == sum(sizes[2:]) * BYTES // 64
+
+
+def test_no_more_blocks_are_kept_than_there_are_places(x):
+    bnfast.set_output_pool_limit(1 << 40)
+    held = [bnfast.batch_norm_forward(x[:16])[0] for _ in range(20)]
+    del held
+    assert _core.output_pool_bytes() == 16 * BYTES // 4
+
+
+def test_small_outputs_are_left_to_numpy(x):
+    bnfast.batch_norm_forward(x[:15])
+    assert _core.output_pool_bytes() == 0
+
+
+def test_other_arrays_are_left_to_numpy(x):
+    del x
+    gc.collect()
+    kept = _core.output_pool_bytes()
+    y = np.empty(LARGE, np.float32)
+    del y
+    assert _core.output_pool_bytes() == kept
+
+
+def test_many_threads_share_the_pool(x):
+    expected = bnfast.batch_norm_forward(x[:20])[0]
+    wrong = []
+
+    def work():
+        for _ in range(20):
+            if not np.array_equal(bnfast.batch_norm_forward(x[:20])[0], expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert _core.output_pool_bytes() <= 4 * BYTES
+
+
+@pytest.mark.parametrize("limit", [-1, 1.5, "1", None, True])
+def test_a_bad_limit_is_refused(limit):
+    with pytest.raises((TypeError, ValueError), match="limit must be"):
+        bnfast.set_output_pool_limit(limit)
+
+
+@pytest.mark.parametrize(("value", "limit"), [("", 256 << 20), ("0", 0), ("1000", 1000)])
+def test_the_variable_sets_the_limit(monkeypatch, value, limit):
+    monkeypatch.setenv("BNFAST_OUTPUT_POOL_LIMIT", value)
+    code = "import bnfast; print(bnfast.get_output_pool_limit())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == limit
+
+
+@pytest.mark.parametrize("value", ["-1", "many", "1.5"])
+def test_a_bad_variable_is_an_import_error(monkeypatch, value):
+    monkeypatch.setenv("BNFAST_OUTPUT_POOL_LIMIT", value)
+    done = subprocess.run([sys.executable, "-c", "import bnfast"], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "ImportError: BNFAST_OUTPUT_POOL_LIMIT must be a number of bytes" in done.stderr
