@@ -435,3 +435,11 @@ def test_the_representation_says_how_to_make_it():
         "BatchNorm(3, eps=1e-05, momentum=None, affine=True, track_running_stats=True, "
         "axis=-1, unbiased=True, dtype=float32)"
     )
+
+
+def test_a_batch_of_another_dtype_leaves_the_layer_as_it_was():
+    layer = bnfast.BatchNorm(3)
+    with pytest.raises(TypeError, match="x must be float32 or float64"):
+        layer(np.zeros((2, 3), np.int64))
+    with pytest.warns(UserWarning, match="mostly noise"):
+        layer(np.zeros((2, 3), np.float32))

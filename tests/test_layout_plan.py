@@ -126,6 +126,13 @@ def test_chunks_beyond_the_scratch_memory_are_refused():
         _core.Geometry(plan._replace(chunk_inner=_layout.CHUNK_BYTES))
 
 
+@pytest.mark.parametrize("phases", [0, 300])
+def test_wide_rows_beyond_those_of_the_kernels_are_refused(phases):
+    plan = plan_of(np.zeros((70, 3), np.float32), axis=1)
+    with pytest.raises(ValueError, match="wide rows do not fit"):
+        _core.Geometry(plan._replace(phases=phases))
+
+
 def test_cuts_do_not_depend_on_the_number_of_channels_where_a_channel_is_a_run():
     few = plan_of(np.empty((50, 3, 30, 30), np.float32))
     many = plan_of(np.empty((50, 300, 30, 30), np.float32))

@@ -64,6 +64,9 @@ def test_an_output_is_an_ordinary_array(x):
         np.testing.assert_array_equal(y[0], expected)
         y.resize((5,), refcheck=False)
         np.testing.assert_array_equal(y, expected.reshape(-1)[:5])
+        y.resize((0,), refcheck=False)
+        y.resize(LARGE, refcheck=False)
+        del y
 
 
 def test_memory_in_use_is_not_given_twice(x):
@@ -101,6 +104,15 @@ def test_the_oldest_goes_first(x):
     for rows in sizes:
         bnfast.batch_norm_forward(x[:rows])
     assert _core.output_pool_bytes() == sum(sizes[2:]) * BYTES // 64
+
+
+def test_one_that_is_too_large_drives_none_out(x):
+    bnfast.set_output_pool_limit(BYTES)
+    bnfast.batch_norm_forward(x[:32])
+    kept = _core.output_pool_bytes()
+    assert kept > 0
+    bnfast.batch_norm_forward(np.concatenate([x, x]))
+    assert _core.output_pool_bytes() == kept
 
 
 def test_no_more_blocks_are_kept_than_there_are_places(x):
@@ -146,6 +158,13 @@ def test_many_threads_share_the_pool(x):
 def test_a_bad_limit_is_refused(limit):
     with pytest.raises((TypeError, ValueError), match="limit must be"):
         bnfast.set_output_pool_limit(limit)
+
+
+def test_a_limit_beyond_all_memory_is_one(x):
+    bnfast.set_output_pool_limit(2**70)
+    assert bnfast.get_output_pool_limit() == sys.maxsize
+    bnfast.batch_norm_forward(x)
+    assert _core.output_pool_bytes() == BYTES
 
 
 @pytest.mark.parametrize(("value", "limit"), [("", 256 << 20), ("0", 0), ("1000", 1000)])

@@ -15,6 +15,9 @@ cnp.import_array()
 
 
 cdef extern from "kernels.h" nogil:
+    enum:
+        BN_WIDE_ROW
+
     ctypedef enum bn_dtype:
         BN_f32
         BN_f64
@@ -28,6 +31,7 @@ cdef extern from "kernels.h" nogil:
         void *mean_low
         void *scale
         void *shift
+        size_t period
 
     ctypedef struct bn_gradient_coefficients:
         void *mean_high
@@ -35,6 +39,7 @@ cdef extern from "kernels.h" nogil:
         void *dy_mean
         void *slope
         void *scale
+        size_t period
 
     ctypedef void bn_widen_kernel(size_t channels, const float *narrow, double *wide) noexcept
     ctypedef float bn_memory_probe(size_t lines, const float *start, float *to) noexcept
@@ -267,6 +272,8 @@ cdef class Geometry:
             raise ValueError("the plan has too many operands or axes")
         if plan.chunk_outer * plan.chunk_inner * itemsize > BN_SCRATCH_BYTES:
             raise ValueError("the plan's chunks do not fit the scratch memory of packing.h")
+        if plan.phases < 1 or (plan.phases > 1 and plan.phases * plan.channels > BN_WIDE_ROW):
+            raise ValueError("the plan's wide rows do not fit those of kernels.h")
         memset(c, 0, sizeof(bn_geometry))
         c.layout = BN_contiguous if plan.layout == "contiguous" else BN_channels_last
         c.dtype = BN_f32 if itemsize == 4 else BN_f64
@@ -364,6 +371,7 @@ cdef bn_scale_shift_coefficients _scale_shift_arrays(
     arrays.mean_low = _take(workspace, bytes_)
     arrays.scale = _take(workspace, bytes_)
     arrays.shift = _take(workspace, bytes_)
+    arrays.period = 0
     return arrays
 
 
@@ -375,6 +383,7 @@ cdef bn_gradient_coefficients _gradient_arrays(_Workspace *workspace, bn_geometr
     arrays.dy_mean = _take(workspace, bytes_)
     arrays.slope = _take(workspace, bytes_)
     arrays.scale = _take(workspace, bytes_)
+    arrays.period = 0
     return arrays
 
 

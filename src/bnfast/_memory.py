@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from bnfast import _core, _validation
 
 # Enough for one output of a few hundred megabytes, or several smaller ones.
@@ -39,8 +41,9 @@ def set_output_pool_limit(limit: int) -> None:
     >>> bnfast.set_output_pool_limit(before)
     """
     global _limit
-    _limit = _validation.integer_from("limit", limit, 0)
-    _core.limit_output_pool(_limit)
+    wanted = min(_validation.integer_from("limit", limit, 0), sys.maxsize)
+    _core.limit_output_pool(wanted)
+    _limit = wanted
 
 
 def get_output_pool_limit() -> int:

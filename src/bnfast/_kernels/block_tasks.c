@@ -280,13 +280,27 @@ static range part(size_t whole, size_t parts, size_t number)
     return (range){first, whole / parts + (number < whole % parts)};
 }
 
+/* How many channels are cut off together. */
+static size_t channel_unit(const bn_geometry *geometry)
+{
+    return geometry->layout == BN_channels_last ? CHANNELS_TOGETHER : 1;
+}
+
+static range channel_part(const bn_geometry *geometry, size_t parts, size_t number)
+{
+    const size_t unit = channel_unit(geometry);
+    const range units = part(divide_up(geometry->channels, unit), parts, number);
+    const size_t first = units.first * unit;
+    return (range){first, MIN(units.count * unit, geometry->channels - first)};
+}
+
 static void write_piece(const bn_job *job, size_t number, visit *visit_box)
 {
     const bn_geometry *geometry = job->geometry;
     const bn_extent pieces = job->pieces;
     const range inner = part(geometry->inner, pieces.inner, number % pieces.inner);
     number /= pieces.inner;
-    const range channels = part(geometry->channels, pieces.channels, number % pieces.channels);
+    const range channels = channel_part(geometry, pieces.channels, number % pieces.channels);
     const range outer = part(geometry->outer, pieces.outer, number / pieces.channels);
 
     const size_t most = (geometry->any_packed ? BN_SCRATCH_BYTES : STEP_BYTES) / geometry->itemsize;
@@ -296,7 +310,7 @@ static void write_piece(const bn_job *job, size_t number, visit *visit_box)
                                     : channels.count;
     const size_t fewest = geometry->any_packed ? 1 : FEWEST_ROWS;
     const size_t outer_step = MAX(fewest, most / (inner_step * channel_step));
-    for (size_t o = (outer.count + outer_step - 1) / outer_step; o-- > 0;) {
+    for (size_t o = divide_up(outer.count, outer_step); o-- > 0;) {
         for (size_t c = 0; c < channels.count; c += channel_step) {
             for (size_t i = 0; i < inner.count; i += inner_step) {
                 const bn_box box = {
@@ -373,7 +387,6 @@ static void prepare_scale_shift(const bn_job *job, range channels)
     job->kernels->scale_shift_coefficients[job->geometry->dtype](
         channels.count, job->mean + c, NULL, job->invstd + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), scale_shift_from(job, c));
-    repeat_scale_shift(job, channels);
     repeat_scale_shift(job, channels);
 }
 
@@ -487,7 +500,7 @@ static range channels_of_task(const bn_job *job, size_t number)
 
 static bn_phase channel_phase(const bn_job *job, bn_task *task)
 {
-    return (bn_phase){task, (job->geometry->channels + CHANNELS_PER_TASK - 1) / CHANNELS_PER_TASK};
+    return (bn_phase){task, divide_up(job->geometry->channels, CHANNELS_PER_TASK)};
 }
 
 static void merge_blocks_task(const bn_job *job, size_t number)
@@ -553,13 +566,13 @@ static int group_channels(bn_job *job, size_t threads, size_t tensors)
         job->group = MIN(MIN(together, fair), MAX((size_t)1, slab));
         fused = geometry->blocks == 1 || threads == 1 || channels / job->group >= wanted;
     } else {
-        const size_t groups = (wanted + geometry->blocks - 1) / geometry->blocks;
-        const size_t fair = (channels + groups - 1) / groups;
-        job->group = (fair + CHANNELS_TOGETHER - 1) / CHANNELS_TOGETHER * CHANNELS_TOGETHER;
+        const size_t groups = divide_up(wanted, geometry->blocks);
+        const size_t fair = divide_up(channels, groups);
+        job->group = divide_up(fair, CHANNELS_TOGETHER) * CHANNELS_TOGETHER;
         job->group = MIN(job->group, channels);
         fused = geometry->blocks == 1 || threads == 1;
     }
-    job->groups = (channels + job->group - 1) / job->group;
+    job->groups = divide_up(channels, job->group);
     return fused;
 }
 
@@ -584,10 +597,10 @@ static bn_phase block_phase(const bn_job *job, bn_task *task)
 static bn_phase piece_phase(bn_job *job, size_t threads, bn_task *task)
 {
     const bn_geometry *geometry = job->geometry;
-    const size_t together = geometry->layout == BN_channels_last ? CHANNELS_TOGETHER : 1;
+    const size_t units = divide_up(geometry->channels, channel_unit(geometry));
     bn_extent pieces;
     pieces.outer = MIN(threads, geometry->outer);
-    pieces.channels = MIN(divide_up(threads, pieces.outer), divide_up(geometry->channels, together));
+    pieces.channels = MIN(divide_up(threads, pieces.outer), units);
     pieces.inner = MIN(divide_up(threads, pieces.outer * pieces.channels), geometry->inner);
     job->pieces = pieces;
     return (bn_phase){task, pieces.outer * pieces.channels * pieces.inner};

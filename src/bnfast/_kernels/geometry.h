@@ -40,10 +40,10 @@ typedef struct {
     bn_operand operand[BN_MAX_OPERANDS];
 } bn_geometry;
 
+#define BN_LINE_ELEMENTS ((size_t)16) /* of a cache line, at most */
+
 /* Coefficients of dense channels_last rows recur with this period, so that a few channels make long
    runs too; 0 where they do not. */
-#define BN_LINE_ELEMENTS ((size_t)16)
-
 static inline size_t bn_period(const bn_geometry *geometry)
 {
     return geometry->layout == BN_channels_last ? geometry->phases * geometry->channels : 0;

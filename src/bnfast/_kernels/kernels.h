@@ -46,7 +46,9 @@ typedef struct {
 
 /* moments: folds the box into a running (count, mean + mean_low, m2) per channel. count is how many
    values each channel has seen; with count == 0 the others must be zero. `phases` is how many rows of
-   channels_last are summed side by side; see row_sums.inc. */
+   channels_last are summed side by side, of at most BN_WIDE_ROW elements; see row_sums.inc. */
+#define BN_WIDE_ROW 256
+
 typedef void bn_moments_kernel(bn_extent extent, const void *x, bn_strides x_strides,
                                size_t phases, size_t count, double *mean, double *mean_low,
                                double *m2);

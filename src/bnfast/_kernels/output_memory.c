@@ -2,7 +2,7 @@
    memory that outputs of bnfast leave is kept, up to a limit, for the next output of the same size.
 
    Nobody waits for the pool: who finds another thread at it goes without. So a process that was forked
-   in the middle of things cannot hang on it either. */
+   in the middle of things cannot hang on it either: in such a one it stays unused. */
 #if defined(__linux__)
 #define _GNU_SOURCE /* madvise */
 #include <sys/mman.h>
@@ -15,9 +15,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Blocks are whole huge pages, so that the size of an output tells that of its block. */
+/* Blocks are whole huge pages, so that the size of an output tells that of its block. What is smaller
+   than one (an output that was resized) is no block. */
 #define PAGE ((size_t)2 << 20)
 #define BLOCKS 16
+#define TRIES 10000
 
 typedef struct {
     void *memory;
@@ -26,8 +28,9 @@ typedef struct {
 
 static struct {
     atomic_flag busy;
+    atomic_size_t limit;
     block blocks[BLOCKS]; /* the oldest first */
-    size_t count, bytes, limit;
+    size_t count, bytes;
 } pool = {.busy = ATOMIC_FLAG_INIT};
 
 static int enter(void)
@@ -55,11 +58,10 @@ static block remove_block(size_t index)
 }
 
 /* Takes out the oldest blocks until so many more fit; returns how many came out. */
-static size_t make_room(size_t blocks, size_t bytes, block *out)
+static size_t make_room(size_t limit, size_t blocks, size_t bytes, block *out)
 {
     size_t removed = 0;
-    while (pool.count > 0 &&
-           (pool.bytes + bytes > pool.limit || pool.count + blocks > BLOCKS)) {
+    while (pool.count > 0 && (pool.bytes + bytes > limit || pool.count + blocks > BLOCKS)) {
         out[removed++] = remove_block(0);
     }
     return removed;
@@ -72,12 +74,36 @@ static void free_blocks(const block *blocks, size_t count)
     }
 }
 
+static void *new_block(size_t bytes)
+{
+    void *memory = aligned_alloc(PAGE, bytes);
+#if defined(__linux__)
+    if (memory != NULL) {
+        (void)madvise(memory, bytes, MADV_HUGEPAGE); /* a wish */
+    }
+#endif
+    return memory;
+}
+
+/* Gives back what is kept beyond `limit`; 0 where another thread is at the pool. */
+static int trim(size_t limit)
+{
+    block removed[BLOCKS];
+    if (!enter()) {
+        return 0;
+    }
+    const size_t count = make_room(limit, 0, 0, removed);
+    leave();
+    free_blocks(removed, count);
+    return 1;
+}
+
 void *bn_take_output(size_t bytes)
 {
     const size_t wanted = block_bytes(bytes);
     void *memory = NULL;
-    if (wanted == 0) {
-        return NULL;
+    if (bytes < PAGE || wanted == 0) {
+        return wanted == 0 ? NULL : malloc(bytes ? bytes : 1);
     }
     if (enter()) {
         for (size_t i = pool.count; i-- > 0 && memory == NULL;) {
@@ -88,12 +114,10 @@ void *bn_take_output(size_t bytes)
         leave();
     }
     if (memory == NULL) {
-        memory = aligned_alloc(PAGE, wanted);
-#if defined(__linux__)
-        if (memory != NULL) {
-            (void)madvise(memory, wanted, MADV_HUGEPAGE); /* a wish */
-        }
-#endif
+        memory = new_block(wanted);
+    }
+    if (memory == NULL && trim(0)) {
+        memory = new_block(wanted);
     }
     return memory;
 }
@@ -103,32 +127,29 @@ void bn_return_output(void *memory, size_t bytes)
     block removed[BLOCKS + 1];
     size_t count = 0;
     const block returned = {memory, block_bytes(bytes)};
-    if (enter()) {
-        if (returned.bytes <= pool.limit) {
-            count = make_room(1, returned.bytes, removed);
-            pool.blocks[pool.count++] = returned;
-            pool.bytes += returned.bytes;
-        } else {
-            removed[count++] = returned;
-        }
-        leave();
+    if (bytes < PAGE || !enter()) {
+        free(memory);
+        return;
+    }
+    const size_t limit = atomic_load(&pool.limit);
+    const int kept = returned.bytes <= limit;
+    count = make_room(limit, (size_t)kept, kept ? returned.bytes : 0, removed);
+    if (kept) {
+        pool.blocks[pool.count++] = returned;
+        pool.bytes += returned.bytes;
     } else {
         removed[count++] = returned;
     }
+    leave();
     free_blocks(removed, count);
 }
 
 void bn_limit_output_pool(size_t bytes)
 {
-    block removed[BLOCKS];
-    size_t count;
-    while (!enter()) {
-        /* Another thread is moving a pointer or two. */
+    atomic_store(&pool.limit, bytes);
+    for (int tries = 0; tries < TRIES && !trim(bytes); tries++) {
+        /* Another thread is moving a pointer or two; the next block that is returned trims, too. */
     }
-    pool.limit = bytes;
-    count = make_room(0, 0, removed);
-    leave();
-    free_blocks(removed, count);
 }
 
 size_t bn_output_pool_bytes(void)
@@ -156,7 +177,7 @@ void *bn_output_calloc(void *context, size_t count, size_t size)
 
 void *bn_output_realloc(void *context, void *memory, size_t bytes)
 {
-    const size_t wanted = block_bytes(bytes);
+    const size_t wanted = bytes < PAGE ? (bytes ? bytes : 1) : block_bytes(bytes);
     (void)context;
     return wanted == 0 ? NULL : realloc(memory, wanted);
 }
