@@ -53,6 +53,14 @@ def test_the_next_output_gets_the_memory(x):
         del y
 
 
+def test_another_size_does_not_get_the_memory(x):
+    bnfast.batch_norm_forward(x)
+    smaller = bnfast.batch_norm_forward(x[:32])[0]
+    assert _core.output_pool_bytes() == BYTES  # a block counts as what its output needs
+    del smaller
+    assert _core.output_pool_bytes() == BYTES + BYTES // 2
+
+
 def test_an_output_is_an_ordinary_array(x):
     expected = bnfast.batch_norm_forward(x)[0]
     for y in (bnfast.batch_norm_forward(x)[0], bnfast.batch_norm_forward(x)[0]):
