@@ -133,13 +133,18 @@ static void clear(double *array, range channels)
 /* `count` is the number of values that the block has summed before this box. */
 typedef void visit(const bn_job *job, const bn_box *box, size_t block, size_t count);
 
+static bn_input input_of(const bn_job *job)
+{
+    return (bn_input){job->geometry->phases, job->far};
+}
+
 static void moments_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
 {
     const bn_geometry *geometry = job->geometry;
     _Alignas(64) char x_scratch[BN_SCRATCH_BYTES];
     const bn_view x = bn_view_to_read(geometry, X, job->x, box, x_scratch);
     job->kernels->moments[geometry->layout][geometry->dtype](
-        box->extent, x.data, x.strides, geometry->phases, count,
+        box->extent, x.data, x.strides, input_of(job), count,
         sums_of_block(job, job->mean, 0, block) + box->channel,
         sums_of_block(job, job->mean_low, 1, block) + box->channel,
         sums_of_block(job, job->m2, 2, block) + box->channel);
@@ -190,7 +195,7 @@ static void gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t bl
     const bn_view x = bn_view_to_read(geometry, X, job->x, box, x_scratch);
     (void)count;
     job->kernels->gradient_sums[geometry->layout][geometry->dtype](
-        box->extent, dy.data, dy.strides, x.data, x.strides, geometry->phases,
+        box->extent, dy.data, dy.strides, x.data, x.strides, input_of(job),
         gradient_from(job, box->channel),
         sums_of_block(job, job->sum_dy, 0, block) + box->channel,
         sums_of_block(job, job->sum_dy_deviation, 1, block) + box->channel);
@@ -238,11 +243,31 @@ static void sum_block(const bn_job *job, size_t block, range channels, visit *vi
     }
 }
 
+/* Pieces are walked from their end in steps of this size: what the sums read last may still be in a
+   cache. */
+#define STEP_BYTES ((size_t)1 << 20)
+
+/* Chunks are for sums alone: as many as make a step are written at once where they are neighbours. */
 static void write_block(const bn_job *job, size_t block, range channels, visit *visit_box)
 {
-    const range chunks = chunks_of_block(job->geometry, block);
-    for (size_t i = chunks.count; i-- > 0;) {
-        visit_chunk(job, block, chunks.first + i, channels, 0, visit_box);
+    const bn_geometry *geometry = job->geometry;
+    const range chunks = chunks_of_block(geometry, block);
+    const size_t bytes =
+        geometry->chunk_outer * geometry->chunk_inner * channels.count * geometry->itemsize;
+    const int apart = geometry->any_packed || geometry->chunks_per_run > 1;
+    const size_t together = apart ? 1 : MAX((size_t)1, STEP_BYTES / bytes);
+    for (size_t end = chunks.count; end > 0;) {
+        const size_t some = MIN(together, end);
+        bn_box box;
+        end -= some;
+        if (some == 1) {
+            visit_chunk(job, block, chunks.first + end, channels, 0, visit_box);
+            continue;
+        }
+        box = box_of_chunk(geometry, chunks.first + end, channels);
+        box.extent.outer =
+            MIN(some * geometry->chunk_outer, geometry->outer - box.outer);
+        visit_box(job, &box, block, 0);
     }
     BN_FENCE_STREAMS();
 }
@@ -269,9 +294,6 @@ static visit *gradient_visit(const bn_job *job)
 
 /* one piece of an output: a part of outer by a part of the channels by a part of inner */
 
-/* Pieces are walked from their end in steps of this size: what the sums read last may still be in a
-   cache. */
-#define STEP_BYTES ((size_t)1 << 20)
 #define FEWEST_ROWS ((size_t)8) /* for kernels that prepare coefficients once for all rows of a box */
 
 static range part(size_t whole, size_t parts, size_t number)
@@ -534,24 +556,27 @@ static void finish_gradient_task(const bn_job *job, size_t number)
    (Three quarters and all of it were slower.) */
 #define AHEAD_SHARE(level2) ((level2) / 2)
 
-/* An output of at least this share of the last-level cache goes around it: what is read next would
-   not find it there, and a line that is written without having been read saves its reading. */
-#define STREAMED_SHARE(last_level) ((last_level) / 2)
+/* So many bytes are more than stays in the last-level cache until it is used again. An output of that
+   size goes around it: what is read next would not find it there, and a line that is written without
+   having been read saves its reading. */
+#define PAST_CACHE(last_level) ((last_level) / 2)
+
+static size_t bytes_of_tensor(const bn_geometry *geometry)
+{
+    return geometry->outer * geometry->channels * geometry->inner * geometry->itemsize;
+}
 
 static void choose_stores(bn_job *job, size_t operand, const char *output, const char *x,
                           const char *dy)
 {
-    const bn_geometry *geometry = job->geometry;
-    const size_t bytes =
-        geometry->outer * geometry->channels * geometry->inner * geometry->itemsize;
     /* In place, a line has been read already; scratch is read again at once. */
-    const int streamed = bytes >= STREAMED_SHARE(job->caches.last_level) && output != x &&
-                         output != dy && !geometry->operand[operand].packed;
+    const int streamed = bytes_of_tensor(job->geometry) >= PAST_CACHE(job->caches.last_level) &&
+                         output != x && output != dy && !job->geometry->operand[operand].packed;
     job->output = (bn_output){streamed ? BN_streamed : BN_stored, 0};
 }
 
-/* Cuts the channels into groups for so many threads; whether its tasks had better be fused. `tensors`
-   is how many are read. */
+/* Cuts the channels into groups for so many threads, which read so many tensors; whether its tasks had
+   better be fused. */
 static int group_channels(bn_job *job, size_t threads, size_t tensors)
 {
     const bn_geometry *geometry = job->geometry;
@@ -573,6 +598,7 @@ static int group_channels(bn_job *job, size_t threads, size_t tensors)
         fused = geometry->blocks == 1 || threads == 1;
     }
     job->groups = divide_up(channels, job->group);
+    job->far = tensors * bytes_of_tensor(geometry) > threads * job->caches.level2;
     return fused;
 }
 
@@ -585,6 +611,7 @@ static void fetch_ahead(bn_job *job, size_t tensors)
     if (geometry->layout == BN_contiguous && !geometry->any_packed &&
         slab <= AHEAD_SHARE(job->caches.level2)) {
         job->output.ahead = (ptrdiff_t)job->group * geometry->operand[X].channel_stride;
+        job->far = 0;
     }
 }
 

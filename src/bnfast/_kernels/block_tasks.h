@@ -38,6 +38,7 @@ typedef struct {
 
     /* Set by bn_*_phases. */
     size_t group, groups; /* channels in a task, and how many such groups */
+    int far;              /* sums read from beyond the second level of cache */
     bn_output output;
     bn_extent pieces;     /* into how many parts each axis of the output is cut */
 } bn_job;

@@ -44,13 +44,20 @@ typedef struct {
     size_t period;
 } bn_gradient_coefficients;
 
-/* moments: folds the box into a running (count, mean + mean_low, m2) per channel. count is how many
-   values each channel has seen; with count == 0 the others must be zero. `phases` is how many rows of
-   channels_last are summed side by side, of at most BN_WIDE_ROW elements; see row_sums.inc. */
+/* How an input is summed: how many rows of channels_last side by side, of at most BN_WIDE_ROW elements
+   together (see row_sums.inc), and whether it lies beyond the second level of cache: what follows is
+   then fetched ahead. */
 #define BN_WIDE_ROW 256
 
+typedef struct {
+    size_t phases;
+    int far;
+} bn_input;
+
+/* moments: folds the box into a running (count, mean + mean_low, m2) per channel. count is how many
+   values each channel has seen; with count == 0 the others must be zero. */
 typedef void bn_moments_kernel(bn_extent extent, const void *x, bn_strides x_strides,
-                               size_t phases, size_t count, double *mean, double *mean_low,
+                               bn_input input, size_t count, double *mean, double *mean_low,
                                double *m2);
 
 /* How an output is made: where its lines go, and how many elements beyond each one that is read the
@@ -67,7 +74,7 @@ typedef void bn_scale_shift_kernel(bn_extent extent, const void *x, bn_strides x
 
 /* gradient_sums: adds sum(dy) and sum(dy * (x - mean)) of the box to two arrays of [channels]. */
 typedef void bn_gradient_sums_kernel(bn_extent extent, const void *dy, bn_strides dy_strides,
-                                     const void *x, bn_strides x_strides, size_t phases,
+                                     const void *x, bn_strides x_strides, bn_input input,
                                      bn_gradient_coefficients coefficients, double *sum_dy,
                                      double *sum_dy_deviation);
 
