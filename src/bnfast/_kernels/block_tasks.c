@@ -51,6 +51,11 @@ static range chunks_of_block(const bn_geometry *geometry, size_t block)
     return (range){first, MIN(geometry->chunks_per_block, geometry->chunks - first)};
 }
 
+static size_t values_per_channel(const bn_geometry *geometry)
+{
+    return geometry->outer * geometry->inner;
+}
+
 static size_t values_of_block(const bn_geometry *geometry, size_t block)
 {
     const range chunks = chunks_of_block(geometry, block);
@@ -153,8 +158,9 @@ static void moments_of_box(const bn_job *job, const bn_box *box, size_t block, s
 /* The last channels have nothing after them that could be fetched ahead. */
 static bn_output output_of(const bn_job *job, const bn_box *box)
 {
+    const size_t at = box->outer * job->geometry->inner + box->inner;
     bn_output output = job->output;
-    if (box->channel + job->group >= job->geometry->channels) {
+    if (box->channel + job->group >= job->geometry->channels || at >= job->fetched) {
         output.ahead = 0;
     }
     return output;
@@ -254,7 +260,8 @@ static void write_block(const bn_job *job, size_t block, range channels, visit *
     const range chunks = chunks_of_block(geometry, block);
     const size_t bytes =
         geometry->chunk_outer * geometry->chunk_inner * channels.count * geometry->itemsize;
-    const int apart = geometry->any_packed || geometry->chunks_per_run > 1;
+    const int apart = geometry->any_packed || geometry->chunks_per_run > 1 ||
+                      (job->output.ahead != 0 && job->fetched < values_per_channel(geometry));
     const size_t together = apart ? 1 : MAX((size_t)1, STEP_BYTES / bytes);
     for (size_t end = chunks.count; end > 0;) {
         const size_t some = MIN(together, end);
@@ -351,11 +358,6 @@ static void write_piece(const bn_job *job, size_t number, visit *visit_box)
 }
 
 /* some channels: before the sums of their blocks, and from the sums to the coefficients */
-
-static size_t values_per_channel(const bn_geometry *geometry)
-{
-    return geometry->outer * geometry->inner;
-}
 
 static void merge_blocks(const bn_job *job, range channels)
 {
@@ -552,9 +554,8 @@ static void finish_gradient_task(const bn_job *job, size_t number)
 
 /* the schedule */
 
-/* How much of the second level of cache one group may take: the next one comes into the other half.
-   (Three quarters and all of it were slower.) */
-#define AHEAD_SHARE(level2) ((level2) / 2)
+/* How much of the second level of cache one group may take, or what is fetched of the next one. */
+#define AHEAD_SHARE(level2) ((level2) / 4 * 3)
 
 /* So many bytes are more than stays in the last-level cache until it is used again. An output of that
    size goes around it: what is read next would not find it there, and a line that is written without
@@ -602,16 +603,17 @@ static int group_channels(bn_job *job, size_t threads, size_t tensors)
     return fused;
 }
 
-/* While a group's output is written, the next group's input is fetched into the second level of
-   cache, if both fit there. */
+/* While a group's output is written, the beginning of the next group's input is fetched into the second
+   level of cache: so much of it as has room there. (Outputs are written from their end, so that what
+   is fetched is what is summed next.) */
 static void fetch_ahead(bn_job *job, size_t tensors)
 {
     const bn_geometry *geometry = job->geometry;
-    const size_t slab = job->group * values_per_channel(geometry) * geometry->itemsize * tensors;
-    if (geometry->layout == BN_contiguous && !geometry->any_packed &&
-        slab <= AHEAD_SHARE(job->caches.level2)) {
+    const size_t bytes = job->group * geometry->itemsize * tensors;
+    if (geometry->layout == BN_contiguous && !geometry->any_packed) {
         job->output.ahead = (ptrdiff_t)job->group * geometry->operand[X].channel_stride;
-        job->far = 0;
+        job->fetched = AHEAD_SHARE(job->caches.level2) / bytes;
+        job->far &= job->fetched < values_per_channel(geometry);
     }
 }
 

@@ -40,6 +40,7 @@ typedef struct {
     size_t group, groups; /* channels in a task, and how many such groups */
     int far;              /* sums read from beyond the second level of cache */
     bn_output output;
+    size_t fetched;       /* values of each channel that output.ahead concerns */
     bn_extent pieces;     /* into how many parts each axis of the output is cut */
 } bn_job;
 
