@@ -557,22 +557,28 @@ static void finish_gradient_task(const bn_job *job, size_t number)
 /* How much of the second level of cache one group may take, or what is fetched of the next one. */
 #define AHEAD_SHARE(level2) ((level2) / 4 * 3)
 
-/* So many bytes are more than stays in the last-level cache until it is used again. An output of that
-   size goes around it: what is read next would not find it there, and a line that is written without
-   having been read saves its reading. */
-#define PAST_CACHE(last_level) ((last_level) / 2)
-
-static size_t bytes_of_tensor(const bn_geometry *geometry)
+/* All tensors of a call, its output among them. */
+static size_t bytes_of_call(const bn_job *job, size_t tensors)
 {
-    return geometry->outer * geometry->channels * geometry->inner * geometry->itemsize;
+    const bn_geometry *geometry = job->geometry;
+    return tensors * geometry->outer * geometry->channels * geometry->inner * geometry->itemsize;
 }
+
+/* From so many bytes on the output goes around the last level: what is read next would not find it
+   there, and a line that is written without having been read saves its reading. */
+#define STREAMED_SHARE(last_level) ((last_level) / 2)
+
+/* Up to so many, what the sums have read is still there when the output is made: images are then walked
+   as they lie, and not slab by slab. */
+#define WHOLE_SHARE(last_level) ((last_level) / 4 * 3)
 
 static void choose_stores(bn_job *job, size_t operand, const char *output, const char *x,
                           const char *dy)
 {
+    const size_t bytes = bytes_of_call(job, operand + 1);
     /* In place, a line has been read already; scratch is read again at once. */
-    const int streamed = bytes_of_tensor(job->geometry) >= PAST_CACHE(job->caches.last_level) &&
-                         output != x && output != dy && !job->geometry->operand[operand].packed;
+    const int streamed = bytes >= STREAMED_SHARE(job->caches.last_level) && output != x &&
+                         output != dy && !job->geometry->operand[operand].packed;
     job->output = (bn_output){streamed ? BN_streamed : BN_stored, 0};
 }
 
@@ -589,7 +595,9 @@ static int group_channels(bn_job *job, size_t threads, size_t tensors)
         const size_t fair = MAX((size_t)1, channels / wanted);
         const size_t channel = values_per_channel(geometry) * geometry->itemsize * tensors;
         const size_t slab = MAX(AHEAD_SHARE(job->caches.level2) / channel, FEWEST_BYTES / run);
-        job->group = MIN(MIN(together, fair), MAX((size_t)1, slab));
+        const int whole =
+            bytes_of_call(job, tensors + 1) < WHOLE_SHARE(job->caches.last_level);
+        job->group = whole ? fair : MIN(MIN(together, fair), MAX((size_t)1, slab));
         fused = geometry->blocks == 1 || threads == 1 || channels / job->group >= wanted;
     } else {
         const size_t groups = divide_up(wanted, geometry->blocks);
@@ -599,7 +607,7 @@ static int group_channels(bn_job *job, size_t threads, size_t tensors)
         fused = geometry->blocks == 1 || threads == 1;
     }
     job->groups = divide_up(channels, job->group);
-    job->far = tensors * bytes_of_tensor(geometry) > threads * job->caches.level2;
+    job->far = bytes_of_call(job, tensors) > threads * job->caches.level2;
     return fused;
 }
 
