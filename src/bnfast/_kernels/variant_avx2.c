@@ -5,5 +5,5 @@
 #define BN_ISA avx2
 #define BN_VECTOR_BYTES 32
 #define BN_STRIP_BYTES 128
-#define BN_TILE_BYTES 64
+#define BN_TILE_BYTES 128
 #include "kernel_bodies/all_kernels.inc"
