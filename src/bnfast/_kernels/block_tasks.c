@@ -565,20 +565,24 @@ static size_t bytes_of_call(const bn_job *job, size_t tensors)
 }
 
 /* From so many bytes on the output goes around the last level: what is read next would not find it
-   there, and a line that is written without having been read saves its reading. */
-#define STREAMED_SHARE(last_level) ((last_level) / 2)
+   there, and a line that is written without having been read saves its reading. A single thread gains
+   by it early, because it waits for every line; several write to the last level faster than to memory. */
+static size_t streamed_from(const bn_job *job, size_t threads)
+{
+    return job->caches.last_level / 4 * (threads > 1 ? 3 : 2);
+}
 
 /* Up to so many, what the sums have read is still there when the output is made: images are then walked
    as they lie, and not slab by slab. */
 #define WHOLE_SHARE(last_level) ((last_level) / 4 * 3)
 
-static void choose_stores(bn_job *job, size_t operand, const char *output, const char *x,
-                          const char *dy)
+static void choose_stores(bn_job *job, size_t threads, size_t operand, const char *output,
+                          const char *x, const char *dy)
 {
     const size_t bytes = bytes_of_call(job, operand + 1);
     /* In place, a line has been read already; scratch is read again at once. */
-    const int streamed = bytes >= STREAMED_SHARE(job->caches.last_level) && output != x &&
-                         output != dy && !job->geometry->operand[operand].packed;
+    const int streamed = bytes >= streamed_from(job, threads) && output != x && output != dy &&
+                         !job->geometry->operand[operand].packed;
     job->output = (bn_output){streamed ? BN_streamed : BN_stored, 0};
 }
 
@@ -658,7 +662,7 @@ size_t bn_moments_phases(bn_job *job, size_t threads, bn_phase *phases)
 
 size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases)
 {
-    choose_stores(job, Y, job->y, job->x, NULL);
+    choose_stores(job, threads, Y, job->y, job->x, NULL);
     if (group_channels(job, threads, 1)) {
         fetch_ahead(job, 1);
         phases[0] = fused_phase(job, fused_normalize_task);
@@ -672,7 +676,7 @@ size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases)
 
 size_t bn_scale_shift_phases(bn_job *job, size_t threads, bn_phase *phases)
 {
-    choose_stores(job, Y, job->y, job->x, NULL);
+    choose_stores(job, threads, Y, job->y, job->x, NULL);
     phases[0] = channel_phase(job, prepare_scale_shift_task);
     phases[1] = piece_phase(job, threads, scale_shift_task);
     return 2;
@@ -680,7 +684,7 @@ size_t bn_scale_shift_phases(bn_job *job, size_t threads, bn_phase *phases)
 
 size_t bn_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
 {
-    choose_stores(job, DX, job->dx, job->x, job->dy);
+    choose_stores(job, threads, DX, job->dx, job->x, job->dy);
     if (group_channels(job, threads, 2)) {
         fetch_ahead(job, 2);
         phases[0] = fused_phase(job, fused_gradient_task);
