@@ -40,8 +40,6 @@ typedef struct {
     bn_operand operand[BN_MAX_OPERANDS];
 } bn_geometry;
 
-#define BN_LINE_ELEMENTS ((size_t)16) /* of a cache line, at most */
-
 /* Coefficients of dense channels_last rows recur with this period, so that a few channels make long
    runs too; 0 where they do not. */
 static inline size_t bn_period(const bn_geometry *geometry)
@@ -53,7 +51,7 @@ static inline size_t bn_period(const bn_geometry *geometry)
 static inline size_t bn_coefficients(const bn_geometry *geometry)
 {
     const size_t period = bn_period(geometry);
-    return period ? period + BN_LINE_ELEMENTS : geometry->channels;
+    return period ? period : geometry->channels;
 }
 
 #endif

@@ -30,8 +30,8 @@ typedef struct {
 typedef enum { BN_stored, BN_streamed } bn_stores;
 
 /* Per channel, in the element type; the mean is split in two, so that float32 carries 48 bits of it.
-   Arrays are [channels]; with a period, channels_last ones go on beyond that and recur, for a cache
-   line more than the period, so that rows which follow each other closely can be walked as one.
+   Arrays are [channels]; with a period, channels_last ones go on up to that and recur, so that rows
+   which follow each other closely can be walked as one.
      y  = ((x - mean_high) - mean_low) * scale + shift */
 typedef struct {
     void *mean_high, *mean_low, *scale, *shift;
