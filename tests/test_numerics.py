@@ -141,6 +141,33 @@ def test_one_extreme_channel_among_ordinary_ones(isa, rng, axis):
     check_moments(x, axis)
 
 
+@pytest.mark.parametrize("channels", [7, 16, 27, 70, 130])
+def test_channels_of_all_kinds_side_by_side(isa, rng, axis, channels):
+    """Constant, tiny, once different and ordinary ones: each is what it is alone."""
+    x, dy = rng.normal(0, 1, (2, 6, channels, 5, 5)).astype(np.float32)
+    x[:, 0::4] = rng.normal(0, 1, (channels + 3) // 4)[:, None, None]
+    x[:, 1::4] *= 1e-30
+    x[:, 2::8] = 0
+    x[-1, 2::8, -1, -1] = 1e-30
+    dy[:, 1::3] = 0
+    dy[-1, 4::9, -1, -1] = 3e-39
+    weight = np.ones(channels)  # float64, and with it dweight
+    y, mean, invstd = reference.batch_norm_forward(x, axis=1)
+    _, dweight, dbias = reference.batch_norm_backward(dy, x, mean, invstd, axis=1)
+    m2 = reference.moments(x, 1, WIDE)[2].astype(np.float64)
+
+    x, dy = (np.ascontiguousarray(np.moveaxis(array, 1, axis)) for array in (x, dy))
+    statistics = bnfast.moments(x, axis)
+    gradients = bnfast.batch_norm_backward(dy, x, mean, invstd, weight, axis=axis)
+
+    x, dy = (np.moveaxis(np.float64(array), axis, 1) for array in (x, dy))
+    x_size, product_size, dy_size = (np.abs(a).sum((0, 2, 3)) for a in (x, dy * y, dy))
+    assert (np.abs(statistics.mean - mean) <= 1e-5 * x_size).all()
+    assert (np.abs(statistics.m2 - m2) <= 1e-5 * m2).all()
+    assert (np.abs(gradients[1] - dweight) <= 1e-5 * product_size).all()
+    assert (np.abs(gradients[2] - dbias) <= 1e-5 * dy_size).all()
+
+
 def test_denormals_are_kept(isa, dtype):
     tiny = np.finfo(dtype).smallest_subnormal
     x = np.full((2, 3, 5), tiny, dtype)
