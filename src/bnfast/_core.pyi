@@ -7,6 +7,8 @@ from bnfast._layout import LayoutPlan
 Array = NDArray[Any]
 
 HAS_OPENMP: bool
+SERIAL_BYTES: int
+BYTES_PER_THREAD: int
 
 class _BuildFacts(TypedDict):
     compiler: str

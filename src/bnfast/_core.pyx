@@ -98,6 +98,12 @@ cdef extern from "cache_sizes.h" nogil:
     bn_caches bn_cache_sizes()
 
 
+cdef extern from "thresholds.h" nogil:
+    size_t BN_SERIAL_BYTES
+    size_t BN_BYTES_PER_THREAD
+    size_t BN_BRIEF_BYTES
+
+
 cdef extern from "packing.h" nogil:
     enum:
         BN_SCRATCH_BYTES
@@ -186,6 +192,8 @@ cdef extern from "numpy/arrayobject.h":
 
 
 HAS_OPENMP = bn_openmp_version() > 0
+SERIAL_BYTES = BN_SERIAL_BYTES
+BYTES_PER_THREAD = BN_BYTES_PER_THREAD
 
 # Set once at import by _configuration, before anything can run; use_isa is for tests only.
 cdef const bn_kernels *active = bn_built_kernels(0)
@@ -405,13 +413,9 @@ cdef bn_job _new_job(const bn_geometry *geometry) noexcept:
     return job
 
 
-# Other Python threads need not be let in for the few microseconds of less work than this.
-cdef size_t _BRIEF_BYTES = 1 << 15
-
-
 cdef void _do_all(bn_job *job, bn_phases phases_of, int threads) noexcept:
     cdef const bn_geometry *c = job.geometry
-    if threads == 1 and c.outer * c.channels * c.inner * c.itemsize < _BRIEF_BYTES:
+    if threads == 1 and c.outer * c.channels * c.inner * c.itemsize < BN_BRIEF_BYTES:
         _do(job, phases_of, 1)
     else:
         with nogil:

@@ -7,14 +7,9 @@ from pathlib import Path
 
 from bnfast import _core, _validation
 
-# Less work than this many bytes, read and written, is done before a team of threads has woken up
-# and fetched its share from another core's cache: no OpenMP region. Measured on two cores, the
-# second one made inference slower up to an x of 500 KiB (0.65 to 0.76 of one thread's speed) and
-# training up to 120 KiB; both gained from 1 MiB on (1.5 and 1.7).
-SERIAL_BYTES = 1 << 20
-
-# And no thread wakes for less than this.
-BYTES_PER_THREAD = 1 << 18
+# The smallest call for which threads wake, and the smallest share of each: see thresholds.h.
+SERIAL_BYTES: int = _core.SERIAL_BYTES
+BYTES_PER_THREAD: int = _core.BYTES_PER_THREAD
 
 _wanted: int | None = None
 

@@ -5,18 +5,10 @@
 
 #include "packing.h"
 #include "portability.h"
+#include "thresholds.h"
 
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
-
-/* The channels of a contiguous group have at most so many neighbouring bytes in each image: short
-   planes are summed together, share their cache lines within a task and are written in memory
-   order. */
-#define NEIGHBOURING_BYTES 4096
-#define FEWEST_BYTES 1024 /* unless that is more than the cache holds, but never fewer than this */
-
-/* channels_last groups are cut at multiples of so many channels: whole cache lines, whole tiles. */
-#define CHANNELS_TOGETHER 64
 
 static size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
@@ -249,10 +241,6 @@ static void sum_block(const bn_job *job, size_t block, range channels, visit *vi
     }
 }
 
-/* Pieces are walked from their end in steps of this size: what the sums read last may still be in a
-   cache. */
-#define STEP_BYTES ((size_t)1 << 20)
-
 /* Chunks are for sums alone: as many as make a step are written at once where they are neighbours. */
 static void write_block(const bn_job *job, size_t block, range channels, visit *visit_box)
 {
@@ -262,7 +250,7 @@ static void write_block(const bn_job *job, size_t block, range channels, visit *
         geometry->chunk_outer * geometry->chunk_inner * channels.count * geometry->itemsize;
     const int apart = geometry->any_packed || geometry->chunks_per_run > 1 ||
                       (job->output.ahead != 0 && job->fetched < values_per_channel(geometry));
-    const size_t together = apart ? 1 : MAX((size_t)1, STEP_BYTES / bytes);
+    const size_t together = apart ? 1 : MAX((size_t)1, BN_STEP_BYTES / bytes);
     for (size_t end = chunks.count; end > 0;) {
         const size_t some = MIN(together, end);
         bn_box box;
@@ -301,8 +289,6 @@ static visit *gradient_visit(const bn_job *job)
 
 /* one piece of an output: a part of outer by a part of the channels by a part of inner */
 
-#define FEWEST_ROWS ((size_t)8) /* for kernels that prepare coefficients once for all rows of a box */
-
 static range part(size_t whole, size_t parts, size_t number)
 {
     const size_t first = whole / parts * number + MIN(whole % parts, number);
@@ -312,7 +298,7 @@ static range part(size_t whole, size_t parts, size_t number)
 /* How many channels are cut off together. */
 static size_t channel_unit(const bn_geometry *geometry)
 {
-    return geometry->layout == BN_channels_last ? CHANNELS_TOGETHER : 1;
+    return geometry->layout == BN_channels_last ? BN_CHANNELS_TOGETHER : 1;
 }
 
 static range channel_part(const bn_geometry *geometry, size_t parts, size_t number)
@@ -332,12 +318,13 @@ static void write_piece(const bn_job *job, size_t number, visit *visit_box)
     const range channels = channel_part(geometry, pieces.channels, number % pieces.channels);
     const range outer = part(geometry->outer, pieces.outer, number / pieces.channels);
 
-    const size_t most = (geometry->any_packed ? BN_SCRATCH_BYTES : STEP_BYTES) / geometry->itemsize;
+    const size_t most =
+        (geometry->any_packed ? BN_SCRATCH_BYTES : BN_STEP_BYTES) / geometry->itemsize;
     const size_t inner_step = geometry->any_packed ? MIN(inner.count, most) : inner.count;
     const size_t channel_step = geometry->any_packed
                                     ? MIN(channels.count, MAX((size_t)1, most / inner_step))
                                     : channels.count;
-    const size_t fewest = geometry->any_packed ? 1 : FEWEST_ROWS;
+    const size_t fewest = geometry->any_packed ? 1 : BN_FEWEST_ROWS;
     const size_t outer_step = MAX(fewest, most / (inner_step * channel_step));
     for (size_t o = divide_up(outer.count, outer_step); o-- > 0;) {
         for (size_t c = 0; c < channels.count; c += channel_step) {
@@ -512,19 +499,17 @@ static void fused_gradient_task(const bn_job *job, size_t number)
     }
 }
 
-/* tasks over channels alone: so many channels each, that few channels are no parallel work */
-
-#define CHANNELS_PER_TASK 4096
+/* tasks over channels alone */
 
 static range channels_of_task(const bn_job *job, size_t number)
 {
-    const size_t first = number * CHANNELS_PER_TASK;
-    return (range){first, MIN((size_t)CHANNELS_PER_TASK, job->geometry->channels - first)};
+    const size_t first = number * BN_CHANNELS_PER_TASK;
+    return (range){first, MIN(BN_CHANNELS_PER_TASK, job->geometry->channels - first)};
 }
 
 static bn_phase channel_phase(const bn_job *job, bn_task *task)
 {
-    return (bn_phase){task, divide_up(job->geometry->channels, CHANNELS_PER_TASK)};
+    return (bn_phase){task, divide_up(job->geometry->channels, BN_CHANNELS_PER_TASK)};
 }
 
 static void merge_blocks_task(const bn_job *job, size_t number)
@@ -554,9 +539,6 @@ static void finish_gradient_task(const bn_job *job, size_t number)
 
 /* the schedule */
 
-/* How much of the second level of cache one group may take, or what is fetched of the next one. */
-#define AHEAD_SHARE(level2) ((level2) / 4 * 3)
-
 /* All tensors of a call, its output among them. */
 static size_t bytes_of_call(const bn_job *job, size_t tensors)
 {
@@ -564,25 +546,13 @@ static size_t bytes_of_call(const bn_job *job, size_t tensors)
     return tensors * geometry->outer * geometry->channels * geometry->inner * geometry->itemsize;
 }
 
-/* From so many bytes on the output goes around the last level: what is read next would not find it
-   there, and a line that is written without having been read saves its reading. A single thread gains
-   by it early, because it waits for every line; several write to the last level faster than to memory. */
-static size_t streamed_from(const bn_job *job, size_t threads)
-{
-    return job->caches.last_level / 4 * (threads > 1 ? 3 : 2);
-}
-
-/* Up to so many, what the sums have read is still there when the output is made: images are then walked
-   as they lie, and not slab by slab. */
-#define WHOLE_SHARE(last_level) ((last_level) / 4 * 3)
-
 static void choose_stores(bn_job *job, size_t threads, size_t operand, const char *output,
                           const char *x, const char *dy)
 {
     const size_t bytes = bytes_of_call(job, operand + 1);
     /* In place, a line has been read already; scratch is read again at once. */
-    const int streamed = bytes >= streamed_from(job, threads) && output != x && output != dy &&
-                         !job->geometry->operand[operand].packed;
+    const int streamed = bytes >= bn_streamed_from(job->caches, threads) && output != x &&
+                         output != dy && !job->geometry->operand[operand].packed;
     job->output = (bn_output){streamed ? BN_streamed : BN_stored, 0};
 }
 
@@ -595,23 +565,22 @@ static int group_channels(bn_job *job, size_t threads, size_t tensors)
     int fused;
     if (geometry->layout == BN_contiguous) {
         const size_t run = geometry->inner * geometry->itemsize;
-        const size_t together = MAX((size_t)1, NEIGHBOURING_BYTES / run);
+        const size_t together = MAX((size_t)1, BN_NEIGHBOURING_BYTES / run);
         const size_t fair = MAX((size_t)1, channels / wanted);
         const size_t channel = values_per_channel(geometry) * geometry->itemsize * tensors;
-        const size_t slab = MAX(AHEAD_SHARE(job->caches.level2) / channel, FEWEST_BYTES / run);
-        const int whole =
-            bytes_of_call(job, tensors + 1) < WHOLE_SHARE(job->caches.last_level);
+        const size_t slab = MAX(bn_slab_bytes(job->caches) / channel, BN_FEWEST_BYTES / run);
+        const int whole = bytes_of_call(job, tensors + 1) < bn_whole_bytes(job->caches);
         job->group = whole ? fair : MIN(MIN(together, fair), MAX((size_t)1, slab));
         fused = geometry->blocks == 1 || threads == 1 || channels / job->group >= wanted;
     } else {
         const size_t groups = divide_up(wanted, geometry->blocks);
         const size_t fair = divide_up(channels, groups);
-        job->group = divide_up(fair, CHANNELS_TOGETHER) * CHANNELS_TOGETHER;
+        job->group = divide_up(fair, BN_CHANNELS_TOGETHER) * BN_CHANNELS_TOGETHER;
         job->group = MIN(job->group, channels);
         fused = geometry->blocks == 1 || threads == 1;
     }
     job->groups = divide_up(channels, job->group);
-    job->far = bytes_of_call(job, tensors) > threads * job->caches.level2;
+    job->far = bytes_of_call(job, tensors) > bn_near_bytes(job->caches, threads);
     return fused;
 }
 
@@ -624,7 +593,7 @@ static void fetch_ahead(bn_job *job, size_t tensors)
     const size_t bytes = job->group * geometry->itemsize * tensors;
     if (geometry->layout == BN_contiguous && !geometry->any_packed) {
         job->output.ahead = (ptrdiff_t)job->group * geometry->operand[X].channel_stride;
-        job->fetched = AHEAD_SHARE(job->caches.level2) / bytes;
+        job->fetched = bn_slab_bytes(job->caches) / bytes;
         job->far &= job->fetched < values_per_channel(geometry);
     }
 }

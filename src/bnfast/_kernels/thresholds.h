@@ -1,0 +1,78 @@
+/* From where on a call is done in another way: by several threads, around the caches, slab by slab.
+
+   Measured, and told by the sizes of the caches where it is they that matter. Each chooses stores,
+   prefetching, traversal or threads, and changes no bit. (How a kernel walks a box is its own
+   matter: see kernel_bodies.) */
+#ifndef BN_THRESHOLDS_H
+#define BN_THRESHOLDS_H
+
+#include <stddef.h>
+
+#include "cache_sizes.h"
+
+/* threads */
+
+/* Less work than this many bytes, read and written, is done before a team of threads has woken up and
+   fetched its share from another core's cache: no OpenMP region. On two cores the second one made
+   inference slower up to an x of 500 KiB (0.65 to 0.76 of one thread's speed) and training up to
+   120 KiB; both gained from 1 MiB on (1.5 and 1.7). */
+#define BN_SERIAL_BYTES ((size_t)1 << 20)
+
+/* And no thread wakes for less than this. */
+#define BN_BYTES_PER_THREAD ((size_t)1 << 18)
+
+/* An x of fewer bytes takes a few microseconds: other Python threads need not be let in. */
+#define BN_BRIEF_BYTES ((size_t)1 << 15)
+
+/* Arithmetic on channels alone: few of them are no parallel work. */
+#define BN_CHANNELS_PER_TASK ((size_t)4096)
+
+/* stores */
+
+/* From so many bytes on, of all tensors of a call, the output goes around the last level: what is read
+   next would not find it there, and a line that is written without having been read saves its reading.
+   A single thread gains by it early, because it waits for every line; several write to the last level
+   faster than to memory. */
+static inline size_t bn_streamed_from(bn_caches caches, size_t threads)
+{
+    return caches.last_level / 4 * (threads > 1 ? 3 : 2);
+}
+
+/* sums */
+
+/* Inputs of more bytes come from beyond the second level, and what follows is fetched ahead. */
+static inline size_t bn_near_bytes(bn_caches caches, size_t threads)
+{
+    return threads * caches.level2;
+}
+
+/* slabs */
+
+/* Below so many bytes, of all tensors of a call, what the sums have read is still there when the output
+   is made: images are then walked as they lie, and not slab by slab. */
+static inline size_t bn_whole_bytes(bn_caches caches) { return caches.last_level / 4 * 3; }
+
+/* Otherwise a slab may take so much of the second level, and so much of the next one is fetched while
+   its output is written. */
+static inline size_t bn_slab_bytes(bn_caches caches) { return caches.level2 / 4 * 3; }
+
+/* The channels of a contiguous slab have at most so many neighbouring bytes in each image: short planes
+   are summed together, share their cache lines within a task and are written in memory order. */
+#define BN_NEIGHBOURING_BYTES ((size_t)4096)
+
+/* Unless that is more than the slab may take, but never fewer than this. */
+#define BN_FEWEST_BYTES ((size_t)1024)
+
+/* channels_last groups are cut at multiples of so many channels: whole cache lines, whole tiles. */
+#define BN_CHANNELS_TOGETHER ((size_t)64)
+
+/* outputs */
+
+/* They are walked from their end in steps of this size: what the sums read last may still be in a
+   cache. */
+#define BN_STEP_BYTES ((size_t)1 << 20)
+
+/* But of no fewer rows, for which a kernel prepares its coefficients once. */
+#define BN_FEWEST_ROWS ((size_t)8)
+
+#endif
