@@ -11,6 +11,8 @@ import bnfast
 from bnfast import BatchNorm
 from bnfast import _reference as reference
 
+PARAMETERS = ("running_mean", "running_var", "weight", "bias")
+
 
 def images(rng, dtype=np.float32, shape=(8, 3, 5, 5)):
     return rng.normal(3, 2, shape).astype(dtype)
@@ -60,15 +62,54 @@ def test_evaluation_uses_the_running_statistics_and_leaves_them_alone(dtype, rng
     assert not layer.train(False).training
 
 
-def test_a_changed_parameter_counts_from_the_next_call_on(rng):
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize("channels", [3, 300])
+def test_a_changed_parameter_counts_from_the_next_call_on(isa, dtype, rng, axis, name, channels):
+    layer = BatchNorm(channels, axis=axis).eval()
+    shape = (8, channels, 5) if axis == 1 else (8, 5, channels)
+    x, dy = images(rng, dtype, shape), images(rng, dtype, shape)
+
+    def check():
+        for _ in range(2):
+            y, dx = layer(x), layer.backward(dy)
+            mean, var, weight, bias = (getattr(layer, n) for n in PARAMETERS)
+            expected = bnfast.batch_norm(x, mean, var, weight, bias, eps=layer.eps, axis=axis)
+            np.testing.assert_array_equal(y, expected)
+            invstd = 1 / np.sqrt(np.float64(1 if var is None else var) + layer.eps)
+            scale = (1 if weight is None else weight) * invstd
+            np.testing.assert_allclose(dx, dy * np.expand_dims(scale, -1 if axis == 1 else 0), 1e-5)
+
+    check()
+    getattr(layer, name)[-1] += 3  # in place, one value
+    check()
+    setattr(layer, name, rng.uniform(1, 2, channels))  # another array, of another dtype
+    check()
+    if name in ("weight", "bias"):
+        setattr(layer, name, None)
+        check()
+    layer.eps = 0.5
+    check()
+    x = x.astype(np.float64 if dtype == np.float32 else np.float32)
+    dy = dy.astype(x.dtype)
+    check()
+    layer.train()(x + 1)
+    layer.eval()
+    check()
+
+
+def test_evaluation_may_be_followed_by_a_change_before_backward(rng):
     layer = BatchNorm(3).eval()
-    x = images(rng)
+    x, dy = images(rng), images(rng)
     layer(x)
+    layer(x)
+    expected, mean = dy * np.float32(1 / np.sqrt(1 + 1e-5)), layer.running_mean.copy()
     layer.weight *= 2
-    layer.bias += 1
-    layer.running_mean += 3
-    expected = bnfast.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias)
-    np.testing.assert_array_equal(layer(x), expected)
+    layer.running_var *= 2
+    layer.running_mean += 1
+    np.testing.assert_allclose(layer.backward(dy), expected, rtol=1e-6)
+    invstd = np.full(3, 1 / np.sqrt(1 + 1e-5))
+    dweight = bnfast.batch_norm_backward(dy, x, mean, invstd, training=False)[1]
+    np.testing.assert_array_equal(layer.weight_grad, dweight)
 
 
 def test_without_tracking_evaluation_uses_the_batch(rng):
@@ -110,8 +151,9 @@ def test_biased_running_variance(rng):
     np.testing.assert_allclose(layer.running_var, x.var((0, 2, 3)), rtol=1e-13)
 
 
-def test_an_empty_batch_counts_for_nothing():
-    layer = BatchNorm(3)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_an_empty_batch_counts_for_nothing(training):
+    layer = BatchNorm(3).train(training)
     before = layer.state_dict()
     y = layer(np.empty((0, 3, 5, 5), np.float32))
     assert y.shape == (0, 3, 5, 5)

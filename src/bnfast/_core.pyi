@@ -18,6 +18,10 @@ class _BuildFacts(TypedDict):
 class Geometry:
     def __init__(self, plan: LayoutPlan) -> None: ...
 
+class Evaluation:
+    @property
+    def saved(self) -> tuple[Array, Array, Array | None]: ...
+
 def built_isas() -> dict[str, str]: ...
 def available_isas() -> tuple[str, ...]: ...
 def active_isa() -> str: ...
@@ -52,7 +56,7 @@ def scale_shift(
     eps: float,
     mean: Array,
     variance: Array,
-    invstd: Array | None,
+    kept: Evaluation | None,
     threads: int,
 ) -> None: ...
 def gradient(
@@ -80,7 +84,7 @@ def scale_shift_at_once(
     weight: object,
     bias: object,
     eps: object,
-    invstd: Array | None,
+    kept: Evaluation | None,
     out: object,
     most_bytes: int,
 ) -> Array | None: ...

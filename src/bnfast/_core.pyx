@@ -9,7 +9,7 @@ from cython.parallel cimport prange
 from libc.stddef cimport ptrdiff_t, size_t
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset, strcpy
+from libc.string cimport memcmp, memset, strcpy
 
 cnp.import_array()
 
@@ -131,6 +131,7 @@ cdef extern from "block_tasks.h" nogil:
         int constant_statistics
         double *partials
         bn_scale_shift_coefficients scale_shift
+        int prepared
         bn_gradient_coefficients gradient
 
     ctypedef void bn_task(const bn_job *job, size_t number) noexcept
@@ -329,8 +330,12 @@ cdef int _reserve(_Workspace *workspace, char *small, size_t bytes_) except -1:
         if workspace.heap is NULL:
             raise MemoryError("no memory for the statistics of the channels")
         small = workspace.heap
-    workspace.next = <char *>((<uintptr_t>small + 63) // 64 * 64)
+    workspace.next = _at_line(small)
     return 0
+
+
+cdef inline char *_at_line(char *memory) noexcept:
+    return <char *>((<uintptr_t>memory + 63) // 64 * 64)
 
 
 cdef void _release(_Workspace *workspace) noexcept:
@@ -494,25 +499,111 @@ cdef bn_dtype _dtype(cnp.ndarray array) noexcept:
     return BN_f32 if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32 else BN_f64
 
 
+cdef class _Prepared:
+    """Copies of parameters and statistics, and the coefficients made of them; immutable."""
+
+    cdef object weight, bias, mean, variance, invstd, memory
+    cdef double eps
+    cdef bn_dtype dtype
+    cdef size_t length
+    cdef bn_scale_shift_coefficients coefficients
+
+    def __cinit__(self, Geometry geometry, weight, bias, double eps, mean, variance):
+        cdef bn_geometry *c = &geometry.c
+        cdef _Workspace arrays
+        self.weight, self.bias = _copied(weight), _copied(bias)
+        self.mean, self.variance = _copied(mean), _copied(variance)
+        self.invstd = _empty_channels(<Py_ssize_t>c.channels, cnp.NPY_FLOAT64)
+        self.eps, self.dtype, self.length = eps, c.dtype, bn_coefficients(c)
+        self.memory = PyBytes_FromStringAndSize(
+            NULL, <Py_ssize_t>_workspace_bytes(c, 0, 4) + 64
+        )
+        arrays.next = _at_line(<char *>self.memory)
+        self.coefficients = _scale_shift_arrays(&arrays, c)
+
+    cdef bint is_of(self, Geometry geometry, weight, bias, double eps, mean, variance) noexcept:
+        cdef bn_geometry *c = &geometry.c
+        return (
+            self.dtype == c.dtype
+            and self.length == bn_coefficients(c)
+            and self.eps == eps
+            and _is_same(self.mean, mean)
+            and _is_same(self.variance, variance)
+            and _is_same(self.weight, weight)
+            and _is_same(self.bias, bias)
+        )
+
+
+cdef object _copied(array):
+    return None if array is None else cnp.PyArray_NewCopy(array, cnp.NPY_CORDER)
+
+
+cdef inline bint _is_same(kept, now) noexcept:
+    """Two plain arrays of the same bytes and dtype, or None twice."""
+    if kept is None or now is None:
+        return kept is now
+    cdef cnp.ndarray a = kept, b = now
+    return (
+        cnp.PyArray_TYPE(a) == cnp.PyArray_TYPE(b)
+        and cnp.PyArray_NBYTES(a) == cnp.PyArray_NBYTES(b)
+        and memcmp(_data(a), _data(b), <size_t>cnp.PyArray_NBYTES(a)) == 0
+    )
+
+
+cdef class Evaluation:
+    """What `scale_shift` has prepared, for as long as parameters and statistics stay the same.
+
+    They may be changed in place: each call compares them with copies, which costs far less than to
+    prepare them again.
+    """
+
+    cdef _Prepared prepared
+
+    @property
+    def saved(self):
+        """(mean, invstd, weight) of the last call; never written again."""
+        return self.prepared.mean, self.prepared.invstd, self.prepared.weight
+
+    def __reduce__(self):
+        return Evaluation, ()
+
+
 cpdef object scale_shift(
-    Geometry geometry, x, y, weight, bias, double eps, mean, variance, invstd, int threads
+    Geometry geometry, x, y, weight, bias, double eps, mean, variance, Evaluation kept, int threads
 ):
-    """Write y from given statistics, and invstd (float64) unless it is None."""
+    """Write y from given statistics; what is prepared for it is kept, unless `kept` is None."""
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
     cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
+    cdef _Prepared prepared = None
+    if kept is not None:
+        prepared = kept.prepared  # a reference: another Python thread may replace it meanwhile
+        job.prepared = (
+            prepared is not None and prepared.is_of(geometry, weight, bias, eps, mean, variance)
+        )
+        if not job.prepared:
+            prepared = _Prepared(geometry, weight, bias, eps, mean, variance)
+            weight, bias, mean, variance = (
+                prepared.weight, prepared.bias, prepared.mean, prepared.variance
+            )
     _reserve(&workspace, small, _workspace_bytes(c, 5, 4))
     job.x, job.y = _data(x), _data(y)
-    job.weight = _widened(&workspace, weight, c.channels)
-    job.bias = _widened(&workspace, bias, c.channels)
     job.eps = eps
-    job.mean = <double *>_widened(&workspace, mean, c.channels)
-    job.variance = _widened(&workspace, variance, c.channels)
-    job.invstd = _take_doubles(&workspace, c.channels) if invstd is None else _doubles(invstd)
-    job.scale_shift = _scale_shift_arrays(&workspace, c)
+    if prepared is not None:
+        job.invstd, job.scale_shift = _doubles(prepared.invstd), prepared.coefficients
+    else:
+        job.invstd = _take_doubles(&workspace, c.channels)
+        job.scale_shift = _scale_shift_arrays(&workspace, c)
+    if not job.prepared:
+        job.weight = _widened(&workspace, weight, c.channels)
+        job.bias = _widened(&workspace, bias, c.channels)
+        job.mean = <double *>_widened(&workspace, mean, c.channels)
+        job.variance = _widened(&workspace, variance, c.channels)
     _do_all(&job, bn_scale_shift_phases, threads)
     _release(&workspace)
+    if kept is not None:
+        kept.prepared = prepared
 
 
 cpdef object gradient(
@@ -699,7 +790,7 @@ cdef Geometry _geometry_of_plain(x_, axis_, int operands, int passes, Py_ssize_t
 
 
 def scale_shift_at_once(
-    x, axis, mean, variance, weight, bias, eps, invstd, out, Py_ssize_t most_bytes
+    x, axis, mean, variance, weight, bias, eps, kept, out, Py_ssize_t most_bytes
 ):
     """Return y, or None; fewer than `most_bytes` are moved."""
     cdef Geometry geometry = _geometry_of_plain(x, axis, 2, 2, most_bytes)
@@ -719,7 +810,7 @@ def scale_shift_at_once(
         if not _apart(out, other):
             return None
     y = _output(out, x)
-    scale_shift(geometry, x, y, weight, bias, epsilon, mean, variance, invstd, 1)
+    scale_shift(geometry, x, y, weight, bias, epsilon, mean, variance, kept, 1)
     return y
 
 

@@ -140,15 +140,16 @@ def scale_shift(
     weight: object,
     bias: object,
     eps: object,
-    invstd: Array | None = None,
+    kept: _core.Evaluation | None = None,
     out: object = None,
 ) -> Array:
     """Return y from given statistics, called running_mean and running_var in messages.
 
-    `invstd`, a float64 array of one value a channel, is written if there is one.
+    What statistics and parameters are turned into is `kept` for the next call, if there is such an
+    object, and used again where they are the same then; an empty x needs none.
     """
     done = _core.scale_shift_at_once(
-        x, axis, mean, variance, weight, bias, eps, invstd, out, _threads.SERIAL_BYTES
+        x, axis, mean, variance, weight, bias, eps, kept, out, _threads.SERIAL_BYTES
     )
     if done is not None:
         return done
@@ -174,7 +175,7 @@ def scale_shift(
             epsilon,
             centre,
             spread,
-            invstd,
+            kept,
             threads_for(2 * array.nbytes),
         )
     return y

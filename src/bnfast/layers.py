@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from bnfast import _primitives, _validation
+from bnfast import _core, _primitives, _validation
 from bnfast.statistics import weight_of_new_batch
 
 Array = NDArray[Any]
@@ -23,14 +23,9 @@ _ARRAYS = ("weight", "bias", "running_mean", "running_var")
 _COUNTER = "num_batches_tracked"
 
 
-class _Saved(NamedTuple):
-    """What `backward` needs of the call before it."""
-
-    x: Array
-    mean: Array
-    invstd: Array
-    weight: Array | None
-    constant_statistics: bool
+# What `backward` needs of the call before it: x, (mean, invstd, weight), and whether the statistics
+# are constant rather than those of x.
+_Saved = tuple[Array, tuple[Array, Array, Array | None], bool]
 
 
 class BatchNorm:
@@ -141,6 +136,7 @@ class BatchNorm:
         self.num_batches_tracked = 0 if track_running_stats else None
         self.weight_grad = self.bias_grad = None
         self._saved: _Saved | None = None
+        self._evaluation = _core.Evaluation()  # what each call in evaluation may use again
         self._warned = False
 
     @classmethod
@@ -274,9 +270,8 @@ class BatchNorm:
             y, mean, invstd = _primitives.normalize(
                 array, self.axis, self.weight, self.bias, self.eps, out=out
             )
-            self._save(array, y, mean, invstd, constant_statistics=False)
+            self._save(array, y, (mean, invstd, self._kept_weight()), False)
             return y
-        invstd = np.empty(self.num_features)
         y = _primitives.scale_shift(
             array,
             self.axis,
@@ -285,10 +280,14 @@ class BatchNorm:
             self.weight,
             self.bias,
             self.eps,
-            invstd,
+            self._evaluation,
             out,
         )
-        self._save(array, y, self.running_mean.copy(), invstd, constant_statistics=True)
+        if array.size > 0:
+            statistics = self._evaluation.saved
+        else:  # nothing was prepared: of no channel is there a gradient
+            statistics = self.running_mean, self.running_var, self.weight
+        self._save(array, y, statistics, True)
         return y
 
     def _batch(self, x: Array) -> Array:
@@ -302,14 +301,15 @@ class BatchNorm:
         _validation.same_channels("x", array, axis, self.num_features)
         return array
 
+    def _kept_weight(self) -> Array | None:
+        """Return the weight as it is now: it may change before backward comes."""
+        return None if self.weight is None else self.weight.copy()
+
     def _save(
-        self, x: Array, y: Array, mean: Array, invstd: Array, *, constant_statistics: bool
+        self, x: Array, y: Array, statistics: tuple[Array, Array, Array | None], constant: bool
     ) -> None:
-        # The parameters may change before backward comes; they are small. x is not copied.
-        weight = None if self.weight is None else self.weight.copy()
-        overwritten = _validation.shares_memory(x, y)
-        saved = _Saved(x, mean, invstd, weight, constant_statistics)
-        self._saved = None if overwritten else saved
+        # x is not copied; where it was overwritten, there can be no backward.
+        self._saved = None if _validation.shares_memory(x, y) else (x, statistics, constant)
 
     def _train_on(self, x: Array, out: Array | None) -> Array:
         if not self._warned and self.num_features < x.size < FEW_VALUES * self.num_features:
@@ -340,7 +340,7 @@ class BatchNorm:
         )
         if tracked is not None and x.size > 0:
             self.num_batches_tracked = tracked + 1
-        self._save(x, y, mean, invstd, constant_statistics=False)
+        self._save(x, y, (mean, invstd, self._kept_weight()), False)
         return y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
@@ -379,9 +379,9 @@ class BatchNorm:
             raise RuntimeError(
                 "backward needs a call of the layer before it, not in place, one for each backward"
             )
-        x, mean, invstd, weight, constant_statistics = self._saved
+        x, (mean, invstd, weight), constant = self._saved
         dx, dweight, dbias = _primitives.gradient(
-            dy, x, self.axis, mean, invstd, weight, constant_statistics, out
+            dy, x, self.axis, mean, invstd, weight, constant, out
         )
         self.weight_grad = None if weight is None else dweight
         if self.bias is None:
@@ -462,7 +462,7 @@ class BatchNorm:
         self.num_batches_tracked = tracked
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_saved": None}
+        return {**self.__dict__, "_saved": None, "_evaluation": _core.Evaluation()}
 
     def __repr__(self) -> str:
         return (

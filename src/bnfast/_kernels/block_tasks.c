@@ -645,10 +645,13 @@ size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases)
 
 size_t bn_scale_shift_phases(bn_job *job, size_t threads, bn_phase *phases)
 {
+    size_t count = 0;
     choose_stores(job, threads, Y, job->y, job->x, NULL);
-    phases[0] = channel_phase(job, prepare_scale_shift_task);
-    phases[1] = piece_phase(job, threads, scale_shift_task);
-    return 2;
+    if (!job->prepared) {
+        phases[count++] = channel_phase(job, prepare_scale_shift_task);
+    }
+    phases[count++] = piece_phase(job, threads, scale_shift_task);
+    return count;
 }
 
 size_t bn_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)

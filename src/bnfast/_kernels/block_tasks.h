@@ -34,6 +34,7 @@ typedef struct {
 
     double *partials; /* [blocks - 1][BN_SUMS][channels]: the sums of every block but the first */
     bn_scale_shift_coefficients scale_shift;
+    int prepared; /* scale_shift: these hold already what statistics and parameters make of them */
     bn_gradient_coefficients gradient;
 
     /* Set by bn_*_phases. */
