@@ -18,6 +18,8 @@ from bnfast._layout import plan_layout
 from bnfast._threads import threads_for
 from bnfast._validation import Array
 
+Evaluation = _core.Evaluation  # what a layer keeps from one `scale_shift` to the next
+
 
 @lru_cache(maxsize=1024)
 def _geometry(
@@ -140,7 +142,7 @@ def scale_shift(
     weight: object,
     bias: object,
     eps: object,
-    kept: _core.Evaluation | None = None,
+    kept: Evaluation | None = None,
     out: object = None,
 ) -> Array:
     """Return y from given statistics, called running_mean and running_var in messages.

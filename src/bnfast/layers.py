@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from bnfast import _core, _primitives, _validation
+from bnfast import _primitives, _validation
 from bnfast.statistics import weight_of_new_batch
 
 Array = NDArray[Any]
@@ -136,7 +136,7 @@ class BatchNorm:
         self.num_batches_tracked = 0 if track_running_stats else None
         self.weight_grad = self.bias_grad = None
         self._saved: _Saved | None = None
-        self._evaluation = _core.Evaluation()  # what each call in evaluation may use again
+        self._evaluation = _primitives.Evaluation()  # what each call in evaluation may use again
         self._warned = False
 
     @classmethod
@@ -462,7 +462,7 @@ class BatchNorm:
         self.num_batches_tracked = tracked
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_saved": None, "_evaluation": _core.Evaluation()}
+        return {**self.__dict__, "_saved": None, "_evaluation": _primitives.Evaluation()}
 
     def __repr__(self) -> str:
         return (
