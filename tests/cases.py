@@ -9,8 +9,12 @@ CONTIGUOUS = [
     *[(2, 3, inner) for inner in (511, 512, 513, 1000, 1023, 1024, 1025)],
     *[(2, 1, inner) for inner in (2047, 2048, 2049, 4095, 4096, 4097, 8200)],
     *[(outer, 5, 4) for outer in (1, 2, 511, 512, 513, 1025)],
+    *[(outer, 3, 49) for outer in (11, 12, 13)],  # planes that are rows, from so many on
+    *[(12, 3, inner) for inner in (7, 8, 15, 16, 127, 128, 129)],  # and up to so long
     (1, 2, 2),
+    (1, 70, 49),
     (7, 33, 49),
+    (20, 70, 49),  # rows of more lanes than are walked at a time
     (3, 2, 3 * 4096 + 1),
     (85, 3, 49),
     (1, 2, 131072 + 4096 + 77),

@@ -12,7 +12,10 @@ from bnfast import _reference as reference
 from cases import BUFFERS
 from oracle import check_backward, check_forward, check_moments
 
-SHAPES = [(4, 3, 5, 6), (2, 3, 40, 50), (1, 7, 3), (33, 20), (3, 1, 9, 9), (2, 3, 2, 2, 2)]
+SHAPES = [
+    *[(4, 3, 5, 6), (13, 3, 5, 6), (2, 3, 40, 50), (1, 7, 3), (33, 20), (3, 1, 9, 9)],
+    (2, 3, 2, 2, 2),
+]
 
 
 @pytest.mark.parametrize("buffer", BUFFERS)
@@ -45,11 +48,43 @@ def test_every_transposition(dtype, rng, axis, order):
     check_backward(x[::-1], x, axis=axis)
 
 
-def test_a_window_of_a_larger_output_is_all_that_is_written(isa, dtype, rng, axis):
-    x = rng.normal(size=(3, 4, 5, 6)).astype(dtype)
-    frame = np.full((5, 6, 7, 8), 7, dtype)
-    out = frame[1:-1, 1:-1, 1:-1, 1:-1]
+WINDOWS = [np.s_[1:-1, 1:-1, 1:-1, 1:-1], np.s_[1:-1], np.s_[:, 1:-1], np.s_[:, :, :, 1:-1]]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("spatial", [(5, 6), (9, 31)], ids=str)
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_a_window_of_a_larger_output_is_all_that_is_written(
+    isa, dtype, rng, use_threads, use_caches, axis, window, spatial, streamed
+):
+    if streamed:
+        use_caches(0, 0)
+    frame = np.full((5, 6, *spatial), 7, dtype)
+    out = frame[window]
+    x, dy = rng.normal(size=(2, *out.shape)).astype(dtype)
+    for num_threads in (1, 3):
+        use_threads(num_threads)
+        check_forward(x, axis=axis, out=out)
+        check_backward(dy, x, axis=axis, out=out)
+        check_backward(dy, x, axis=axis, training=False, out=out)
+    out[...] = 7
+    np.testing.assert_array_equal(frame, 7)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("spatial", [(5, 6), (20, 31)], ids=str)
+@pytest.mark.parametrize("offset", [0, 1, 2, 3, 4, 7, 15])
+def test_streamed_outputs_begin_anywhere_in_a_line(
+    isa, dtype, rng, use_threads, use_caches, axis, num_threads, spatial, offset
+):
+    use_threads(num_threads)
+    use_caches(0, 0)
+    x, dy = rng.normal(3, 2, (2, 5, 9, *spatial)).astype(dtype)
+    frame = np.full(x.size + 40, 7, dtype)
+    out = frame[offset : offset + x.size].reshape(x.shape)
     check_forward(x, axis=axis, out=out)
+    check_backward(dy, x, axis=axis, out=out)
+    check_backward(dy, x, axis=axis, training=False, out=out)
     out[...] = 7
     np.testing.assert_array_equal(frame, 7)
 

@@ -6,7 +6,10 @@ import pytest
 import bnfast
 from cases import BUFFERS, batches, small_batches
 
-EXTRA = [((3, 5, 40000), 1), ((9000, 7), 1), ((2, 3, 300000), 1), ((1300, 300), 1), ((5, 9000), 1)]
+EXTRA = [
+    *[((3, 5, 40000), 1), ((9000, 7), 1), ((2, 3, 300000), 1), ((1300, 300), 1), ((5, 9000), 1)],
+    *[((20, 70, 49), 1), ((5, 70, 49), 1)],
+]
 
 
 def everything(x, dy, weight, bias, axis):
@@ -81,7 +84,9 @@ def test_every_run_gives_the_same_bits(dtype, rng, use_threads, shape, axis):
     ["misaligned", "offset_by_one", "in_larger_array", "cropped", "reversed", "record_field"],
 )
 @pytest.mark.parametrize(
-    "shape", [(3, 5, 7, 11), (2, 3, 130, 33), (2, 2, 174, 25), (70, 20), (5, 4, 1, 1)], ids=str
+    "shape",
+    [(3, 5, 7, 11), (13, 5, 7, 11), (2, 3, 130, 33), (2, 2, 174, 25), (70, 20), (5, 4, 1, 1)],
+    ids=str,
 )
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_odd_strides_give_the_bits_of_a_packed_copy(

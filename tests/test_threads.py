@@ -33,11 +33,16 @@ def test_set_num_threads_is_read_back(many_processors):
     assert bnfast.get_num_threads() == _core.openmp_max_threads()
 
 
+@needs_openmp
 def test_small_work_is_serial_and_large_work_is_not_cut_too_fine(many_processors):
-    bnfast.set_num_threads(8)
-    assert _threads.threads_for(_threads.SERIAL_BYTES - 1) == 1
-    assert _threads.threads_for(3 * _threads.BYTES_PER_THREAD) in (1, 3)
-    assert _threads.threads_for(1 << 30) == bnfast.get_num_threads()
+    bnfast.set_num_threads(64)
+    serial, each = _threads.SERIAL_BYTES, _threads.BYTES_PER_THREAD
+    assert _threads.threads_for(serial - 1) == 1
+    assert 1 < serial // each < 64
+    assert _threads.threads_for(serial) == serial // each
+    assert _threads.threads_for(serial + each) == serial // each + 1
+    assert _threads.threads_for(64 * each) == 64
+    assert _threads.threads_for(1 << 40) == 64
 
 
 @needs_openmp

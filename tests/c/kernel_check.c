@@ -291,12 +291,16 @@ int main(void)
     static const size_t widths[] = {1,  2,  3,  4,  5,  7,  8,  9,   15,
                                     16, 17, 31, 33, 63, 64, 65, 70, 130, 1030};
     static const size_t rows[] = {1, 2, 15, 16, 17, 31, 32, 33, 70};
+    static const size_t many[] = {3, 12, 13}; /* runs, and rows, of many channels */
     for (int dtype = 0; dtype < BN_DTYPES; dtype++) {
         for (int values = 0; values < ALL_VALUES; values++) {
             hash = UINT64_C(14695981039346656037);
             for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
                 check(BN_contiguous, dtype, (bn_extent){1, 3, runs[i]}, values);
                 check(BN_contiguous, dtype, (bn_extent){19, 2, runs[i]}, values);
+            }
+            for (size_t i = 0; i < sizeof many / sizeof *many; i++) {
+                check(BN_contiguous, dtype, (bn_extent){many[i], 70, 49}, values);
             }
             printf("contiguous %s %d %016llx\n", dtype == BN_f64 ? "f64" : "f32", values,
                    (unsigned long long)hash);
