@@ -45,8 +45,8 @@ typedef struct {
 } bn_gradient_coefficients;
 
 /* How an input is summed: how many rows of channels_last side by side, of at most BN_WIDE_ROW elements
-   together (see row_sums.inc), and whether it lies beyond the second level of cache: what follows is
-   then fetched ahead. */
+   together (see row_sums.inc), and whether it lies beyond the second level of cache: rows and long runs
+   that follow are then fetched ahead. */
 #define BN_WIDE_ROW 256
 
 typedef struct {

@@ -7,12 +7,12 @@
 #define BN_QUOTE_(a) #a
 #define BN_QUOTE(a) BN_QUOTE_(a)
 
-/* "No dependence between iterations": true for separate and for exactly aliasing arrays. */
 #if defined(__GNUC__) || defined(__clang__)
+/* "No dependence between iterations": true for separate and for exactly aliasing arrays. */
+#define BN_SIMD _Pragma("omp simd")
 /* In a loop whose iterations must not be woven together: memory is then read in the order in which it
    lies, which the hardware can follow. */
 #define BN_IN_ORDER() __asm__ volatile("")
-#define BN_SIMD _Pragma("omp simd")
 #define BN_INLINE static inline __attribute__((always_inline))
 #define BN_NOINLINE static __attribute__((noinline)) /* a hot loop that keeps its name */
 #define BN_PREFETCH(address) __builtin_prefetch(address)
