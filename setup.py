@@ -142,7 +142,7 @@ setup(
         build_dir="build/cython",  # generated C stays out of src/
         compiler_directives={
             "language_level": 3,
-            "boundscheck": bool(os.environ.get("BNFAST_CYTHON_CHECKS")),
+            "boundscheck": False,
             "wraparound": False,
             "initializedcheck": False,
             "cdivision": True,

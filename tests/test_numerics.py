@@ -68,6 +68,15 @@ def test_the_running_shift_is_safe_for_any_order_of_values(isa, rng, axis, case)
     assert error <= MOMENTS * eps_of(np.float32) * float(np.sqrt(m2.max() / count))
 
 
+@pytest.mark.parametrize("value", [1.7, 2.2, 3.1])
+def test_an_outlier_costs_the_other_values_of_its_lane_little(isa, value):
+    x = np.zeros((1, 1, 1024), np.float32)
+    x[0, 0, 64::64] = value
+    x[0, 0, 0] = 100
+    _, _, m2 = reference.moments(x, 1, WIDE)
+    np.testing.assert_allclose(bnfast.moments(x).m2, m2.astype(np.float64), rtol=1e-6)
+
+
 @pytest.mark.parametrize(("shape", "axis"), batches(), ids=str)
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 1e-3, 12345.678, 3e7, 1e-30, 1e-40, 1e30])
 def test_a_constant_channel_gives_exactly_the_bias(isa, dtype, rng, shape, axis, value):

@@ -83,6 +83,8 @@ BAD_EPS = [
 BAD_AXES = [
     (3, ValueError, r"axis.*from -3 to 2.*\(2, 3, 4\).*3"),
     (-4, ValueError, "axis.*-4"),
+    (2**70, ValueError, "axis.*1180591620717411303424"),
+    (-(2**63) - 1, ValueError, "axis.*-9223372036854775809"),
     (1.0, TypeError, "axis.*integer.*float"),
     (True, TypeError, "axis.*integer.*bool"),
     (None, TypeError, "axis.*integer.*NoneType"),

@@ -2,8 +2,10 @@
 # It knows neither the formulas nor the strides: jobs are made here, done in block_tasks.c.
 """Compiled core of bnfast. Private: call it through ``_primitives`` only."""
 
+cimport cython
 cimport numpy as cnp
 from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.long cimport PyLong_AsLongAndOverflow
 from cpython.pycapsule cimport PyCapsule_New
 from cython.parallel cimport prange
 from libc.stddef cimport ptrdiff_t, size_t
@@ -561,8 +563,11 @@ cdef class Evaluation:
 
     @property
     def saved(self):
-        """(mean, invstd, weight) of the last call; never written again."""
-        return self.prepared.mean, self.prepared.invstd, self.prepared.weight
+        """(mean, invstd, weight) of the last call, never written again; None before the first."""
+        cdef _Prepared prepared
+        with cython.critical_section(self):
+            prepared = self.prepared
+        return None if prepared is None else (prepared.mean, prepared.invstd, prepared.weight)
 
     def __reduce__(self):
         return Evaluation, ()
@@ -578,7 +583,8 @@ cpdef object scale_shift(
     cdef char small[SMALL_WORKSPACE]
     cdef _Prepared prepared = None
     if kept is not None:
-        prepared = kept.prepared  # a reference: another Python thread may replace it meanwhile
+        with cython.critical_section(kept):
+            prepared = kept.prepared  # a reference: another thread may replace it meanwhile
         job.prepared = (
             prepared is not None and prepared.is_of(geometry, weight, bias, eps, mean, variance)
         )
@@ -602,8 +608,9 @@ cpdef object scale_shift(
         job.variance = _widened(&workspace, variance, c.channels)
     _do_all(&job, bn_scale_shift_phases, threads)
     _release(&workspace)
-    if kept is not None:
-        kept.prepared = prepared
+    if kept is not None and not job.prepared:
+        with cython.critical_section(kept):
+            kept.prepared = prepared
 
 
 cpdef object gradient(
@@ -783,8 +790,11 @@ cdef Geometry _geometry_of_plain(x_, axis_, int operands, int passes, Py_ssize_t
     if type(axis_) is not int or not _is_plain(x_):
         return None
     cdef cnp.ndarray x = x_
-    cdef Py_ssize_t axis = axis_, ndim = cnp.PyArray_NDIM(x)
-    if passes * cnp.PyArray_NBYTES(x) >= most_bytes or ndim < 2 or not -ndim <= axis < ndim:
+    cdef int beyond
+    cdef Py_ssize_t axis = PyLong_AsLongAndOverflow(axis_, &beyond), ndim = cnp.PyArray_NDIM(x)
+    if beyond or passes * cnp.PyArray_NBYTES(x) >= most_bytes or ndim < 2:
+        return None
+    if not -ndim <= axis < ndim:
         return None
     return _planned.get(_key(x, axis if axis >= 0 else axis + ndim, operands))
 

@@ -58,6 +58,11 @@ def _put_back(updated: Array | None, statistic: Array) -> None:
         statistic[...] = updated
 
 
+def probe_memory(kind: str, x: Array, y: Array, num_threads: int) -> None:
+    """Move memory and compute nothing, for the benchmark: see ``_core.probe_memory``."""
+    _core.probe_memory(kind, x, y, min(num_threads, _threads.get_num_threads()))
+
+
 def moments(x: object, axis: object) -> tuple[int, Array, Array]:
     """Return the count, and the mean and m2 of each channel (float64)."""
     array, axis, channels = _validation.batch("x", x, axis)

@@ -1,7 +1,8 @@
 """Every operation in plain NumPy: the readable definition, and the oracle of the tests.
 
-Stands apart: it shares no code with the rest, and nothing else uses it. All arithmetic is done in
-`precision`, float64 unless a wider one is asked for, with two passes for the statistics.
+Stands apart: it shares no code with the rest, and only the tests and the benchmark use it. All
+arithmetic is done in `precision`, float64 unless a wider one is asked for, with two passes for the
+statistics.
 """
 
 from __future__ import annotations

@@ -283,9 +283,8 @@ class BatchNorm:
             self._evaluation,
             out,
         )
-        if array.size > 0:
-            statistics = self._evaluation.saved
-        else:  # nothing was prepared: of no channel is there a gradient
+        statistics = self._evaluation.saved
+        if statistics is None:  # x is empty: nothing was prepared, and there is no gradient
             statistics = self.running_mean, self.running_var, self.weight
         self._save(array, y, statistics, True)
         return y

@@ -11,7 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from bnfast import _core
+from bnfast import _primitives
 from bnfast._cli.bench.cell import Cell, aligned_empty
 
 Array = NDArray[Any]
@@ -36,7 +36,7 @@ class Probes:
         x, y = memory[:half], memory[half:]
 
         def probe(kind: str, source: Array, target: Array) -> Callable[[], object]:
-            return lambda: _core.probe_memory(kind, source, target, threads)
+            return lambda: _primitives.probe_memory(kind, source, target, threads)
 
         self.calls = {
             "copy": probe("copy", x, y),
