@@ -168,7 +168,9 @@ def test_the_limit_is_the_best_that_fits():
 @pytest.mark.parametrize("operation, arrays", [("training", 2), ("backward", 3)])
 def test_probes_touch_what_the_operation_touches(operation, arrays, dtype, monkeypatch):
     probed = []
-    monkeypatch.setattr(limit._core, "probe_memory", lambda *arguments: probed.append(arguments))
+    monkeypatch.setattr(
+        limit._primitives, "probe_memory", lambda *arguments: probed.append(arguments)
+    )
     cell = cells.Cell(operation, cells.make_batch((8, 16, 5, 5), "nchw", dtype))
     probes = limit.Probes(cell, 3)
     for call in probes.calls.values():
