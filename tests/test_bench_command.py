@@ -1,6 +1,7 @@
 """``python -m bnfast bench``: what it measures, and what it says of it. No speed is tested."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,10 +9,10 @@ import numpy as np
 import pytest
 
 import bnfast
-from bnfast import _core
+from bnfast import _cli, _core
 from bnfast import _reference as reference
 from bnfast._cli.bench import cell as cells
-from bnfast._cli.bench import limit, rivals, timing, workloads
+from bnfast._cli.bench import limit, report, rivals, timing, workloads
 from bnfast._cli.bench.rivals import numpy_formulas
 
 
@@ -306,6 +307,29 @@ def test_the_command_writes_the_same_in_every_form(run, tmp_path):
     assert results["command"] in done.stdout
 
 
+@pytest.mark.parametrize("width", [60, 80, 300])
+def test_tables_lose_nothing_in_narrow_terminals(run, capsys, monkeypatch, width):
+    selection = run.Selection(shapes="3x4x5x5", quick=True)
+    results = run.measure(selection, {"NumPy": numpy_formulas.NumPyFormulas(1)}, budget=1e-9)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    report.show(results)
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= width
+    words = " ".join(printed.replace("│", " ").split())
+    for sheet in (report.all_cells(results), report.all_means(results)):
+        for line in sheet.rows:
+            assert all(text.text in words for text in line)
+
+
+@pytest.mark.parametrize("arguments", [("training,backward",), ("training", "BACKWARD")])
+def test_names_may_be_separated_by_commas(arguments):
+    options = _cli._parser().parse_args(["bench", "--op", *arguments, "--layout", "NHWC"])
+    assert [name for names in options.op for name in names] == ["training", "backward"]
+    assert options.layout == [("nhwc",)]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -328,7 +352,7 @@ def test_it_says_what_is_missing(tmp_path):
     done = bench(cwd=tmp_path)
     assert done.returncode == 1
     assert "python -m pip install matplotlib rich" in done.stderr
-    assert "bnfast[bench]" in done.stderr
+    assert '".[bench]"' in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -203,14 +203,23 @@ def test_gradients_agree_with_the_reference(rng):
 def test_each_backward_needs_its_own_call(rng):
     layer = BatchNorm(3)
     x = images(rng)
-    with pytest.raises(RuntimeError, match="backward needs a call"):
+    with pytest.raises(RuntimeError, match=r"backward needs a call.*there has been none"):
         layer.backward(x)
     layer(x)
     with pytest.raises(ValueError, match="dy must have the shape"):
         layer.backward(x[:1])
     layer.backward(x)
-    with pytest.raises(RuntimeError, match="one for each backward"):
+    with pytest.raises(RuntimeError, match="the last one has had its backward"):
         layer.backward(x)
+    y = x.copy()
+    layer(y, out=y)
+    with pytest.raises(RuntimeError, match="the last call wrote over its input"):
+        layer.backward(x)
+
+
+def test_only_a_mapping_is_a_state_dict():
+    with pytest.raises(TypeError, match="state_dict must map names to arrays, got BatchNorm"):
+        BatchNorm(3).load_state_dict(BatchNorm(3))
 
 
 @pytest.mark.parametrize("data_dtype", [np.float32, np.float64])

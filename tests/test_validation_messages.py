@@ -209,16 +209,16 @@ def test_out(bad, error, message):
 def test_out_that_overlaps_an_input_in_part(shift):
     memory = np.arange(3 * C * 4, dtype=np.float32).reshape(3, C, 4)
     x, out = memory[:-1], memory[shift]
-    raises(train, ValueError, "x itself or not overlap", "out ", x, out=out)
-    raises(infer, ValueError, "x itself or not overlap", "out ", x, ones(), ones(), out=out)
+    raises(train, ValueError, "x itself or share no element", "out ", x, out=out)
+    raises(infer, ValueError, "x itself or share no element", "out ", x, ones(), ones(), out=out)
     other = np.ones_like(x)
     raises(
-        *(bnfast.batch_norm_backward, ValueError, "x itself or not overlap", "out "),
+        *(bnfast.batch_norm_backward, ValueError, "x itself or share no element", "out "),
         *(other, x, ones(), ones()),
         out=out,
     )
     raises(
-        *(bnfast.batch_norm_backward, ValueError, "dy itself or not overlap", "out "),
+        *(bnfast.batch_norm_backward, ValueError, "dy itself or share no element", "out "),
         *(x, other, ones(), ones()),
         out=out,
     )
@@ -233,7 +233,7 @@ def test_out_that_may_overlap_is_refused_where_nobody_can_tell(monkeypatch):
     raises(
         train,
         ValueError,
-        "x itself or not overlap",
+        "x itself or share no element",
         "out ",
         memory[..., ::2],
         out=memory[..., 1::2],
@@ -304,6 +304,24 @@ def test_eps_may_be_zero_in_evaluation_only():
 def test_momentum(bad, error):
     raises(train, error, "momentum must be", "momentum ", X, ones(), ones(), momentum=bad)
     raises(infer, error, "momentum must be", "momentum ", X, ones(), ones(), momentum=bad)
+
+
+@pytest.mark.parametrize("bad", [0.1, 1, None, "False", np.ones(2)], ids=repr)
+def test_training_is_true_or_false(bad):
+    mean = ones()
+    with pytest.raises(TypeError, match="training must be True or False"):
+        bnfast.batch_norm(X, mean, ones(), None, None, bad)
+    with pytest.raises(TypeError, match="training must be True or False"):
+        bnfast.batch_norm_backward(X, X, ones(), ones(), training=bad)
+    np.testing.assert_array_equal(mean, ones())
+
+
+@pytest.mark.parametrize("training", [True, False, np.True_, np.False_], ids=repr)
+def test_numpy_has_booleans_too(training):
+    expected = bnfast.batch_norm(X, ones(), ones(), training=bool(training))
+    np.testing.assert_array_equal(
+        bnfast.batch_norm(X, ones(), ones(), None, None, training), expected
+    )
 
 
 @pytest.mark.parametrize("number", [1, np.float32(0.5), np.int64(1), np.array(0.5)])

@@ -113,7 +113,8 @@ def required_channel_parameter(name: str, value: object, channels: int) -> Array
     """Return one value a channel, contiguous and aligned."""
     array = channel_parameter(name, value, channels)
     if array is None:
-        raise TypeError(f"{name} must be an array of shape ({channels},), got None")
+        hint = "; training=True takes the statistics of x" if name[:7] == "running" else ""
+        raise TypeError(f"{name} must be an array of shape ({channels},), got None{hint}")
     return array
 
 
@@ -184,9 +185,14 @@ def shares_memory(a: Array, b: Array) -> bool:
         return True
 
 
+def _address(array: Array) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
 def _is_same_memory(a: Array, b: Array) -> bool:
     """Whether every index names the same element; what the stride of a single step is, is moot."""
-    if a.__array_interface__["data"][0] != b.__array_interface__["data"][0]:
+    if _address(a) != _address(b):
         return False
     axes = zip(a.shape, a.strides, b.strides, strict=True)
     return all(size == 1 or ours == theirs for size, ours, theirs in axes)
@@ -219,10 +225,18 @@ def output(value: object, x: Array, arguments: dict[str, Array | None]) -> Array
             raise ValueError(f"out must not share memory with {name}")
         if not _is_same_memory(out, argument):
             raise ValueError(
-                f"out must be {name} itself or not overlap it: got strides {out.strides} for out "
-                f"and {argument.strides} for {name}, with some elements in common"
+                f"out must be {name} itself or share no element with it: got one that begins "
+                f"{_address(out) - _address(argument)} bytes after {name}, with strides "
+                f"{out.strides} beside {argument.strides}"
             )
     return out
+
+
+def flag(name: str, value: object) -> bool:
+    """Return True or False; nothing else is either."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {_describe(value)}")
+    return bool(value)
 
 
 def integer(name: str, value: object) -> int:

@@ -26,6 +26,7 @@ _COUNTER = "num_batches_tracked"
 # What `backward` needs of the call before it: x, (mean, invstd, weight), and whether the statistics
 # are constant rather than those of x.
 _Saved = tuple[Array, tuple[Array, Array, Array | None], bool]
+_NONE_YET = "there has been none"  # or another reason why nothing is saved
 
 
 class BatchNorm:
@@ -135,7 +136,7 @@ class BatchNorm:
         self.running_var = np.ones(self.num_features, self.dtype) if track_running_stats else None
         self.num_batches_tracked = 0 if track_running_stats else None
         self.weight_grad = self.bias_grad = None
-        self._saved: _Saved | None = None
+        self._saved: _Saved | str = _NONE_YET
         self._evaluation = _primitives.Evaluation()  # what each call in evaluation may use again
         self._warned = False
 
@@ -308,7 +309,10 @@ class BatchNorm:
         self, x: Array, y: Array, statistics: tuple[Array, Array, Array | None], constant: bool
     ) -> None:
         # x is not copied; where it was overwritten, there can be no backward.
-        self._saved = None if _validation.shares_memory(x, y) else (x, statistics, constant)
+        if _validation.shares_memory(x, y):
+            self._saved = "the last call wrote over its input"
+        else:
+            self._saved = x, statistics, constant
 
     def _train_on(self, x: Array, out: Array | None) -> Array:
         if not self._warned and self.num_features < x.size < FEW_VALUES * self.num_features:
@@ -374,9 +378,9 @@ class BatchNorm:
         >>> layer.bias_grad
         array([8.], dtype=float32)
         """
-        if self._saved is None:
+        if isinstance(self._saved, str):
             raise RuntimeError(
-                "backward needs a call of the layer before it, not in place, one for each backward"
+                f"backward needs a call of the layer before it, not in place: {self._saved}"
             )
         x, (mean, invstd, weight), constant = self._saved
         dx, dweight, dbias = _primitives.gradient(
@@ -388,7 +392,7 @@ class BatchNorm:
         else:
             with np.errstate(all="ignore"):  # only where there is no weight to say the dtype
                 self.bias_grad = dbias.astype(self.bias.dtype, copy=False)
-        self._saved = None
+        self._saved = "the last one has had its backward"
         return dx
 
     def _state(self) -> dict[str, Array]:
@@ -407,6 +411,8 @@ class BatchNorm:
 
         Examples
         --------
+        PyTorch wants tensors: ``{name: torch.as_tensor(array) for name, array in state.items()}``.
+
         >>> import bnfast
         >>> list(bnfast.BatchNorm(3).state_dict())
         ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
@@ -428,8 +434,8 @@ class BatchNorm:
         Raises
         ------
         TypeError, ValueError
-            If a name is missing or unexpected, or an array has the wrong dtype or shape; the layer
-            is left as it was.
+            If a name is missing or unexpected, or an array is of integers or has the wrong shape;
+            the layer is left as it was. Floats are rounded to the layer's dtype.
 
         Examples
         --------
@@ -437,15 +443,17 @@ class BatchNorm:
         >>> layer, other = bnfast.BatchNorm(3), bnfast.BatchNorm(3)
         >>> layer.load_state_dict(other.state_dict())
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must map names to arrays, got {type(state_dict).__name__}")
         own = self._state()
         names = [*own] if self.num_batches_tracked is None else [*own, _COUNTER]
         missing = [name for name in own if name not in state_dict]
         unexpected = [name for name in state_dict if name not in names]
         if missing or unexpected:
-            raise ValueError(
-                f"state_dict must have the names {names}: "
-                f"missing {missing}, unexpected {unexpected}"
+            wrong = [f"missing {missing}"] * bool(missing) + [f"unexpected {unexpected}"] * bool(
+                unexpected
             )
+            raise ValueError(f"state_dict must have the names {names}: {', '.join(wrong)}")
         new = {
             name: _validation.required_channel_parameter(
                 name, state_dict[name], self.num_features
@@ -461,7 +469,7 @@ class BatchNorm:
         self.num_batches_tracked = tracked
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_saved": None, "_evaluation": _primitives.Evaluation()}
+        return {**self.__dict__, "_saved": _NONE_YET, "_evaluation": _primitives.Evaluation()}
 
     def __repr__(self) -> str:
         return (

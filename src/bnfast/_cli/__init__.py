@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,14 @@ def _threads(text: str) -> int:
     return threads
 
 
-def _peers(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    for name in names:
-        if name not in rivals.PEERS:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of: {', '.join(rivals.PEERS)}")
+def _of(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    def names(text: str) -> tuple[str, ...]:
+        chosen = tuple(text.lower().split(","))
+        for name in chosen:
+            if name not in choices:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of: {', '.join(choices)}")
+        return chosen
+
     return names
 
 
@@ -101,16 +105,18 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument(
         "--op",
         nargs="+",
-        choices=OPERATIONS,
-        default=OPERATIONS,
-        help="operations (default: all)",
+        type=_of(OPERATIONS),
+        default=[OPERATIONS],
+        metavar="NAME",
+        help=f"of {', '.join(OPERATIONS)} (default: all)",
     )
     bench.add_argument(
         "--layout",
         nargs="+",
-        choices=workloads.LAYOUTS,
-        default=workloads.LAYOUTS,
-        help="layouts (default: both)",
+        type=_of(workloads.LAYOUTS),
+        default=[workloads.LAYOUTS],
+        metavar="NAME",
+        help=f"of {', '.join(workloads.LAYOUTS)} (default: both)",
     )
     bench.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     bench.add_argument(
@@ -130,7 +136,7 @@ def _add_bench(commands: Any) -> None:
     )
     bench.add_argument(
         "--peers",
-        type=_peers,
+        type=_of(tuple(rivals.PEERS)),
         metavar="NAME,...",
         help=f"rivals, of {', '.join(rivals.PEERS)} (default: all that are installed)",
     )
@@ -179,13 +185,13 @@ def _bench(options: argparse.Namespace) -> int:
         print(
             f"python -m bnfast bench needs matplotlib and rich ({error}).\n"
             "Install them with: python -m pip install matplotlib rich\n"
-            'or, with every rival: python -m pip install "bnfast[bench]"',
+            'or, with every rival, in a clone: python -m pip install ".[bench]"',
             file=sys.stderr,
         )
         return 1
     selection = run.Selection(
-        tuple(options.op),
-        tuple(options.layout),
+        tuple(chain.from_iterable(options.op)),
+        tuple(chain.from_iterable(options.layout)),
         options.dtype,
         options.shapes,
         options.threads,

@@ -33,7 +33,8 @@ def batch_norm(
     Parameters
     ----------
     x : array of float32 or float64, at least 2-d
-        The batch. Any strides; C channels along `axis`, M values in each.
+        The batch: whatever ``np.asarray`` makes such an array of. Any strides, those of the layouts
+        being the fastest; C channels along `axis`, M values in each.
     running_mean, running_var : array (C,) of float32 or float64, or None
         In training they are updated in place, or both None; in evaluation they are what `x` is
         normalized with, and required.
@@ -94,7 +95,7 @@ def batch_norm(
     >>> mean, var
     (array([0.2, 2. ], dtype=float32), array([ 1.1, 20.9], dtype=float32))
     """
-    if training:
+    if training is not False and _validation.flag("training", training):
         y, _, _ = _primitives.normalize(
             x, axis, weight, bias, eps, running_mean, running_var, momentum, unbiased, out
         )
@@ -231,7 +232,8 @@ def batch_norm_backward(
     >>> bool(abs(dx.sum()) < 1e-15)
     True
     """
-    return _primitives.gradient(dy, x, axis, mean, invstd, weight, not training, out)
+    constant_statistics = not _validation.flag("training", training)
+    return _primitives.gradient(dy, x, axis, mean, invstd, weight, constant_statistics, out)
 
 
 def moments(x: NDArray[Float], axis: int = 1) -> Moments:

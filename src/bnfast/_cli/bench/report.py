@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from rich.columns import Columns
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -192,8 +195,8 @@ def notes(results: Results) -> list[str]:
         + f"; {results['dtype']}, {threads}, {writes}.",
         ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
         f"Made by `{results['command']}`.",
-        "Medians of calls in turn, and half the distance of their quartiles; ratios above 1 are "
-        "bnfast's; errors are the largest against float64; the best rival is marked. The limit is "
+        "Medians of calls in turn, and half the distance of their quartiles; above 1 bnfast is "
+        "faster; errors are the largest against float64; the best rival is marked. The limit is "
         "the best that plain and streaming copies, reads and writes in place reach on as much "
         "memory, measured in the same turns.",
     ]
@@ -207,16 +210,40 @@ def _sheets(results: Results) -> list[Sheet]:
     return [sheet for sheet in sheets if sheet.rows]
 
 
+def _marked(text: Text) -> str:
+    return f"[bold]{text.text}[/bold]" if text.best else text.text
+
+
+def _table(sheet: Sheet) -> Table:
+    table = Table(title=sheet.title, title_justify="left")
+    for number, heading in enumerate(sheet.headings):
+        justify: Literal["left", "right"] = "left" if number < sheet.names else "right"
+        table.add_column(heading, justify=justify, no_wrap=True)
+    for line in sheet.rows:
+        table.add_row(*map(_marked, line))
+    return table
+
+
+def _print_as_list(sheet: Sheet, console: Console) -> None:
+    """Print a table that is wider than the terminal: every row as a paragraph."""
+    console.print(f"[italic]{sheet.title}[/italic]", highlight=False)
+    for line in sheet.rows:
+        console.print(" ".join(map(_marked, line[: sheet.names])), highlight=False)
+        numbers = zip(sheet.headings[sheet.names :], line[sheet.names :], strict=True)
+        items = [f"{heading} {_marked(text)}" for heading, text in numbers]
+        console.print(Padding(Columns(items), (0, 0, 0, 4)), highlight=False)
+
+
 def show(results: Results) -> None:
     """Print it all; where there is no terminal to fit in, in wide lines."""
     console = Console(width=None if sys.stdout.isatty() else 220)
     for sheet in _sheets(results):
-        table = Table(title=sheet.title, title_justify="left")
-        for number, heading in enumerate(sheet.headings):
-            table.add_column(heading, justify="left" if number < sheet.names else "right")
-        for line in sheet.rows:
-            table.add_row(*(f"[bold]{t.text}[/bold]" if t.best else t.text for t in line))
-        console.print(table)
+        table = _table(sheet)
+        wide = console.options.update(max_width=10_000)
+        if Measurement.get(console, wide, table).maximum <= console.width:
+            console.print(table)
+        else:
+            _print_as_list(sheet, console)
     for note in notes(results):
         console.print(escape(note), highlight=False)
 

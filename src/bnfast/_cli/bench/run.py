@@ -289,5 +289,7 @@ def run(selection: Selection, json: Path | None, markdown: Path | None, plot: Pa
     else:
         report.show(results)
     if set(results["rivals"]) == {PEERS["numpy"].title} and selection.peers is None:
-        print('The rivals come with: python -m pip install "bnfast[bench]"', file=sys.stderr)
+        print(
+            'The rivals come, in a clone, with: python -m pip install ".[bench]"', file=sys.stderr
+        )
     return 0
