@@ -12,7 +12,7 @@ import bnfast
 from bnfast import _cli, _core
 from bnfast import _reference as reference
 from bnfast._cli.bench import cell as cells
-from bnfast._cli.bench import limit, report, rivals, timing, workloads
+from bnfast._cli.bench import limit, rivals, timing, workloads
 from bnfast._cli.bench.rivals import numpy_formulas
 
 
@@ -309,6 +309,7 @@ def test_the_command_writes_the_same_in_every_form(run, tmp_path):
 
 @pytest.mark.parametrize("width", [60, 80, 300])
 def test_tables_lose_nothing_in_narrow_terminals(run, capsys, monkeypatch, width):
+    report = run.report
     selection = run.Selection(shapes="3x4x5x5", quick=True)
     results = run.measure(selection, {"NumPy": numpy_formulas.NumPyFormulas(1)}, budget=1e-9)
     monkeypatch.setenv("COLUMNS", str(width))
