@@ -11,10 +11,10 @@ from bnfast import _core, _layout, _primitives
 from bnfast._layout import CHANNELS_LAST, CONTIGUOUS, plan_layout
 
 
-def plan_of(*arrays, axis=1):
+def plan_of(*arrays, axis=1, repeated=()):
     first = arrays[0]
     return plan_layout(
-        *(first.shape, axis, first.itemsize),
+        *(first.shape, axis, repeated, first.itemsize),
         tuple(a.strides for a in arrays),
         tuple(a.flags.aligned for a in arrays),
     )
@@ -115,7 +115,7 @@ def test_misaligned_memory_is_packed():
 
 def test_the_plan_is_cached_and_immutable():
     x = np.empty((4, 3, 5, 6), np.float32)
-    assert _primitives._geometry_of(1, x) is _primitives._geometry_of(1, x.copy())
+    assert _primitives._geometry_of(1, (), x) is _primitives._geometry_of(1, (), x.copy())
     with pytest.raises(AttributeError):
         plan_of(x).outer = 7
 

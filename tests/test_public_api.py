@@ -17,6 +17,7 @@ MODULES = [
     "bnfast._memory",
     "bnfast._threads",
     "bnfast.functional.batch",
+    "bnfast.functional.rows",
     "bnfast.layers",
     "bnfast.statistics",
 ]
@@ -50,6 +51,21 @@ def test_all_names_are_there_and_documented():
             "dy, x, mean, invstd, weight=None, *, axis=1, training=True, out=None",
         ),
         (bnfast.moments, "x, axis=1"),
+        (
+            bnfast.instance_norm,
+            "x, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, "
+            "momentum=0.1, eps=1e-05, *, axis=1, out=None",
+        ),
+        (
+            bnfast.group_norm,
+            "x, num_groups, weight=None, bias=None, eps=1e-05, *, axis=1, per_group=False, "
+            "out=None",
+        ),
+        (
+            bnfast.layer_norm,
+            "x, normalized_shape, weight=None, bias=None, eps=1e-05, *, axis=None, out=None",
+        ),
+        (bnfast.rms_norm, "x, normalized_shape, weight=None, eps=None, *, axis=None, out=None"),
         (
             bnfast.BatchNorm,
             "num_features, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, *, "

@@ -16,36 +16,65 @@ def to_numpy(value):
     return value.detach().numpy().copy() if torch.is_tensor(value) else value
 
 
-def opinfo_samples():
-    """PyTorch's samples for batch_norm, each with its dtype: they ship with the package."""
+def opinfo(name):
+    """PyTorch's description of an operation, with samples: it ships with the package."""
     pytest.importorskip("expecttest")  # imported by PyTorch's own test package
     from torch.testing._internal.common_methods_invocations import op_db
 
-    (op,) = [
-        op for op in op_db if op.name == "nn.functional.batch_norm" and not op.variant_test_name
-    ]
+    (op,) = [op for op in op_db if op.name == f"nn.functional.{name}" and not op.variant_test_name]
+    return op
+
+
+def opinfo_samples(name):
+    """All samples of an operation, those for references too, each with its dtype."""
+    op = opinfo(name)
     return [
-        (str(dtype), number, sample)
+        (str(dtype), sample)
         for dtype in (torch.float32, torch.float64)
-        for number, sample in enumerate(op.sample_inputs("cpu", dtype))
+        for sample in [*op.sample_inputs("cpu", dtype), *op.reference_inputs("cpu", dtype)]
     ]
 
 
-def test_all_samples_of_pytorch_with_their_running_statistics():
-    samples = opinfo_samples()
-    assert len(samples) == 24
-    for dtype, number, sample in samples:
-        # (input, running_mean, running_var) and keywords; both sides update copies of their own.
-        theirs = [None if a is None else a.clone() for a in (sample.input, *sample.args)]
+@pytest.mark.parametrize(
+    ("name", "fewest"),
+    [
+        *(("batch_norm", 48), ("group_norm", 108), ("instance_norm", 36), ("layer_norm", 24)),
+        ("rms_norm", 24),
+    ],
+)
+def test_all_samples_of_pytorch(name, fewest):
+    samples = opinfo_samples(name)
+    assert len(samples) >= fewest
+    for dtype, sample in samples:
+        # Input, arguments and keywords; running statistics are updated, so each side has its own.
+        theirs = [a.clone() if torch.is_tensor(a) else a for a in (sample.input, *sample.args)]
         ours = [to_numpy(a) for a in theirs]
-        keywords = {name: to_numpy(value) for name, value in sample.kwargs.items()}
-        expected = functional.batch_norm(*theirs, **sample.kwargs)
-        got = bnfast.batch_norm(*ours, **keywords)
-        for a, b in zip([got, *ours], [expected, *theirs], strict=True):
-            if b is not None:
+        their_keywords = {
+            k: a.clone() if torch.is_tensor(a) else a for k, a in sample.kwargs.items()
+        }
+        keywords = {k: to_numpy(a) for k, a in their_keywords.items()}
+        expected = getattr(functional, name)(*theirs, **their_keywords)
+        got = getattr(bnfast, name)(*ours, **keywords)
+        pairs = zip(
+            [got, *ours, *keywords.values()],
+            [expected, *theirs, *their_keywords.values()],
+            strict=True,
+        )
+        for a, b in pairs:
+            if torch.is_tensor(b):
+                message = f"{dtype} {tuple(sample.input.shape)} {sample.args} {sample.kwargs}"
                 torch.testing.assert_close(
-                    torch.from_numpy(a), b.detach(), msg=f"{dtype} sample {number}"
+                    torch.from_numpy(a), b.detach(), equal_nan=True, msg=message
                 )
+
+
+@pytest.mark.parametrize("name", ["group_norm", "rms_norm"])  # the others list none
+def test_what_pytorch_refuses_is_refused(name):
+    for bad in opinfo(name).error_inputs("cpu"):
+        sample = bad.sample_input
+        keywords = {k: to_numpy(a) for k, a in sample.kwargs.items()}
+        with pytest.raises((TypeError, ValueError)):
+            getattr(bnfast, name)(*[to_numpy(a) for a in (sample.input, *sample.args)], **keywords)
 
 
 def test_errors_come_where_pytorch_raises():
@@ -95,6 +124,29 @@ def test_gradients_are_autograds(isa, rng, shape, training):
     else:
         invstd = 1 / np.sqrt(var + 1e-5)
     got = bnfast.batch_norm_backward(dy, x, mean, invstd, weight, training=training)
+    for a, tensor in zip(got, tensors, strict=True):
+        np.testing.assert_allclose(a, tensor.grad.numpy(), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["group_norm", "instance_norm", "layer_norm", "rms_norm"])
+def test_gradients_of_the_family_are_autograds(isa, rng, name):
+    x, dy = rng.normal(2, 3, (2, 4, 6, 5, 3))
+    of_rows = name in ("layer_norm", "rms_norm")
+    weight, bias = rng.normal(size=(2, *((5, 3) if of_rows else (6,))))
+    bias = None if name == "rms_norm" else bias
+    tensors = [torch.from_numpy(a).requires_grad_() for a in (x, weight, bias) if a is not None]
+    theirs, *parameters = tensors
+    if name == "instance_norm":
+        y = functional.instance_norm(theirs, weight=parameters[0], bias=parameters[1])
+        saved = bnfast.instance_norm_forward(x)[1:]
+    elif name == "group_norm":
+        y = functional.group_norm(theirs, 3, *parameters)
+        saved = bnfast.group_norm_forward(x, 3)[1:]
+    else:
+        y = getattr(functional, name)(theirs, (5, 3), *parameters)
+        saved = (5, 3), *getattr(bnfast, f"{name}_forward")(x, (5, 3))[1:]
+    y.backward(torch.from_numpy(dy))
+    got = getattr(bnfast, f"{name}_backward")(dy, x, *saved, weight)
     for a, tensor in zip(got, tensors, strict=True):
         np.testing.assert_allclose(a, tensor.grad.numpy(), rtol=1e-9, atol=1e-11)
 

@@ -16,7 +16,10 @@ class _BuildFacts(TypedDict):
     openmp_library: str | None
 
 class Geometry:
+    walked: tuple[int, ...]
     def __init__(self, plan: LayoutPlan) -> None: ...
+    @property
+    def row_blocks(self) -> int: ...
 
 class Evaluation:
     @property
@@ -41,6 +44,8 @@ def normalize(
     eps: float,
     mean: Array,
     invstd: Array,
+    shared: int,
+    uncentred: bool,
     running_mean: Array | None,
     running_var: Array | None,
     momentum: float,
@@ -69,7 +74,33 @@ def gradient(
     invstd: Array,
     dweight: Array,
     dbias: Array,
+    shared: int,
+    uncentred: bool,
     constant_statistics: bool,
+    threads: int,
+) -> None: ...
+def normalize_rows(
+    geometry: Geometry,
+    x: Array,
+    y: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    mean: Array,
+    invstd: Array,
+    uncentred: bool,
+    threads: int,
+) -> None: ...
+def row_gradient(
+    geometry: Geometry,
+    x: Array,
+    dy: Array,
+    dx: Array,
+    weight: Array | None,
+    mean: Array,
+    invstd: Array,
+    sums: Array | None,
+    uncentred: bool,
     threads: int,
 ) -> None: ...
 def limit_output_pool(bytes_: int) -> None: ...

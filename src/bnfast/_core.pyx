@@ -28,20 +28,13 @@ cdef extern from "kernels.h" nogil:
         BN_contiguous
         BN_channels_last
 
-    ctypedef struct bn_scale_shift_coefficients:
-        void *mean_high
-        void *mean_low
-        void *scale
-        void *shift
-        size_t period
+    enum:
+        BN_SCALE_SHIFT_COEFFICIENTS
+        BN_GRADIENT_COEFFICIENTS
+        BN_SHARED_GRADIENT_COEFFICIENTS
 
-    ctypedef struct bn_gradient_coefficients:
-        void *mean_high
-        void *mean_low
-        void *dy_mean
-        void *slope
-        void *scale
-        size_t period
+    ctypedef struct bn_coefficients:
+        void **array
 
     ctypedef void bn_widen_kernel(size_t channels, const float *narrow, double *wide) noexcept
     ctypedef float bn_memory_probe(size_t lines, const float *start, float *to) noexcept
@@ -67,11 +60,15 @@ cdef extern from "geometry.h" nogil:
         ptrdiff_t channel_stride
         ptrdiff_t *outer_axis_strides
         ptrdiff_t *inner_axis_strides
+        ptrdiff_t *repeat_axis_strides
 
     ctypedef struct bn_geometry:
         bn_layout layout
         bn_dtype dtype
         size_t itemsize
+        size_t repeats
+        size_t repeat_axes
+        size_t *repeat_axis_sizes
         size_t outer
         size_t channels
         size_t inner
@@ -86,10 +83,11 @@ cdef extern from "geometry.h" nogil:
         size_t chunks_per_block
         size_t blocks
         size_t phases
+        size_t rows_of_block
         int any_packed
         bn_operand *operand
 
-    size_t bn_coefficients(const bn_geometry *geometry)
+    size_t bn_coefficients_length(const bn_geometry *geometry)
 
 
 cdef extern from "cache_sizes.h" nogil:
@@ -131,28 +129,35 @@ cdef extern from "block_tasks.h" nogil:
         double *sum_dy
         double *sum_dy_deviation
         int constant_statistics
+        size_t shared
+        int uncentred
+        char *element_weight
+        char *element_bias
+        double *column_sums
         double *partials
-        bn_scale_shift_coefficients scale_shift
+        bn_coefficients coefficients
         int prepared
-        bn_gradient_coefficients gradient
 
     ctypedef void bn_task(const bn_job *job, size_t number) noexcept
 
     ctypedef struct bn_phase:
         bn_task *task
         size_t tasks
+        int of_all
 
     enum:
         BN_MAX_PHASES
         BN_SUMS
 
+    void bn_do_task(const bn_job *job, const bn_phase *phase, size_t number) noexcept
     size_t bn_moments_phases(bn_job *job, size_t threads, bn_phase *phases)
     size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases)
     size_t bn_scale_shift_phases(bn_job *job, size_t threads, bn_phase *phases)
     size_t bn_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
+    size_t bn_row_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
     void bn_parameter_gradients(const bn_job *job, bn_dtype dtype, void *dweight, void *dbias)
-    void bn_update_running(const bn_kernels *kernels, bn_dtype dtype, size_t channels,
-                           double momentum, const double *divided, double divisor, void *running)
+    void bn_update_running(const bn_job *job, bn_dtype dtype, double momentum,
+                           const double *divided, double divisor, void *running)
 
 
 cdef extern from "dispatch.h" nogil:
@@ -272,14 +277,15 @@ cdef class Geometry:
     """A `LayoutPlan` in C; immutable."""
 
     cdef bn_geometry c
+    cdef readonly tuple walked
 
     def __init__(self, plan):
         cdef bn_geometry *c = &self.c
         cdef bn_operand *operand
         cdef Py_ssize_t k, axis, itemsize = plan.itemsize
-        if len(plan.operands) > BN_MAX_OPERANDS or max(
-            len(plan.outer_axis_sizes), len(plan.inner_axis_sizes)
-        ) > BN_MAX_AXES:
+        if len(plan.operands) > BN_MAX_OPERANDS or BN_MAX_AXES < max(
+            map(len, (plan.repeat_axis_sizes, plan.outer_axis_sizes, plan.inner_axis_sizes))
+        ):
             raise ValueError("the plan has too many operands or axes")
         if plan.chunk_outer * plan.chunk_inner * itemsize > BN_SCRATCH_BYTES:
             raise ValueError("the plan's chunks do not fit the scratch memory of packing.h")
@@ -289,6 +295,10 @@ cdef class Geometry:
         c.layout = BN_contiguous if plan.layout == "contiguous" else BN_channels_last
         c.dtype = BN_f32 if itemsize == 4 else BN_f64
         c.itemsize = itemsize
+        c.repeats = plan.repeats
+        c.repeat_axes = len(plan.repeat_axis_sizes)
+        for axis, size in enumerate(plan.repeat_axis_sizes):
+            c.repeat_axis_sizes[axis] = size
         c.outer, c.channels, c.inner = plan.outer, plan.channels, plan.inner
         c.outer_axes = len(plan.outer_axis_sizes)
         c.inner_axes = len(plan.inner_axis_sizes)
@@ -300,10 +310,14 @@ cdef class Geometry:
         c.chunks_per_run, c.chunks = plan.chunks_per_run, plan.chunks
         c.chunks_per_block, c.blocks = plan.chunks_per_block, plan.blocks
         c.phases = plan.phases
+        c.rows_of_block = plan.rows_of_block
+        self.walked = plan.walked
         for k, layout in enumerate(plan.operands):
             operand = &c.operand[k]
             operand.packed = not layout.direct
             c.any_packed |= operand.packed
+            for axis, stride in enumerate(layout.repeat_axis_strides):
+                operand.repeat_axis_strides[axis] = stride
             if layout.direct:
                 operand.outer_stride = <ptrdiff_t>layout.outer_stride // itemsize
                 operand.channel_stride = <ptrdiff_t>layout.channel_stride // itemsize
@@ -313,6 +327,11 @@ cdef class Geometry:
                     operand.outer_axis_strides[axis] = stride
                 for axis, stride in enumerate(layout.inner_axis_strides):
                     operand.inner_axis_strides[axis] = stride
+
+    @property
+    def row_blocks(self):
+        """How many blocks of rows have sums of their own."""
+        return (_statistics(&self.c) + self.c.rows_of_block - 1) // self.c.rows_of_block
 
 
 cdef enum:
@@ -350,19 +369,19 @@ cdef void *_take(_Workspace *workspace, size_t bytes_) noexcept:
     return taken
 
 
-cdef double *_take_doubles(_Workspace *workspace, size_t channels) noexcept:
-    return <double *>_take(workspace, channels * sizeof(double))
+cdef double *_take_doubles(_Workspace *workspace, size_t count) noexcept:
+    return <double *>_take(workspace, count * sizeof(double))
 
 
-cdef const double *_widened(_Workspace *workspace, parameter, size_t channels) noexcept:
+cdef const double *_widened(_Workspace *workspace, parameter, size_t count) noexcept:
     """The parameter as float64, NULL for None: a 1-d aligned contiguous float32 or float64."""
     cdef double *wide
     if parameter is None:
         return NULL
     if cnp.PyArray_TYPE(<cnp.ndarray>parameter) == cnp.NPY_FLOAT64:
         return <const double *>_data(parameter)
-    wide = _take_doubles(workspace, channels)
-    active.widen(channels, <const float *>_data(parameter), wide)
+    wide = _take_doubles(workspace, count)
+    active.widen(count, <const float *>_data(parameter), wide)
     return wide
 
 
@@ -370,36 +389,38 @@ cdef size_t _padded(size_t bytes_) noexcept nogil:
     return (bytes_ + 63) // 64 * 64
 
 
-cdef size_t _workspace_bytes(bn_geometry *c, size_t arrays, size_t coefficients) noexcept:
+# Channels of all repeats: each has statistics of its own.
+cdef inline size_t _statistics(const bn_geometry *c) noexcept:
+    return c.repeats * c.channels
+
+
+cdef inline size_t _partials(const bn_geometry *c) noexcept:
+    return (c.blocks - 1) * BN_SUMS * _statistics(c)
+
+
+cdef inline size_t _coefficient_bytes(const bn_geometry *c) noexcept:
+    return c.repeats * bn_coefficients_length(c) * c.itemsize
+
+
+cdef size_t _workspace_bytes(
+    const bn_geometry *c, size_t parameters, size_t statistics, size_t partials,
+    size_t coefficients
+) noexcept:
+    """Of so many arrays of float64 parameters, statistics, partial sums, and of coefficients."""
     return (
-        arrays * _padded(c.channels * sizeof(double))
-        + coefficients * _padded(bn_coefficients(c) * c.itemsize)
+        parameters * _padded(c.channels * sizeof(double))
+        + statistics * _padded(_statistics(c) * sizeof(double))
+        + partials * _padded(_partials(c) * sizeof(double))
+        + coefficients * _padded(_coefficient_bytes(c))
     )
 
 
-cdef bn_scale_shift_coefficients _scale_shift_arrays(
-    _Workspace *workspace, bn_geometry *c
+cdef void _take_coefficients(
+    _Workspace *workspace, const bn_geometry *c, size_t arrays, bn_coefficients *coefficients
 ) noexcept:
-    cdef bn_scale_shift_coefficients arrays
-    cdef size_t bytes_ = bn_coefficients(c) * c.itemsize
-    arrays.mean_high = _take(workspace, bytes_)
-    arrays.mean_low = _take(workspace, bytes_)
-    arrays.scale = _take(workspace, bytes_)
-    arrays.shift = _take(workspace, bytes_)
-    arrays.period = 0
-    return arrays
-
-
-cdef bn_gradient_coefficients _gradient_arrays(_Workspace *workspace, bn_geometry *c) noexcept:
-    cdef bn_gradient_coefficients arrays
-    cdef size_t bytes_ = bn_coefficients(c) * c.itemsize
-    arrays.mean_high = _take(workspace, bytes_)
-    arrays.mean_low = _take(workspace, bytes_)
-    arrays.dy_mean = _take(workspace, bytes_)
-    arrays.slope = _take(workspace, bytes_)
-    arrays.scale = _take(workspace, bytes_)
-    arrays.period = 0
-    return arrays
+    cdef size_t i
+    for i in range(arrays):
+        coefficients.array[i] = _take(workspace, _coefficient_bytes(c))
 
 
 cdef char *_data(cnp.ndarray array) noexcept:
@@ -417,12 +438,13 @@ cdef bn_job _new_job(const bn_geometry *geometry) noexcept:
     cdef bn_job job
     memset(&job, 0, sizeof(bn_job))
     job.kernels, job.geometry, job.caches = active, geometry, caches
+    job.shared = 1
     return job
 
 
 cdef void _do_all(bn_job *job, bn_phases phases_of, int threads) noexcept:
     cdef const bn_geometry *c = job.geometry
-    if threads == 1 and c.outer * c.channels * c.inner * c.itemsize < BN_BRIEF_BYTES:
+    if threads == 1 and c.outer * c.inner * _statistics(c) * c.itemsize < BN_BRIEF_BYTES:
         _do(job, phases_of, 1)
     else:
         with nogil:
@@ -433,21 +455,20 @@ cdef void _do(bn_job *job, bn_phases phases_of, int threads) noexcept nogil:
     cdef bn_phase phases[BN_MAX_PHASES]
     cdef size_t phase
     for phase in range(phases_of(job, threads, phases)):
-        _run_phase(job, phases[phase].task, <Py_ssize_t>phases[phase].tasks, threads)
+        _run_phase(job, &phases[phase], threads)
 
 
-cdef void _run_phase(
-    const bn_job *job, bn_task *task, Py_ssize_t tasks, int threads
-) noexcept nogil:
-    cdef Py_ssize_t number
+cdef void _run_phase(const bn_job *job, const bn_phase *phase, int threads) noexcept nogil:
+    cdef size_t repeats = 1 if phase.of_all else job.geometry.repeats
+    cdef Py_ssize_t number, tasks = <Py_ssize_t>(repeats * phase.tasks)
     cdef int team = threads if threads < tasks else <int>tasks
     if team == 1:
         # No OpenMP region at all: cheaper, and safe in a forked child.
         for number in range(tasks):
-            task(job, <size_t>number)
+            bn_do_task(job, phase, <size_t>number)
     else:
         for number in prange(tasks, num_threads=team, schedule="static"):
-            task(job, <size_t>number)
+            bn_do_task(job, phase, <size_t>number)
 
 
 def moments(Geometry geometry, x, mean, m2, int threads):
@@ -456,43 +477,46 @@ def moments(Geometry geometry, x, mean, m2, int threads):
     cdef bn_job job = _new_job(c)
     cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
-    _reserve(&workspace, small, _workspace_bytes(c, 1 + BN_SUMS * (c.blocks - 1), 0))
+    _reserve(&workspace, small, _workspace_bytes(c, 0, 1, 1, 0))
     job.x = _data(x)
     job.mean, job.m2 = _doubles(mean), _doubles(m2)
-    job.mean_low = _take_doubles(&workspace, c.channels)
-    job.partials = <double *>_take(&workspace, 0)
+    job.mean_low = _take_doubles(&workspace, _statistics(c))
+    job.partials = _take_doubles(&workspace, _partials(c))
     _do_all(&job, bn_moments_phases, threads)
     _release(&workspace)
 
 
 cpdef object normalize(
-    Geometry geometry, x, y, weight, bias, double eps, mean, invstd,
+    Geometry geometry, x, y, weight, bias, double eps, mean, invstd, size_t shared, bint uncentred,
     running_mean, running_var, double momentum, double correction, int threads
 ):
     """Write y, mean and invstd (float64) from the statistics of x, and update the running ones.
 
-    The running variance takes m2 / (count - correction).
+    Mean and invstd have one value for each channel of each repeat, the same for those `shared`
+    neighbouring ones that have their statistics together. The running variance takes
+    m2 / (count - correction), averaged over the repeats as the mean is.
     """
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
     cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
-    _reserve(&workspace, small, _workspace_bytes(c, 4 + BN_SUMS * (c.blocks - 1), 4))
+    _reserve(&workspace, small, _workspace_bytes(c, 2, 2, 1, BN_SCALE_SHIFT_COEFFICIENTS))
     job.x, job.y = _data(x), _data(y)
     job.weight = _widened(&workspace, weight, c.channels)
     job.bias = _widened(&workspace, bias, c.channels)
     job.eps = eps
     job.mean, job.invstd = _doubles(mean), _doubles(invstd)
-    job.mean_low = _take_doubles(&workspace, c.channels)
-    job.m2 = _take_doubles(&workspace, c.channels)
-    job.scale_shift = _scale_shift_arrays(&workspace, c)
-    job.partials = <double *>_take(&workspace, 0)
+    job.mean_low = _take_doubles(&workspace, _statistics(c))
+    job.m2 = _take_doubles(&workspace, _statistics(c))
+    _take_coefficients(&workspace, c, BN_SCALE_SHIFT_COEFFICIENTS, &job.coefficients)
+    job.partials = _take_doubles(&workspace, _partials(c))
+    job.shared, job.uncentred = shared, uncentred
     _do_all(&job, bn_normalize_phases, threads)
     if running_mean is not None:
-        bn_update_running(active, _dtype(running_mean), c.channels, momentum, job.mean, 1.0,
+        bn_update_running(&job, _dtype(running_mean), momentum, job.mean, 1.0,
                           _data(running_mean))
     if running_var is not None:
-        bn_update_running(active, _dtype(running_var), c.channels, momentum, job.m2,
+        bn_update_running(&job, _dtype(running_var), momentum, job.m2,
                           <double>(c.outer * c.inner) - correction, _data(running_var))
     _release(&workspace)
 
@@ -508,7 +532,7 @@ cdef class _Prepared:
     cdef double eps
     cdef bn_dtype dtype
     cdef size_t length
-    cdef bn_scale_shift_coefficients coefficients
+    cdef bn_coefficients coefficients
 
     def __cinit__(self, Geometry geometry, weight, bias, double eps, mean, variance):
         cdef bn_geometry *c = &geometry.c
@@ -516,18 +540,18 @@ cdef class _Prepared:
         self.weight, self.bias = _copied(weight), _copied(bias)
         self.mean, self.variance = _copied(mean), _copied(variance)
         self.invstd = _empty_channels(<Py_ssize_t>c.channels, cnp.NPY_FLOAT64)
-        self.eps, self.dtype, self.length = eps, c.dtype, bn_coefficients(c)
+        self.eps, self.dtype, self.length = eps, c.dtype, bn_coefficients_length(c)
         self.memory = PyBytes_FromStringAndSize(
-            NULL, <Py_ssize_t>_workspace_bytes(c, 0, 4) + 64
+            NULL, <Py_ssize_t>_workspace_bytes(c, 0, 0, 0, BN_SCALE_SHIFT_COEFFICIENTS) + 64
         )
         arrays.next = _at_line(<char *>self.memory)
-        self.coefficients = _scale_shift_arrays(&arrays, c)
+        _take_coefficients(&arrays, c, BN_SCALE_SHIFT_COEFFICIENTS, &self.coefficients)
 
     cdef bint is_of(self, Geometry geometry, weight, bias, double eps, mean, variance) noexcept:
         cdef bn_geometry *c = &geometry.c
         return (
             self.dtype == c.dtype
-            and self.length == bn_coefficients(c)
+            and self.length == bn_coefficients_length(c)
             and self.eps == eps
             and _is_same(self.mean, mean)
             and _is_same(self.variance, variance)
@@ -593,19 +617,19 @@ cpdef object scale_shift(
             weight, bias, mean, variance = (
                 prepared.weight, prepared.bias, prepared.mean, prepared.variance
             )
-    _reserve(&workspace, small, _workspace_bytes(c, 5, 4))
+    _reserve(&workspace, small, _workspace_bytes(c, 4, 1, 0, BN_SCALE_SHIFT_COEFFICIENTS))
     job.x, job.y = _data(x), _data(y)
     job.eps = eps
     if prepared is not None:
-        job.invstd, job.scale_shift = _doubles(prepared.invstd), prepared.coefficients
+        job.invstd, job.coefficients = _doubles(prepared.invstd), prepared.coefficients
     else:
-        job.invstd = _take_doubles(&workspace, c.channels)
-        job.scale_shift = _scale_shift_arrays(&workspace, c)
+        job.invstd = _take_doubles(&workspace, _statistics(c))
+        _take_coefficients(&workspace, c, BN_SCALE_SHIFT_COEFFICIENTS, &job.coefficients)
     if not job.prepared:
         job.weight = _widened(&workspace, weight, c.channels)
         job.bias = _widened(&workspace, bias, c.channels)
-        job.mean = <double *>_widened(&workspace, mean, c.channels)
-        job.variance = _widened(&workspace, variance, c.channels)
+        job.mean = <double *>_widened(&workspace, mean, _statistics(c))
+        job.variance = _widened(&workspace, variance, _statistics(c))
     _do_all(&job, bn_scale_shift_phases, threads)
     _release(&workspace)
     if kept is not None and not job.prepared:
@@ -614,27 +638,85 @@ cpdef object scale_shift(
 
 
 cpdef object gradient(
-    Geometry geometry, x, dy, dx, weight, mean, invstd, dweight, dbias,
-    bint constant_statistics, int threads
+    Geometry geometry, x, dy, dx, weight, mean, invstd, dweight, dbias, size_t shared,
+    bint uncentred, bint constant_statistics, int threads
 ):
-    """Write dx, dweight and dbias."""
+    """Write dx, dweight and dbias; mean and invstd are as `normalize` writes them."""
+    cdef bn_geometry *c = &geometry.c
+    cdef size_t coefficients = (
+        BN_SHARED_GRADIENT_COEFFICIENTS if shared > 1 else BN_GRADIENT_COEFFICIENTS
+    )
+    cdef bn_job job = _new_job(c)
+    cdef _Workspace workspace
+    cdef char small[SMALL_WORKSPACE]
+    _reserve(&workspace, small, _workspace_bytes(c, 1, 4, 1, coefficients))
+    job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)
+    job.weight = _widened(&workspace, weight, c.channels)
+    job.mean = <double *>_widened(&workspace, mean, _statistics(c))
+    job.invstd = <double *>_widened(&workspace, invstd, _statistics(c))
+    job.sum_dy = _take_doubles(&workspace, _statistics(c))
+    job.sum_dy_deviation = _take_doubles(&workspace, _statistics(c))
+    job.constant_statistics = constant_statistics
+    job.shared, job.uncentred = shared, uncentred
+    _take_coefficients(&workspace, c, coefficients, &job.coefficients)
+    job.partials = _take_doubles(&workspace, _partials(c))
+    _do_all(&job, bn_gradient_phases, threads)
+    bn_parameter_gradients(&job, _dtype(dweight), _data(dweight), _data(dbias))
+    _release(&workspace)
+
+
+def normalize_rows(
+    Geometry geometry, x, y, weight, bias, double eps, mean, invstd, bint uncentred, int threads
+):
+    """Write y, mean and invstd (float64) from the statistics of the rows of x.
+
+    Rows are the channels of the geometry's repeats; weight and bias, both or neither, are operands
+    of the dtype of x.
+    """
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
     cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
-    _reserve(&workspace, small, _workspace_bytes(c, 5 + BN_SUMS * (c.blocks - 1), 9))
+    _reserve(&workspace, small, _workspace_bytes(c, 0, 2, 1, BN_SCALE_SHIFT_COEFFICIENTS))
+    job.x, job.y = _data(x), _data(y)
+    if weight is not None:
+        job.element_weight, job.element_bias = _data(weight), _data(bias)
+    job.eps, job.uncentred = eps, uncentred
+    job.mean, job.invstd = _doubles(mean), _doubles(invstd)
+    job.mean_low = _take_doubles(&workspace, _statistics(c))
+    job.m2 = _take_doubles(&workspace, _statistics(c))
+    _take_coefficients(&workspace, c, BN_SCALE_SHIFT_COEFFICIENTS, &job.coefficients)
+    job.partials = _take_doubles(&workspace, _partials(c))
+    _do_all(&job, bn_normalize_phases, threads)
+    _release(&workspace)
+
+
+def row_gradient(
+    Geometry geometry, x, dy, dx, weight, mean, invstd, sums, bint uncentred, int threads
+):
+    """Write dx, and to sums[0] the gradients of weight and bias; `sums` may be None.
+
+    They are float64, [blocks of rows][2][elements of a row in the order of the walk].
+    """
+    cdef bn_geometry *c = &geometry.c
+    cdef bn_job job = _new_job(c)
+    cdef _Workspace workspace
+    cdef char small[SMALL_WORKSPACE]
+    cdef size_t rows = _statistics(c)
+    _reserve(&workspace, small, _workspace_bytes(c, 0, 4, 1, BN_GRADIENT_COEFFICIENTS))
     job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)
-    job.weight = _widened(&workspace, weight, c.channels)
-    job.mean = <double *>_widened(&workspace, mean, c.channels)
-    job.invstd = <double *>_widened(&workspace, invstd, c.channels)
-    job.sum_dy = _take_doubles(&workspace, c.channels)
-    job.sum_dy_deviation = _take_doubles(&workspace, c.channels)
-    job.constant_statistics = constant_statistics
-    job.scale_shift = _scale_shift_arrays(&workspace, c)
-    job.gradient = _gradient_arrays(&workspace, c)
-    job.partials = <double *>_take(&workspace, 0)
-    _do_all(&job, bn_gradient_phases, threads)
-    bn_parameter_gradients(&job, _dtype(dweight), _data(dweight), _data(dbias))
+    if weight is not None:
+        job.element_weight = _data(weight)
+    job.uncentred = uncentred
+    job.mean = <double *>_widened(&workspace, mean, rows)
+    job.invstd = <double *>_widened(&workspace, invstd, rows)
+    job.sum_dy = _take_doubles(&workspace, rows)
+    job.sum_dy_deviation = _take_doubles(&workspace, rows)
+    _take_coefficients(&workspace, c, BN_GRADIENT_COEFFICIENTS, &job.coefficients)
+    job.partials = _take_doubles(&workspace, _partials(c))
+    if sums is not None:
+        job.column_sums = _doubles(sums)
+    _do_all(&job, bn_row_gradient_phases, threads)
     _release(&workspace)
 
 
@@ -859,8 +941,8 @@ def normalize_at_once(
     y = _output(out, x)
     mean = _empty_channels(channels, cnp.NPY_FLOAT64)
     invstd = _empty_channels(channels, cnp.NPY_FLOAT64)
-    normalize(geometry, x, y, weight, bias, epsilon, mean, invstd, running_mean, running_var,
-              new_weight, 1.0 if unbiased else 0.0, 1)
+    normalize(geometry, x, y, weight, bias, epsilon, mean, invstd, 1, False, running_mean,
+              running_var, new_weight, 1.0 if unbiased else 0.0, 1)
     return y, mean, invstd
 
 
@@ -887,7 +969,8 @@ def gradient_at_once(
     dx = _output(out, x)
     dweight = _empty_channels(channels, kind)
     dbias = _empty_channels(channels, kind)
-    gradient(geometry, x, dy, dx, weight, mean, invstd, dweight, dbias, constant_statistics, 1)
+    gradient(geometry, x, dy, dx, weight, mean, invstd, dweight, dbias, 1, False,
+             constant_statistics, 1)
     return dx, dweight, dbias
 
 

@@ -1,9 +1,10 @@
 """Shape, strides and channel axis in; an immutable plan out, which _primitives keeps.
 
-The plan sees an array as ``(outer, channels, inner)``: ``outer`` are the reduced axes that step
-further than the channel axis, ``inner`` those that step less. It then cuts every channel into
-chunks and blocks. What is summed with what follows from the plan, and the plan from shape, strides
-and element size: not from the machine, nor from the number of threads.
+The plan sees an array as some repeats of ``(outer, channels, inner)``. Every channel of every
+repeat has statistics of its own: ``outer`` are the reduced axes that step further than the channel
+axis, ``inner`` those that step less. It then cuts every channel into chunks and blocks. What is
+summed with what follows from the plan, and the plan from shape, strides and element size: not from
+the machine, nor from the number of threads.
 """
 
 from __future__ import annotations
@@ -43,27 +44,40 @@ MOST_LANES = 256
 FEWEST_BLOCK_ROWS = 640
 
 
+# Sums over rows are made block by block: of so many rows that the blocks' own sums cost little, and
+# so few that every thread finds a block.
+MOST_ROW_BLOCKS = 32
+FEWEST_BLOCK_OF_ROWS = 2 * ROWS_TOGETHER
+
+
 class OperandLayout(NamedTuple):
     """How one array is walked: directly, or chunk by chunk through scratch memory.
 
-    Strides are bytes. ``outer_stride`` is meaningful for a direct operand only.
+    Strides are bytes. ``outer_stride`` is meaningful for a direct operand only; repeats are walked
+    with ``repeat_axis_strides`` either way.
     """
 
     direct: bool
     outer_stride: int
     channel_stride: int
+    repeat_axis_strides: tuple[int, ...]
     outer_axis_strides: tuple[int, ...]
     inner_axis_strides: tuple[int, ...]
 
 
 class LayoutPlan(NamedTuple):
-    """Where the elements of a call lie and how they are cut."""
+    """Where the elements of a call lie and how they are cut.
+
+    ``walked`` are the reduced axes in the order of the walk.
+    """
 
     layout: str
     itemsize: int
+    repeats: int
     outer: int
     channels: int
     inner: int
+    repeat_axis_sizes: tuple[int, ...]
     outer_axis_sizes: tuple[int, ...]
     inner_axis_sizes: tuple[int, ...]
     chunk_outer: int
@@ -73,6 +87,8 @@ class LayoutPlan(NamedTuple):
     chunks_per_block: int
     blocks: int
     phases: int
+    rows_of_block: int
+    walked: tuple[int, ...]
     operands: tuple[OperandLayout, ...]
 
 
@@ -114,6 +130,7 @@ def _operand_layout(
     aligned: bool,
     channels: int,
     channel_stride: int,
+    repeat_strides: tuple[int, ...],
     outer: tuple[tuple[int, ...], tuple[int, ...]],
     inner: tuple[tuple[int, ...], tuple[int, ...]],
 ) -> OperandLayout:
@@ -128,10 +145,11 @@ def _operand_layout(
         aligned
         and unit_run
         and _is_one_axis(outer_sizes, outer_strides)
-        and outer_stride % itemsize == 0
-        and channel_stride % itemsize == 0
+        and all(step % itemsize == 0 for step in (outer_stride, channel_stride, *repeat_strides))
     )
-    return OperandLayout(direct, outer_stride, channel_stride, outer_strides, inner_strides)
+    return OperandLayout(
+        direct, outer_stride, channel_stride, repeat_strides, outer_strides, inner_strides
+    )
 
 
 def _ceil_divide(a: int, b: int) -> int:
@@ -182,21 +200,24 @@ def _cut(
 def plan_layout(
     shape: tuple[int, ...],
     axis: int,
+    repeated: tuple[int, ...],
     itemsize: int,
     strides: tuple[tuple[int, ...], ...],
     aligned: tuple[bool, ...],
 ) -> LayoutPlan:
-    """Plan a call over arrays of one shape.
+    """Plan a call over arrays of one shape, with statistics for each index of axis and repeated.
 
     ``strides`` (bytes) and ``aligned`` have one entry for each operand. The first operand's strides
     choose the layout and the order of the walk; an operand that cannot be walked that way is
-    packed. No axis may be empty; ``axis`` is not negative.
+    packed. No axis may be empty, none is negative, and ``repeated`` are in the order in which the
+    statistics are wanted.
     """
     channels = shape[axis]
-    reduced = [d for d in range(len(shape)) if d != axis and shape[d] > 1]
+    reduced = [d for d in range(len(shape)) if d != axis and d not in repeated and shape[d] > 1]
     # With a single channel everything is one run.
     order = _walking_order([*reduced, axis] if channels > 1 else reduced, strides)
     cut_at = order.index(axis) if channels > 1 else -1
+    repeat_sizes, repeat_strides = _merge([d for d in repeated if shape[d] > 1], shape, strides)
     outer_sizes, outer_strides = _merge(order[: max(cut_at, 0)], shape, strides)
     inner_sizes, inner_strides = _merge(order[cut_at + 1 :], shape, strides)
     outer, inner = math.prod(outer_sizes), math.prod(inner_sizes)
@@ -209,11 +230,58 @@ def plan_layout(
             aligned[k],
             channels,
             strides[k][axis] if channels > 1 else 0,
+            repeat_strides[k],
             (outer_sizes, outer_strides[k]),
             (inner_sizes, inner_strides[k]),
         )
         for k in range(len(strides))
     )
+    repeats = math.prod(repeat_sizes)
+    fair = _ceil_divide(repeats * channels, MOST_ROW_BLOCKS)
+    rows_of_block = _ceil_divide(fair, FEWEST_BLOCK_OF_ROWS) * FEWEST_BLOCK_OF_ROWS
+    walked = tuple(d for d in order if d != axis)
     return LayoutPlan(
-        layout, itemsize, outer, channels, inner, outer_sizes, inner_sizes, *cuts, operands
+        layout,
+        itemsize,
+        repeats,
+        outer,
+        channels,
+        inner,
+        repeat_sizes,
+        outer_sizes,
+        inner_sizes,
+        *cuts,
+        rows_of_block,
+        walked,
+        operands,
     )
+
+
+def plan_rows(
+    shape: tuple[int, ...],
+    normalized: tuple[int, ...],
+    itemsize: int,
+    strides: tuple[tuple[int, ...], ...],
+    aligned: tuple[bool, ...],
+) -> LayoutPlan:
+    """Plan a call over arrays of one shape, with statistics for each row: over `normalized` axes.
+
+    Rows are numbered in C order of the other axes. Those that every operand walks as one are the
+    channels of the plan, those that step further its repeats; ``walked`` counts in `normalized`.
+    """
+    kept = [d for d in range(len(shape)) if d not in normalized and shape[d] > 1]
+    sizes, steps = _merge(kept, shape, strides)
+    rows = max(len(sizes), 1) - 1
+    reduced_shape = tuple(shape[d] for d in normalized)
+    plan = plan_layout(
+        (*(sizes or (1,)), *reduced_shape),
+        rows,
+        tuple(range(rows)),
+        itemsize,
+        tuple(
+            (*(step or (0,)), *(stride[d] for d in normalized))
+            for step, stride in zip(steps, strides, strict=True)
+        ),
+        aligned,
+    )
+    return plan._replace(walked=tuple(d - rows - 1 for d in plan.walked))

@@ -9,40 +9,99 @@ the core at once; whatever else comes gets None there, and goes this way.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from bnfast import _core, _threads, _validation
-from bnfast._layout import plan_layout
+from bnfast._layout import plan_layout, plan_rows
 from bnfast._threads import threads_for
 from bnfast._validation import Array
 
 Evaluation = _core.Evaluation  # what a layer keeps from one `scale_shift` to the next
 
 
+class Sharing(NamedTuple):
+    """Which elements have their statistics together: those of one channel, over all other axes."""
+
+    repeated: tuple[int, ...] = ()  # ... but for these, each of whose indices has its own
+    channels: int = 1  # ... and so many neighbouring channels
+    uncentred: bool = False  # statistics around 0 rather than the mean
+    fewest_values: int = 1  # of which statistics can be made
+    any_eps: bool = True  # rather than positive ones
+
+    def shape_of_statistics(self, x: Array, axis: int) -> tuple[int, ...]:
+        """(..., C / channels), after the sizes of the repeated axes."""
+        return (*[x.shape[d] for d in self.repeated], x.shape[axis] // self.channels)
+
+    def values(self, x: Array, axis: int) -> int:
+        """How many elements have their statistics together."""
+        kept = {axis, *self.repeated}
+        each: int = math.prod([size for d, size in enumerate(x.shape) if d not in kept])
+        return each * self.channels
+
+
+BATCH = Sharing(fewest_values=2, any_eps=False)
+
+
 @lru_cache(maxsize=1024)
 def _geometry(
     shape: tuple[int, ...],
     axis: int,
+    repeated: tuple[int, ...],
     itemsize: int,
     strides: tuple[tuple[int, ...], ...],
     aligned: tuple[bool, ...],
 ) -> _core.Geometry:
-    return _core.Geometry(plan_layout(shape, axis, itemsize, strides, aligned))
+    return _core.Geometry(plan_layout(shape, axis, repeated, itemsize, strides, aligned))
 
 
-def _geometry_of(axis: int, *operands: Array) -> _core.Geometry:
+@lru_cache(maxsize=1024)
+def _geometry_of_rows(
+    shape: tuple[int, ...],
+    normalized: tuple[int, ...],
+    itemsize: int,
+    strides: tuple[tuple[int, ...], ...],
+    aligned: tuple[bool, ...],
+    parameters: int,
+) -> _core.Geometry:
+    # Parameters of elements are contiguous, and do not step from row to row.
+    of_elements = [0] * len(shape)
+    step = itemsize
+    for axis in reversed(normalized):
+        of_elements[axis] = step
+        step *= shape[axis]
+    strides += (tuple(of_elements),) * parameters
+    aligned += (True,) * parameters
+    return _core.Geometry(plan_rows(shape, normalized, itemsize, strides, aligned))
+
+
+def _rows(normalized: tuple[int, ...], parameters: int, *operands: Array) -> _core.Geometry:
+    first = operands[0]
+    return _geometry_of_rows(
+        first.shape,
+        normalized,
+        first.itemsize,
+        tuple([operand.strides for operand in operands]),
+        tuple([operand.flags.aligned for operand in operands]),
+        parameters,
+    )
+
+
+def _geometry_of(axis: int, repeated: tuple[int, ...], *operands: Array) -> _core.Geometry:
     first = operands[0]
     aligned = tuple([operand.flags.aligned for operand in operands])
     geometry = _geometry(
         first.shape,
         axis,
+        repeated,
         first.itemsize,
         tuple([operand.strides for operand in operands]),
         aligned,
     )
-    if all(aligned) and all(operand.flags.c_contiguous for operand in operands):
+    if not repeated and all(aligned) and all(operand.flags.c_contiguous for operand in operands):
         _core.remember(first, axis, len(operands), geometry)
     return geometry
 
@@ -69,8 +128,15 @@ def moments(x: object, axis: object) -> tuple[int, Array, Array]:
     mean, m2 = np.zeros(channels), np.zeros(channels)
     if array.size == 0:
         return 0, mean, m2
-    _core.moments(_geometry_of(axis, array), array, mean, m2, threads_for(array.nbytes))
+    _core.moments(_geometry_of(axis, (), array), array, mean, m2, threads_for(array.nbytes))
     return array.size // channels, mean, m2
+
+
+def _invstd_of_nothing(eps: float) -> float:
+    """Return 1 / sqrt(0 + eps)."""
+    if eps > 0:
+        return float(eps**-0.5)
+    return np.inf if eps == 0 else np.nan
 
 
 def normalize(
@@ -84,20 +150,25 @@ def normalize(
     momentum: object = 0.0,
     unbiased: bool = True,
     out: object = None,
+    sharing: Sharing = BATCH,
 ) -> tuple[Array, Array, Array]:
-    """Return y, and the mean and invstd (float64) of the batch that made it.
+    """Return y, and the mean and invstd (float64) that made it.
 
     The running statistics, both given or neither, are updated with `momentum` as the weight of the
-    batch.
+    batch: of the average of its repeats, where it has some.
     """
-    done = _core.normalize_at_once(
-        *(x, axis, weight, bias, eps, running_mean, running_var, momentum, unbiased, out),
-        _threads.SERIAL_BYTES,
-    )
-    if done is not None:
-        return done
+    if sharing is BATCH:
+        done = _core.normalize_at_once(
+            *(x, axis, weight, bias, eps, running_mean, running_var, momentum, unbiased, out),
+            _threads.SERIAL_BYTES,
+        )
+        if done is not None:
+            return done
     array, axis, channels = _validation.batch("x", x, axis)
-    epsilon = _validation.epsilon(eps, training=True)
+    if sharing.any_eps:
+        epsilon = _validation.real("eps", eps)
+    else:
+        epsilon = _validation.epsilon(eps, training=True)
     new_weight = _validation.real("momentum", momentum)
     scale = _validation.channel_parameter("weight", weight, channels)
     shift = _validation.channel_parameter("bias", bias, channels)
@@ -109,17 +180,19 @@ def normalize(
         others = {"x": array, "weight": scale, "bias": shift}
         others |= {"running_mean": statistics[0], "running_var": statistics[1]}
         y = _validation.output(out, array, others)
+    shape = sharing.shape_of_statistics(array, axis)
     if array.ndim > 1:
-        _validation.more_than_one_value("x", array, axis)
+        _validation.enough_values("x", array, sharing.values(array, axis), sharing.fewest_values)
     if array.size == 0:
-        return y, np.zeros(channels), np.full(channels, epsilon**-0.5)
+        return y, np.zeros(shape), np.full(shape, _invstd_of_nothing(epsilon))
 
-    mean, invstd = np.empty(channels), np.empty(channels)
+    each = shape if sharing.channels == 1 else (*shape, sharing.channels)
+    mean, invstd = np.empty(each), np.empty(each)
     written_mean = written_var = None
     if tracked is not None:
         written_mean, written_var = _writable(tracked[0]), _writable(tracked[1])
     _core.normalize(
-        _geometry_of(axis, array, y),
+        _geometry_of(axis, sharing.repeated, array, y),
         array,
         y,
         scale,
@@ -127,6 +200,8 @@ def normalize(
         epsilon,
         mean,
         invstd,
+        sharing.channels,
+        sharing.uncentred,
         written_mean,
         written_var,
         new_weight,
@@ -136,6 +211,8 @@ def normalize(
     if tracked is not None:
         _put_back(written_mean, tracked[0])
         _put_back(written_var, tracked[1])
+    if sharing.channels > 1:
+        return y, mean[..., 0].copy(), invstd[..., 0].copy()
     return y, mean, invstd
 
 
@@ -174,7 +251,7 @@ def scale_shift(
         y = _validation.output(out, array, others)
     if array.size > 0:
         _core.scale_shift(
-            _geometry_of(axis, array, y),
+            _geometry_of(axis, (), array, y),
             array,
             y,
             scale,
@@ -197,17 +274,20 @@ def gradient(
     weight: object,
     constant_statistics: bool,
     out: object = None,
+    sharing: Sharing = BATCH,
 ) -> tuple[Array, Array, Array]:
     """Return dx, dweight and dbias, the latter of the dtype of `weight`, or of x without one."""
-    done = _core.gradient_at_once(
-        dy, x, axis, mean, invstd, weight, constant_statistics, out, _threads.SERIAL_BYTES
-    )
-    if done is not None:
-        return done
+    if sharing is BATCH:
+        done = _core.gradient_at_once(
+            dy, x, axis, mean, invstd, weight, constant_statistics, out, _threads.SERIAL_BYTES
+        )
+        if done is not None:
+            return done
     array, axis, channels = _validation.batch("x", x, axis)
     upstream = _validation.upstream_gradient(dy, array)
-    centre = _validation.required_channel_parameter("mean", mean, channels)
-    inverse_std = _validation.required_channel_parameter("invstd", invstd, channels)
+    shape = sharing.shape_of_statistics(array, axis) if array.ndim > 1 else (channels,)
+    centre = _validation.saved_statistic("mean", mean, shape)
+    inverse_std = _validation.saved_statistic("invstd", invstd, shape)
     scale = _validation.channel_parameter("weight", weight, channels)
     if out is None:
         dx = _core.empty_output(array)
@@ -219,16 +299,116 @@ def gradient(
     dweight, dbias = np.zeros(channels, dtype), np.zeros(channels, dtype)
     if array.size > 0:
         _core.gradient(
-            _geometry_of(axis, array, upstream, dx),
+            _geometry_of(axis, sharing.repeated, array, upstream, dx),
             array,
             upstream,
             dx,
             scale,
-            centre,
-            inverse_std,
+            np.repeat(centre, sharing.channels) if sharing.channels > 1 else centre,
+            np.repeat(inverse_std, sharing.channels) if sharing.channels > 1 else inverse_std,
             dweight,
             dbias,
+            sharing.channels,
+            sharing.uncentred,
             constant_statistics,
             threads_for(5 * array.nbytes),
         )
     return dx, dweight, dbias
+
+
+@lru_cache(maxsize=1024)
+def _sizes_of_rows(shape: tuple[int, ...], normalized: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple([size for d, size in enumerate(shape) if d not in normalized])
+
+
+def normalize_rows(
+    x: Array,
+    normalized: tuple[int, ...],
+    weight: object,
+    bias: object,
+    eps: float,
+    uncentred: bool,
+    out: object = None,
+) -> tuple[Array, Array, Array]:
+    """Return y, and the mean and invstd (float64) of every row: over the `normalized` axes.
+
+    `weight` and `bias` have their sizes. Around 0 rather than the mean where it is `uncentred`.
+    """
+    shape = tuple([x.shape[d] for d in normalized])
+    scale = _validation.element_parameter("weight", weight, shape, x.dtype)
+    shift = _validation.element_parameter("bias", bias, shape, x.dtype)
+    if out is None:
+        y = _core.empty_output(x)
+    else:
+        y = _validation.output(out, x, {"x": x, "weight": scale, "bias": shift})
+    rows = _sizes_of_rows(x.shape, normalized)
+    if x.size == 0:
+        return y, np.zeros(rows), np.full(rows, _invstd_of_nothing(eps))
+    mean, invstd = np.empty(rows), np.empty(rows)
+    if scale is None and shift is None:
+        geometry = _rows(normalized, 0, x, y)
+    else:
+        scale = np.ones(shape, x.dtype) if scale is None else scale
+        shift = np.zeros(shape, x.dtype) if shift is None else shift
+        geometry = _rows(normalized, 2, x, y)
+    _core.normalize_rows(
+        geometry, x, y, scale, shift, eps, mean, invstd, uncentred, threads_for(3 * x.nbytes)
+    )
+    return y, mean, invstd
+
+
+def row_gradient(
+    dy: object,
+    x: Array,
+    normalized: tuple[int, ...],
+    mean: object,
+    invstd: object,
+    weight: object,
+    uncentred: bool,
+    parameters: bool,
+    out: object = None,
+) -> tuple[Array, Array | None, Array | None]:
+    """Return dx, and where `parameters` have gradients dweight and dbias, of the dtype of `weight`.
+
+    `mean` is None where the statistics are `uncentred`.
+    """
+    shape = tuple([x.shape[d] for d in normalized])
+    rows = _sizes_of_rows(x.shape, normalized)
+    upstream = _validation.upstream_gradient(dy, x)
+    inverse_std = _validation.saved_statistic("invstd", invstd, rows)
+    centre = np.zeros(rows) if uncentred else _validation.saved_statistic("mean", mean, rows)
+    scale = _validation.element_parameter("weight", weight, shape, x.dtype)
+    if out is None:
+        dx = _core.empty_output(x)
+    else:
+        others = {"dy": upstream, "x": x, "weight": scale, "mean": centre, "invstd": inverse_std}
+        dx = _validation.output(out, x, others)
+    dtype = x.dtype if weight is None else np.asarray(weight).dtype
+    if x.size == 0:
+        zeros = np.zeros((2, *shape), dtype)
+        return (dx, *zeros) if parameters else (dx, None, None)
+    geometry = _rows(normalized, 0 if scale is None else 1, x, upstream, dx)
+    sums = np.empty((geometry.row_blocks, 2, math.prod(shape))) if parameters else None
+    _core.row_gradient(
+        geometry,
+        x,
+        upstream,
+        dx,
+        scale,
+        centre,
+        inverse_std,
+        sums,
+        uncentred,
+        threads_for(5 * x.nbytes),
+    )
+    if sums is None:
+        return dx, None, None
+    return (dx, *_in_order(sums[0], geometry.walked, shape).astype(dtype))
+
+
+def _in_order(columns: Array, walked: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+    """Return sums of the elements of a row, in the order of `shape` rather than of the walk."""
+    sizes = [shape[d] for d in walked]
+    order = sorted(range(len(walked)), key=walked.__getitem__)
+    turned = columns.reshape(len(columns), *sizes).transpose(0, *(d + 1 for d in order))
+    return turned.reshape(len(columns), *shape)

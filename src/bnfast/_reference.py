@@ -127,3 +127,124 @@ def batch_norm_backward(
         dx = dx - _along(axis, x.ndim, dbias / count)
         dx = dx - xmu * _along(axis, x.ndim, invstd * dweight / count)
     return dx * _along(axis, x.ndim, gamma * invstd), dweight, dbias
+
+
+def _in_groups(x: Array, num_groups: int, axis: int) -> Array:
+    """(N, G, C / G, rest) of an array whose channels are along `axis`."""
+    x = np.moveaxis(x, axis, 1)
+    return x.reshape(x.shape[0], num_groups, x.shape[1] // num_groups, -1)
+
+
+def _out_of_groups(grouped: Array, like: Array, axis: int) -> Array:
+    return np.moveaxis(grouped.reshape(np.moveaxis(like, axis, 1).shape), 1, axis)
+
+
+def group_norm_forward(
+    x: ArrayLike,
+    num_groups: int,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    precision: Any = np.float64,
+) -> tuple[Array, Array, Array]:
+    """Of every sample and group of channels: y = weight * (x - mean) * invstd + bias.
+
+    Instance normalization is the case of as many groups as channels.
+    """
+    x = np.asarray(x, precision)
+    grouped = _in_groups(x, num_groups, axis)
+    mean = grouped.mean((2, 3))
+    xmu = grouped - mean[:, :, None, None]
+    invstd = 1 / np.sqrt((xmu**2).mean((2, 3)) + precision(eps))
+    channels = x.shape[axis]
+    gamma = _per_channel(weight, 1.0, channels, precision).reshape(num_groups, -1, 1)
+    beta = _per_channel(bias, 0.0, channels, precision).reshape(num_groups, -1, 1)
+    y = xmu * invstd[:, :, None, None] * gamma + beta
+    return _out_of_groups(y, x, axis), mean, invstd
+
+
+def group_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    precision: Any = np.float64,
+) -> tuple[Array, Array, Array]:
+    """dx, dweight and dbias; with g = dy * weight and xhat = (x - mean) * invstd.
+
+    dx = invstd * (g - mean(g) - xhat * mean(g * xhat)) over every sample and group,
+    dweight = sum(dy * xhat) and dbias = sum(dy) over all axes but `axis`.
+    """
+    dy, x = np.asarray(dy, precision), np.asarray(x, precision)
+    mean, invstd = np.asarray(mean, precision), np.asarray(invstd, precision)
+    num_groups = mean.shape[1]
+    grouped, upstream = _in_groups(x, num_groups, axis), _in_groups(dy, num_groups, axis)
+    scale = invstd[:, :, None, None]
+    xhat = (grouped - mean[:, :, None, None]) * scale
+    gamma = _per_channel(weight, 1.0, x.shape[axis], precision).reshape(num_groups, -1, 1)
+    g = upstream * gamma
+    dx = scale * (g - g.mean((2, 3), keepdims=True) - xhat * (g * xhat).mean((2, 3), keepdims=True))
+    dweight = (upstream * xhat).sum((0, 3)).reshape(-1)
+    return _out_of_groups(dx, x, axis), dweight, upstream.sum((0, 3)).reshape(-1)
+
+
+def _for_rows(value: ArrayLike | None, default: float, x: Array, axes: tuple[int, ...]) -> Array:
+    """One value for each element of a row, shaped to broadcast against x."""
+    if value is None:
+        return np.full((), default, x.dtype)
+    order = sorted(range(len(axes)), key=axes.__getitem__)
+    shape = [x.shape[d] if d in axes else 1 for d in range(x.ndim)]
+    return np.asarray(value, x.dtype).transpose(order).reshape(shape)
+
+
+def layer_norm_forward(
+    x: ArrayLike,
+    axes: tuple[int, ...],
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    centred: bool = True,
+    precision: Any = np.float64,
+) -> tuple[Array, Array, Array]:
+    """Y = weight * (x - mean) * invstd + bias over `axes`; mean is 0 where it is not `centred`."""
+    x = np.asarray(x, precision)
+    mean = x.mean(axes, keepdims=True) * precision(centred)
+    invstd = 1 / np.sqrt(((x - mean) ** 2).mean(axes, keepdims=True) + precision(eps))
+    y = (x - mean) * invstd * _for_rows(weight, 1.0, x, axes) + _for_rows(bias, 0.0, x, axes)
+    return y, mean.squeeze(axes), invstd.squeeze(axes)
+
+
+def layer_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    axes: tuple[int, ...],
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    centred: bool = True,
+    precision: Any = np.float64,
+) -> tuple[Array, Array, Array]:
+    """dx, dweight and dbias; with g = dy * weight and xhat = (x - mean) * invstd.
+
+    dx = invstd * (g - mean(g) - xhat * mean(g * xhat)) over every row, without mean(g) where it is
+    not `centred`; dweight = sum(dy * xhat) and dbias = sum(dy) over all rows.
+    """
+    dy, x = np.asarray(dy, precision), np.asarray(x, precision)
+    kept = tuple(sorted(axes))
+    mean = np.expand_dims(np.asarray(mean, precision), kept)
+    scale = np.expand_dims(np.asarray(invstd, precision), kept)
+    xhat = (x - mean) * scale
+    g = dy * _for_rows(weight, 1.0, x, axes)
+    dx = g - xhat * (g * xhat).mean(axes, keepdims=True)
+    if centred:
+        dx = dx - g.mean(axes, keepdims=True)
+    rows = tuple(d for d in range(x.ndim) if d not in axes)
+    turn = [sorted(axes).index(d) for d in axes]
+    return dx * scale, (dy * xhat).sum(rows).transpose(turn), dy.sum(rows).transpose(turn)

@@ -71,6 +71,71 @@ def batch(name: str, value: object, axis: object) -> tuple[Array, int, int]:
     return x, channel_axis, x.shape[channel_axis]
 
 
+def channel_axis_of_samples(x: object, axis: object) -> tuple[Array, int]:
+    """Return the input and its number of channels, which are not along axis 0: samples are."""
+    array, channel_axis, channels = batch("x", x, axis)
+    if array.ndim > 1 and channel_axis == 0:
+        raise ValueError(f"axis must not be 0, that of the samples, got {axis}")
+    return array, channels
+
+
+def channels_of_group(num_groups: object, channels: int) -> int:
+    """Return how many channels a group has."""
+    groups = integer_from("num_groups", num_groups, 1)
+    if channels % groups:
+        raise ValueError(f"num_groups must divide the {channels} channels of x, got {groups}")
+    return channels // groups
+
+
+def groups_of_statistics(name: str, value: object) -> int:
+    """Return how many groups the saved statistics of a group normalization have."""
+    array = floating_array(name, value)
+    if array.ndim != 2:
+        raise ValueError(
+            f"{name} must be as forward returned it, of shape (N, G), got {_describe(array)}"
+        )
+    groups: int = array.shape[1]
+    return groups
+
+
+def normalized_axes(
+    x: object, normalized_shape: object, axis: object
+) -> tuple[Array, tuple[int, ...]]:
+    """Return the input, and the axes that make a row of it, none of them negative."""
+    array = floating_array("x", x)
+    if axis is None and type(normalized_shape) is int and array.shape[-1:] == (normalized_shape,):
+        return array, (array.ndim - 1,)
+    shape = _integers("normalized_shape", normalized_shape)
+    if not shape:
+        raise ValueError("normalized_shape must have at least one size, got none")
+    if axis is None:
+        axes = tuple(range(array.ndim - len(shape), array.ndim))
+    else:
+        given = _integers("axis", axis)
+        if any(not -array.ndim <= d < array.ndim for d in given):
+            raise ValueError(
+                f"axis must be from {-array.ndim} to {array.ndim - 1} for x of shape "
+                f"{array.shape}, got {axis}"
+            )
+        axes = tuple(d % array.ndim for d in given)
+        if len(set(axes)) != len(axes):
+            raise ValueError(f"axis must not name an axis twice, got {axis}")
+    if len(shape) > array.ndim or tuple(array.shape[d] for d in axes) != shape:
+        where = "the last axes" if axis is None else f"the axes {axis}"
+        raise ValueError(
+            f"normalized_shape must be the sizes of {where} of x, which has the shape "
+            f"{array.shape}, got {shape}"
+        )
+    return array, axes
+
+
+def _integers(name: str, value: object) -> tuple[int, ...]:
+    """Return one integer or several as a tuple."""
+    if isinstance(value, (list, tuple)):
+        return tuple(integer(name, item) for item in value)
+    return (integer(name, value),)
+
+
 def same_channels(name: str, x: Array, axis: int, channels: int) -> None:
     """Refuse a batch with another number of channels than a layer has."""
     if x.ndim < 2 or x.shape[axis] != channels:
@@ -109,6 +174,25 @@ def channel_parameter(name: str, value: object, channels: int) -> Array | None:
     return array
 
 
+def element_parameter(
+    name: str, value: object, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> Array | None:
+    """Return one value for each element of a row, contiguous and of this dtype, or None."""
+    if value is None:
+        return None
+    array = floating_array(name, value)
+    if array.shape != shape:
+        raise ValueError(
+            f"{name} must have one value for each normalized element, shape {shape}, "
+            f"got {_describe(array)}"
+        )
+    flags = array.flags
+    if array.dtype == dtype and flags.c_contiguous and flags.aligned:
+        return array
+    with np.errstate(all="ignore"):
+        return np.array(array, dtype, order="C")
+
+
 def required_channel_parameter(name: str, value: object, channels: int) -> Array:
     """Return one value a channel, contiguous and aligned."""
     array = channel_parameter(name, value, channels)
@@ -116,6 +200,21 @@ def required_channel_parameter(name: str, value: object, channels: int) -> Array
         hint = "; training=True takes the statistics of x" if name[:7] == "running" else ""
         raise TypeError(f"{name} must be an array of shape ({channels},), got None{hint}")
     return array
+
+
+def saved_statistic(name: str, value: object, shape: tuple[int, ...]) -> Array:
+    """Return what the forward pass returned, contiguous and aligned."""
+    if len(shape) == 1:
+        return required_channel_parameter(name, value, shape[0])
+    if value is None:
+        raise TypeError(f"{name} must be an array of shape {shape}, got None")
+    array = floating_array(name, value)
+    if array.shape != shape:
+        raise ValueError(
+            f"{name} must be as forward returned it, shape {shape}, got {_describe(array)}"
+        )
+    flags = array.flags
+    return array if flags.c_contiguous and flags.aligned else array.copy()
 
 
 def _running_statistic(name: str, value: object, channels: int) -> Array:
@@ -299,11 +398,9 @@ def epsilon(value: object, *, training: bool) -> float:
     return eps
 
 
-def more_than_one_value(name: str, x: Array, axis: int) -> None:
-    """Refuse a batch with one value a channel: it has no variance."""
-    channels = x.shape[axis]
-    if x.size == channels and math.prod(x.shape[:axis] + x.shape[axis + 1 :]) == 1:
+def enough_values(name: str, x: Array, values: int, fewest: int) -> None:
+    """Refuse a batch whose statistics would be made of too few values: one has no variance."""
+    if 0 < values < fewest:
         raise ValueError(
-            f"{name} must have more than one value per channel in training, got shape {x.shape} "
-            f"with {channels} channels"
+            f"{name} must have more than one value per channel in training, got shape {x.shape}"
         )

@@ -138,8 +138,29 @@ static void recur(const bn_geometry *geometry, void *array)
 {
     char *bytes = array;
     const size_t own = geometry->channels * geometry->itemsize;
-    for (size_t i = own; i < bn_coefficients(geometry) * geometry->itemsize; i++) {
+    for (size_t i = own; i < bn_coefficients_length(geometry) * geometry->itemsize; i++) {
         bytes[i] = bytes[i - own];
+    }
+}
+
+/* Writes an output, and again in every manner: the same comes out. */
+static void check_output(bn_output_kernel *kernel, bn_extent extent, const bn_view *inputs,
+                         bn_coefficients coefficients, bn_view output,
+                         const bn_geometry *geometry)
+{
+    const size_t all = extent.outer * extent.channels * extent.inner;
+    kernel(extent, inputs, coefficients, output, (bn_manner){BN_stored, 0});
+    add_elements(output.data, all, geometry->dtype);
+    for (size_t i = 0; i < BN_MOST_COEFFICIENTS && coefficients.array[i]; i++) {
+        recur(geometry, coefficients.array[i]);
+    }
+    coefficients.period = bn_period(geometry);
+    for (int way = 0; way < 4; way++) {
+        const bn_manner manner = {way % 2 ? BN_streamed : BN_stored, way / 2 ? 64 : 0};
+        const bn_view same = {allocate(all * geometry->itemsize), output.strides};
+        kernel(extent, inputs, coefficients, same, manner);
+        expect_same(output.data, same.data, all, geometry->dtype);
+        free(same.data);
     }
 }
 
@@ -149,6 +170,7 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     const enum values values = (enum values)values_;
     const size_t c = extent.channels, n = extent.outer * extent.inner, all = n * c;
     const size_t itemsize = dtype == BN_f64 ? sizeof(double) : sizeof(float);
+    const size_t together = c % 3 == 0 ? 3 : c % 2 == 0 ? 2 : 1; /* channels, or repeats of some */
     const bn_strides strides = {(ptrdiff_t)(c * extent.inner), (ptrdiff_t)extent.inner};
     void *x = elements(all, dtype, values), *more = elements(all, dtype, values);
     void *dy = elements(all, dtype, values == CONSTANT ? ORDINARY : values);
@@ -161,14 +183,17 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     const bn_input near = {phases, 0}, far = {phases, 1};
     const bn_geometry geometry = {.layout = layout, .dtype = dtype, .itemsize = itemsize,
                                   .channels = c, .phases = phases};
-    void *channel_arrays[9];
-    for (size_t i = 0; i < 9; i++) {
-        channel_arrays[i] = allocate(bn_coefficients(&geometry) * itemsize);
+    bn_coefficients forward = {.period = 0}, backward = {.period = 0}, shared = {.period = 0};
+    bn_coefficients *each[] = {&forward, &backward, &shared};
+    static const size_t counts[] = {BN_SCALE_SHIFT_COEFFICIENTS, BN_GRADIENT_COEFFICIENTS,
+                                    BN_SHARED_GRADIENT_COEFFICIENTS};
+    for (size_t k = 0; k < 3; k++) {
+        for (size_t i = 0; i < counts[k]; i++) {
+            each[k]->array[i] = allocate(bn_coefficients_length(&geometry) * itemsize);
+        }
     }
-    bn_scale_shift_coefficients forward = {channel_arrays[0], channel_arrays[1],
-                                           channel_arrays[2], channel_arrays[3], 0};
-    bn_gradient_coefficients backward = {channel_arrays[4], channel_arrays[5], channel_arrays[6],
-                                         channel_arrays[7], channel_arrays[8], 0};
+    const bn_view x_view = {x, strides}, y_view = {y, strides}, dx_view = {dx, strides};
+    const bn_view both[] = {{dy, strides}, x_view};
 
     CALL(moments)[layout][dtype](extent, x, strides, near, 0, mean, mean_low, m2);
     CALL(moments)[layout][dtype](extent, more, strides, near, n, mean, mean_low, m2);
@@ -189,20 +214,7 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     add_doubles(invstd, c);
 
     CALL(scale_shift_coefficients)[dtype](c, mean, mean_low, invstd, weight, bias, forward);
-    CALL(scale_shift)[layout][dtype](extent, x, strides, forward, y, strides, (bn_output){BN_stored, 0});
-    add_elements(y, all, dtype);
-    for (size_t i = 0; i < 4; i++) {
-        recur(&geometry, channel_arrays[i]);
-    }
-    forward.period = bn_period(&geometry);
-    for (int way = 0; way < 4; way++) {
-        const bn_output output = {way % 2 ? BN_streamed : BN_stored, way / 2 ? 64 : 0};
-        void *same = allocate(all * itemsize);
-        CALL(scale_shift)[layout][dtype](extent, x, strides, forward, same, strides,
-                                         output);
-        expect_same(y, same, all, dtype);
-        free(same);
-    }
+    check_output(CALL(scale_shift)[layout][dtype], extent, &x_view, forward, y_view, &geometry);
 
     CALL(split_mean)[dtype](c, mean, backward);
     CALL(gradient_sums)[layout][dtype](extent, dy, strides, x, strides, near, backward, sum_dy,
@@ -215,38 +227,69 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     free(far_sum);
     free(far_sum_deviation);
     CALL(gradient_coefficients)[dtype](c, n, invstd, weight, sum_dy, sum_dy_deviation, backward);
-    CALL(input_gradient)[layout][dtype](extent, dy, strides, x, strides, backward, dx, strides,
-                                        (bn_output){BN_stored, 0});
     add_doubles(sum_dy, c);
     add_doubles(sum_dy_deviation, c);
-    add_elements(dx, all, dtype);
-    for (size_t i = 4; i < 9; i++) {
-        recur(&geometry, channel_arrays[i]);
-    }
-    backward.period = bn_period(&geometry);
-    for (int way = 0; way < 4; way++) {
-        const bn_output output = {way % 2 ? BN_streamed : BN_stored, way / 2 ? 64 : 0};
-        void *same = allocate(all * itemsize);
-        CALL(input_gradient)[layout][dtype](extent, dy, strides, x, strides, backward, same,
-                                            strides, output);
-        expect_same(dx, same, all, dtype);
-        free(same);
-    }
+    check_output(CALL(input_gradient)[layout][dtype], extent, both, backward, dx_view, &geometry);
 
-    CALL(update_running)[dtype](c, 0.1, m2, (double)n, channel_arrays[0]);
+    CALL(split_mean)[dtype](c, mean, shared);
+    CALL(shared_gradient_coefficients)[dtype](c / together, together, n, invstd, weight, sum_dy,
+                                              sum_dy_deviation, shared);
+    check_output(CALL(shared_input_gradient)[layout][dtype], extent, both, shared, dx_view,
+                 &geometry);
+    /* Parameters of elements: those of a run, the same for all, or as many as elements. */
+    const int of_run = layout == BN_contiguous;
+    void *weights = elements(of_run ? extent.inner : all, dtype, ORDINARY);
+    void *biases = elements(of_run ? extent.inner : all, dtype, ORDINARY);
+    const bn_strides of_elements = of_run ? (bn_strides){0, 0} : strides;
+    const bn_view affine[] = {x_view, {weights, of_elements}, {biases, of_elements}};
+    const bn_view weighted[] = {both[0], x_view, {weights, of_elements}};
+    const bn_view product[] = {both[0], {weights, of_elements}};
+    check_output(CALL(affine)[layout][dtype], extent, affine, forward, y_view, &geometry);
+    check_output(CALL(weighted_input_gradient)[layout][dtype], extent, weighted, backward, dx_view,
+                 &geometry);
+    check_output(CALL(multiply)[layout][dtype], extent, product, forward, y_view, &geometry);
+    free(weights);
+    free(biases);
+    const size_t rows = c < 16 ? c : 16;
+    const bn_extent few = {extent.outer, rows, extent.inner};
+    double *products = zeros(extent.outer * extent.inner);
+    double *sums = zeros(extent.outer * extent.inner);
+    if (!of_run || extent.outer == 1) {
+        CALL(column_sums)[layout][dtype](few, both, backward, products, sums);
+        add_doubles(products, extent.outer * extent.inner);
+        add_doubles(sums, extent.outer * extent.inner);
+    }
+    free(products);
+    free(sums);
+
+    CALL(pool_moments)(c / together, together, n, mean, mean_low, m2);
+    add_doubles(mean, c);
+    add_doubles(m2, c);
+    CALL(mean_squares)(c, n, mean, mean_low, m2);
+    add_doubles(m2, c);
+
+    CALL(update_running)[dtype](c, 1, 0.1, m2, (double)n, forward.array[0]);
     CALL(merge_sums)(c, sum_dy, other_mean);
     if (dtype == BN_f32) {
-        CALL(widen)(c, channel_arrays[0], other_m2);
+        CALL(widen)(c, forward.array[0], other_m2);
         add_doubles(other_m2, c);
     }
-    CALL(parameter_gradients)[dtype](c, invstd, sum_dy, sum_dy_deviation, channel_arrays[1],
-                                     channel_arrays[2]);
+    CALL(parameter_gradients)[dtype](c, 1, invstd, sum_dy, sum_dy_deviation, forward.array[1],
+                                     forward.array[2]);
     for (size_t i = 0; i < 3; i++) {
-        add_elements(channel_arrays[i], c, dtype);
+        add_elements(forward.array[i], c, dtype);
+    }
+    CALL(update_running)[dtype](c / together, together, 0.1, m2, (double)n, forward.array[0]);
+    CALL(parameter_gradients)[dtype](c / together, together, invstd, sum_dy, sum_dy_deviation,
+                                     forward.array[1], forward.array[2]);
+    for (size_t i = 0; i < 3; i++) {
+        add_elements(forward.array[i], c / together, dtype);
     }
 
-    for (size_t i = 0; i < 9; i++) {
-        free(channel_arrays[i]);
+    for (size_t k = 0; k < 3; k++) {
+        for (size_t i = 0; i < counts[k]; i++) {
+            free(each[k]->array[i]);
+        }
     }
     void *rest[] = {x,          more,      dy,       y,      dx,   mean, mean_low, m2, invstd, sum_dy,
                     sum_dy_deviation, other_mean, other_low, other_m2, weight, bias};

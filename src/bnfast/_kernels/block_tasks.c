@@ -13,7 +13,7 @@
 static size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
 /* Where the operands stand in the geometry. */
-enum { X = 0, Y = 1, DY = 1, DX = 2 };
+enum { X = 0, Y = 1, DY = 1, DX = 2, ELEMENT_BIAS = 2, ELEMENT_WEIGHT = 3 };
 
 typedef struct {
     size_t first, count;
@@ -66,10 +66,10 @@ static range channels_of_group(const bn_job *job, size_t group)
 }
 
 /* How many channels of a box go to a kernel at a time: all, unless scratch must hold them. */
-static size_t channels_at_once(const bn_geometry *geometry, const bn_box *box)
+static size_t channels_at_once(const bn_geometry *geometry, const bn_box *box, int in_scratch)
 {
     const size_t each = box->extent.outer * box->extent.inner * geometry->itemsize;
-    return geometry->any_packed ? MAX((size_t)1, BN_SCRATCH_BYTES / each) : box->extent.channels;
+    return in_scratch ? MAX((size_t)1, BN_SCRATCH_BYTES / each) : box->extent.channels;
 }
 
 static void *element_at(const bn_geometry *geometry, void *array, size_t index)
@@ -88,26 +88,14 @@ static size_t period_of(const bn_geometry *geometry, size_t channels)
     return channels == geometry->channels ? bn_period(geometry) : 0;
 }
 
-static bn_scale_shift_coefficients scale_shift_from(const bn_job *job, size_t channel)
+static bn_coefficients coefficients_from(const bn_job *job, size_t channel)
 {
-    const bn_geometry *geometry = job->geometry;
-    bn_scale_shift_coefficients from = job->scale_shift;
-    from.mean_high = element_at(geometry, from.mean_high, channel);
-    from.mean_low = element_at(geometry, from.mean_low, channel);
-    from.scale = element_at(geometry, from.scale, channel);
-    from.shift = element_at(geometry, from.shift, channel);
-    return from;
-}
-
-static bn_gradient_coefficients gradient_from(const bn_job *job, size_t channel)
-{
-    const bn_geometry *geometry = job->geometry;
-    bn_gradient_coefficients from = job->gradient;
-    from.mean_high = element_at(geometry, from.mean_high, channel);
-    from.mean_low = element_at(geometry, from.mean_low, channel);
-    from.dy_mean = element_at(geometry, from.dy_mean, channel);
-    from.slope = element_at(geometry, from.slope, channel);
-    from.scale = element_at(geometry, from.scale, channel);
+    bn_coefficients from = job->coefficients;
+    for (size_t i = 0; i < BN_MOST_COEFFICIENTS; i++) {
+        if (from.array[i]) {
+            from.array[i] = element_at(job->geometry, from.array[i], channel);
+        }
+    }
     return from;
 }
 
@@ -147,83 +135,127 @@ static void moments_of_box(const bn_job *job, const bn_box *box, size_t block, s
         sums_of_block(job, job->m2, 2, block) + box->channel);
 }
 
-/* The last channels have nothing after them that could be fetched ahead. */
-static bn_output output_of(const bn_job *job, const bn_box *box)
-{
-    const size_t at = box->outer * job->geometry->inner + box->inner;
-    bn_output output = job->output;
-    if (box->channel + job->group >= job->geometry->channels || at >= job->fetched) {
-        output.ahead = 0;
-    }
-    return output;
-}
-
-static void scale_shift_of(const bn_job *job, const bn_box *box, size_t from_operand, char *from,
-                           size_t to_operand, char *to)
+/* dy, times the weights of its elements if they have some; these are made in scratch. */
+static bn_view weighted_upstream(const bn_job *job, const bn_box *box, char *scratch)
 {
     const bn_geometry *geometry = job->geometry;
-    _Alignas(64) char from_scratch[BN_SCRATCH_BYTES], to_scratch[BN_SCRATCH_BYTES];
-    const bn_view x = bn_view_to_read(geometry, from_operand, from, box, from_scratch);
-    const bn_view y = bn_view_to_write(geometry, to_operand, to, box, to_scratch);
-    bn_scale_shift_coefficients coefficients = scale_shift_from(job, box->channel);
-    coefficients.period = period_of(geometry, box->extent.channels);
-    job->kernels->scale_shift[geometry->layout][geometry->dtype](
-        box->extent, x.data, x.strides, coefficients, y.data, y.strides, output_of(job, box));
-    bn_written(geometry, to_operand, to, box, to_scratch);
-}
-
-static void scale_shift_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
-{
-    (void)block, (void)count;
-    scale_shift_of(job, box, X, job->x, Y, job->y);
-}
-
-/* With constant statistics dx = dy * weight * invstd: a scale_shift that never reads x. */
-static void scaled_gradient_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
-{
-    (void)block, (void)count;
-    scale_shift_of(job, box, DY, job->dy, DX, job->dx);
+    _Alignas(64) char weight_scratch[BN_SCRATCH_BYTES];
+    const bn_view dy = bn_view_to_read(geometry, DY, job->dy, box, scratch);
+    if (!job->element_weight) {
+        return dy;
+    }
+    const bn_view inputs[] = {
+        dy,
+        bn_view_to_read(geometry, ELEMENT_WEIGHT, job->element_weight, box, weight_scratch),
+    };
+    const bn_view product = bn_dense_view(box, scratch);
+    job->kernels->multiply[geometry->layout][geometry->dtype](
+        box->extent, inputs, job->coefficients, product, (bn_manner){BN_stored, 0});
+    return product;
 }
 
 static void gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
 {
     const bn_geometry *geometry = job->geometry;
     _Alignas(64) char dy_scratch[BN_SCRATCH_BYTES], x_scratch[BN_SCRATCH_BYTES];
-    const bn_view dy = bn_view_to_read(geometry, DY, job->dy, box, dy_scratch);
+    const bn_view dy = weighted_upstream(job, box, dy_scratch);
     const bn_view x = bn_view_to_read(geometry, X, job->x, box, x_scratch);
     (void)count;
     job->kernels->gradient_sums[geometry->layout][geometry->dtype](
         box->extent, dy.data, dy.strides, x.data, x.strides, input_of(job),
-        gradient_from(job, box->channel),
+        coefficients_from(job, box->channel),
         sums_of_block(job, job->sum_dy, 0, block) + box->channel,
         sums_of_block(job, job->sum_dy_deviation, 1, block) + box->channel);
+}
+
+/* The last channels have nothing after them that could be fetched ahead. */
+static bn_manner manner_of(const bn_job *job, const bn_box *box)
+{
+    const size_t at = box->outer * job->geometry->inner + box->inner;
+    bn_manner manner = job->manner;
+    if (box->channel + job->group >= job->geometry->channels || at >= job->fetched) {
+        manner.ahead = 0;
+    }
+    return manner;
+}
+
+/* An operand of a call: where it stands in the geometry, and its memory. */
+typedef struct {
+    size_t operand;
+    char *data;
+} tensor;
+
+static void write_box(const bn_job *job, const bn_box *box, bn_output_kernel *kernel, size_t count,
+                      const tensor *from, tensor to)
+{
+    const bn_geometry *geometry = job->geometry;
+    _Alignas(64) char from_scratch[BN_MOST_INPUTS][BN_SCRATCH_BYTES], to_scratch[BN_SCRATCH_BYTES];
+    bn_view inputs[BN_MOST_INPUTS];
+    for (size_t i = 0; i < count; i++) {
+        inputs[i] =
+            bn_view_to_read(geometry, from[i].operand, from[i].data, box, from_scratch[i]);
+    }
+    const bn_view output = bn_view_to_write(geometry, to.operand, to.data, box, to_scratch);
+    bn_coefficients coefficients = coefficients_from(job, box->channel);
+    coefficients.period = period_of(geometry, box->extent.channels);
+    kernel(box->extent, inputs, coefficients, output, manner_of(job, box));
+    bn_written(geometry, to.operand, to.data, box, to_scratch);
+}
+
+static void scale_shift_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
+{
+    const bn_geometry *geometry = job->geometry;
+    const tensor from[] = {
+        {X, job->x},
+        {ELEMENT_WEIGHT, job->element_weight},
+        {ELEMENT_BIAS, job->element_bias},
+    };
+    (void)block, (void)count;
+    if (job->element_weight) {
+        write_box(job, box, job->kernels->affine[geometry->layout][geometry->dtype], 3, from,
+                  (tensor){Y, job->y});
+    } else {
+        write_box(job, box, job->kernels->scale_shift[geometry->layout][geometry->dtype], 1, from,
+                  (tensor){Y, job->y});
+    }
+}
+
+/* With constant statistics dx = dy * weight * invstd: a scale_shift that never reads x. */
+static void scaled_gradient_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
+{
+    const bn_geometry *geometry = job->geometry;
+    const tensor from[] = {{DY, job->dy}};
+    (void)block, (void)count;
+    write_box(job, box, job->kernels->scale_shift[geometry->layout][geometry->dtype], 1, from,
+              (tensor){DX, job->dx});
 }
 
 static void input_gradient_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
 {
     const bn_geometry *geometry = job->geometry;
-    _Alignas(64) char dy_scratch[BN_SCRATCH_BYTES], x_scratch[BN_SCRATCH_BYTES];
-    _Alignas(64) char dx_scratch[BN_SCRATCH_BYTES];
-    const bn_view dy = bn_view_to_read(geometry, DY, job->dy, box, dy_scratch);
-    const bn_view x = bn_view_to_read(geometry, X, job->x, box, x_scratch);
-    const bn_view dx = bn_view_to_write(geometry, DX, job->dx, box, dx_scratch);
-    bn_gradient_coefficients coefficients = gradient_from(job, box->channel);
-    coefficients.period = period_of(geometry, box->extent.channels);
+    const tensor from[] = {{DY, job->dy}, {X, job->x}, {ELEMENT_WEIGHT, job->element_weight}};
     (void)block, (void)count;
-    job->kernels->input_gradient[geometry->layout][geometry->dtype](
-        box->extent, dy.data, dy.strides, x.data, x.strides, coefficients, dx.data, dx.strides,
-        output_of(job, box));
-    bn_written(geometry, DX, job->dx, box, dx_scratch);
+    if (job->element_weight) {
+        write_box(job, box,
+                  job->kernels->weighted_input_gradient[geometry->layout][geometry->dtype], 3, from,
+                  (tensor){DX, job->dx});
+    } else {
+        write_box(job, box,
+                  (job->shared > 1
+                       ? job->kernels->shared_input_gradient
+                       : job->kernels->input_gradient)[geometry->layout][geometry->dtype],
+                  2, from, (tensor){DX, job->dx});
+    }
 }
 
 /* one block: its chunks in order for sums; the last first for outputs, because that is the one
    which the sums have left in the cache */
 
 static size_t visit_chunk(const bn_job *job, size_t block, size_t chunk, range channels,
-                          size_t count, visit *visit_box)
+                          size_t count, int in_scratch, visit *visit_box)
 {
     bn_box box = box_of_chunk(job->geometry, chunk, channels);
-    const size_t step = channels_at_once(job->geometry, &box);
+    const size_t step = channels_at_once(job->geometry, &box, in_scratch);
     const size_t end = channels.first + channels.count;
     for (; box.channel < end; box.channel += step) {
         box.extent.channels = MIN(step, end - box.channel);
@@ -232,12 +264,13 @@ static size_t visit_chunk(const bn_job *job, size_t block, size_t chunk, range c
     return box.extent.outer * box.extent.inner;
 }
 
-static void sum_block(const bn_job *job, size_t block, range channels, visit *visit_box)
+static void sum_block(const bn_job *job, size_t block, range channels, int in_scratch,
+                      visit *visit_box)
 {
     const range chunks = chunks_of_block(job->geometry, block);
     size_t count = 0;
     for (size_t i = 0; i < chunks.count; i++) {
-        count += visit_chunk(job, block, chunks.first + i, channels, count, visit_box);
+        count += visit_chunk(job, block, chunks.first + i, channels, count, in_scratch, visit_box);
     }
 }
 
@@ -249,14 +282,15 @@ static void write_block(const bn_job *job, size_t block, range channels, visit *
     const size_t bytes =
         geometry->chunk_outer * geometry->chunk_inner * channels.count * geometry->itemsize;
     const int apart = geometry->any_packed || geometry->chunks_per_run > 1 ||
-                      (job->output.ahead != 0 && job->fetched < values_per_channel(geometry));
+                      (job->manner.ahead != 0 && job->fetched < values_per_channel(geometry));
     const size_t together = apart ? 1 : MAX((size_t)1, BN_STEP_BYTES / bytes);
     for (size_t end = chunks.count; end > 0;) {
         const size_t some = MIN(together, end);
         bn_box box;
         end -= some;
         if (some == 1) {
-            visit_chunk(job, block, chunks.first + end, channels, 0, visit_box);
+            visit_chunk(job, block, chunks.first + end, channels, 0, geometry->any_packed,
+                        visit_box);
             continue;
         }
         box = box_of_chunk(geometry, chunks.first + end, channels);
@@ -272,14 +306,16 @@ static void sum_moments(const bn_job *job, size_t block, range channels)
     clear(sums_of_block(job, job->mean, 0, block), channels);
     clear(sums_of_block(job, job->mean_low, 1, block), channels);
     clear(sums_of_block(job, job->m2, 2, block), channels);
-    sum_block(job, block, channels, moments_of_box);
+    sum_block(job, block, channels, job->geometry->any_packed, moments_of_box);
 }
 
 static void sum_gradient(const bn_job *job, size_t block, range channels)
 {
     clear(sums_of_block(job, job->sum_dy, 0, block), channels);
     clear(sums_of_block(job, job->sum_dy_deviation, 1, block), channels);
-    sum_block(job, block, channels, gradient_sums_of_box);
+    /* Products of dy and weight are made in scratch. */
+    sum_block(job, block, channels, job->geometry->any_packed || job->element_weight,
+              gradient_sums_of_box);
 }
 
 static visit *gradient_visit(const bn_job *job)
@@ -363,7 +399,7 @@ static void merge_blocks(const bn_job *job, range channels)
 /* Lets a coefficient array go on beyond its channels and recur. */
 static void repeat(const bn_geometry *geometry, void *array)
 {
-    const size_t length = bn_coefficients(geometry);
+    const size_t length = bn_coefficients_length(geometry);
     for (size_t set = geometry->channels; set < length;) {
         const size_t more = MIN(set, length - set);
         memcpy(element_at(geometry, array, set), array, more * geometry->itemsize);
@@ -372,22 +408,10 @@ static void repeat(const bn_geometry *geometry, void *array)
 }
 
 /* Only the first channels recur, and the task that has the first of them has them all. */
-static void repeat_scale_shift(const bn_job *job, range channels)
+static void repeat_coefficients(const bn_job *job, range channels, size_t arrays)
 {
-    const bn_scale_shift_coefficients *arrays = &job->scale_shift;
-    void *const each[] = {arrays->mean_high, arrays->mean_low, arrays->scale, arrays->shift};
-    for (size_t i = 0; channels.first == 0 && i < sizeof each / sizeof *each; i++) {
-        repeat(job->geometry, each[i]);
-    }
-}
-
-static void repeat_gradient(const bn_job *job, range channels)
-{
-    const bn_gradient_coefficients *arrays = &job->gradient;
-    void *const each[] = {arrays->mean_high, arrays->mean_low, arrays->dy_mean, arrays->slope,
-                          arrays->scale};
-    for (size_t i = 0; channels.first == 0 && i < sizeof each / sizeof *each; i++) {
-        repeat(job->geometry, each[i]);
+    for (size_t i = 0; channels.first == 0 && i < arrays && job->coefficients.array[i]; i++) {
+        repeat(job->geometry, job->coefficients.array[i]);
     }
 }
 
@@ -397,27 +421,35 @@ static void prepare_scale_shift(const bn_job *job, range channels)
     job->kernels->invstd(channels.count, job->variance + c, 1.0, job->eps, job->invstd + c);
     job->kernels->scale_shift_coefficients[job->geometry->dtype](
         channels.count, job->mean + c, NULL, job->invstd + c,
-        parameter_from(job->weight, c), parameter_from(job->bias, c), scale_shift_from(job, c));
-    repeat_scale_shift(job, channels);
+        parameter_from(job->weight, c), parameter_from(job->bias, c), coefficients_from(job, c));
+    repeat_coefficients(job, channels, BN_SCALE_SHIFT_COEFFICIENTS);
 }
 
 static void prepare_gradient(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
     job->kernels->split_mean[job->geometry->dtype](channels.count, job->mean + c,
-                                                   gradient_from(job, c));
+                                                   coefficients_from(job, c));
 }
 
 static void finish_normalize(const bn_job *job, range channels)
 {
-    const size_t c = channels.first;
+    const size_t c = channels.first, each = values_per_channel(job->geometry);
     merge_blocks(job, channels);
-    job->kernels->invstd(channels.count, job->m2 + c, (double)values_per_channel(job->geometry),
-                         job->eps, job->invstd + c);
+    if (job->shared > 1) {
+        job->kernels->pool_moments(channels.count / job->shared, job->shared, each, job->mean + c,
+                                   job->mean_low + c, job->m2 + c);
+    }
+    if (job->uncentred) {
+        job->kernels->mean_squares(channels.count, each * job->shared, job->mean + c,
+                                   job->mean_low + c, job->m2 + c);
+    }
+    job->kernels->invstd(channels.count, job->m2 + c, (double)(each * job->shared), job->eps,
+                         job->invstd + c);
     job->kernels->scale_shift_coefficients[job->geometry->dtype](
         channels.count, job->mean + c, job->mean_low + c, job->invstd + c,
-        parameter_from(job->weight, c), parameter_from(job->bias, c), scale_shift_from(job, c));
-    repeat_scale_shift(job, channels);
+        parameter_from(job->weight, c), parameter_from(job->bias, c), coefficients_from(job, c));
+    repeat_coefficients(job, channels, BN_SCALE_SHIFT_COEFFICIENTS);
 }
 
 static void finish_gradient(const bn_job *job, range channels)
@@ -432,14 +464,83 @@ static void finish_gradient(const bn_job *job, range channels)
     if (job->constant_statistics) {
         job->kernels->scale_shift_coefficients[job->geometry->dtype](
             channels.count, NULL, NULL, job->invstd + c, parameter_from(job->weight, c), NULL,
-            scale_shift_from(job, c));
-        repeat_scale_shift(job, channels);
+            coefficients_from(job, c));
+        repeat_coefficients(job, channels, BN_SCALE_SHIFT_COEFFICIENTS);
+        return;
+    }
+    if (job->shared > 1) {
+        job->kernels->shared_gradient_coefficients[job->geometry->dtype](
+            channels.count / job->shared, job->shared, values_per_channel(job->geometry),
+            job->invstd + c, parameter_from(job->weight, c), job->sum_dy + c,
+            job->sum_dy_deviation + c, coefficients_from(job, c));
     } else {
         job->kernels->gradient_coefficients[job->geometry->dtype](
             channels.count, values_per_channel(job->geometry), job->invstd + c,
             parameter_from(job->weight, c), job->sum_dy + c, job->sum_dy_deviation + c,
-            gradient_from(job, c));
-        repeat_gradient(job, channels);
+            coefficients_from(job, c));
+    }
+    if (job->uncentred) {
+        memset(coefficients_from(job, c).array[BN_DY_MEAN], 0,
+               channels.count * job->geometry->itemsize);
+    }
+    repeat_coefficients(job, channels, BN_SHARED_GRADIENT_COEFFICIENTS);
+}
+
+/* one repeat: the same job, with its part of everything that repeats have of their own */
+
+static char *operand_of_repeat(const bn_geometry *geometry, size_t operand, char *data,
+                               size_t repeat)
+{
+    for (size_t axis = geometry->repeat_axes; data && axis-- > 0;) {
+        const size_t size = geometry->repeat_axis_sizes[axis];
+        data += (ptrdiff_t)(repeat % size) * geometry->operand[operand].repeat_axis_strides[axis];
+        repeat /= size;
+    }
+    return data;
+}
+
+static double *statistics_of_repeat(double *statistics, size_t each, size_t repeat)
+{
+    return statistics ? statistics + repeat * each : NULL;
+}
+
+static bn_job job_of_repeat(const bn_job *job, size_t repeat)
+{
+    const bn_geometry *geometry = job->geometry;
+    const size_t channels = geometry->channels;
+    bn_job own = *job;
+    own.x = operand_of_repeat(geometry, X, job->x, repeat);
+    own.y = operand_of_repeat(geometry, Y, job->y, repeat);
+    own.dy = operand_of_repeat(geometry, DY, job->dy, repeat);
+    own.dx = operand_of_repeat(geometry, DX, job->dx, repeat);
+    own.mean = statistics_of_repeat(job->mean, channels, repeat);
+    own.mean_low = statistics_of_repeat(job->mean_low, channels, repeat);
+    own.m2 = statistics_of_repeat(job->m2, channels, repeat);
+    own.invstd = statistics_of_repeat(job->invstd, channels, repeat);
+    own.variance = job->variance ? job->variance + repeat * channels : NULL;
+    own.sum_dy = statistics_of_repeat(job->sum_dy, channels, repeat);
+    own.sum_dy_deviation = statistics_of_repeat(job->sum_dy_deviation, channels, repeat);
+    own.element_weight =
+        operand_of_repeat(geometry, ELEMENT_WEIGHT, job->element_weight, repeat);
+    own.element_bias = operand_of_repeat(geometry, ELEMENT_BIAS, job->element_bias, repeat);
+    own.partials = statistics_of_repeat(
+        job->partials, (geometry->blocks - 1) * BN_SUMS * channels, repeat);
+    for (size_t i = 0; i < BN_MOST_COEFFICIENTS; i++) {
+        if (job->coefficients.array[i]) {
+            own.coefficients.array[i] = element_at(geometry, job->coefficients.array[i],
+                                                   repeat * bn_coefficients_length(geometry));
+        }
+    }
+    return own;
+}
+
+void bn_do_task(const bn_job *job, const bn_phase *phase, size_t number)
+{
+    if (job->geometry->repeats == 1 || phase->of_all) {
+        phase->task(job, number);
+    } else {
+        const bn_job own = job_of_repeat(job, number / phase->tasks);
+        phase->task(&own, number % phase->tasks);
     }
 }
 
@@ -499,17 +600,110 @@ static void fused_gradient_task(const bn_job *job, size_t number)
     }
 }
 
+/* rows: channels of repeats, whose elements have parameters */
+
+/* So many at a time where they go through scratch: as many as a lane takes. */
+#define ROWS_TOGETHER ((size_t)16)
+
+/* Adds the sums over some rows of dy * xhat and dy, column by column. */
+static void add_columns(const bn_job *job, range rows, double *sums)
+{
+    const bn_geometry *geometry = job->geometry;
+    const size_t columns = geometry->outer * geometry->inner;
+    const size_t *const walked =
+        geometry->layout == BN_contiguous ? &geometry->inner : &geometry->outer;
+    const size_t most_rows = geometry->any_packed ? ROWS_TOGETHER : rows.count;
+    const size_t most_columns = geometry->any_packed
+                                    ? BN_SCRATCH_BYTES / ROWS_TOGETHER / geometry->itemsize
+                                    : columns;
+    _Alignas(64) char dy_scratch[BN_SCRATCH_BYTES], x_scratch[BN_SCRATCH_BYTES];
+    for (size_t row = 0; row < rows.count; row += most_rows) {
+        for (size_t column = 0, some; column < columns; column += some) {
+            some = MIN(most_columns, *walked - column % *walked);
+            const bn_box box = {
+                .outer = column / geometry->inner,
+                .channel = rows.first + row,
+                .inner = column % geometry->inner,
+                .extent = {walked == &geometry->outer ? some : 1,
+                           MIN(most_rows, rows.count - row),
+                           walked == &geometry->inner ? some : 1},
+            };
+            const bn_view inputs[] = {
+                bn_view_to_read(geometry, DY, job->dy, &box, dy_scratch),
+                bn_view_to_read(geometry, X, job->x, &box, x_scratch),
+            };
+            job->kernels->column_sums[geometry->layout][geometry->dtype](
+                box.extent, inputs, coefficients_from(job, box.channel), sums + column,
+                sums + columns + column);
+        }
+    }
+}
+
+/* Some rows in one go, while they are in the cache. */
+static void row_gradient(const bn_job *job, range rows, double *column_sums)
+{
+    const size_t blocks = job->geometry->blocks;
+    prepare_gradient(job, rows);
+    for (size_t block = 0; block < blocks; block++) {
+        sum_gradient(job, block, rows);
+    }
+    finish_gradient(job, rows);
+    if (column_sums) {
+        add_columns(job, rows, column_sums);
+    }
+    for (size_t block = blocks; block-- > 0;) {
+        write_block(job, block, rows, input_gradient_of_box);
+    }
+}
+
+static void row_gradient_task(const bn_job *job, size_t number)
+{
+    const bn_geometry *geometry = job->geometry;
+    const size_t columns = geometry->outer * geometry->inner;
+    const size_t all = geometry->repeats * geometry->channels;
+    const size_t end = MIN(all, (number + 1) * job->geometry->rows_of_block);
+    double *sums = job->column_sums ? job->column_sums + number * 2 * columns : NULL;
+    if (sums) {
+        clear(sums, (range){0, 2 * columns});
+    }
+    for (size_t row = number * job->geometry->rows_of_block, some; row < end; row += some) {
+        const size_t repeat = row / geometry->channels, first = row % geometry->channels;
+        const bn_job own = job_of_repeat(job, repeat);
+        some = MIN(MIN(job->group, end - row), geometry->channels - first);
+        row_gradient(&own, (range){first, some}, sums);
+    }
+}
+
+static void merge_columns_task(const bn_job *job, size_t number)
+{
+    const bn_geometry *geometry = job->geometry;
+    const size_t columns = 2 * geometry->outer * geometry->inner;
+    const size_t first = number * BN_CHANNELS_PER_TASK;
+    const size_t blocks = divide_up(geometry->repeats * geometry->channels, job->geometry->rows_of_block);
+    for (size_t block = 1; block < blocks; block++) {
+        job->kernels->merge_sums(MIN(BN_CHANNELS_PER_TASK, columns - first),
+                                 job->column_sums + first,
+                                 job->column_sums + block * columns + first);
+    }
+}
+
 /* tasks over channels alone */
+
+/* As near to BN_CHANNELS_PER_TASK as channels that share their statistics allow. */
+static size_t channels_per_task(const bn_job *job)
+{
+    return divide_up(BN_CHANNELS_PER_TASK, job->shared) * job->shared;
+}
 
 static range channels_of_task(const bn_job *job, size_t number)
 {
-    const size_t first = number * BN_CHANNELS_PER_TASK;
-    return (range){first, MIN(BN_CHANNELS_PER_TASK, job->geometry->channels - first)};
+    const size_t first = number * channels_per_task(job);
+    return (range){first, MIN(channels_per_task(job), job->geometry->channels - first)};
 }
 
 static bn_phase channel_phase(const bn_job *job, bn_task *task)
 {
-    return (bn_phase){task, divide_up(job->geometry->channels, BN_CHANNELS_PER_TASK)};
+    return (bn_phase){task, divide_up(job->geometry->channels, channels_per_task(job)), 0};
 }
 
 static void merge_blocks_task(const bn_job *job, size_t number)
@@ -543,7 +737,8 @@ static void finish_gradient_task(const bn_job *job, size_t number)
 static size_t bytes_of_call(const bn_job *job, size_t tensors)
 {
     const bn_geometry *geometry = job->geometry;
-    return tensors * geometry->outer * geometry->channels * geometry->inner * geometry->itemsize;
+    return tensors * geometry->repeats * geometry->outer * geometry->channels * geometry->inner *
+           geometry->itemsize;
 }
 
 static void choose_stores(bn_job *job, size_t threads, size_t operand, const char *output,
@@ -553,7 +748,7 @@ static void choose_stores(bn_job *job, size_t threads, size_t operand, const cha
     /* In place, a line has been read already; scratch is read again at once. */
     const int streamed = bytes >= bn_streamed_from(job->caches, threads) && output != x &&
                          output != dy && !job->geometry->operand[operand].packed;
-    job->output = (bn_output){streamed ? BN_streamed : BN_stored, 0};
+    job->manner = (bn_manner){streamed ? BN_streamed : BN_stored, 0};
 }
 
 /* Cuts the channels into groups for so many threads, which read so many tensors; whether its tasks had
@@ -561,24 +756,29 @@ static void choose_stores(bn_job *job, size_t threads, size_t operand, const cha
 static int group_channels(bn_job *job, size_t threads, size_t tensors)
 {
     const bn_geometry *geometry = job->geometry;
-    const size_t channels = geometry->channels, wanted = threads > 1 ? 2 * threads : 1;
+    const size_t channels = geometry->channels;
+    const size_t wanted = threads > 1 ? divide_up(2 * threads, geometry->repeats) : 1;
+    const int enough = threads <= geometry->repeats; /* of the repeats alone, for all threads */
     int fused;
     if (geometry->layout == BN_contiguous) {
         const size_t run = geometry->inner * geometry->itemsize;
-        const size_t together = MAX((size_t)1, BN_NEIGHBOURING_BYTES / run);
+        const size_t neighbouring =
+            geometry->outer == 1 ? BN_ROWS_BYTES : BN_NEIGHBOURING_BYTES;
+        const size_t together = MAX((size_t)1, neighbouring / run);
         const size_t fair = MAX((size_t)1, channels / wanted);
         const size_t channel = values_per_channel(geometry) * geometry->itemsize * tensors;
         const size_t slab = MAX(bn_slab_bytes(job->caches) / channel, BN_FEWEST_BYTES / run);
         const int whole = bytes_of_call(job, tensors + 1) < bn_whole_bytes(job->caches);
         job->group = whole ? fair : MIN(MIN(together, fair), MAX((size_t)1, slab));
-        fused = geometry->blocks == 1 || threads == 1 || channels / job->group >= wanted;
+        fused = geometry->blocks == 1 || enough || channels / job->group >= wanted;
     } else {
         const size_t groups = divide_up(wanted, geometry->blocks);
         const size_t fair = divide_up(channels, groups);
         job->group = divide_up(fair, BN_CHANNELS_TOGETHER) * BN_CHANNELS_TOGETHER;
         job->group = MIN(job->group, channels);
-        fused = geometry->blocks == 1 || threads == 1;
+        fused = geometry->blocks == 1 || enough;
     }
+    job->group = MIN(divide_up(job->group, job->shared) * job->shared, channels);
     job->groups = divide_up(channels, job->group);
     job->far = bytes_of_call(job, tensors) > bn_near_bytes(job->caches, threads);
     return fused;
@@ -592,7 +792,7 @@ static void fetch_ahead(bn_job *job, size_t tensors)
     const bn_geometry *geometry = job->geometry;
     const size_t bytes = job->group * geometry->itemsize * tensors;
     if (geometry->layout == BN_contiguous && !geometry->any_packed) {
-        job->output.ahead = (ptrdiff_t)job->group * geometry->operand[X].channel_stride;
+        job->manner.ahead = (ptrdiff_t)job->group * geometry->operand[X].channel_stride;
         job->fetched = bn_slab_bytes(job->caches) / bytes;
         job->far &= job->fetched < values_per_channel(geometry);
     }
@@ -600,25 +800,26 @@ static void fetch_ahead(bn_job *job, size_t tensors)
 
 static bn_phase block_phase(const bn_job *job, bn_task *task)
 {
-    return (bn_phase){task, job->groups * job->geometry->blocks};
+    return (bn_phase){task, job->groups * job->geometry->blocks, 0};
 }
 
-/* Cuts an output into as many pieces as there are threads, in memory order as far as it goes. */
+/* Cuts an output into as many pieces as there are threads for it, in memory order as far as it goes. */
 static bn_phase piece_phase(bn_job *job, size_t threads, bn_task *task)
 {
     const bn_geometry *geometry = job->geometry;
     const size_t units = divide_up(geometry->channels, channel_unit(geometry));
+    const size_t wanted = divide_up(threads, geometry->repeats);
     bn_extent pieces;
-    pieces.outer = MIN(threads, geometry->outer);
-    pieces.channels = MIN(divide_up(threads, pieces.outer), units);
-    pieces.inner = MIN(divide_up(threads, pieces.outer * pieces.channels), geometry->inner);
+    pieces.outer = MIN(wanted, geometry->outer);
+    pieces.channels = MIN(divide_up(wanted, pieces.outer), units);
+    pieces.inner = MIN(divide_up(wanted, pieces.outer * pieces.channels), geometry->inner);
     job->pieces = pieces;
-    return (bn_phase){task, pieces.outer * pieces.channels * pieces.inner};
+    return (bn_phase){task, pieces.outer * pieces.channels * pieces.inner, 0};
 }
 
 static bn_phase fused_phase(const bn_job *job, bn_task *task)
 {
-    return (bn_phase){task, job->groups};
+    return (bn_phase){task, job->groups, 0};
 }
 
 size_t bn_moments_phases(bn_job *job, size_t threads, bn_phase *phases)
@@ -669,14 +870,30 @@ size_t bn_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
     return 4;
 }
 
-void bn_update_running(const bn_kernels *kernels, bn_dtype dtype, size_t channels, double momentum,
-                       const double *divided, double divisor, void *running)
+size_t bn_row_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
 {
-    kernels->update_running[dtype](channels, momentum, divided, divisor, running);
+    const bn_geometry *geometry = job->geometry;
+    const size_t rows = geometry->repeats * geometry->channels;
+    const size_t columns = geometry->outer * geometry->inner;
+    const size_t slab = bn_slab_bytes(job->caches) / (2 * columns * geometry->itemsize);
+    choose_stores(job, threads, DX, job->dx, job->x, job->dy);
+    job->far = bytes_of_call(job, 2) > bn_near_bytes(job->caches, threads);
+    job->group = MAX((size_t)1, slab / ROWS_TOGETHER) * ROWS_TOGETHER;
+    phases[0] = (bn_phase){row_gradient_task, divide_up(rows, job->geometry->rows_of_block), 1};
+    phases[1] = (bn_phase){merge_columns_task, divide_up(2 * columns, BN_CHANNELS_PER_TASK), 1};
+    return job->column_sums ? 2 : 1;
+}
+
+void bn_update_running(const bn_job *job, bn_dtype dtype, double momentum, const double *divided,
+                       double divisor, void *running)
+{
+    job->kernels->update_running[dtype](job->geometry->channels, job->geometry->repeats, momentum,
+                                        divided, divisor, running);
 }
 
 void bn_parameter_gradients(const bn_job *job, bn_dtype dtype, void *dweight, void *dbias)
 {
-    job->kernels->parameter_gradients[dtype](job->geometry->channels, job->invstd, job->sum_dy,
-                                             job->sum_dy_deviation, dweight, dbias);
+    job->kernels->parameter_gradients[dtype](job->geometry->channels, job->geometry->repeats,
+                                             job->invstd, job->sum_dy, job->sum_dy_deviation,
+                                             dweight, dbias);
 }

@@ -1,8 +1,8 @@
 /* Tasks: a job and a task number in; pointers, and one kernel call after the other, out.
 
-   A task is a group of neighbouring channels by one block, or by all blocks where it is fused. How
-   channels are grouped and who runs which task changes no bit: the sums of a channel depend on its
-   chunks and blocks alone. */
+   A task is a group of neighbouring channels of one repeat, by one block or, where it is fused, by all
+   blocks. How channels are grouped and who runs which task changes no bit: the sums of a channel
+   depend on its chunks and blocks alone. */
 #ifndef BN_BLOCK_TASKS_H
 #define BN_BLOCK_TASKS_H
 
@@ -13,7 +13,9 @@
 /* Sums of a block: mean, mean_low and m2, or sum_dy and sum_dy_deviation. */
 #define BN_SUMS 3
 
-/* Channel arrays are float64 [channels]; weight and bias may be NULL. */
+/* Weight and bias are float64 [channels] and may be NULL; arrays of statistics are float64
+   [repeats][channels], and those of coefficients as long for each repeat as
+   bn_coefficients_length says. */
 typedef struct {
     const bn_kernels *kernels;
     const bn_geometry *geometry;
@@ -32,16 +34,25 @@ typedef struct {
     double *sum_dy, *sum_dy_deviation;
     int constant_statistics; /* gradient: mean and invstd did not come from x */
 
-    double *partials; /* [blocks - 1][BN_SUMS][channels]: the sums of every block but the first */
-    bn_scale_shift_coefficients scale_shift;
+    size_t shared; /* so many neighbouring channels have their statistics together */
+    int uncentred; /* statistics are around 0: mean is 0 */
+
+    /* Where elements rather than channels have parameters, the same for every row: a channel of a
+       repeat. Operands that do not step from row to row; NULL for none. Their gradients are sums
+       over rows of dy * xhat and dy, [blocks of rows][2][outer * inner] float64, of which the
+       first become those of all. */
+    char *element_weight, *element_bias;
+    double *column_sums; /* NULL where they are not wanted */
+
+    double *partials; /* [repeats][blocks - 1][BN_SUMS][channels]: of every block but the first */
+    bn_coefficients coefficients;
     int prepared; /* scale_shift: these hold already what statistics and parameters make of them */
-    bn_gradient_coefficients gradient;
 
     /* Set by bn_*_phases. */
     size_t group, groups; /* channels in a task, and how many such groups */
     int far;              /* sums read from beyond the second level of cache */
-    bn_output output;
-    size_t fetched;       /* values of each channel that output.ahead concerns */
+    bn_manner manner;
+    size_t fetched;       /* values of each channel that manner.ahead concerns */
     bn_extent pieces;     /* into how many parts each axis of the output is cut */
 } bn_job;
 
@@ -50,8 +61,12 @@ typedef void bn_task(const bn_job *job, size_t number);
 /* All tasks of a phase must end before the next phase begins. */
 typedef struct {
     bn_task *task;
-    size_t tasks;
+    size_t tasks; /* of each repeat, unless they are of all of them */
+    int of_all;
 } bn_phase;
+
+/* Does one of the tasks of a phase: those of the first repeat, then those of the next one. */
+void bn_do_task(const bn_job *job, const bn_phase *phase, size_t number);
 
 #define BN_MAX_PHASES 4
 
@@ -62,11 +77,15 @@ size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases);   /* 
 size_t bn_scale_shift_phases(bn_job *job, size_t threads, bn_phase *phases); /* x, y */
 size_t bn_gradient_phases(bn_job *job, size_t threads, bn_phase *phases);    /* x, dy, dx */
 
+/* Parameters of elements are operand 3, the weight, and 2, the bias (which is dx in the gradient). */
+size_t bn_row_gradient_phases(bn_job *job, size_t threads, bn_phase *phases);
+
 /* dweight and dbias, of this dtype, once the phases of the gradient have ended. */
 void bn_parameter_gradients(const bn_job *job, bn_dtype dtype, void *dweight, void *dbias);
 
-/* running = (1 - momentum) * running + momentum * divided / divisor */
-void bn_update_running(const bn_kernels *kernels, bn_dtype dtype, size_t channels, double momentum,
-                       const double *divided, double divisor, void *running);
+/* running = (1 - momentum) * running + momentum * batch, where batch is the average of divided / divisor
+   over the repeats. */
+void bn_update_running(const bn_job *job, bn_dtype dtype, double momentum, const double *divided,
+                       double divisor, void *running);
 
 #endif

@@ -1,5 +1,6 @@
-/* Where the elements of one call lie: an array seen as (outer, channels, inner), cut into chunks and
-   blocks. _layout.py makes it, knowing shape, strides and dtype only; here it is read. */
+/* Where the elements of one call lie: an array seen as some repeats of (outer, channels, inner), cut
+   into chunks and blocks. _layout.py makes it, knowing shape, strides and dtype only; here it is
+   read. */
 #ifndef BN_GEOMETRY_H
 #define BN_GEOMETRY_H
 
@@ -8,7 +9,7 @@
 
 #include "kernels.h"
 
-#define BN_MAX_OPERANDS 3
+#define BN_MAX_OPERANDS 4
 #define BN_MAX_AXES 64
 
 /* An operand is walked directly, with these strides in elements, or packed: its chunks are gathered
@@ -17,12 +18,17 @@ typedef struct {
     int packed;
     ptrdiff_t outer_stride, channel_stride;
     ptrdiff_t outer_axis_strides[BN_MAX_AXES], inner_axis_strides[BN_MAX_AXES];
+    ptrdiff_t repeat_axis_strides[BN_MAX_AXES]; /* in bytes, whether packed or not */
 } bn_operand;
 
 typedef struct {
     bn_layout layout;
     bn_dtype dtype;
     size_t itemsize;
+    /* Each channel of each repeat has statistics of its own; what else is said here holds for each
+       repeat. */
+    size_t repeats;
+    size_t repeat_axes, repeat_axis_sizes[BN_MAX_AXES];
     size_t outer, channels, inner;
 
     /* The axes that make up outer and inner, slowest first: needed where an operand is packed. */
@@ -36,6 +42,9 @@ typedef struct {
     size_t chunks_per_block, blocks;
     size_t phases; /* rows of channels_last that are summed side by side, lane by lane */
 
+    /* Sums over rows, which are the channels of all repeats: so many rows make a block of them. */
+    size_t rows_of_block;
+
     int any_packed;
     bn_operand operand[BN_MAX_OPERANDS];
 } bn_geometry;
@@ -48,7 +57,7 @@ static inline size_t bn_period(const bn_geometry *geometry)
 }
 
 /* How many elements a coefficient array must hold. */
-static inline size_t bn_coefficients(const bn_geometry *geometry)
+static inline size_t bn_coefficients_length(const bn_geometry *geometry)
 {
     const size_t period = bn_period(geometry);
     return period ? period : geometry->channels;

@@ -11,17 +11,25 @@
     X(moments)                           \
     X(scale_shift)                       \
     X(gradient_sums)                     \
-    X(input_gradient)
+    X(input_gradient)                    \
+    X(shared_input_gradient)             \
+    X(affine)                            \
+    X(multiply)                          \
+    X(weighted_input_gradient)           \
+    X(column_sums)
 
 #define BN_FOR_EACH_COEFFICIENT_OPERATION(X) \
     X(scale_shift_coefficients)              \
     X(split_mean)                            \
     X(gradient_coefficients)                 \
+    X(shared_gradient_coefficients)          \
     X(parameter_gradients)                   \
     X(update_running)
 
 #define BN_FOR_EACH_CHANNEL_OPERATION(X) \
     X(merge_moments)                     \
+    X(pool_moments)                      \
+    X(mean_squares)                      \
     X(merge_sums)                        \
     X(invstd)                            \
     X(widen)

@@ -26,23 +26,24 @@ typedef struct {
     ptrdiff_t outer, channel;
 } bn_strides;
 
-/* Whether an output may stay in the caches, or had better go around them. */
-typedef enum { BN_stored, BN_streamed } bn_stores;
+/* Where a box of an array begins, and its strides. */
+typedef struct {
+    void *data;
+    bn_strides strides;
+} bn_view;
 
 /* Per channel, in the element type; the mean is split in two, so that float32 carries 48 bits of it.
    Arrays are [channels]; with a period, channels_last ones go on up to that and recur, so that rows
-   which follow each other closely can be walked as one.
-     y  = ((x - mean_high) - mean_low) * scale + shift */
-typedef struct {
-    void *mean_high, *mean_low, *scale, *shift;
-    size_t period;
-} bn_scale_shift_coefficients;
+   which follow each other closely can be walked as one. */
+enum { BN_MEAN_HIGH, BN_MEAN_LOW, BN_SCALE, BN_SHIFT, BN_SCALE_SHIFT_COEFFICIENTS };
+enum { BN_SLOPE = BN_SHIFT, BN_DY_MEAN, BN_GRADIENT_COEFFICIENTS };
+enum { BN_WEIGHT = BN_GRADIENT_COEFFICIENTS, BN_SHARED_GRADIENT_COEFFICIENTS };
+#define BN_MOST_COEFFICIENTS BN_SHARED_GRADIENT_COEFFICIENTS
 
-/*   dx = ((dy - dy_mean) - ((x - mean_high) - mean_low) * slope) * scale */
 typedef struct {
-    void *mean_high, *mean_low, *dy_mean, *slope, *scale;
+    void *array[BN_MOST_COEFFICIENTS];
     size_t period;
-} bn_gradient_coefficients;
+} bn_coefficients;
 
 /* How an input is summed: how many rows of channels_last side by side, of at most BN_WIDE_ROW elements
    together (see row_sums.inc), and whether it lies beyond the second level of cache: rows and long runs
@@ -60,61 +61,93 @@ typedef void bn_moments_kernel(bn_extent extent, const void *x, bn_strides x_str
                                bn_input input, size_t count, double *mean, double *mean_low,
                                double *m2);
 
-/* How an output is made: where its lines go, and how many elements beyond each one that is read the
+/* Whether an output may stay in the caches, or had better go around them. */
+typedef enum { BN_stored, BN_streamed } bn_stores;
+
+/* How an output is written: where its lines go, and how many elements beyond each one that is read the
    one lies that had better be fetched into the cache meanwhile; 0 for none. */
 typedef struct {
     bn_stores stores;
     ptrdiff_t ahead;
-} bn_output;
+} bn_manner;
 
-/* scale_shift: writes y; y may be x itself. */
-typedef void bn_scale_shift_kernel(bn_extent extent, const void *x, bn_strides x_strides,
-                                   bn_scale_shift_coefficients coefficients, void *y,
-                                   bn_strides y_strides, bn_output output);
+/* Writes an output, which may be one of its inputs, of which there are up to BN_MOST_INPUTS:
+     scale_shift, from x:         y  = ((x - mean_high) - mean_low) * scale + shift
+     input_gradient, from dy, x:  dx = ((dy - dy_mean) - ((x - mean_high) - mean_low) * slope) * scale
+     shared_input_gradient:  dx = ((dy * weight - dy_mean) - ((x - mean_high) - mean_low) * slope) * scale
+   where channels of different weight share their statistics; and where each element has a weight and
+   bias of its own, read as arrays:
+     affine, from x, weight, bias:  y = (((x - mean_high) - mean_low) * scale) * weight + bias
+     multiply, from dy, weight:     dy * weight
+     weighted_input_gradient, from dy, x, weight: as shared_input_gradient */
+#define BN_MOST_INPUTS 3
+
+typedef void bn_output_kernel(bn_extent extent, const bn_view *inputs,
+                              bn_coefficients coefficients, bn_view output, bn_manner manner);
+typedef bn_output_kernel bn_scale_shift_kernel, bn_input_gradient_kernel,
+    bn_shared_input_gradient_kernel, bn_affine_kernel, bn_multiply_kernel,
+    bn_weighted_input_gradient_kernel;
 
 /* gradient_sums: adds sum(dy) and sum(dy * (x - mean)) of the box to two arrays of [channels]. */
 typedef void bn_gradient_sums_kernel(bn_extent extent, const void *dy, bn_strides dy_strides,
                                      const void *x, bn_strides x_strides, bn_input input,
-                                     bn_gradient_coefficients coefficients, double *sum_dy,
+                                     bn_coefficients coefficients, double *sum_dy,
                                      double *sum_dy_deviation);
 
-/* input_gradient: writes dx; dx may be dy or x itself. */
-typedef void bn_input_gradient_kernel(bn_extent extent, const void *dy, bn_strides dy_strides,
-                                      const void *x, bn_strides x_strides,
-                                      bn_gradient_coefficients coefficients, void *dx,
-                                      bn_strides dx_strides, bn_output output);
+/* column_sums: adds sum(dy * xhat) and sum(dy) over the channels of a box, which are rows, to two arrays
+   of its elements; xhat = ((x - mean_high) - mean_low) * scale. The inputs are dy and x. */
+typedef void bn_column_sums_kernel(bn_extent extent, const bn_view *inputs,
+                                   bn_coefficients coefficients, double *products, double *sums);
 
 /* Arithmetic on [channels] arrays: float64 in, coefficients in the element type out.
    A NULL weight is 1; a NULL mean, mean_low or bias is 0. */
 typedef void bn_scale_shift_coefficients_kernel(size_t channels, const double *mean,
                                                 const double *mean_low, const double *invstd,
                                                 const double *weight, const double *bias,
-                                                bn_scale_shift_coefficients coefficients);
+                                                bn_coefficients coefficients);
 
 /* mean_high and mean_low, all that the sums need. */
 typedef void bn_split_mean_kernel(size_t channels, const double *mean,
-                                  bn_gradient_coefficients coefficients);
+                                  bn_coefficients coefficients);
 
 /* The rest, once the sums over `count` values are known. */
 typedef void bn_gradient_coefficients_kernel(size_t channels, size_t count, const double *invstd,
                                              const double *weight, const double *sum_dy,
                                              const double *sum_dy_deviation,
-                                             bn_gradient_coefficients coefficients);
+                                             bn_coefficients coefficients);
 
-/* The gradients of weight and bias, in the parameters' own type. */
-typedef void bn_parameter_gradients_kernel(size_t channels, const double *invstd,
+/* The same for groups of `shared` channels, of `count` values each, which share their statistics:
+   sum_dy and sum_dy_deviation are summed over a group with the weights of its channels. */
+typedef void bn_shared_gradient_coefficients_kernel(size_t groups, size_t shared, size_t count,
+                                                    const double *invstd, const double *weight,
+                                                    const double *sum_dy,
+                                                    const double *sum_dy_deviation,
+                                                    bn_coefficients coefficients);
+
+/* The gradients of weight and bias, over all repeats and in the parameters' own type. */
+typedef void bn_parameter_gradients_kernel(size_t channels, size_t repeats, const double *invstd,
                                            const double *sum_dy, const double *sum_dy_deviation,
                                            void *dweight, void *dbias);
 
-/* running = (1 - momentum) * running + momentum * divided / divisor; running has the element type. */
-typedef void bn_update_running_kernel(size_t channels, double momentum, const double *divided,
-                                      double divisor, void *running);
+/* running = (1 - momentum) * running + momentum * batch, which has the element type; batch is the
+   average of divided / divisor over the repeats. */
+typedef void bn_update_running_kernel(size_t channels, size_t repeats, double momentum,
+                                      const double *divided, double divisor, void *running);
 
 /* Chan's merge of b into a. */
 typedef void bn_merge_moments_kernel(size_t channels, size_t count_a, double *mean_a,
                                      double *mean_low_a, double *m2_a, size_t count_b,
                                      const double *mean_b, const double *mean_low_b,
                                      const double *m2_b);
+
+/* Gives each of the `shared` channels of a group, which have `count` values each, the moments of all of
+   them. */
+typedef void bn_pool_moments_kernel(size_t groups, size_t shared, size_t count, double *mean,
+                                    double *mean_low, double *m2);
+
+/* Moments around 0 of those around the mean: m2 becomes the sum of squares, and the mean 0. */
+typedef void bn_mean_squares_kernel(size_t channels, size_t count, double *mean, double *mean_low,
+                                    double *m2);
 
 /* sums += more */
 typedef void bn_merge_sums_kernel(size_t channels, double *sums, const double *more);

@@ -125,13 +125,18 @@ static void copy_box(const bn_geometry *geometry, size_t operand, char *data, co
     }
 }
 
+bn_view bn_dense_view(const bn_box *box, char *scratch)
+{
+    const size_t run = box->extent.inner;
+    return (bn_view){scratch, {(ptrdiff_t)(box->extent.channels * run), (ptrdiff_t)run}};
+}
+
 bn_view bn_view_to_write(const bn_geometry *geometry, size_t operand, char *data,
                          const bn_box *box, char *scratch)
 {
     const bn_operand *layout = &geometry->operand[operand];
     if (layout->packed) {
-        const size_t run = box->extent.inner;
-        return (bn_view){scratch, {(ptrdiff_t)(box->extent.channels * run), (ptrdiff_t)run}};
+        return bn_dense_view(box, scratch);
     }
     const ptrdiff_t offset = (ptrdiff_t)box->outer * layout->outer_stride +
                              (ptrdiff_t)box->channel * layout->channel_stride +

@@ -12,10 +12,8 @@ typedef struct {
     bn_extent extent;
 } bn_box;
 
-typedef struct {
-    char *data;
-    bn_strides strides;
-} bn_view;
+/* As much memory as a box, without gaps. */
+bn_view bn_dense_view(const bn_box *box, char *scratch);
 
 /* A box to read: the operand's own elements, or scratch filled with them. */
 bn_view bn_view_to_read(const bn_geometry *geometry, size_t operand, char *data,

@@ -60,6 +60,11 @@ static inline size_t bn_slab_bytes(bn_caches caches) { return caches.level2 / 4 
    are summed together, share their cache lines within a task and are written in memory order. */
 #define BN_NEIGHBOURING_BYTES ((size_t)4096)
 
+/* Rows, or the planes of a single image, follow each other without gaps: so many bytes of them are still
+   in the first level of cache when their output is written. (5120 rows of 1024: 380 ns each when taken
+   one by one, 260 with 32 KiB, 285 with 16 KiB; from 128 KiB on 32768 rows of 768 were slower.) */
+#define BN_ROWS_BYTES ((size_t)32768)
+
 /* Unless that is more than the slab may take, but never fewer than this. */
 #define BN_FEWEST_BYTES ((size_t)1024)
 

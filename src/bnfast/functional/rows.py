@@ -1,0 +1,772 @@
+"""Normalizations of each sample by itself: what they mean, their defaults, their documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnfast import _primitives, _validation
+from bnfast._primitives import Sharing
+
+Float = TypeVar("Float", np.float32, np.float64)
+Parameter = NDArray[np.float32] | NDArray[np.float64]
+
+# Every sample has its own statistics.
+INSTANCE = Sharing((0,), fewest_values=2, any_eps=False)
+
+
+def instance_norm(
+    x: NDArray[Float],
+    running_mean: Parameter | None = None,
+    running_var: Parameter | None = None,
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    out: NDArray[Float] | None = None,
+) -> NDArray[Float]:
+    """Normalize every channel of every sample, as ``torch.nn.functional.instance_norm`` does.
+
+    Parameters
+    ----------
+    x : array (N, C, ...) of float32 or float64, at least 2-d
+        N samples along axis 0, C channels along `axis`, P values in each. Any strides.
+    running_mean, running_var : array (C,) of float32 or float64, or None
+        With `use_input_stats` they are updated in place, or both None; without it they are what `x`
+        is normalized with, and required.
+    weight, bias : array (C,) of float32 or float64, optional
+        gamma and beta; 1 and 0 where None.
+    use_input_stats : bool
+        Normalize with the statistics of `x` itself rather than the running ones.
+    momentum : float
+        The weight of the NEW batch in the running statistics, as in PyTorch.
+    eps : float
+        Added to the variance: positive with `use_input_stats`, else not negative.
+    axis : int
+        The channel axis: 1 for NCHW, -1 for NHWC; not 0.
+    out : array like `x`, optional
+        Where to write: `x` itself, or an array that shares no element with it.
+
+    Returns
+    -------
+    array like `x`
+        `out`, or a new array laid out like `x`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value, or one value per channel with
+        `use_input_stats`; before anything is written.
+
+    Notes
+    -----
+    With `use_input_stats`, over all axes but 0 and `axis`::
+
+        mu[n]  = mean(x[n])
+        var[n] = mean((x[n] - mu[n])**2)
+        y[n]   = weight * (x[n] - mu[n]) / sqrt(var[n] + eps) + bias
+        running_mean = (1 - momentum) * running_mean + momentum * mean_n(mu[n])
+        running_var  = (1 - momentum) * running_var  + momentum * mean_n(var[n]) * P / (P - 1)
+
+    The running variance knows nothing of how the samples differ from each other. Without
+    `use_input_stats` this is `batch_norm` in evaluation.
+
+    References
+    ----------
+    D. Ulyanov, A. Vedaldi, V. Lempitsky, 2016, "Instance Normalization: The Missing Ingredient for
+    Fast Stylization", arXiv:1607.08022.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[[1.0, 3.0]], [[10.0, 30.0]]], dtype=np.float32)
+    >>> bnfast.instance_norm(x).round(3)
+    array([[[-1.,  1.]],
+    <BLANKLINE>
+           [[-1.,  1.]]], dtype=float32)
+    """
+    _validation.channel_axis_of_samples(x, axis)
+    if not use_input_stats:
+        _validation.real("momentum", momentum)
+        return _primitives.scale_shift(
+            x, axis, running_mean, running_var, weight, bias, eps, None, out
+        )
+    y, _, _ = _primitives.normalize(
+        *(x, axis, weight, bias, eps, running_mean, running_var, momentum, True, out, INSTANCE)
+    )
+    return y
+
+
+def instance_norm_forward(
+    x: NDArray[Float],
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
+    """Normalize every channel of every sample and return the statistics for the backward pass.
+
+    Parameters
+    ----------
+    x, weight, bias, eps, axis, out
+        As in `instance_norm`.
+
+    Returns
+    -------
+    y : array like `x`
+        The normalized batch.
+    mean, invstd : array (N, C) of float64
+        mu and 1 / sqrt(var + eps).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `instance_norm`.
+
+    Notes
+    -----
+    The formula stands in `instance_norm`; the mean and invstd of a sample have the bits that
+    `batch_norm_forward` gives for a batch of it alone.
+
+    References
+    ----------
+    D. Ulyanov, A. Vedaldi, V. Lempitsky, 2016, arXiv:1607.08022.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[[1.0, 3.0]], [[10.0, 30.0]]], dtype=np.float32)
+    >>> y, mean, invstd = bnfast.instance_norm_forward(x)
+    >>> mean
+    array([[ 2.],
+           [20.]])
+    """
+    _validation.channel_axis_of_samples(x, axis)
+    return _primitives.normalize(x, axis, weight, bias, eps, out=out, sharing=INSTANCE)
+
+
+def instance_norm_backward(
+    dy: NDArray[Float],
+    x: NDArray[Float],
+    mean: Parameter,
+    invstd: Parameter,
+    weight: Parameter | None = None,
+    *,
+    axis: int = 1,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], Parameter, Parameter]:
+    """Return the gradients of instance normalization: of its input, weight and bias.
+
+    Parameters
+    ----------
+    dy : array like `x`
+        The gradient of the output.
+    x : array of float32 or float64
+        The input of the forward pass.
+    mean, invstd : array (N, C) of float32 or float64
+        What the forward pass returned.
+    weight : array (C,) of float32 or float64, optional
+        gamma; 1 where None.
+    axis : int
+        The channel axis.
+    out : array like `x`, optional
+        Where to write dx: `dy` or `x` itself, or an array that shares no element with either.
+
+    Returns
+    -------
+    dx : array like `x`
+        The gradient of the input.
+    dweight, dbias : array (C,)
+        The gradients of weight and bias, of the dtype of `weight`, or of `x` where it is None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value; before anything is written.
+
+    Notes
+    -----
+    With xmu = x[n] - mean[n], and sums over all axes but 0 and `axis`, P values each::
+
+        s[n]    = sum(dy[n])
+        p[n]    = sum(dy[n] * xmu) * invstd[n]
+        dx[n]   = weight * invstd[n] * (dy[n] - s[n] / P - xmu * invstd[n] * p[n] / P)
+        dweight = sum_n(p[n])
+        dbias   = sum_n(s[n])
+
+    References
+    ----------
+    D. Ulyanov, A. Vedaldi, V. Lempitsky, 2016, arXiv:1607.08022.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[[1.0, 2.0, 6.0]]])
+    >>> y, mean, invstd = bnfast.instance_norm_forward(x)
+    >>> dx, dweight, dbias = bnfast.instance_norm_backward(np.ones_like(x), x, mean, invstd)
+    >>> dbias
+    array([3.])
+    """
+    _validation.channel_axis_of_samples(x, axis)
+    return _primitives.gradient(dy, x, axis, mean, invstd, weight, False, out, INSTANCE)
+
+
+def group_norm(
+    x: NDArray[Float],
+    num_groups: int,
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    per_group: bool = False,
+    out: NDArray[Float] | None = None,
+) -> NDArray[Float]:
+    """Normalize groups of channels of every sample, as ``torch.nn.functional.group_norm`` does.
+
+    Parameters
+    ----------
+    x : array (N, C, ...) of float32 or float64, at least 2-d
+        N samples along axis 0, C channels along `axis`. Any strides.
+    num_groups : int
+        G, which divides C: each group has C / G neighbouring channels.
+    weight, bias : array (C,) of float32 or float64, optional
+        gamma and beta; 1 and 0 where None.
+    eps : float
+        Added to the variance. As in PyTorch any number will do; a sum below 0 gives NaN.
+    axis : int
+        The channel axis: 1 for NCHW, -1 for NHWC; not 0.
+    per_group : bool
+        Take one weight and bias for each group, of shape (G,), as ONNX did in opset 18.
+    out : array like `x`, optional
+        Where to write: `x` itself, or an array that shares no element with it.
+
+    Returns
+    -------
+    array like `x`
+        `out`, or a new array laid out like `x`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value, or where all of `x` is but one
+        value per group of one sample; before anything is written.
+
+    Notes
+    -----
+    For every sample and group, over its channels and all further axes::
+
+        mu  = mean(x)
+        var = mean((x - mu)**2)
+        y   = weight * (x - mu) / sqrt(var + eps) + bias
+
+    References
+    ----------
+    Y. Wu, K. He, 2018, "Group Normalization", arXiv:1803.08494.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[1.0, 3.0, 10.0, 30.0]], dtype=np.float32)
+    >>> bnfast.group_norm(x, 2).round(3)
+    array([[-1.,  1., -1.,  1.]], dtype=float32)
+    """
+    y, _, _ = group_norm_forward(
+        x, num_groups, weight, bias, eps, axis=axis, per_group=per_group, out=out
+    )
+    return y
+
+
+def group_norm_forward(
+    x: NDArray[Float],
+    num_groups: int,
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    per_group: bool = False,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
+    """Normalize groups of channels of every sample; return the statistics for the backward pass.
+
+    Parameters
+    ----------
+    x, num_groups, weight, bias, eps, axis, per_group, out
+        As in `group_norm`.
+
+    Returns
+    -------
+    y : array like `x`
+        The normalized batch.
+    mean, invstd : array (N, G) of float64
+        mu and 1 / sqrt(var + eps).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `group_norm`.
+
+    Notes
+    -----
+    The formula stands in `group_norm`.
+
+    References
+    ----------
+    Y. Wu, K. He, 2018, arXiv:1803.08494.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[1.0, 3.0, 10.0, 30.0]], dtype=np.float32)
+    >>> y, mean, invstd = bnfast.group_norm_forward(x, 2)
+    >>> mean
+    array([[ 2., 20.]])
+    """
+    array, channels = _validation.channel_axis_of_samples(x, axis)
+    together = _validation.channels_of_group(num_groups, channels)
+    if array.size == 1:
+        _validation.enough_values("x", array, 1, 2)
+    if per_group and together > 1:
+        weight = _of_channels("weight", weight, channels, together)
+        bias = _of_channels("bias", bias, channels, together)
+    sharing = Sharing((0,), together)
+    return _primitives.normalize(array, axis, weight, bias, eps, out=out, sharing=sharing)
+
+
+def group_norm_backward(
+    dy: NDArray[Float],
+    x: NDArray[Float],
+    mean: Parameter,
+    invstd: Parameter,
+    weight: Parameter | None = None,
+    *,
+    axis: int = 1,
+    per_group: bool = False,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], Parameter, Parameter]:
+    """Return the gradients of group normalization: of its input, weight and bias.
+
+    Parameters
+    ----------
+    dy : array like `x`
+        The gradient of the output.
+    x : array of float32 or float64
+        The input of the forward pass.
+    mean, invstd : array (N, G) of float32 or float64
+        What the forward pass returned.
+    weight : array (C,) of float32 or float64, optional
+        gamma; 1 where None.
+    axis : int
+        The channel axis.
+    per_group : bool
+        As in the forward pass: weight, dweight and dbias have the shape (G,).
+    out : array like `x`, optional
+        Where to write dx: `dy` or `x` itself, or an array that shares no element with either.
+
+    Returns
+    -------
+    dx : array like `x`
+        The gradient of the input.
+    dweight, dbias : array (C,)
+        The gradients of weight and bias, of the dtype of `weight`, or of `x` where it is None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value; before anything is written.
+
+    Notes
+    -----
+    With g = dy * weight, xhat = (x - mean) * invstd, and means over the channels of a group and all
+    further axes::
+
+        dx      = invstd * (g - mean(g) - xhat * mean(g * xhat))
+        dweight = sum(dy * xhat), dbias = sum(dy) over all axes but `axis`
+
+    References
+    ----------
+    Y. Wu, K. He, 2018, arXiv:1803.08494.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[1.0, 3.0, 10.0, 30.0]])
+    >>> y, mean, invstd = bnfast.group_norm_forward(x, 2)
+    >>> dx, dweight, dbias = bnfast.group_norm_backward(np.ones_like(x), x, mean, invstd)
+    >>> dbias
+    array([1., 1., 1., 1.])
+    """
+    array, channels = _validation.channel_axis_of_samples(x, axis)
+    num_groups = _validation.groups_of_statistics("mean", mean)
+    together = _validation.channels_of_group(num_groups, channels)
+    if per_group and together > 1:
+        weight = _of_channels("weight", weight, channels, together)
+    sharing = Sharing((0,), together)
+    dx, dweight, dbias = _primitives.gradient(
+        dy, array, axis, mean, invstd, weight, False, out, sharing
+    )
+    if per_group and together > 1:
+        dweight = dweight.reshape(-1, together).sum(1, np.float64).astype(dweight.dtype)
+        dbias = dbias.reshape(-1, together).sum(1, np.float64).astype(dbias.dtype)
+    return dx, dweight, dbias
+
+
+def _of_channels(
+    name: str, value: Parameter | None, channels: int, together: int
+) -> Parameter | None:
+    """Return the parameter of each group for each of its channels."""
+    of_groups = _validation.channel_parameter(name, value, channels // together)
+    return None if of_groups is None else np.repeat(of_groups, together)
+
+
+def layer_norm(
+    x: NDArray[Float],
+    normalized_shape: int | Sequence[int],
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int | Sequence[int] | None = None,
+    out: NDArray[Float] | None = None,
+) -> NDArray[Float]:
+    """Normalize the elements of each row, as ``torch.nn.functional.layer_norm`` does.
+
+    Parameters
+    ----------
+    x : array of float32 or float64
+        Any strides.
+    normalized_shape : int or sequence of int
+        The sizes of the axes that make a row: the last ones, unless `axis` says which.
+    weight, bias : array of `normalized_shape`, of float32 or float64, optional
+        gamma and beta of each element of a row; 1 and 0 where None. They are rounded to the dtype
+        of `x`.
+    eps : float
+        Added to the variance. As in PyTorch any number will do; a sum below 0 gives NaN.
+    axis : int or sequence of int, optional
+        Which axes make a row, in the order of `normalized_shape`; need not be the last ones, nor
+        neighbours, as in Keras.
+    out : array like `x`, optional
+        Where to write: `x` itself, or an array that shares no element with it.
+
+    Returns
+    -------
+    array like `x`
+        `out`, or a new array laid out like `x`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value; before anything is written.
+
+    Notes
+    -----
+    For every row, over its elements::
+
+        mu  = mean(x)
+        var = mean((x - mu)**2)
+        y   = weight * (x - mu) / sqrt(var + eps) + bias
+
+    References
+    ----------
+    J. L. Ba, J. R. Kiros, G. E. Hinton, 2016, "Layer Normalization", arXiv:1607.06450.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[1.0, 3.0], [10.0, 30.0]], dtype=np.float32)
+    >>> bnfast.layer_norm(x, 2).round(3)
+    array([[-1.,  1.],
+           [-1.,  1.]], dtype=float32)
+    """
+    y, _, _ = layer_norm_forward(x, normalized_shape, weight, bias, eps, axis=axis, out=out)
+    return y
+
+
+def layer_norm_forward(
+    x: NDArray[Float],
+    normalized_shape: int | Sequence[int],
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int | Sequence[int] | None = None,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
+    """Normalize the elements of each row; return the statistics for the backward pass.
+
+    Parameters
+    ----------
+    x, normalized_shape, weight, bias, eps, axis, out
+        As in `layer_norm`.
+
+    Returns
+    -------
+    y : array like `x`
+        The normalized rows.
+    mean, invstd : array of float64
+        mu and 1 / sqrt(var + eps) of every row, of the shape of the axes that are not normalized.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `layer_norm`.
+
+    Notes
+    -----
+    The formula stands in `layer_norm`.
+
+    References
+    ----------
+    J. L. Ba, J. R. Kiros, G. E. Hinton, 2016, arXiv:1607.06450.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[1.0, 3.0], [10.0, 30.0]], dtype=np.float32)
+    >>> y, mean, invstd = bnfast.layer_norm_forward(x, 2)
+    >>> mean
+    array([ 2., 20.])
+    """
+    array, normalized = _validation.normalized_axes(x, normalized_shape, axis)
+    epsilon = _validation.real("eps", eps)
+    return _primitives.normalize_rows(array, normalized, weight, bias, epsilon, False, out)
+
+
+def layer_norm_backward(
+    dy: NDArray[Float],
+    x: NDArray[Float],
+    normalized_shape: int | Sequence[int],
+    mean: Parameter,
+    invstd: Parameter,
+    weight: Parameter | None = None,
+    *,
+    axis: int | Sequence[int] | None = None,
+    parameters: bool = True,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], Parameter | None, Parameter | None]:
+    """Return the gradients of layer normalization: of its input, weight and bias.
+
+    Parameters
+    ----------
+    dy : array like `x`
+        The gradient of the output.
+    x : array of float32 or float64
+        The input of the forward pass.
+    normalized_shape, axis
+        As in the forward pass.
+    mean, invstd : array of float32 or float64
+        What the forward pass returned.
+    weight : array of `normalized_shape`, optional
+        gamma; 1 where None.
+    parameters : bool
+        False leaves out dweight and dbias, which cost as much again as dx.
+    out : array like `x`, optional
+        Where to write dx: `dy` or `x` itself, or an array that shares no element with either.
+
+    Returns
+    -------
+    dx : array like `x`
+        The gradient of the input.
+    dweight, dbias : array of `normalized_shape`, or None
+        The gradients of weight and bias, of the dtype of `weight`, or of `x` where it is None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value; before anything is written.
+
+    Notes
+    -----
+    With g = dy * weight, xhat = (x - mean) * invstd, and means over the elements of a row::
+
+        dx      = invstd * (g - mean(g) - xhat * mean(g * xhat))
+        dweight = sum(dy * xhat), dbias = sum(dy) over all rows
+
+    References
+    ----------
+    J. L. Ba, J. R. Kiros, G. E. Hinton, 2016, arXiv:1607.06450.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[1.0, 3.0], [10.0, 30.0]])
+    >>> y, mean, invstd = bnfast.layer_norm_forward(x, 2)
+    >>> dx, dweight, dbias = bnfast.layer_norm_backward(np.ones_like(x), x, 2, mean, invstd)
+    >>> dbias
+    array([2., 2.])
+    """
+    array, normalized = _validation.normalized_axes(x, normalized_shape, axis)
+    return _primitives.row_gradient(
+        dy, array, normalized, mean, invstd, weight, False, parameters, out
+    )
+
+
+def rms_norm(
+    x: NDArray[Float],
+    normalized_shape: int | Sequence[int],
+    weight: Parameter | None = None,
+    eps: float | None = None,
+    *,
+    axis: int | Sequence[int] | None = None,
+    out: NDArray[Float] | None = None,
+) -> NDArray[Float]:
+    """Divide the elements of each row by their root mean square, as PyTorch's ``rms_norm`` does.
+
+    Parameters
+    ----------
+    x, normalized_shape, axis, out
+        As in `layer_norm`.
+    weight : array of `normalized_shape`, of float32 or float64, optional
+        gamma of each element of a row; 1 where None. Rounded to the dtype of `x`.
+    eps : float or None
+        Added to the mean square; a sum below 0 gives NaN. None, as in PyTorch, for the machine
+        epsilon of the dtype of `x`: 1.19e-7 or 2.22e-16.
+
+    Returns
+    -------
+    array like `x`
+        `out`, or a new array laid out like `x`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value; before anything is written.
+
+    Notes
+    -----
+    For every row, over its elements::
+
+        y = weight * x / sqrt(mean(x**2) + eps)
+
+    References
+    ----------
+    B. Zhang, R. Sennrich, 2019, "Root Mean Square Layer Normalization", arXiv:1910.07467.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[1.0, 7.0], [-10.0, 70.0]], dtype=np.float32)
+    >>> bnfast.rms_norm(x, 2).round(3)
+    array([[ 0.2,  1.4],
+           [-0.2,  1.4]], dtype=float32)
+    """
+    y, _ = rms_norm_forward(x, normalized_shape, weight, eps, axis=axis, out=out)
+    return y
+
+
+def rms_norm_forward(
+    x: NDArray[Float],
+    normalized_shape: int | Sequence[int],
+    weight: Parameter | None = None,
+    eps: float | None = None,
+    *,
+    axis: int | Sequence[int] | None = None,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], NDArray[np.float64]]:
+    """Divide each row by its root mean square; return what the backward pass needs.
+
+    Parameters
+    ----------
+    x, normalized_shape, weight, eps, axis, out
+        As in `rms_norm`.
+
+    Returns
+    -------
+    y : array like `x`
+        The normalized rows.
+    invrms : array of float64
+        1 / sqrt(mean(x**2) + eps) of every row, of the shape of the axes that are not normalized.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `rms_norm`.
+
+    Notes
+    -----
+    The formula stands in `rms_norm`.
+
+    References
+    ----------
+    B. Zhang, R. Sennrich, 2019, arXiv:1910.07467.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> y, invrms = bnfast.rms_norm_forward(np.array([[1.0, 7.0], [-10.0, 70.0]]), 2)
+    >>> invrms.round(3)
+    array([0.2 , 0.02])
+    """
+    array, normalized = _validation.normalized_axes(x, normalized_shape, axis)
+    smallest = float(np.finfo(array.dtype).eps) if eps is None else eps
+    epsilon = _validation.real("eps", smallest)
+    y, _, invrms = _primitives.normalize_rows(array, normalized, weight, None, epsilon, True, out)
+    return y, invrms
+
+
+def rms_norm_backward(
+    dy: NDArray[Float],
+    x: NDArray[Float],
+    normalized_shape: int | Sequence[int],
+    invrms: Parameter,
+    weight: Parameter | None = None,
+    *,
+    axis: int | Sequence[int] | None = None,
+    parameters: bool = True,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], Parameter | None]:
+    """Return the gradients of RMS normalization: of its input and weight.
+
+    Parameters
+    ----------
+    dy, x, normalized_shape, weight, axis, parameters, out
+        As in `layer_norm_backward`.
+    invrms : array of float32 or float64
+        What the forward pass returned.
+
+    Returns
+    -------
+    dx : array like `x`
+        The gradient of the input.
+    dweight : array of `normalized_shape`, or None
+        The gradient of the weight, of its dtype, or of that of `x` where it is None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value; before anything is written.
+
+    Notes
+    -----
+    With g = dy * weight, xhat = x * invrms, and means over the elements of a row::
+
+        dx      = invrms * (g - xhat * mean(g * xhat))
+        dweight = sum(dy * xhat) over all rows
+
+    References
+    ----------
+    B. Zhang, R. Sennrich, 2019, arXiv:1910.07467.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[1.0, 7.0], [-10.0, 70.0]])
+    >>> y, invrms = bnfast.rms_norm_forward(x, 2)
+    >>> dx, dweight = bnfast.rms_norm_backward(np.ones_like(x), x, 2, invrms)
+    >>> dweight.round(3)
+    array([0. , 2.8])
+    """
+    array, normalized = _validation.normalized_axes(x, normalized_shape, axis)
+    dx, dweight, _ = _primitives.row_gradient(
+        dy, array, normalized, None, invrms, weight, True, parameters, out
+    )
+    return dx, dweight

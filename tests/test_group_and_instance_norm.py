@@ -1,0 +1,312 @@
+"""Statistics of each sample: of every channel, or of groups of channels."""
+
+import numpy as np
+import pytest
+
+import bnfast
+from bnfast import _reference as reference
+from cases import BUFFERS
+from oracle import WIDE, assert_within
+from tolerances import FINITE_DIFFERENCES, GRADIENT_SUMS, INPUT_GRADIENT, MOMENTS, OUTPUT, eps_of
+
+# (batch, channels, ...) and the number of groups. Around lanes and lines; one sample, one channel,
+# one value for each channel; rows of few channels; planes that are cut into chunks and blocks.
+CASES = [
+    *[((3, 6, 7, 7), groups) for groups in (1, 2, 3, 6)],
+    *[((2, 4, inner), 2) for inner in (1, 2, 15, 16, 17, 63, 64, 65, 129)],
+    *[((1, 1, 40), 1), ((5, 1, 3), 1), ((1, 8, 30, 30), 4), ((4, 32), 8), ((2, 70, 49), 35)],
+    *[((20, 33, 5), 33), ((2, 3, 70, 70), 1), ((2, 4, 140000), 2), ((3, 130, 9, 9), 26)],
+    ((700, 2, 3), 1),
+]
+INSTANCES = [(shape, shape[1]) for shape, _ in CASES if len(shape) > 2 and shape[2:] != (1,)]
+
+
+def in_layout(x, axis):
+    return x if axis == 1 else np.ascontiguousarray(np.moveaxis(x, 1, -1))
+
+
+def inputs(rng, shape, axis, dtype, mean=3):
+    x = in_layout(rng.normal(mean, 2, shape).astype(dtype), axis)
+    dy = in_layout(rng.normal(size=shape).astype(dtype), axis)
+    weight, bias = rng.normal(size=(2, shape[1])).astype(dtype)
+    return x, dy, weight, bias
+
+
+def sample_axes(x):
+    return tuple(range(1, x.ndim))
+
+
+def check_forward(x, groups, weight=None, bias=None, axis=1, **keywords):
+    got = bnfast.group_norm_forward(x, groups, weight, bias, axis=axis, **keywords)
+    y, mean, invstd = got
+    expected = reference.group_norm_forward(x, groups, weight, bias, axis=axis, precision=WIDE)
+    assert y.dtype == x.dtype and mean.shape == invstd.shape == (x.shape[0], groups)
+    eps = eps_of(x.dtype)
+    size = np.abs(expected[0]).max(sample_axes(x), keepdims=True) + 1
+    assert_within(y, expected[0], OUTPUT * eps * size)
+    assert_within(mean, expected[1], MOMENTS * eps * (np.abs(expected[1]) + 1 / expected[2]))
+    assert_within(invstd, expected[2], 4 * MOMENTS * eps * expected[2])
+    return got
+
+
+def check_backward(dy, x, groups, weight=None, axis=1, **keywords):
+    _, mean, invstd = bnfast.group_norm_forward(x, groups, axis=axis)
+    got = bnfast.group_norm_backward(dy, x, mean, invstd, weight, axis=axis, **keywords)
+    expected = reference.group_norm_backward(dy, x, mean, invstd, weight, axis=axis, precision=WIDE)
+    eps = eps_of(x.dtype)
+    gamma = 1.0 if weight is None else np.abs(weight).max()
+    shape = (-1,) + (1,) * (x.ndim - 1)
+    largest = np.abs(dy).max(sample_axes(x)) * gamma * invstd.max(1)
+    assert got[0].dtype == x.dtype
+    assert_within(got[0], expected[0], INPUT_GRADIENT * eps * largest.reshape(shape))
+    channels = x.shape[axis]
+    norms = reference.group_norm_backward(np.abs(dy), x, mean, invstd, axis=axis)[2]
+    most = np.abs(reference.group_norm_forward(x, groups, axis=axis)[0]).max()
+    assert got[1].shape == got[2].shape == (channels,)
+    assert_within(got[1], expected[1], GRADIENT_SUMS * eps * norms * most)
+    assert_within(got[2], expected[2], GRADIENT_SUMS * eps * norms)
+    return got
+
+
+@pytest.mark.parametrize(("shape", "groups"), CASES, ids=str)
+def test_values(isa, dtype, rng, axis, shape, groups):
+    x, dy, weight, bias = inputs(rng, shape, axis, dtype)
+    check_forward(x, groups, weight, bias, axis)
+    check_forward(x, groups, None, bias, axis)
+    check_backward(dy, x, groups, weight, axis)
+    check_backward(dy, x, groups, None, axis)
+
+
+@pytest.mark.parametrize(("shape", "groups"), INSTANCES, ids=str)
+def test_a_group_of_one_channel_is_an_instance(isa, dtype, rng, axis, shape, groups):
+    x, dy, weight, bias = inputs(rng, shape, axis, dtype)
+    y, mean, invstd = bnfast.instance_norm_forward(x, weight, bias, axis=axis)
+    of_groups = bnfast.group_norm_forward(x, groups, weight, bias, axis=axis)
+    gradients = bnfast.instance_norm_backward(dy, x, mean, invstd, weight, axis=axis)
+    of_groups += bnfast.group_norm_backward(dy, x, mean, invstd, weight, axis=axis)
+    for a, b in zip((y, mean, invstd, *gradients), of_groups, strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(bnfast.instance_norm(x, None, None, weight, bias, axis=axis), y)
+
+
+@pytest.mark.parametrize(("shape", "groups"), INSTANCES, ids=str)
+def test_an_instance_has_the_bits_of_a_batch_of_one(isa, dtype, rng, axis, shape, groups):
+    x, dy, weight, bias = inputs(rng, shape, axis, dtype)
+    y, mean, invstd = bnfast.instance_norm_forward(x, weight, bias, axis=axis)
+    dx, _, _ = bnfast.instance_norm_backward(dy, x, mean, invstd, weight, axis=axis)
+    for n in range(len(x)):
+        alone = bnfast.batch_norm_forward(x[n : n + 1], weight, bias, axis=axis)
+        np.testing.assert_array_equal(y[n : n + 1], alone[0])
+        np.testing.assert_array_equal(mean[n], alone[1])
+        np.testing.assert_array_equal(invstd[n], alone[2])
+        gradient = bnfast.batch_norm_backward(
+            dy[n : n + 1], x[n : n + 1], mean[n], invstd[n], weight, axis=axis
+        )
+        np.testing.assert_array_equal(dx[n : n + 1], gradient[0])
+
+
+def everything(x, dy, weight, bias, groups, axis):
+    y, mean, invstd = bnfast.group_norm_forward(x, groups, weight, bias, axis=axis)
+    return [y, mean, invstd, *bnfast.group_norm_backward(dy, x, mean, invstd, weight, axis=axis)]
+
+
+@pytest.mark.parametrize(("shape", "groups"), CASES, ids=str)
+def test_threads_caches_and_instruction_sets_change_no_bit(
+    dtype, rng, use_isa, use_threads, use_caches, axis, shape, groups
+):
+    x, dy, weight, bias = inputs(rng, shape, axis, dtype, 300)
+    use_isa("baseline")
+    use_threads(1)
+    expected = everything(x, dy, weight, bias, groups, axis)
+    for isa in bnfast.available_isas():
+        use_isa(isa)
+        for num_threads, caches in ((1, (0, 0)), (2, (1 << 50, 1 << 50)), (3, (1 << 14, 1 << 16))):
+            use_threads(num_threads)
+            use_caches(*caches)
+            for a, b in zip(everything(x, dy, weight, bias, groups, axis), expected, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("buffer", BUFFERS)
+@pytest.mark.parametrize("shape", [(3, 6, 7, 11), (4, 6, 2, 3, 5), (5, 6)], ids=str)
+def test_any_strides(isa, dtype, rng, axis, buffer, shape):
+    x, dy, weight, bias = inputs(rng, shape, axis, dtype)
+    make = BUFFERS[buffer]
+    for groups in (2, 6) if len(shape) > 2 else (2,):
+        check_forward(make(x), groups, weight, bias, axis, out=make(np.zeros_like(x)))
+        check_backward(make(dy), make(x), groups, weight, axis, out=make(np.zeros_like(x)))
+        check_backward(dy, make(x), groups, weight, axis)
+
+
+def test_in_place(isa, dtype, rng, axis):
+    x, dy, weight, bias = inputs(rng, (3, 6, 9, 9), axis, dtype)
+    expected = bnfast.group_norm_forward(x, 3, weight, bias, axis=axis)
+    gradients = bnfast.group_norm_backward(dy, x, *expected[1:], weight, axis=axis)
+    got = bnfast.group_norm_backward(dy, x, *expected[1:], weight, axis=axis, out=dy)
+    assert got[0] is dy
+    np.testing.assert_array_equal(dy, gradients[0])
+    assert bnfast.group_norm(x, 3, weight, bias, axis=axis, out=x) is x
+    np.testing.assert_array_equal(x, expected[0])
+
+
+@pytest.mark.parametrize("ratio", [1e4, 1e7])
+@pytest.mark.parametrize("groups", [4, 8])
+def test_output_error_is_at_most_1e_6_whatever_the_mean(isa, rng, axis, ratio, groups):
+    x = in_layout(rng.normal(ratio, 1.0, (4, 8, 28, 28)).astype(np.float32), axis)
+    y = bnfast.group_norm(x, groups, axis=axis)
+    expected, _, _ = reference.group_norm_forward(x, groups, axis=axis, precision=WIDE)
+    assert np.abs(y - expected).max() <= 1e-6
+
+
+@pytest.mark.parametrize("groups", [2, 8])
+def test_float64_is_as_exact_for_its_precision(isa, rng, axis, groups):
+    x = in_layout(rng.normal(1e10, 1.0, (2, 8, 9, 9)) + np.arange(8.0)[:, None, None], axis)
+    shifted = x - 1e10  # exact, and easier for the reference than x is
+    y = bnfast.group_norm(x, groups, axis=axis)
+    expected, _, _ = reference.group_norm_forward(shifted, groups, axis=axis, precision=WIDE)
+    assert np.abs(y - expected).max() <= 1e-14
+
+
+def test_a_constant_group_gives_exactly_the_bias(isa, dtype, rng, axis):
+    x = in_layout(np.full((2, 6, 5, 5), 12345.678, dtype), axis)
+    bias = rng.normal(size=6).astype(dtype)
+    y = bnfast.group_norm(x, 2, None, bias, axis=axis)
+    np.testing.assert_array_equal(np.moveaxis(y, axis, -1), np.broadcast_to(bias, (2, 5, 5, 6)))
+
+
+@pytest.mark.parametrize("special", [np.nan, np.inf])
+def test_specials_stay_in_their_sample_and_group(isa, dtype, rng, axis, special):
+    x, dy, weight, _ = inputs(rng, (3, 6, 7, 7), axis, dtype)
+    clean = everything(x, dy, weight, None, 3, axis)
+    np.moveaxis(x, axis, 1)[1, 2, 3, 3] = special
+    spoiled = everything(x, dy, weight, None, 3, axis)
+    for a, b in ((spoiled[0], clean[0]), (spoiled[3], clean[3])):
+        a, b = np.moveaxis(a, axis, 1), np.moveaxis(b, axis, 1)
+        others = np.ones((3, 6), bool)
+        others[1, 2:4] = False
+        np.testing.assert_array_equal(a[others], b[others])
+        assert np.isnan(a[~others]).all()
+
+
+def test_a_weight_of_zero_passes_no_gradient_of_its_channel(isa, dtype, rng, axis):
+    x, dy, weight, _ = inputs(rng, (3, 6, 7, 7), axis, dtype)
+    weight[2] = 0
+    check_backward(dy, x, 2, weight, axis)
+    check_backward(dy, x, 6, weight, axis)
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((2, 4, 5), 2), ((1, 3, 2, 2), 3), ((3, 6), 2)])
+def test_gradients_are_those_of_central_differences(rng, axis, shape, groups):
+    x, dy, weight, bias = inputs(rng, shape, axis, np.float64, 0)
+    _, mean, invstd = bnfast.group_norm_forward(x, groups, axis=axis)
+    gradients = bnfast.group_norm_backward(dy, x, mean, invstd, weight, axis=axis)
+    for array, gradient in zip((x, weight, bias), gradients, strict=True):
+        numeric = np.zeros_like(array)
+        for index in np.ndindex(array.shape):
+            kept = array[index]
+            ends = []
+            for step in (1e-6, -1e-6):
+                array[index] = kept + step
+                ends.append((bnfast.group_norm(x, groups, weight, bias, axis=axis) * dy).sum())
+            array[index] = kept
+            numeric[index] = (ends[0] - ends[1]) / 2e-6
+        np.testing.assert_allclose(gradient, numeric, rtol=0, atol=FINITE_DIFFERENCES)
+
+
+@pytest.mark.parametrize("parameters", [np.float32, np.float64])
+def test_running_statistics_are_averages_over_the_samples(isa, dtype, rng, axis, parameters):
+    x, _, _, _ = inputs(rng, (4, 5, 6, 7), axis, dtype)
+    mean, var = rng.normal(size=5).astype(parameters), rng.uniform(1, 2, 5).astype(parameters)
+    planes = np.moveaxis(x, axis, 1).astype(np.float64).reshape(4, 5, -1)
+    expected_mean = 0.7 * mean + 0.3 * planes.mean((0, 2))
+    expected_var = 0.7 * var + 0.3 * planes.var(2, ddof=1).mean(0)
+    bnfast.instance_norm(x, mean, var, momentum=0.3, axis=axis)
+    np.testing.assert_allclose(mean, expected_mean, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(var, expected_var, rtol=2e-6)
+
+
+def test_without_the_statistics_of_the_input_it_is_batch_norm(dtype, rng, axis):
+    x, _, weight, bias = inputs(rng, (4, 5, 6, 7), axis, dtype)
+    mean, var = rng.normal(size=5).astype(dtype), rng.uniform(1, 2, 5).astype(dtype)
+    y = bnfast.instance_norm(x, mean, var, weight, bias, False, axis=axis)
+    expected = bnfast.batch_norm(x, mean, var, weight, bias, axis=axis)
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_one_weight_for_each_group(dtype, rng, axis):
+    x, dy, _, _ = inputs(rng, (3, 6, 5, 5), axis, dtype)
+    weight, bias = rng.normal(size=(2, 3)).astype(dtype)
+    for_channels = np.repeat(weight, 2), np.repeat(bias, 2)
+    y, mean, invstd = bnfast.group_norm_forward(x, 3, weight, bias, axis=axis, per_group=True)
+    np.testing.assert_array_equal(y, bnfast.group_norm(x, 3, *for_channels, axis=axis))
+    dx, dweight, dbias = bnfast.group_norm_backward(
+        dy, x, mean, invstd, weight, axis=axis, per_group=True
+    )
+    expected = bnfast.group_norm_backward(dy, x, mean, invstd, for_channels[0], axis=axis)
+    np.testing.assert_array_equal(dx, expected[0])
+    tolerance = 1e-5 if dtype == np.float32 else 1e-13
+    np.testing.assert_allclose(dweight, expected[1].reshape(3, 2).sum(1), tolerance, tolerance)
+    np.testing.assert_allclose(dbias, expected[2].reshape(3, 2).sum(1), tolerance, tolerance)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 4, 0), (0, 4)], ids=str)
+def test_an_empty_batch_gives_an_empty_array(dtype, shape):
+    x = np.empty(shape, dtype)
+    y, mean, invstd = bnfast.group_norm_forward(x, 2)
+    assert y.shape == shape and mean.shape == invstd.shape == (shape[0], 2)
+    dx, dweight, dbias = bnfast.group_norm_backward(x, x, mean, invstd)
+    assert dx.shape == shape
+    np.testing.assert_array_equal(dweight, np.zeros(4))
+    np.testing.assert_array_equal(dbias, np.zeros(4))
+    if len(shape) > 2:
+        running = np.zeros(4, dtype), np.ones(4, dtype)
+        bnfast.instance_norm(x, *running)
+        np.testing.assert_array_equal(running, [np.zeros(4), np.ones(4)])
+
+
+X = np.arange(24, dtype=np.float32).reshape(2, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: bnfast.group_norm(X, 3), ValueError, "num_groups must divide the 4 channels.*3"),
+        (lambda: bnfast.group_norm(X, 0), ValueError, "num_groups must be at least 1"),
+        (lambda: bnfast.group_norm(X, 2.0), TypeError, "num_groups must be an integer"),
+        (lambda: bnfast.group_norm(X, 2, axis=0), ValueError, "axis must not be 0"),
+        (lambda: bnfast.instance_norm(X, axis=-3), ValueError, "axis must not be 0"),
+        (lambda: bnfast.group_norm(X, 2, np.ones(2)), ValueError, "weight must have one value"),
+        (lambda: bnfast.group_norm(X, 2, eps=np.inf), ValueError, "eps must be finite"),
+        (lambda: bnfast.instance_norm(X, eps=0), ValueError, "eps must be positive"),
+        (lambda: bnfast.instance_norm(X[:, :, :1]), ValueError, "x must have more than one value"),
+        (lambda: bnfast.group_norm(X[:1, :1, :1], 1), ValueError, "x must have more than one"),
+        (
+            lambda: bnfast.instance_norm(X, use_input_stats=False),
+            *(TypeError, "running_mean must be an array"),
+        ),
+        (
+            lambda: bnfast.instance_norm(X, np.zeros(4, np.float32)),
+            *(ValueError, "running_mean and running_var must both be given"),
+        ),
+        (
+            lambda: bnfast.group_norm_backward(X, X, np.zeros(4), np.ones(4)),
+            *(ValueError, r"mean must be as forward returned it, of shape \(N, G\)"),
+        ),
+        (
+            lambda: bnfast.group_norm_backward(X, X, np.zeros((2, 2)), np.ones((2, 4))),
+            *(ValueError, r"invstd must be as forward returned it, shape \(2, 2\)"),
+        ),
+        (
+            lambda: bnfast.group_norm(X, 2, np.ones(4, np.float32), per_group=True),
+            *(ValueError, "weight must have one value for each of the 2"),
+        ),
+    ],
+)
+def test_bad_arguments_are_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_two_samples_of_one_value_each_pass_as_in_pytorch(dtype):
+    x, bias = np.array([[3.0, 4.0], [5.0, 6.0]], dtype), np.array([1, 2], dtype)
+    np.testing.assert_array_equal(bnfast.group_norm(x, 2, None, bias), [[1, 2], [1, 2]])
