@@ -18,7 +18,8 @@ MODULES = [
     "bnfast._threads",
     "bnfast.functional.batch",
     "bnfast.functional.rows",
-    "bnfast.layers",
+    "bnfast.layers.batch",
+    "bnfast.layers._layer",
     "bnfast.statistics",
 ]
 

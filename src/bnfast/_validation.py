@@ -193,6 +193,16 @@ def element_parameter(
         return np.array(array, dtype, order="C")
 
 
+def state(name: str, value: object, shape: tuple[int, ...]) -> Array:
+    """Return an array of a layer's state."""
+    if len(shape) == 1:
+        return required_channel_parameter(name, value, shape[0])
+    array = floating_array(name, value)
+    if array.shape != shape:
+        raise ValueError(f"{name} must have the shape {shape}, got {_describe(array)}")
+    return array
+
+
 def required_channel_parameter(name: str, value: object, channels: int) -> Array:
     """Return one value a channel, contiguous and aligned."""
     array = channel_parameter(name, value, channels)

@@ -1,15 +1,15 @@
-"""Objects that own parameters and running statistics."""
+"""Batch normalization as a layer."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bnfast import _primitives, _validation
+from bnfast.layers._layer import Gradients, Layer
 from bnfast.statistics import weight_of_new_batch
 
 Array = NDArray[Any]
@@ -19,17 +19,7 @@ Array = NDArray[Any]
 FEW_VALUES = 8
 
 
-_ARRAYS = ("weight", "bias", "running_mean", "running_var")
-_COUNTER = "num_batches_tracked"
-
-
-# What `backward` needs of the call before it: x, (mean, invstd, weight), and whether the statistics
-# are constant rather than those of x.
-_Saved = tuple[Array, tuple[Array, Array, Array | None], bool]
-_NONE_YET = "there has been none"  # or another reason why nothing is saved
-
-
-class BatchNorm:
+class BatchNorm(Layer):
     """Batch normalization with its parameters, running statistics and gradients.
 
     ``torch.nn.BatchNorm1d``, ``2d`` and ``3d`` in one, for NumPy arrays of any rank.
@@ -101,13 +91,10 @@ class BatchNorm:
     >>> y = layer.eval()(x)
     """
 
-    weight: Array | None
-    bias: Array | None
-    running_mean: Array | None
-    running_var: Array | None
-    weight_grad: Array | None
-    bias_grad: Array | None
-    num_batches_tracked: int | None
+    _shown = (
+        *("num_features", "eps", "momentum", "affine", "track_running_stats", "axis"),
+        *("unbiased", "dtype"),
+    )
 
     def __init__(
         self,
@@ -129,14 +116,11 @@ class BatchNorm:
         self.axis = _validation.integer("axis", axis)
         self.unbiased = bool(unbiased)
         self.dtype = _validation.floating_dtype("dtype", dtype)
-        self.training = True
         self.weight = np.ones(self.num_features, self.dtype) if affine else None
         self.bias = np.zeros(self.num_features, self.dtype) if affine else None
         self.running_mean = np.zeros(self.num_features, self.dtype) if track_running_stats else None
         self.running_var = np.ones(self.num_features, self.dtype) if track_running_stats else None
         self.num_batches_tracked = 0 if track_running_stats else None
-        self.weight_grad = self.bias_grad = None
-        self._saved: _Saved | str = _NONE_YET
         self._evaluation = _primitives.Evaluation()  # what each call in evaluation may use again
         self._warned = False
 
@@ -203,42 +187,6 @@ class BatchNorm:
         layer.running_mean, layer.running_var = mean.copy(), var.copy()
         return layer
 
-    def train(self, mode: bool = True) -> BatchNorm:
-        """Use the statistics of each batch, and track them; return the layer itself.
-
-        Parameters
-        ----------
-        mode : bool
-            False is `eval`.
-
-        Returns
-        -------
-        BatchNorm
-
-        Examples
-        --------
-        >>> import bnfast
-        >>> bnfast.BatchNorm(3).train().training
-        True
-        """
-        self.training = bool(mode)
-        return self
-
-    def eval(self) -> BatchNorm:
-        """Use the running statistics; return the layer itself.
-
-        Returns
-        -------
-        BatchNorm
-
-        Examples
-        --------
-        >>> import bnfast
-        >>> bnfast.BatchNorm(3).eval().training
-        False
-        """
-        return self.train(False)
-
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """Normalize a batch.
 
@@ -301,19 +249,6 @@ class BatchNorm:
         _validation.same_channels("x", array, axis, self.num_features)
         return array
 
-    def _kept_weight(self) -> Array | None:
-        """Return the weight as it is now: it may change before backward comes."""
-        return None if self.weight is None else self.weight.copy()
-
-    def _save(
-        self, x: Array, y: Array, statistics: tuple[Array, Array, Array | None], constant: bool
-    ) -> None:
-        # x is not copied; where it was overwritten, there can be no backward.
-        if _validation.shares_memory(x, y):
-            self._saved = "the last call wrote over its input"
-        else:
-            self._saved = x, statistics, constant
-
     def _train_on(self, x: Array, out: Array | None) -> Array:
         if not self._warned and self.num_features < x.size < FEW_VALUES * self.num_features:
             self._warned = True
@@ -346,134 +281,12 @@ class BatchNorm:
         self._save(x, y, (mean, invstd, self._kept_weight()), False)
         return y
 
-    def backward(self, dy: Array, *, out: Array | None = None) -> Array:
-        """Return the gradient of the last input, and set `weight_grad` and `bias_grad`.
-
-        Parameters
-        ----------
-        dy : array like the last output
-            The gradient of the output.
-        out : array like `dy`, optional
-            Where to write: `dy` itself will do.
-
-        Returns
-        -------
-        array like `dy`
-
-        Raises
-        ------
-        RuntimeError
-            If no call came before, or its input was overwritten, or used by another `backward`.
-        TypeError, ValueError
-            If `dy` has not the shape and dtype of the output.
-
-        Examples
-        --------
-        >>> import numpy as np, bnfast
-        >>> layer = bnfast.BatchNorm(1)
-        >>> y = layer(np.arange(8.0, dtype=np.float32).reshape(8, 1))
-        >>> dx = layer.backward(np.ones_like(y))
-        >>> bool(np.abs(dx).max() < 1e-6)
-        True
-        >>> layer.bias_grad
-        array([8.], dtype=float32)
-        """
-        if isinstance(self._saved, str):
-            raise RuntimeError(
-                f"backward needs a call of the layer before it, not in place: {self._saved}"
-            )
-        x, (mean, invstd, weight), constant = self._saved
+    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
+        (mean, invstd, weight), constant = saved
         dx, dweight, dbias = _primitives.gradient(
             dy, x, self.axis, mean, invstd, weight, constant, out
         )
-        self.weight_grad = None if weight is None else dweight
-        if self.bias is None:
-            self.bias_grad = None
-        else:
-            with np.errstate(all="ignore"):  # only where there is no weight to say the dtype
-                self.bias_grad = dbias.astype(self.bias.dtype, copy=False)
-        self._saved = "the last one has had its backward"
-        return dx
-
-    def _state(self) -> dict[str, Array]:
-        """Return the arrays that the layer has, by PyTorch's names."""
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
-        return {name: array for name, array in arrays.items() if array is not None}
-
-    def state_dict(self) -> dict[str, Array]:
-        """Return copies of parameters and running statistics, with PyTorch's names and dtypes.
-
-        Returns
-        -------
-        dict of str to array
-            ``weight``, ``bias``, ``running_mean``, ``running_var`` and ``num_batches_tracked``
-            (int64, 0-d); those that the layer has not are left out.
-
-        Examples
-        --------
-        PyTorch wants tensors: ``{name: torch.as_tensor(array) for name, array in state.items()}``.
-
-        >>> import bnfast
-        >>> list(bnfast.BatchNorm(3).state_dict())
-        ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
-        """
-        state = {name: array.copy() for name, array in self._state().items()}
-        if self.num_batches_tracked is not None:
-            state[_COUNTER] = np.array(self.num_batches_tracked, np.int64)
-        return state
-
-    def load_state_dict(self, state_dict: Mapping[str, ArrayLike]) -> None:
-        """Take parameters and running statistics from `state_dict`, in place.
-
-        Parameters
-        ----------
-        state_dict : mapping of str to array
-            As `state_dict` returns it; PyTorch's tensors on the CPU will do. As in PyTorch,
-            ``num_batches_tracked`` may be missing, and is then left as it is.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If a name is missing or unexpected, or an array is of integers or has the wrong shape;
-            the layer is left as it was. Floats are rounded to the layer's dtype.
-
-        Examples
-        --------
-        >>> import bnfast
-        >>> layer, other = bnfast.BatchNorm(3), bnfast.BatchNorm(3)
-        >>> layer.load_state_dict(other.state_dict())
-        """
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(f"state_dict must map names to arrays, got {type(state_dict).__name__}")
-        own = self._state()
-        names = [*own] if self.num_batches_tracked is None else [*own, _COUNTER]
-        missing = [name for name in own if name not in state_dict]
-        unexpected = [name for name in state_dict if name not in names]
-        if missing or unexpected:
-            wrong = [f"missing {missing}"] * bool(missing) + [f"unexpected {unexpected}"] * bool(
-                unexpected
-            )
-            raise ValueError(f"state_dict must have the names {names}: {', '.join(wrong)}")
-        new = {
-            name: _validation.required_channel_parameter(
-                name, state_dict[name], self.num_features
-            ).astype(array.dtype)
-            for name, array in own.items()
-        }
-        tracked = self.num_batches_tracked
-        if _COUNTER in state_dict:
-            counter = np.asarray(state_dict[_COUNTER])[()]
-            tracked = _validation.integer_from(_COUNTER, counter, 0)
-        for name, array in own.items():
-            array[...] = new[name]
-        self.num_batches_tracked = tracked
+        return dx, None if weight is None else dweight, dbias
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_saved": _NONE_YET, "_evaluation": _primitives.Evaluation()}
-
-    def __repr__(self) -> str:
-        return (
-            f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.affine}, track_running_stats={self.track_running_stats}, "
-            f"axis={self.axis}, unbiased={self.unbiased}, dtype={self.dtype})"
-        )
+        return {**super().__getstate__(), "_evaluation": _primitives.Evaluation()}

@@ -1,0 +1,226 @@
+"""What every layer has: parameters and their gradients, two modes, a state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from bnfast import _validation
+
+Array = NDArray[Any]
+AnyLayer = TypeVar("AnyLayer", bound="Layer")
+Gradients = tuple[Array, Array | None, Array | None]
+
+_ARRAYS = ("weight", "bias", "running_mean", "running_var")
+_COUNTER = "num_batches_tracked"
+
+# Why `backward` has nothing to work with, where that is so.
+NONE_YET = "there has been none"
+_DONE = "the last one has had its backward"
+_IN_PLACE = "the last call wrote over its input"
+
+
+class Layer:
+    """A layer: call it, and then its `backward`.
+
+    Attributes
+    ----------
+    weight, bias, running_mean, running_var : array or None
+        What the layer has of them.
+    num_batches_tracked : int or None
+        How many batches the running statistics have seen.
+    weight_grad, bias_grad : array or None
+        Of the last `backward`.
+    training : bool
+        True at first.
+    """
+
+    weight: Array | None = None
+    bias: Array | None = None
+    running_mean: Array | None = None
+    running_var: Array | None = None
+    num_batches_tracked: int | None = None
+    weight_grad: Array | None = None
+    bias_grad: Array | None = None
+    training: bool = True
+
+    _shown: ClassVar[tuple[str, ...]] = ()  # attributes of the repr, by the names of the arguments
+
+    # What `_gradients` needs of the last call, x first, or a reason why there is nothing.
+    _saved: tuple[Any, ...] | str = NONE_YET
+
+    def train(self: AnyLayer, mode: bool = True) -> AnyLayer:
+        """Use the statistics of each batch, and track them; return the layer itself.
+
+        Parameters
+        ----------
+        mode : bool
+            False is `eval`.
+
+        Returns
+        -------
+        Layer
+
+        Examples
+        --------
+        >>> import bnfast
+        >>> bnfast.BatchNorm(3).train().training
+        True
+        """
+        self.training = bool(mode)
+        return self
+
+    def eval(self: AnyLayer) -> AnyLayer:
+        """Use the running statistics; return the layer itself.
+
+        Returns
+        -------
+        Layer
+
+        Examples
+        --------
+        >>> import bnfast
+        >>> bnfast.BatchNorm(3).eval().training
+        False
+        """
+        return self.train(False)
+
+    def _kept_weight(self) -> Array | None:
+        """Return the weight as it is now: it may change before backward comes."""
+        return None if self.weight is None else self.weight.copy()
+
+    def _save(self, x: Array, y: Array, *more: Any) -> None:
+        # x is not copied; where it was overwritten, there can be no backward.
+        self._saved = _IN_PLACE if _validation.shares_memory(x, y) else (x, *more)
+
+    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
+        """Return the gradients of the input, weight and bias from what was saved."""
+        raise NotImplementedError
+
+    def backward(self, dy: Array, *, out: Array | None = None) -> Array:
+        """Return the gradient of the last input, and set `weight_grad` and `bias_grad`.
+
+        Parameters
+        ----------
+        dy : array like the last output
+            The gradient of the output.
+        out : array like `dy`, optional
+            Where to write: `dy` itself will do.
+
+        Returns
+        -------
+        array like `dy`
+
+        Raises
+        ------
+        RuntimeError
+            If no call came before, or its input was overwritten, or used by another `backward`.
+        TypeError, ValueError
+            If `dy` has not the shape and dtype of the output.
+
+        Examples
+        --------
+        >>> import numpy as np, bnfast
+        >>> layer = bnfast.BatchNorm(1)
+        >>> y = layer(np.arange(8.0, dtype=np.float32).reshape(8, 1))
+        >>> dx = layer.backward(np.ones_like(y))
+        >>> bool(np.abs(dx).max() < 1e-6)
+        True
+        >>> layer.bias_grad
+        array([8.], dtype=float32)
+        """
+        if isinstance(self._saved, str):
+            raise RuntimeError(
+                f"backward needs a call of the layer before it, not in place: {self._saved}"
+            )
+        dx, dweight, dbias = self._gradients(dy, out, *self._saved)
+        self.weight_grad = dweight
+        if self.bias is None or dbias is None:
+            self.bias_grad = None
+        else:
+            with np.errstate(all="ignore"):  # only where there is no weight to say the dtype
+                self.bias_grad = dbias.astype(self.bias.dtype, copy=False)
+        self._saved = _DONE
+        return dx
+
+    def _state(self) -> dict[str, Array]:
+        """Return the arrays that the layer has, by PyTorch's names."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    def state_dict(self) -> dict[str, Array]:
+        """Return copies of parameters and running statistics, with PyTorch's names and dtypes.
+
+        Returns
+        -------
+        dict of str to array
+            ``weight``, ``bias``, ``running_mean``, ``running_var`` and ``num_batches_tracked``
+            (int64, 0-d); those that the layer has not are left out.
+
+        Examples
+        --------
+        PyTorch wants tensors: ``{name: torch.as_tensor(array) for name, array in state.items()}``.
+
+        >>> import bnfast
+        >>> list(bnfast.BatchNorm(3).state_dict())
+        ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
+        """
+        state = {name: array.copy() for name, array in self._state().items()}
+        if self.num_batches_tracked is not None:
+            state[_COUNTER] = np.array(self.num_batches_tracked, np.int64)
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, ArrayLike]) -> None:
+        """Take parameters and running statistics from `state_dict`, in place.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to array
+            As `state_dict` returns it; PyTorch's tensors on the CPU will do. As in PyTorch,
+            ``num_batches_tracked`` may be missing, and is then left as it is.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a name is missing or unexpected, or an array is of integers or has the wrong shape;
+            the layer is left as it was. Floats are rounded to the layer's dtype.
+
+        Examples
+        --------
+        >>> import bnfast
+        >>> layer, other = bnfast.BatchNorm(3), bnfast.BatchNorm(3)
+        >>> layer.load_state_dict(other.state_dict())
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must map names to arrays, got {type(state_dict).__name__}")
+        own = self._state()
+        names = [*own] if self.num_batches_tracked is None else [*own, _COUNTER]
+        missing = [name for name in own if name not in state_dict]
+        unexpected = [name for name in state_dict if name not in names]
+        if missing or unexpected:
+            wrong = [f"missing {missing}"] * bool(missing) + [f"unexpected {unexpected}"] * bool(
+                unexpected
+            )
+            raise ValueError(f"state_dict must have the names {names}: {', '.join(wrong)}")
+        new = {
+            name: _validation.state(name, state_dict[name], array.shape).astype(array.dtype)
+            for name, array in own.items()
+        }
+        tracked = self.num_batches_tracked
+        if _COUNTER in state_dict:
+            counter = np.asarray(state_dict[_COUNTER])[()]
+            tracked = _validation.integer_from(_COUNTER, counter, 0)
+        for name, array in own.items():
+            array[...] = new[name]
+        self.num_batches_tracked = tracked
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_saved": NONE_YET}
+
+    def __repr__(self) -> str:
+        first, *others = self._shown
+        shown = [str(getattr(self, first)), *[f"{name}={getattr(self, name)}" for name in others]]
+        return f"{type(self).__name__}({', '.join(shown)})"
