@@ -20,6 +20,8 @@ MODULES = [
     "bnfast.functional.rows",
     "bnfast.layers.batch",
     "bnfast.layers._layer",
+    "bnfast.layers.rows",
+    "bnfast.layers.samples",
     "bnfast.statistics",
 ]
 

@@ -151,6 +151,54 @@ def test_gradients_of_the_family_are_autograds(isa, rng, name):
         np.testing.assert_allclose(a, tensor.grad.numpy(), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (bnfast.InstanceNorm(6), torch.nn.InstanceNorm2d(6)),
+        (
+            bnfast.InstanceNorm(6, 1e-3, 0.3, True, True),
+            torch.nn.InstanceNorm2d(6, 1e-3, 0.3, True, True),
+        ),
+        (
+            bnfast.InstanceNorm(6, 1e-3, None, False, True),
+            torch.nn.InstanceNorm2d(6, 1e-3, None, False, True),
+        ),
+        (bnfast.GroupNorm(3, 6), torch.nn.GroupNorm(3, 6)),
+        (bnfast.GroupNorm(2, 6, 1e-3, False), torch.nn.GroupNorm(2, 6, 1e-3, False)),
+        (bnfast.LayerNorm((5, 3)), torch.nn.LayerNorm((5, 3))),
+        (bnfast.LayerNorm(3, 1e-3, True, False), torch.nn.LayerNorm(3, 1e-3, True, False)),
+        (bnfast.LayerNorm(3, 1e-3, False), torch.nn.LayerNorm(3, 1e-3, False)),
+        (bnfast.RMSNorm((5, 3)), torch.nn.RMSNorm((5, 3))),
+        (bnfast.RMSNorm(3, 1e-3, False), torch.nn.RMSNorm(3, 1e-3, False)),
+    ],
+    ids=repr,
+)
+def test_layers_of_the_family_go_the_way_of_modules(rng, ours, theirs):
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.from_numpy(rng.normal(size=parameter.shape)))
+    ours.load_state_dict(theirs.state_dict())
+    for training in (True, True, False):
+        ours.train(training)
+        theirs.train(training)
+        x, dy = rng.normal(2, 3, (2, 4, 6, 5, 3)).astype(np.float32)
+        tensor = torch.from_numpy(x).requires_grad_()
+        theirs.zero_grad()
+        expected = theirs(tensor)
+        expected.backward(torch.from_numpy(dy))
+        np.testing.assert_allclose(ours(x), expected.detach().numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(ours.backward(dy), tensor.grad.numpy(), rtol=1e-3, atol=1e-5)
+        gradients = {"weight": ours.weight_grad, "bias": ours.bias_grad}
+        for name, parameter in theirs.named_parameters():
+            np.testing.assert_allclose(
+                gradients[name], parameter.grad.numpy(), rtol=1e-3, atol=1e-4
+            )
+    state = theirs.state_dict()
+    assert list(ours.state_dict()) == list(state)
+    for name, array in ours.state_dict().items():
+        np.testing.assert_allclose(array, state[name].numpy(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("momentum", [0.1, None, 0.7])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("tracking", [True, False])

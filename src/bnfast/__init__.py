@@ -22,12 +22,16 @@ from bnfast.functional import (
     rms_norm_backward,
     rms_norm_forward,
 )
-from bnfast.layers import BatchNorm
+from bnfast.layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from bnfast.statistics import Moments
 
 __all__ = [
     "BatchNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
     "Moments",
+    "RMSNorm",
     "__version__",
     "available_isas",
     "batch_norm",

@@ -105,13 +105,11 @@ def normalized_axes(
     array = floating_array("x", x)
     if axis is None and type(normalized_shape) is int and array.shape[-1:] == (normalized_shape,):
         return array, (array.ndim - 1,)
-    shape = _integers("normalized_shape", normalized_shape)
-    if not shape:
-        raise ValueError("normalized_shape must have at least one size, got none")
+    shape = sizes("normalized_shape", normalized_shape)
     if axis is None:
         axes = tuple(range(array.ndim - len(shape), array.ndim))
     else:
-        given = _integers("axis", axis)
+        given = integers("axis", axis)
         if any(not -array.ndim <= d < array.ndim for d in given):
             raise ValueError(
                 f"axis must be from {-array.ndim} to {array.ndim - 1} for x of shape "
@@ -129,11 +127,21 @@ def normalized_axes(
     return array, axes
 
 
-def _integers(name: str, value: object) -> tuple[int, ...]:
+def integers(name: str, value: object) -> tuple[int, ...]:
     """Return one integer or several as a tuple."""
     if isinstance(value, (list, tuple)):
         return tuple(integer(name, item) for item in value)
     return (integer(name, value),)
+
+
+def sizes(name: str, value: object) -> tuple[int, ...]:
+    """Return one size or several as a tuple."""
+    shape = integers(name, value)
+    if not shape:
+        raise ValueError(f"{name} must have at least one size, got none")
+    if min(shape) < 0:
+        raise ValueError(f"{name} must have no negative size, got {value}")
+    return shape
 
 
 def same_channels(name: str, x: Array, axis: int, channels: int) -> None:

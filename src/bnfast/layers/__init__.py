@@ -1,5 +1,7 @@
 """Objects that own parameters and running statistics, one file per kind."""
 
 from bnfast.layers.batch import BatchNorm
+from bnfast.layers.rows import LayerNorm, RMSNorm
+from bnfast.layers.samples import GroupNorm, InstanceNorm
 
-__all__ = ["BatchNorm"]
+__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]

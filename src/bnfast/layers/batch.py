@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bnfast import _primitives, _validation
-from bnfast.layers._layer import Gradients, Layer
+from bnfast.layers._tracking import TrackingLayer
 from bnfast.statistics import weight_of_new_batch
 
 Array = NDArray[Any]
@@ -19,7 +19,7 @@ Array = NDArray[Any]
 FEW_VALUES = 8
 
 
-class BatchNorm(Layer):
+class BatchNorm(TrackingLayer):
     """Batch normalization with its parameters, running statistics and gradients.
 
     ``torch.nn.BatchNorm1d``, ``2d`` and ``3d`` in one, for NumPy arrays of any rank.
@@ -96,6 +96,8 @@ class BatchNorm(Layer):
         *("unbiased", "dtype"),
     )
 
+    _sharing = _primitives.BATCH
+
     def __init__(
         self,
         num_features: int,
@@ -108,20 +110,9 @@ class BatchNorm(Layer):
         unbiased: bool = True,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.num_features = _validation.integer_from("num_features", num_features, 0)
-        self.eps = _validation.epsilon(eps, training=False)
-        self.momentum = None if momentum is None else _validation.real("momentum", momentum)
-        self.affine = bool(affine)
-        self.track_running_stats = bool(track_running_stats)
-        self.axis = _validation.integer("axis", axis)
-        self.unbiased = bool(unbiased)
-        self.dtype = _validation.floating_dtype("dtype", dtype)
-        self.weight = np.ones(self.num_features, self.dtype) if affine else None
-        self.bias = np.zeros(self.num_features, self.dtype) if affine else None
-        self.running_mean = np.zeros(self.num_features, self.dtype) if track_running_stats else None
-        self.running_var = np.ones(self.num_features, self.dtype) if track_running_stats else None
-        self.num_batches_tracked = 0 if track_running_stats else None
-        self._evaluation = _primitives.Evaluation()  # what each call in evaluation may use again
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, axis, unbiased, dtype
+        )
         self._warned = False
 
     @classmethod
@@ -187,69 +178,7 @@ class BatchNorm(Layer):
         layer.running_mean, layer.running_var = mean.copy(), var.copy()
         return layer
 
-    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
-        """Normalize a batch.
-
-        Parameters
-        ----------
-        x : array of float32 or float64
-            With `num_features` channels along `axis`. Keep its values for `backward`.
-        out : array like `x`, optional
-            Where to write. In place, where it is `x` itself, there can be no `backward`.
-
-        Returns
-        -------
-        array like `x`
-
-        Raises
-        ------
-        TypeError, ValueError
-            As `bnfast.batch_norm`; the layer is left as it was.
-
-        Warns
-        -----
-        UserWarning
-            Once per layer, for a training batch with fewer than 8 values per channel: their
-            statistics are mostly noise.
-        """
-        array = self._batch(x)
-        if self.training:
-            return self._train_on(array, out)
-        if self.running_mean is None or self.running_var is None:
-            y, mean, invstd = _primitives.normalize(
-                array, self.axis, self.weight, self.bias, self.eps, out=out
-            )
-            self._save(array, y, (mean, invstd, self._kept_weight()), False)
-            return y
-        y = _primitives.scale_shift(
-            array,
-            self.axis,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.eps,
-            self._evaluation,
-            out,
-        )
-        statistics = self._evaluation.saved
-        if statistics is None:  # x is empty: nothing was prepared, and there is no gradient
-            statistics = self.running_mean, self.running_var, self.weight
-        self._save(array, y, statistics, True)
-        return y
-
-    def _batch(self, x: Array) -> Array:
-        """Return the input as an array with the channels of this layer."""
-        axis = self.axis
-        if type(x) is np.ndarray and x.dtype.char in "fd" and x.dtype.isnative:
-            shape = x.shape
-            if -len(shape) <= axis < len(shape) > 1 and shape[axis] == self.num_features:
-                return x
-        array, _, _ = _validation.batch("x", x, axis)
-        _validation.same_channels("x", array, axis, self.num_features)
-        return array
-
-    def _train_on(self, x: Array, out: Array | None) -> Array:
+    def _before_training(self, x: Array) -> None:
         if not self._warned and self.num_features < x.size < FEW_VALUES * self.num_features:
             self._warned = True
             warnings.warn(
@@ -259,34 +188,12 @@ class BatchNorm(Layer):
                 f"group or RMS normalization)",
                 stacklevel=3,
             )
-        tracked = self.num_batches_tracked
-        if tracked is None:
-            weight_of_new = 0.0
-        else:
-            weight_of_new = weight_of_new_batch(self.momentum, tracked + 1)
-        y, mean, invstd = _primitives.normalize(
-            x,
-            self.axis,
-            self.weight,
-            self.bias,
-            self.eps,
-            self.running_mean,
-            self.running_var,
-            weight_of_new,
-            self.unbiased,
-            out,
-        )
-        if tracked is not None and x.size > 0:
-            self.num_batches_tracked = tracked + 1
-        self._save(x, y, (mean, invstd, self._kept_weight()), False)
-        return y
 
-    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        (mean, invstd, weight), constant = saved
-        dx, dweight, dbias = _primitives.gradient(
-            dy, x, self.axis, mean, invstd, weight, constant, out
-        )
-        return dx, None if weight is None else dweight, dbias
+    def _weight_of_new_batch(self) -> float:
+        if self.num_batches_tracked is None:
+            return 0.0
+        return weight_of_new_batch(self.momentum, self.num_batches_tracked + 1)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_evaluation": _primitives.Evaluation()}
+    def _count(self) -> None:
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1

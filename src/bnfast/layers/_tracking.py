@@ -1,0 +1,150 @@
+"""What layers with running statistics share."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from bnfast import _primitives, _validation
+from bnfast._primitives import Sharing
+from bnfast.layers._layer import Gradients, Layer
+
+Array = NDArray[Any]
+
+
+class TrackingLayer(Layer):
+    """A layer of channels: in training by the statistics of the input, else by the running ones."""
+
+    _sharing: ClassVar[Sharing]  # which elements of the input have their statistics together
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        axis: int,
+        unbiased: bool,
+        dtype: DTypeLike,
+    ) -> None:
+        self.num_features = _validation.integer_from("num_features", num_features, 0)
+        self.eps = _validation.epsilon(eps, training=False)
+        self.momentum = None if momentum is None else _validation.real("momentum", momentum)
+        self.affine = bool(affine)
+        self.track_running_stats = bool(track_running_stats)
+        self.axis = _validation.integer("axis", axis)
+        self.unbiased = bool(unbiased)
+        self.dtype = _validation.floating_dtype("dtype", dtype)
+        if self.affine:
+            self.weight = np.ones(self.num_features, self.dtype)
+            self.bias = np.zeros(self.num_features, self.dtype)
+        if self.track_running_stats:
+            self.running_mean = np.zeros(self.num_features, self.dtype)
+            self.running_var = np.ones(self.num_features, self.dtype)
+            self.num_batches_tracked = 0
+        self._evaluation = _primitives.Evaluation()  # what each call in evaluation may use again
+
+    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
+        """Normalize a batch.
+
+        Parameters
+        ----------
+        x : array of float32 or float64
+            With `num_features` channels along `axis`. Keep its values for `backward`.
+        out : array like `x`, optional
+            Where to write. In place, where it is `x` itself, there can be no `backward`.
+
+        Returns
+        -------
+        array like `x`
+
+        Raises
+        ------
+        TypeError, ValueError
+            As the function of the same name; the layer is left as it was.
+
+        Warns
+        -----
+        UserWarning
+            `BatchNorm`, once per layer, for a training batch with fewer than 8 values per channel:
+            their statistics are mostly noise.
+        """
+        array = self._batch(x)
+        if self.training:
+            self._before_training(array)
+            y, mean, invstd = _primitives.normalize(
+                array,
+                self.axis,
+                self.weight,
+                self.bias,
+                self.eps,
+                self.running_mean,
+                self.running_var,
+                self._weight_of_new_batch(),
+                self.unbiased,
+                out,
+                self._sharing,
+            )
+            if array.size > 0:
+                self._count()
+            self._save(array, y, mean, invstd, self._kept_weight(), False)
+            return y
+        if self.running_mean is None or self.running_var is None:
+            y, mean, invstd = _primitives.normalize(
+                *(array, self.axis, self.weight, self.bias, self.eps),
+                out=out,
+                sharing=self._sharing,
+            )
+            self._save(array, y, mean, invstd, self._kept_weight(), False)
+            return y
+        y = _primitives.scale_shift(
+            array,
+            self.axis,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.eps,
+            self._evaluation,
+            out,
+        )
+        statistics = self._evaluation.saved
+        if statistics is None:  # x is empty: nothing was prepared, and there is no gradient
+            statistics = self.running_mean, self.running_var, self.weight
+        self._save(array, y, *statistics, True)
+        return y
+
+    def _before_training(self, x: Array) -> None:
+        """See a batch before the layer is trained on it."""
+
+    def _weight_of_new_batch(self) -> float:
+        """Return what the next batch weighs in the running statistics."""
+        return 0.0 if self.momentum is None else self.momentum
+
+    def _count(self) -> None:
+        """Note that the running statistics have seen a batch."""
+
+    def _batch(self, x: Array) -> Array:
+        """Return the input as an array with the channels of this layer."""
+        axis = self.axis
+        if type(x) is np.ndarray and x.dtype.char in "fd" and x.dtype.isnative:
+            shape = x.shape
+            if -len(shape) <= axis < len(shape) > 1 and shape[axis] == self.num_features:
+                return x
+        array, _, _ = _validation.batch("x", x, axis)
+        _validation.same_channels("x", array, axis, self.num_features)
+        return array
+
+    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
+        mean, invstd, weight, constant = saved
+        sharing = _primitives.BATCH if constant else self._sharing
+        dx, dweight, dbias = _primitives.gradient(
+            dy, x, self.axis, mean, invstd, weight, constant, out, sharing
+        )
+        return dx, None if weight is None else dweight, dbias
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_evaluation": _primitives.Evaluation()}

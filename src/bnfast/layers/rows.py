@@ -1,0 +1,226 @@
+"""Normalizations of rows, whose elements have parameters of their own, as layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from bnfast import _validation, functional
+from bnfast.layers._layer import Gradients, Layer
+
+Array = NDArray[Any]
+
+
+class _RowLayer(Layer):
+    """A layer of rows, with a weight for each of their elements."""
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None,
+        elementwise_affine: bool,
+        axis: int | Sequence[int] | None,
+        dtype: DTypeLike,
+    ) -> None:
+        self.normalized_shape = _validation.sizes("normalized_shape", normalized_shape)
+        self.eps = None if eps is None else _validation.real("eps", eps)
+        self.elementwise_affine = bool(elementwise_affine)
+        self.axis = None if axis is None else _validation.integers("axis", axis)
+        self.dtype = _validation.floating_dtype("dtype", dtype)
+        if self.elementwise_affine:
+            self.weight = np.ones(self.normalized_shape, self.dtype)
+
+    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
+        """Normalize rows.
+
+        Parameters
+        ----------
+        x : array of float32 or float64
+            Keep its values for `backward`.
+        out : array like `x`, optional
+            Where to write. In place, where it is `x` itself, there can be no `backward`.
+
+        Returns
+        -------
+        array like `x`
+
+        Raises
+        ------
+        TypeError, ValueError
+            As the function of the same name; the layer is left as it was.
+        """
+        array = _validation.floating_array("x", x)
+        y, *statistics = self._normalize(array, out)
+        self._save(array, y, statistics, self._kept_weight())
+        return y
+
+    def _normalize(self, x: Array, out: Array | None) -> tuple[Array, ...]:
+        """Return y and the statistics that the backward pass needs."""
+        raise NotImplementedError
+
+
+class LayerNorm(_RowLayer):
+    """Layer normalization: every row by its own statistics.
+
+    As ``torch.nn.LayerNorm``.
+
+    Parameters
+    ----------
+    normalized_shape : int or sequence of int
+        The sizes of the axes that make a row: the last ones, unless `axis` says which.
+    eps : float
+        Added to the variance.
+    elementwise_affine : bool
+        Whether there is a weight.
+    bias : bool
+        Whether there is a bias besides.
+    axis : int or sequence of int, optional
+        Which axes make a row, in the order of `normalized_shape`.
+    dtype : dtype
+        Of the parameters: float32 or float64. The input may be either.
+
+    Attributes
+    ----------
+    weight, bias : array of `normalized_shape`, or None
+        gamma (ones at first) and beta (zeros at first).
+    weight_grad, bias_grad : array of `normalized_shape`, or None
+        Of the last `backward`; a new call replaces them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type or value.
+
+    Notes
+    -----
+    The formulas stand in `bnfast.layer_norm` and `bnfast.layer_norm_backward`. Training and
+    evaluation are the same. The layer keeps a reference to its last input until `backward` or the
+    next call, and does not copy it.
+
+    References
+    ----------
+    J. L. Ba, J. R. Kiros, G. E. Hinton, 2016, "Layer Normalization", arXiv:1607.06450.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> layer = bnfast.LayerNorm(4)
+    >>> y = layer(np.arange(12, dtype=np.float32).reshape(3, 4))
+    >>> dx = layer.backward(np.ones_like(y))
+    >>> layer.bias_grad
+    array([3., 3., 3., 3.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        *,
+        axis: int | Sequence[int] | None = None,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        super().__init__(
+            normalized_shape, _validation.real("eps", eps), elementwise_affine, axis, dtype
+        )
+        if self.elementwise_affine and bias:
+            self.bias = np.zeros(self.normalized_shape, self.dtype)
+
+    def _normalize(self, x: Array, out: Array | None) -> tuple[Array, ...]:
+        eps = float(self.eps or 0.0)
+        return functional.layer_norm_forward(
+            x, self.normalized_shape, self.weight, self.bias, eps, axis=self.axis, out=out
+        )
+
+    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
+        (mean, invstd), weight = saved
+        return functional.layer_norm_backward(
+            *(dy, x, self.normalized_shape, mean, invstd, weight),
+            axis=self.axis,
+            parameters=weight is not None,
+            out=out,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"LayerNorm({self.normalized_shape}, eps={self.eps}, "
+            f"elementwise_affine={self.elementwise_affine}, bias={self.bias is not None}, "
+            f"axis={self.axis}, dtype={self.dtype})"
+        )
+
+
+class RMSNorm(_RowLayer):
+    """RMS normalization: every row divided by its root mean square.
+
+    As ``torch.nn.RMSNorm``.
+
+    Parameters
+    ----------
+    normalized_shape, elementwise_affine, axis, dtype
+        As in `LayerNorm`.
+    eps : float or None
+        Added to the mean square; None for the machine epsilon of the dtype of the input.
+
+    Attributes
+    ----------
+    weight : array of `normalized_shape`, or None
+        gamma: ones at first.
+    weight_grad : array of `normalized_shape`, or None
+        Of the last `backward`; a new call replaces it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type or value.
+
+    Notes
+    -----
+    The formulas stand in `bnfast.rms_norm` and `bnfast.rms_norm_backward`. Training and evaluation
+    are the same. The layer keeps a reference to its last input until `backward` or the next call,
+    and does not copy it.
+
+    References
+    ----------
+    B. Zhang, R. Sennrich, 2019, "Root Mean Square Layer Normalization", arXiv:1910.07467.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> layer = bnfast.RMSNorm(4)
+    >>> y = layer(np.ones((3, 4), np.float32))
+    >>> dx = layer.backward(np.ones_like(y))
+    >>> layer.weight_grad.round(3)
+    array([3., 3., 3., 3.], dtype=float32)
+    """
+
+    _shown = ("normalized_shape", "eps", "elementwise_affine", "axis", "dtype")
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        *,
+        axis: int | Sequence[int] | None = None,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, axis, dtype)
+
+    def _normalize(self, x: Array, out: Array | None) -> tuple[Array, ...]:
+        return functional.rms_norm_forward(
+            x, self.normalized_shape, self.weight, self.eps, axis=self.axis, out=out
+        )
+
+    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
+        (invrms,), weight = saved
+        dx, dweight = functional.rms_norm_backward(
+            *(dy, x, self.normalized_shape, invrms, weight),
+            axis=self.axis,
+            parameters=weight is not None,
+            out=out,
+        )
+        return dx, dweight, None

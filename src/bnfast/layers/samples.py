@@ -1,0 +1,211 @@
+"""Normalizations of each sample by itself, as layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from bnfast import _validation, functional
+from bnfast.functional.rows import INSTANCE
+from bnfast.layers._layer import Gradients, Layer
+from bnfast.layers._tracking import TrackingLayer
+
+Array = NDArray[Any]
+
+
+class InstanceNorm(TrackingLayer):
+    """Instance normalization: every channel of every sample by its own statistics.
+
+    ``torch.nn.InstanceNorm1d``, ``2d`` and ``3d`` in one, for batches of any rank.
+
+    Parameters
+    ----------
+    num_features : int
+        C, the number of channels.
+    eps : float
+        Added to the variance; positive.
+    momentum : float or None
+        The weight of the NEW batch in the running statistics, as in PyTorch; None, as there, leaves
+        them alone.
+    affine : bool
+        Whether there are a weight and a bias.
+    track_running_stats : bool
+        Whether there are running statistics, which evaluation then normalizes with.
+    axis : int
+        The channel axis: 1 for NCHW, -1 for NHWC; samples are along axis 0.
+    dtype : dtype
+        Of the parameters and running statistics: float32 or float64. The input may be either.
+
+    Attributes
+    ----------
+    weight, bias : array (C,) or None
+        gamma (ones at first) and beta (zeros at first).
+    running_mean, running_var : array (C,) or None
+        Zeros and ones at first.
+    num_batches_tracked : int or None
+        0, as in PyTorch, which keeps it for the state alone.
+    weight_grad, bias_grad : array (C,) or None
+        Of the last `backward`; a new call replaces them.
+    training : bool
+        True at first; see `train` and `eval`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type or value.
+
+    Notes
+    -----
+    The formulas stand in `bnfast.instance_norm` and `bnfast.instance_norm_backward`. The layer
+    keeps a reference to its last input until `backward` or the next call, and does not copy it.
+
+    References
+    ----------
+    D. Ulyanov, A. Vedaldi, V. Lempitsky, 2016, "Instance Normalization: The Missing Ingredient for
+    Fast Stylization", arXiv:1607.08022.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> layer = bnfast.InstanceNorm(3)
+    >>> y = layer(np.random.default_rng(0).normal(5.0, 2.0, (4, 3, 8, 8)).astype(np.float32))
+    >>> bool(np.abs(y.mean(axis=(2, 3))).max() < 1e-6)
+    True
+    """
+
+    _shown = (
+        *("num_features", "eps", "momentum", "affine", "track_running_stats", "axis", "dtype"),
+    )
+    _sharing = INSTANCE
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        *,
+        axis: int = 1,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, axis, True, dtype
+        )
+
+    def _batch(self, x: Array) -> Array:
+        array = super()._batch(x)
+        _validation.channel_axis_of_samples(array, self.axis)
+        return array
+
+
+class GroupNorm(Layer):
+    """Group normalization: groups of neighbouring channels of every sample.
+
+    As ``torch.nn.GroupNorm``.
+
+    Parameters
+    ----------
+    num_groups : int
+        G, which divides the number of channels.
+    num_channels : int
+        C, the number of channels.
+    eps : float
+        Added to the variance.
+    affine : bool
+        Whether there are a weight and a bias.
+    axis : int
+        The channel axis: 1 for NCHW, -1 for NHWC; samples are along axis 0.
+    dtype : dtype
+        Of the parameters: float32 or float64. The input may be either.
+
+    Attributes
+    ----------
+    weight, bias : array (C,) or None
+        gamma (ones at first) and beta (zeros at first).
+    weight_grad, bias_grad : array (C,) or None
+        Of the last `backward`; a new call replaces them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type or value.
+
+    Notes
+    -----
+    The formulas stand in `bnfast.group_norm` and `bnfast.group_norm_backward`. Training and
+    evaluation are the same. The layer keeps a reference to its last input until `backward` or the
+    next call, and does not copy it.
+
+    References
+    ----------
+    Y. Wu, K. He, 2018, "Group Normalization", arXiv:1803.08494.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> layer = bnfast.GroupNorm(2, 4)
+    >>> y = layer(np.random.default_rng(0).normal(5.0, 2.0, (3, 4, 8, 8)).astype(np.float32))
+    >>> dx = layer.backward(np.ones_like(y))
+    >>> layer.bias_grad
+    array([192., 192., 192., 192.], dtype=float32)
+    """
+
+    _shown = ("num_groups", "num_channels", "eps", "affine", "axis", "dtype")
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        axis: int = 1,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        self.num_channels = _validation.integer_from("num_channels", num_channels, 0)
+        _validation.channels_of_group(num_groups, self.num_channels)
+        self.num_groups = int(num_groups)
+        self.eps = _validation.real("eps", eps)
+        self.affine = bool(affine)
+        self.axis = _validation.integer("axis", axis)
+        self.dtype = _validation.floating_dtype("dtype", dtype)
+        if self.affine:
+            self.weight = np.ones(self.num_channels, self.dtype)
+            self.bias = np.zeros(self.num_channels, self.dtype)
+
+    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
+        """Normalize a batch.
+
+        Parameters
+        ----------
+        x : array of float32 or float64
+            With `num_channels` channels along `axis`. Keep its values for `backward`.
+        out : array like `x`, optional
+            Where to write. In place, where it is `x` itself, there can be no `backward`.
+
+        Returns
+        -------
+        array like `x`
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `bnfast.group_norm`; the layer is left as it was.
+        """
+        array, axis, _ = _validation.batch("x", x, self.axis)
+        _validation.same_channels("x", array, axis, self.num_channels)
+        y, mean, invstd = functional.group_norm_forward(
+            array, self.num_groups, self.weight, self.bias, self.eps, axis=axis, out=out
+        )
+        self._save(array, y, mean, invstd, self._kept_weight())
+        return y
+
+    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
+        mean, invstd, weight = saved
+        dx, dweight, dbias = functional.group_norm_backward(
+            dy, x, mean, invstd, weight, axis=self.axis, out=out
+        )
+        return dx, None if weight is None else dweight, dbias

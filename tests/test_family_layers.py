@@ -1,0 +1,165 @@
+"""Layers of the family: they do what the functions do, and own what belongs to them."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+
+import bnfast
+from bnfast import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+
+SHAPE = (4, 6, 5, 3)
+
+LAYERS = {
+    "instance": lambda **k: InstanceNorm(6, affine=True, **k),
+    "instance, tracked": lambda **k: InstanceNorm(6, 1e-3, 0.3, True, True, **k),
+    "instance, plain": lambda **k: InstanceNorm(6, **k),
+    "group": lambda **k: GroupNorm(3, 6, **k),
+    "group, plain": lambda **k: GroupNorm(2, 6, 1e-3, False, **k),
+    "layer": lambda **k: LayerNorm((5, 3), **k),
+    "layer, of channels": lambda **k: LayerNorm(6, axis=1, **k),
+    "layer, without bias": lambda **k: LayerNorm(3, bias=False, **k),
+    "layer, plain": lambda **k: LayerNorm((6, 5, 3), elementwise_affine=False, **k),
+    "rms": lambda **k: RMSNorm((5, 3), **k),
+    "rms, plain": lambda **k: RMSNorm(3, 1e-3, False, **k),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def make(request):
+    return LAYERS[request.param]
+
+
+def filled(layer, rng):
+    """The layer, its state made of random numbers."""
+    state = layer.state_dict()
+    for name, array in state.items():
+        if name != "num_batches_tracked":
+            array[...] = rng.uniform(0.5, 2, array.shape)
+    layer.load_state_dict(state)
+    return layer
+
+
+def function_of(layer, x, dy):
+    """What the functions give: y, then dx, dweight and dbias."""
+    weight, bias, eps = layer.weight, layer.bias, layer.eps
+    if isinstance(layer, InstanceNorm):
+        y, *saved = bnfast.instance_norm_forward(x, weight, bias, eps)
+        return y, *bnfast.instance_norm_backward(dy, x, *saved, weight)
+    if isinstance(layer, GroupNorm):
+        y, *saved = bnfast.group_norm_forward(x, layer.num_groups, weight, bias, eps)
+        return y, *bnfast.group_norm_backward(dy, x, *saved, weight)
+    rows = {"normalized_shape": layer.normalized_shape, "axis": layer.axis}
+    if isinstance(layer, LayerNorm):
+        y, mean, invstd = bnfast.layer_norm_forward(x, weight=weight, bias=bias, eps=eps, **rows)
+        saved = {"mean": mean, "invstd": invstd, "weight": weight}
+        return y, *bnfast.layer_norm_backward(dy, x, **saved, **rows)
+    y, invrms = bnfast.rms_norm_forward(x, weight=weight, eps=eps, **rows)
+    return y, *bnfast.rms_norm_backward(dy, x, invrms=invrms, weight=weight, **rows), None
+
+
+def same_or_none(a, b):
+    if a is not None:
+        np.testing.assert_array_equal(a, b)
+
+
+def test_layers_do_what_functions_do(make, dtype, rng):
+    layer = filled(make(dtype=dtype), rng)
+    x, dy = rng.normal(2, 3, (2, *SHAPE)).astype(dtype)
+    y, dx, dweight, dbias = function_of(layer, x, dy)
+    np.testing.assert_array_equal(layer(x), y)
+    np.testing.assert_array_equal(layer.backward(dy), dx)
+    assert (layer.weight_grad is None) == (layer.weight is None)
+    assert (layer.bias_grad is None) == (layer.bias is None)
+    same_or_none(layer.weight_grad, dweight)
+    same_or_none(layer.bias_grad, dbias)
+    with pytest.raises(RuntimeError, match="the last one has had its backward"):
+        layer.backward(dy)
+    out = np.empty_like(x)
+    assert layer(x, out=out) is out
+
+
+def test_parameters_as_they_were_at_the_call_make_the_gradient(make, rng):
+    layer, other = (filled(make(), np.random.default_rng(0)) for _ in range(2))
+    x, dy = rng.normal(2, 3, (2, *SHAPE)).astype(np.float32)
+    layer(x), other(x)
+    if layer.weight is not None:
+        layer.weight *= 2
+    np.testing.assert_array_equal(layer.backward(dy), other.backward(dy))
+
+
+def test_state_goes_from_layer_to_layer(make, rng):
+    layer, other = filled(make(), rng), make()
+    x = rng.normal(2, 3, SHAPE).astype(np.float32)
+    other.load_state_dict(layer.state_dict())
+    for copied in (other, pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+        assert list(copied.state_dict()) == list(layer.state_dict())
+        np.testing.assert_array_equal(copied.eval()(x), layer.eval()(x))
+
+
+def test_a_state_of_another_shape_is_refused():
+    layer = LayerNorm((5, 3))
+    with pytest.raises(ValueError, match=r"weight must have the shape \(5, 3\)"):
+        layer.load_state_dict({"weight": np.ones(5), "bias": np.zeros((5, 3))})
+
+
+def test_the_representation_says_how_to_make_it():
+    assert repr(InstanceNorm(6)) == (
+        "InstanceNorm(6, eps=1e-05, momentum=0.1, affine=False, track_running_stats=False, "
+        "axis=1, dtype=float32)"
+    )
+    assert repr(GroupNorm(2, 6)) == (
+        "GroupNorm(2, num_channels=6, eps=1e-05, affine=True, axis=1, dtype=float32)"
+    )
+    assert repr(LayerNorm(3)) == (
+        "LayerNorm((3,), eps=1e-05, elementwise_affine=True, bias=True, axis=None, dtype=float32)"
+    )
+    assert repr(RMSNorm(3)) == (
+        "RMSNorm((3,), eps=None, elementwise_affine=True, axis=None, dtype=float32)"
+    )
+
+
+def test_instance_norm_evaluates_with_its_running_statistics(dtype, rng):
+    layer = filled(LAYERS["instance, tracked"](dtype=dtype), rng)
+    x, dy = rng.normal(2, 3, (2, *SHAPE)).astype(dtype)
+    mean, var = layer.running_mean.copy(), layer.running_var.copy()
+    layer(x)
+    bnfast.instance_norm(x, mean, var, momentum=0.3)
+    np.testing.assert_array_equal(layer.running_mean, mean)
+    np.testing.assert_array_equal(layer.running_var, var)
+    y = layer.eval()(x)
+    expected = bnfast.batch_norm(x, mean, var, layer.weight, layer.bias, eps=1e-3)
+    np.testing.assert_array_equal(y, expected)
+    invstd = 1 / np.sqrt(var.astype(np.float64) + 1e-3)
+    dx, dweight, _ = bnfast.batch_norm_backward(dy, x, mean, invstd, layer.weight, training=False)
+    np.testing.assert_array_equal(layer.backward(dy), dx)
+    np.testing.assert_array_equal(layer.weight_grad, dweight)
+
+
+def test_without_momentum_instance_norm_leaves_its_statistics_alone(rng):
+    layer = InstanceNorm(6, momentum=None, track_running_stats=True)
+    layer(rng.normal(2, 3, SHAPE).astype(np.float32))
+    np.testing.assert_array_equal(layer.running_mean, np.zeros(6))
+    assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(
+    ("make_bad", "error", "message"),
+    [
+        (lambda: GroupNorm(4, 6), ValueError, "num_groups must divide the 6 channels"),
+        (lambda: GroupNorm(2, -6), ValueError, "num_channels must be at least 0"),
+        (lambda: InstanceNorm(6.0), TypeError, "num_features must be an integer"),
+        (lambda: InstanceNorm(6, axis=0)(np.ones(SHAPE)), ValueError, "6 channels along axis 0"),
+        (lambda: InstanceNorm(4, axis=0)(np.ones(SHAPE)), ValueError, "axis must not be 0"),
+        (lambda: LayerNorm(()), ValueError, "normalized_shape must have at least one size"),
+        (lambda: LayerNorm((3, -1)), ValueError, "normalized_shape must have no negative size"),
+        (lambda: LayerNorm(3, eps=None), TypeError, "eps must be a real number"),
+        (lambda: RMSNorm(3, dtype=np.float16), TypeError, "dtype must be float32 or float64"),
+        (lambda: LayerNorm(4)(np.ones((2, 3))), ValueError, "normalized_shape must be the sizes"),
+        (lambda: GroupNorm(2, 4)(np.ones(SHAPE)), ValueError, "x must have 4 channels"),
+    ],
+)
+def test_bad_arguments_are_refused(make_bad, error, message):
+    with pytest.raises(error, match=message):
+        make_bad()
