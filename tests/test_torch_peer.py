@@ -199,6 +199,34 @@ def test_layers_of_the_family_go_the_way_of_modules(rng, ours, theirs):
         np.testing.assert_allclose(array, state[name].numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_weight_norm_is_pytorchs(rng, dim):
+    module = torch.nn.Conv2d(4, 6, 3).double()
+    torch.nn.utils.parametrizations.weight_norm(module, dim=dim)
+    g, v = module.parametrizations.weight.original0, module.parametrizations.weight.original1
+    dw = rng.normal(size=tuple(v.shape))
+    module.weight.backward(torch.from_numpy(dw))
+    lengths = to_numpy(g)
+    w, norm = bnfast.weight_norm_forward(to_numpy(v), lengths, dim)
+    np.testing.assert_allclose(w, to_numpy(module.weight), rtol=1e-12)
+    dv, dg = bnfast.weight_norm_backward(dw, to_numpy(v), lengths, norm, dim)
+    np.testing.assert_allclose(dg, g.grad.numpy(), rtol=1e-10)
+    np.testing.assert_allclose(dv, v.grad.numpy(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_spectral_norm_is_pytorchs(rng, dim):
+    module = torch.nn.Conv2d(4, 6, 3).double()
+    torch.nn.utils.parametrizations.spectral_norm(module, n_power_iterations=2, dim=dim)
+    (parametrization,) = module.parametrizations.weight
+    w = module.parametrizations.weight.original
+    u, v = (to_numpy(getattr(parametrization, name)) for name in ("_u", "_v"))
+    y, _, u, v = bnfast.spectral_norm(to_numpy(w), u, v, 2, dim=dim)
+    np.testing.assert_allclose(y, to_numpy(module.weight), rtol=1e-12)
+    np.testing.assert_allclose(u, to_numpy(parametrization._u), rtol=1e-10)
+    np.testing.assert_allclose(v, to_numpy(parametrization._v), rtol=1e-10)
+
+
 @pytest.mark.parametrize("momentum", [0.1, None, 0.7])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("tracking", [True, False])

@@ -21,6 +21,15 @@ from bnfast.functional import (
     rms_norm,
     rms_norm_backward,
     rms_norm_forward,
+    scaled_weight_standardization,
+    scaled_weight_standardization_backward,
+    spectral_norm,
+    spectral_norm_backward,
+    weight_norm,
+    weight_norm_backward,
+    weight_norm_forward,
+    weight_standardization,
+    weight_standardization_backward,
 )
 from bnfast.layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from bnfast.statistics import Moments
@@ -52,7 +61,16 @@ __all__ = [
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_forward",
+    "scaled_weight_standardization",
+    "scaled_weight_standardization_backward",
     "set_num_threads",
     "set_output_pool_limit",
     "show_config",
+    "spectral_norm",
+    "spectral_norm_backward",
+    "weight_norm",
+    "weight_norm_backward",
+    "weight_norm_forward",
+    "weight_standardization",
+    "weight_standardization_backward",
 ]

@@ -20,6 +20,17 @@ from bnfast.functional.rows import (
     rms_norm_backward,
     rms_norm_forward,
 )
+from bnfast.functional.weights import (
+    scaled_weight_standardization,
+    scaled_weight_standardization_backward,
+    spectral_norm,
+    spectral_norm_backward,
+    weight_norm,
+    weight_norm_backward,
+    weight_norm_forward,
+    weight_standardization,
+    weight_standardization_backward,
+)
 
 __all__ = [
     "batch_norm",
@@ -38,4 +49,13 @@ __all__ = [
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_forward",
+    "scaled_weight_standardization",
+    "scaled_weight_standardization_backward",
+    "spectral_norm",
+    "spectral_norm_backward",
+    "weight_norm",
+    "weight_norm_backward",
+    "weight_norm_forward",
+    "weight_standardization",
+    "weight_standardization_backward",
 ]

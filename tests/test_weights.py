@@ -1,0 +1,220 @@
+"""Normalizations of weights: values, gradients, PyTorch's conventions, what is refused."""
+
+import numpy as np
+import pytest
+
+import bnfast
+from cases import BUFFERS
+from tolerances import FINITE_DIFFERENCES
+
+SHAPES = [(4, 3, 3, 3), (5, 7), (1, 40), (6, 1), (3, 2, 900)]
+
+
+def central_differences(loss, array):
+    numeric = np.zeros_like(array)
+    for index in np.ndindex(array.shape):
+        kept, ends = array[index], []
+        for step in (1e-6, -1e-6):
+            array[index] = kept + step
+            ends.append(loss())
+        array[index] = kept
+        numeric[index] = (ends[0] - ends[1]) / 2e-6
+    return numeric
+
+
+def close(a, b, dtype=np.float64):
+    tolerance = 2e-6 if np.dtype(dtype) == np.float32 else 1e-13
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def others(w, axis):
+    return tuple(d for d in range(w.ndim) if d != axis % w.ndim)
+
+
+def along(values, w, axis):
+    return np.expand_dims(values, others(w, axis))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_weight_norm_gives_every_filter_its_length(isa, dtype, rng, shape, dim):
+    v = rng.normal(3, 2, shape).astype(dtype)
+    g = rng.normal(size=shape[dim]).astype(dtype)
+    w, norm = bnfast.weight_norm_forward(v, g, dim)
+    wide = v.astype(np.longdouble)
+    lengths = np.sqrt((wide**2).sum(others(v, dim)))
+    close(norm, lengths.astype(np.float64), dtype)
+    close(w, (along(g / lengths, v, dim) * wide).astype(np.float64), dtype)
+    kept = along(g, v, dim)
+    np.testing.assert_array_equal(bnfast.weight_norm(v, kept, dim), w)
+    dw = rng.normal(size=shape).astype(dtype)
+    dv, dg = bnfast.weight_norm_backward(dw, v, kept, norm, dim)
+    assert dg.shape == kept.shape and dg.dtype == dtype and dv.dtype == dtype
+    total = np.abs(dv.astype(np.float64) * v).sum(others(v, dim))
+    assert (np.abs((dv.astype(np.float64) * v).sum(others(v, dim))) <= 1e-6 * total + 1e-5).all()
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 4)], ids=str)
+def test_weight_norm_of_the_whole_array_and_of_vectors(dtype, rng, shape):
+    v = rng.normal(3, 2, shape).astype(dtype)
+    w, norm = bnfast.weight_norm_forward(v, np.array(2.0), None)
+    close(w, 2 * v / np.sqrt((v.astype(np.float64) ** 2).sum()), dtype)
+    dv, dg = bnfast.weight_norm_backward(v, v, np.array(2.0), norm, None)
+    assert dv.shape == shape and dg.shape == ()
+    if len(shape) == 1:
+        close(bnfast.weight_norm(v, np.ones(5)), np.sign(v), dtype)
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_gradients_of_weight_norm(rng, dim):
+    v, dw = rng.normal(size=(2, 3, 4, 2))
+    g = rng.normal(size=() if dim is None else v.shape[dim])
+    _, norm = bnfast.weight_norm_forward(v, g, dim)
+    gradients = bnfast.weight_norm_backward(dw, v, g, norm, dim)
+    for array, gradient in zip((v, g), gradients, strict=True):
+        numeric = central_differences(lambda: (bnfast.weight_norm(v, g, dim) * dw).sum(), array)
+        np.testing.assert_allclose(gradient, numeric, rtol=0, atol=FINITE_DIFFERENCES)
+
+
+@pytest.mark.parametrize("buffer", BUFFERS)
+def test_any_strides(dtype, rng, buffer):
+    v, dw = rng.normal(3, 2, (2, 4, 3, 5)).astype(dtype)
+    g = rng.normal(size=4).astype(dtype)
+    make = BUFFERS[buffer]
+    w, norm = bnfast.weight_norm_forward(v, g)
+    out = make(np.zeros_like(v))
+    assert bnfast.weight_norm(make(v), g, out=out) is out
+    close(out, w, dtype)
+    dv, _ = bnfast.weight_norm_backward(dw, v, g, norm)
+    close(bnfast.weight_norm_backward(make(dw), make(v), g, norm)[0], dv, dtype)
+    y = bnfast.weight_standardization(v, g)
+    assert bnfast.weight_standardization(make(v), g, out=out) is out
+    close(out, y, dtype)
+
+
+def test_a_filter_of_zeros_has_no_direction(dtype):
+    v = np.array([[0, 0], [3, 4]], dtype)
+    w = bnfast.weight_norm(v, np.ones(2, dtype))
+    assert np.isnan(w[0]).all()
+    close(w[1], [0.6, 0.8], dtype)
+
+
+STANDARDIZATIONS = {
+    "inside": (bnfast.weight_standardization, {}),
+    "inside, unbiased": (bnfast.weight_standardization, {"unbiased": True}),
+    "outside": (bnfast.weight_standardization, {"eps_inside": False}),
+    "outside, unbiased": (bnfast.weight_standardization, {"eps_inside": False, "unbiased": True}),
+    "scaled": (bnfast.scaled_weight_standardization, {"gamma": 1.7}),
+    "scaled, floored": (bnfast.scaled_weight_standardization, {"eps": 1e3}),
+    "scaled, added": (bnfast.scaled_weight_standardization, {"floor": False, "eps": 0.1}),
+}
+
+
+def definition(
+    w, gain, function, axis, eps=None, eps_inside=True, unbiased=False, gamma=1.0, floor=True
+):
+    """The definition, in long double."""
+    w = w.astype(np.longdouble)
+    centred = w - w.mean(others(w, axis), keepdims=True)
+    count = w.size // w.shape[axis]
+    squares = (centred**2).sum(others(w, axis), keepdims=True)
+    if function is bnfast.weight_standardization:
+        eps = 1e-5 if eps is None else eps
+        var = squares / (count - unbiased)
+        divisor = np.sqrt(var + eps) if eps_inside else np.sqrt(var) + eps
+    else:
+        eps = 1e-4 if eps is None else eps
+        added = squares + count * eps
+        divisor = np.sqrt(np.maximum(squares, eps) if floor else added) / gamma
+    return (centred / divisor * along(gain, w, axis)).astype(np.float64)
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize("kind", STANDARDIZATIONS)
+def test_standardizations(isa, dtype, rng, kind, axis):
+    function, options = STANDARDIZATIONS[kind]
+    w = rng.normal(3, 2, (4, 3, 3, 5)).astype(dtype)
+    gain = rng.normal(size=w.shape[axis]).astype(dtype)
+    expected = definition(w, gain, function, axis, **options)
+    close(function(w, gain, axis=axis, **options), expected, dtype)
+    ones = np.ones(w.shape[axis])
+    close(function(w, axis=axis, **options), definition(w, ones, function, axis, **options), dtype)
+
+
+@pytest.mark.parametrize("kind", STANDARDIZATIONS)
+def test_gradients_of_standardizations(rng, kind):
+    function, options = STANDARDIZATIONS[kind]
+    backward = getattr(bnfast, f"{function.__name__}_backward")
+    w, dy = rng.normal(size=(2, 3, 4, 2))
+    gain = rng.normal(size=3)
+    gradients = backward(dy, w, gain, **options)
+    for array, gradient in zip((w, gain), gradients, strict=True):
+        numeric = central_differences(lambda: (function(w, gain, **options) * dy).sum(), array)
+        np.testing.assert_allclose(gradient, numeric, rtol=0, atol=5 * FINITE_DIFFERENCES)
+    dw, dgain = backward(dy.astype(np.float32), w.astype(np.float32), None, **options)
+    assert dw.dtype == dgain.dtype == np.float32
+
+
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_spectral_norm(dtype, rng, dim, v_first):
+    w = rng.normal(size=(5, 4, 3)).astype(dtype)
+    rows = w.shape[dim]
+    u, v = rng.normal(size=rows), rng.normal(size=w.size // rows)
+    matrix = np.moveaxis(w, dim, 0).reshape(rows, -1)
+    y, sigma, left, right = bnfast.spectral_norm(w, u, v, 300, dim=dim, v_first=v_first)
+    close(sigma, np.linalg.norm(matrix.astype(np.float64), 2), np.float32)
+    close(y, w / sigma, dtype)
+    once = bnfast.spectral_norm(w, left, right, 0, dim=dim)
+    np.testing.assert_array_equal(once[0], y)
+    np.testing.assert_array_equal(once[2], left)
+    out = np.empty_like(w)
+    assert bnfast.spectral_norm(w, left, right, 0, dim=dim, out=out)[0] is out
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_gradient_of_spectral_norm(rng, dim):
+    w, dy = rng.normal(size=(2, 3, 4, 2))
+    rows = w.shape[dim]
+    u, v = rng.normal(size=rows), rng.normal(size=w.size // rows)
+    _, sigma, u, v = bnfast.spectral_norm(w, u, v, 3, dim=dim)
+    gradient = bnfast.spectral_norm_backward(dy, w, sigma, u, v, dim=dim)
+    numeric = central_differences(
+        lambda: (bnfast.spectral_norm(w, u, v, 0, dim=dim)[0] * dy).sum(), w
+    )
+    np.testing.assert_allclose(gradient, numeric, rtol=0, atol=FINITE_DIFFERENCES)
+
+
+W = np.arange(12, dtype=np.float32).reshape(3, 4)
+U, V = np.ones(3, np.float32), np.ones(4, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: bnfast.weight_norm(W, U, -1), ValueError, "dim must not be negative.*dim=None"),
+        (lambda: bnfast.weight_norm(W, U, 2), ValueError, "dim must be less than 2"),
+        (lambda: bnfast.weight_norm(W, V), ValueError, "g must have one value for each of the 3"),
+        (lambda: bnfast.weight_norm(W.astype(int), U), TypeError, "v must be float32 or float64"),
+        (lambda: bnfast.weight_norm(W, [1, 2, 3]), TypeError, "g must be float32 or float64"),
+        (lambda: bnfast.weight_standardization(W, V), ValueError, "gain must have one value"),
+        (lambda: bnfast.weight_standardization(W[0]), ValueError, "w must have at least 2"),
+        (
+            lambda: bnfast.scaled_weight_standardization(W, gamma="1"),
+            *(TypeError, "gamma must be a real number"),
+        ),
+        (
+            lambda: bnfast.weight_standardization_backward(W[:2], W),
+            *(ValueError, "dy must have the shape and dtype"),
+        ),
+        (lambda: bnfast.spectral_norm(W, V, U), ValueError, "u must have one value for each of"),
+        (
+            lambda: bnfast.spectral_norm(W, U, V, -1),
+            *(ValueError, "n_power_iterations must be at least 0"),
+        ),
+        (lambda: bnfast.spectral_norm(W, None, V), TypeError, "u must be an array of shape"),
+    ],
+)
+def test_bad_arguments_are_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
