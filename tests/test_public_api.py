@@ -18,6 +18,7 @@ MODULES = [
     "bnfast._threads",
     "bnfast.functional.batch",
     "bnfast.functional.rows",
+    "bnfast.functional.small_batches",
     "bnfast.functional.weights",
     "bnfast.layers.batch",
     "bnfast.layers._layer",

@@ -44,6 +44,7 @@ def normalize(
     eps: float,
     mean: Array,
     invstd: Array,
+    m2: Array | None,
     shared: int,
     uncentred: bool,
     running_mean: Array | None,

@@ -487,14 +487,14 @@ def moments(Geometry geometry, x, mean, m2, int threads):
 
 
 cpdef object normalize(
-    Geometry geometry, x, y, weight, bias, double eps, mean, invstd, size_t shared, bint uncentred,
-    running_mean, running_var, double momentum, double correction, int threads
+    Geometry geometry, x, y, weight, bias, double eps, mean, invstd, m2, size_t shared,
+    bint uncentred, running_mean, running_var, double momentum, double correction, int threads
 ):
     """Write y, mean and invstd (float64) from the statistics of x, and update the running ones.
 
     Mean and invstd have one value for each channel of each repeat, the same for those `shared`
-    neighbouring ones that have their statistics together. The running variance takes
-    m2 / (count - correction), averaged over the repeats as the mean is.
+    neighbouring ones that have their statistics together; m2 is as large, or None. The running
+    variance takes m2 / (count - correction), averaged over the repeats as the mean is.
     """
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
@@ -507,7 +507,10 @@ cpdef object normalize(
     job.eps = eps
     job.mean, job.invstd = _doubles(mean), _doubles(invstd)
     job.mean_low = _take_doubles(&workspace, _statistics(c))
-    job.m2 = _take_doubles(&workspace, _statistics(c))
+    if m2 is None:
+        job.m2 = _take_doubles(&workspace, _statistics(c))
+    else:
+        job.m2 = _doubles(m2)
     _take_coefficients(&workspace, c, BN_SCALE_SHIFT_COEFFICIENTS, &job.coefficients)
     job.partials = _take_doubles(&workspace, _partials(c))
     job.shared, job.uncentred = shared, uncentred
@@ -941,7 +944,7 @@ def normalize_at_once(
     y = _output(out, x)
     mean = _empty_channels(channels, cnp.NPY_FLOAT64)
     invstd = _empty_channels(channels, cnp.NPY_FLOAT64)
-    normalize(geometry, x, y, weight, bias, epsilon, mean, invstd, 1, False, running_mean,
+    normalize(geometry, x, y, weight, bias, epsilon, mean, invstd, None, 1, False, running_mean,
               running_var, new_weight, 1.0 if unbiased else 0.0, 1)
     return y, mean, invstd
 

@@ -151,13 +151,15 @@ def normalize(
     unbiased: bool = True,
     out: object = None,
     sharing: Sharing = BATCH,
+    m2: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """Return y, and the mean and invstd (float64) that made it.
 
     The running statistics, both given or neither, are updated with `momentum` as the weight of the
-    batch: of the average of its repeats, where it has some.
+    batch: of the average of its repeats, where it has some. `m2`, a float64 array of the shape of
+    the mean, receives that of the batch.
     """
-    if sharing is BATCH:
+    if sharing is BATCH and m2 is None:
         done = _core.normalize_at_once(
             *(x, axis, weight, bias, eps, running_mean, running_var, momentum, unbiased, out),
             _threads.SERIAL_BYTES,
@@ -200,6 +202,7 @@ def normalize(
         epsilon,
         mean,
         invstd,
+        m2,
         sharing.channels,
         sharing.uncentred,
         written_mean,

@@ -250,24 +250,26 @@ def _running_statistic(name: str, value: object, channels: int) -> Array:
 
 
 def running_statistics(
-    mean: object, var: object, x: Array, channels: int
+    mean: object,
+    var: object,
+    x: Array,
+    channels: int,
+    names: tuple[str, str] = ("running_mean", "running_var"),
 ) -> tuple[Array, Array] | None:
     """Return the memory that came, to be updated in place, or None for none."""
     if mean is None and var is None:
         return None
+    both = " and ".join(names)
     if mean is None or var is None:
-        missing = "running_mean" if mean is None else "running_var"
-        raise ValueError(
-            "running_mean and running_var must both be given or both be None, "
-            f"got None for {missing}"
-        )
-    mean_array = _running_statistic("running_mean", mean, channels)
-    var_array = _running_statistic("running_var", var, channels)
+        missing = names[0] if mean is None else names[1]
+        raise ValueError(f"{both} must both be given or both be None, got None for {missing}")
+    mean_array = _running_statistic(names[0], mean, channels)
+    var_array = _running_statistic(names[1], var, channels)
     if _overlaps_itself(mean_array) or _overlaps_itself(var_array):
-        raise ValueError("running_mean and running_var must have a place for each channel")
+        raise ValueError(f"{both} must have a place for each channel")
     if shares_memory(mean_array, var_array):
-        raise ValueError("running_mean and running_var must not share memory")
-    for name, array in (("running_mean", mean_array), ("running_var", var_array)):
+        raise ValueError(f"{both} must not share memory")
+    for name, array in zip(names, (mean_array, var_array), strict=True):
         if shares_memory(array, x):
             raise ValueError(f"{name} is updated in place and must not share memory with x")
     return mean_array, var_array

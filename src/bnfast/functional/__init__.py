@@ -20,6 +20,16 @@ from bnfast.functional.rows import (
     rms_norm_backward,
     rms_norm_forward,
 )
+from bnfast.functional.small_batches import (
+    Renormalized,
+    RenormSchedule,
+    batch_renorm,
+    batch_renorm_backward,
+    batch_renorm_forward,
+    ghost_batch_norm,
+    ghost_batch_norm_backward,
+    ghost_batch_norm_forward,
+)
 from bnfast.functional.weights import (
     scaled_weight_standardization,
     scaled_weight_standardization_backward,
@@ -33,9 +43,17 @@ from bnfast.functional.weights import (
 )
 
 __all__ = [
+    "RenormSchedule",
+    "Renormalized",
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_forward",
+    "batch_renorm",
+    "batch_renorm_backward",
+    "batch_renorm_forward",
+    "ghost_batch_norm",
+    "ghost_batch_norm_backward",
+    "ghost_batch_norm_forward",
     "group_norm",
     "group_norm_backward",
     "group_norm_forward",

@@ -1,0 +1,587 @@
+"""Batch normalization for small or large batches: ghost batches, and renormalization."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnfast import _primitives, _validation
+from bnfast._primitives import Sharing
+
+Array = NDArray[Any]
+Float = TypeVar("Float", np.float32, np.float64)
+Parameter = NDArray[np.float32] | NDArray[np.float64]
+
+# Every part of a batch that was split has its own statistics.
+_GHOSTS = Sharing((0,), fewest_values=2, any_eps=False)
+
+
+def ghost_batch_norm(
+    x: NDArray[Float],
+    ghost_size: int,
+    running_mean: Parameter | None = None,
+    running_var: Parameter | None = None,
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    unbiased: bool = True,
+    out: NDArray[Float] | None = None,
+) -> NDArray[Float]:
+    """Normalize parts of a batch as if each were a batch: a large batch trained like small ones.
+
+    Parameters
+    ----------
+    x : array (N, C, ...) of float32 or float64, at least 2-d
+        N samples along axis 0, C channels along `axis`. Any strides.
+    ghost_size : int
+        How many samples make a part: neighbouring ones; the last part may have fewer.
+    running_mean, running_var, weight, bias, training, momentum, eps, axis, unbiased, out
+        As in `batch_norm`; the running statistics take one part after the other.
+
+    Returns
+    -------
+    array like `x`
+        `out`, or a new array laid out like `x`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value, or one value per channel in the
+        last part; before anything is written.
+
+    Notes
+    -----
+    In training, `batch_norm` of ``x[:ghost_size]``, ``x[ghost_size : 2 * ghost_size]`` and so on;
+    in evaluation, `batch_norm`.
+
+    References
+    ----------
+    E. Hoffer, I. Hubara, D. Soudry, 2017, "Train longer, generalize better: closing the
+    generalization gap in large batch training of neural networks", arXiv:1705.08741.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[1.0], [3.0], [10.0], [30.0]], dtype=np.float32)
+    >>> bnfast.ghost_batch_norm(x, 2, training=True).round(3)
+    array([[-1.],
+           [ 1.],
+           [-1.],
+           [ 1.]], dtype=float32)
+    """
+    if not _validation.flag("training", training):
+        _validation.integer_from("ghost_size", ghost_size, 1)
+        _validation.real("momentum", momentum)
+        return _primitives.scale_shift(
+            x, axis, running_mean, running_var, weight, bias, eps, None, out
+        )
+    new = _validation.real("momentum", momentum)
+    array, channels = _validation.channel_axis_of_samples(x, axis)
+    tracked = _validation.running_statistics(running_mean, running_var, array, channels)
+    if tracked is not None and out is not None:
+        statistics = {"running_mean": tracked[0], "running_var": tracked[1]}
+        _validation.output(out, array, {"x": array, **statistics})
+    y, mean, _, var = _of_ghosts(array, ghost_size, weight, bias, eps, axis, unbiased, out)
+    if tracked is not None:
+        for running, batches in zip(tracked, (mean, var), strict=True):
+            blended = running.astype(np.float64)
+            for batch in batches:
+                blended = (1 - new) * blended + new * batch
+            running[...] = blended
+    return y
+
+
+def ghost_batch_norm_forward(
+    x: NDArray[Float],
+    ghost_size: int,
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
+    """Normalize parts of a batch, and return their statistics for the backward pass.
+
+    Parameters
+    ----------
+    x, ghost_size, weight, bias, eps, axis, out
+        As in `ghost_batch_norm` in training.
+
+    Returns
+    -------
+    y : array like `x`
+        The normalized batch.
+    mean, invstd : array (B, C) of float64
+        mu and 1 / sqrt(var + eps) of each of the B parts.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `ghost_batch_norm`.
+
+    Notes
+    -----
+    What it does stands in `ghost_batch_norm`.
+
+    References
+    ----------
+    E. Hoffer, I. Hubara, D. Soudry, 2017, arXiv:1705.08741.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> y, mean, invstd = bnfast.ghost_batch_norm_forward(np.array([[1.0], [3.0], [5.0], [9.0]]), 2)
+    >>> mean
+    array([[2.],
+           [7.]])
+    """
+    array, _ = _validation.channel_axis_of_samples(x, axis)
+    y, mean, invstd, _ = _of_ghosts(array, ghost_size, weight, bias, eps, axis, True, out)
+    return y, mean, invstd
+
+
+def ghost_batch_norm_backward(
+    dy: NDArray[Float],
+    x: NDArray[Float],
+    ghost_size: int,
+    mean: Parameter,
+    invstd: Parameter,
+    weight: Parameter | None = None,
+    *,
+    axis: int = 1,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], Parameter, Parameter]:
+    """Return the gradients of ghost batch normalization: of its input, weight and bias.
+
+    Parameters
+    ----------
+    dy : array like `x`
+        The gradient of the output.
+    x, ghost_size, weight, axis
+        As in the forward pass.
+    mean, invstd : array (B, C) of float32 or float64
+        What the forward pass returned.
+    out : array like `x`, optional
+        Where to write dx: `dy` or `x` itself, or an array that shares no element with either.
+
+    Returns
+    -------
+    dx : array like `x`
+        The gradient of the input.
+    dweight, dbias : array (C,)
+        The gradients of weight and bias, of the dtype of `weight`, or of `x` where it is None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value; before anything is written.
+
+    Notes
+    -----
+    `batch_norm_backward` of each part; dweight and dbias are the sums of theirs.
+
+    References
+    ----------
+    E. Hoffer, I. Hubara, D. Soudry, 2017, arXiv:1705.08741.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[1.0], [3.0], [5.0], [9.0]])
+    >>> y, mean, invstd = bnfast.ghost_batch_norm_forward(x, 2)
+    >>> dx, dweight, dbias = bnfast.ghost_batch_norm_backward(y, x, 2, mean, invstd)
+    >>> dbias
+    array([0.])
+    """
+    array, channels = _validation.channel_axis_of_samples(x, axis)
+    upstream = _validation.upstream_gradient(dy, array)
+    size = _validation.integer_from("ghost_size", ghost_size, 1)
+    parts = -(-len(array) // size)
+    centre = _validation.saved_statistic("mean", mean, (parts, channels))
+    inverse = _validation.saved_statistic("invstd", invstd, (parts, channels))
+    own = _validation.channel_parameter("weight", weight, channels)
+    if out is None:
+        dx = np.empty_like(array)
+    else:
+        others = {"dy": upstream, "x": array, "weight": own, "mean": centre, "invstd": inverse}
+        dx = _validation.output(out, array, others)
+    whole = len(array) // size
+    sums = np.zeros((2, channels))
+    wide = None if own is None else own.astype(np.float64)
+    for taken, x_part, dy_part, dx_part in zip(
+        (slice(whole), slice(whole, None)),
+        *(_split(a, size) for a in (array, upstream, dx)),
+        strict=True,
+    ):
+        if x_part.size:
+            _, *gradients = _primitives.gradient(
+                *(dy_part, x_part, _moved(array, axis), centre[taken], inverse[taken], wide),
+                *(False, dx_part, _GHOSTS),
+            )
+            sums += gradients
+    dtype = array.dtype if own is None else own.dtype
+    dweight, dbias = sums.astype(dtype)
+    return dx, dweight, dbias
+
+
+def _split(x: Array, size: int) -> tuple[Array, Array]:
+    """Return views: the whole parts, and the rest as one part, each with an axis of parts first."""
+    whole = len(x) // size
+    return x[: whole * size].reshape(whole, size, *x.shape[1:]), x[None, whole * size :]
+
+
+def _moved(x: Array, axis: int) -> int:
+    """Return the channel axis beside an axis of parts."""
+    return axis % x.ndim + 1
+
+
+def _of_ghosts(
+    x: Array,
+    ghost_size: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    axis: int,
+    unbiased: bool,
+    out: object,
+) -> tuple[Array, Array, Array, Array]:
+    """Return y, and the mean, invstd and variance (float64) of every part."""
+    size = _validation.integer_from("ghost_size", ghost_size, 1)
+    epsilon = _validation.epsilon(eps, training=True)
+    channels = x.shape[axis] if x.ndim > 1 else 0
+    scale = _validation.channel_parameter("weight", weight, channels)
+    shift = _validation.channel_parameter("bias", bias, channels)
+    if out is None:
+        y = np.empty_like(x)
+    else:
+        y = _validation.output(out, x, {"x": x, "weight": scale, "bias": shift})
+    parts = -(-len(x) // size)
+    mean, invstd, var = np.zeros((3, parts, channels))
+    pieces = list(
+        zip(
+            (slice(len(x) // size), slice(len(x) // size, None)),
+            _split(x, size),
+            _split(y, size),
+            strict=True,
+        )
+    )
+    each = x[0].size // channels if channels and len(x) else 0
+    for _, x_part, _ in pieces:
+        _validation.enough_values("x", x, each * x_part.shape[1] if len(x_part) else 0, 2)
+    for taken, x_part, y_part in pieces:
+        if x_part.size:
+            m2 = np.empty(mean[taken].shape)
+            _, mean[taken], invstd[taken] = _primitives.normalize(
+                *(x_part, _moved(x, axis), scale, shift, epsilon),
+                out=y_part,
+                sharing=_GHOSTS,
+                m2=m2,
+            )
+            var[taken] = m2 / np.float64(each * x_part.shape[1] - bool(unbiased))
+    return y, mean, invstd, var
+
+
+class RenormSchedule(NamedTuple):
+    """How far batch renormalization may correct a batch, step by step.
+
+    Parameters
+    ----------
+    r_max, d_max : float
+        The limits in the end.
+    begin : int
+        The steps of plain batch normalization before, with limits of 1 and 0.
+    r_end, d_end : int
+        The steps at which the limits reach their ends, after growing linearly.
+
+    References
+    ----------
+    S. Ioffe, 2017, arXiv:1702.03275, section 4.1, whose values are the defaults.
+
+    Examples
+    --------
+    >>> import bnfast
+    >>> bnfast.RenormSchedule().at(15000)
+    (1.5714285714285714, 2.5)
+    """
+
+    r_max: float = 3.0
+    d_max: float = 5.0
+    begin: int = 5000
+    r_end: int = 40000
+    d_end: int = 25000
+
+    def at(self, step: int) -> tuple[float, float]:
+        """Return r_max and d_max of a step, counted from 0."""
+
+        def gone(end: int) -> float:
+            length = max(end - self.begin, 1)
+            return min(max((step - self.begin) / length, 0.0), 1.0)
+
+        return 1.0 + (self.r_max - 1.0) * gone(self.r_end), self.d_max * gone(self.d_end)
+
+
+class Renormalized(NamedTuple):
+    """What `batch_renorm_backward` needs of the pass before it, (C,) of float64 each."""
+
+    mean: NDArray[np.float64]
+    invstd: NDArray[np.float64]
+    r: NDArray[np.float64]
+    d: NDArray[np.float64]
+
+
+def batch_renorm(
+    x: NDArray[Float],
+    running_mean: Parameter,
+    running_std: Parameter,
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
+    training: bool = False,
+    momentum: float = 0.01,
+    eps: float = 1e-5,
+    *,
+    r_max: float = 1.0,
+    d_max: float = 0.0,
+    axis: int = 1,
+    out: NDArray[Float] | None = None,
+) -> NDArray[Float]:
+    """Normalize a batch, corrected towards the running statistics.
+
+    Parameters
+    ----------
+    x : array of float32 or float64, at least 2-d
+        The batch. Any strides; C channels along `axis`, M values in each.
+    running_mean, running_std : array (C,) of float32 or float64
+        Of all batches: updated in place in training, used as they are in evaluation. It is the
+        standard deviation that is kept, not the variance.
+    weight, bias : array (C,) of float32 or float64, optional
+        gamma and beta; 1 and 0 where None.
+    training : bool
+        Normalize with the statistics of `x` itself rather than the running ones.
+    momentum : float
+        The weight of the NEW batch in the running statistics.
+    eps : float
+        Added to the variance of the batch; positive.
+    r_max, d_max : float
+        How far a batch may be corrected: at least 1, and at least 0. At 1 and 0, the defaults, this
+        is batch normalization; see `RenormSchedule`.
+    axis : int
+        The channel axis: 1 for NCHW, -1 for NHWC.
+    out : array like `x`, optional
+        Where to write: `x` itself, or an array that shares no element with it.
+
+    Returns
+    -------
+    array like `x`
+        `out`, or a new array laid out like `x`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value; before anything is written.
+
+    Notes
+    -----
+    In training, with mu and sigma = sqrt(var + eps) of the batch, and the running statistics as
+    they were before it::
+
+        r = clip(sigma / running_std, 1 / r_max, r_max)
+        d = clip((mu - running_mean) / running_std, -d_max, d_max)
+        y = weight * ((x - mu) / sigma * r + d) + bias
+        running_mean += momentum * (mu - running_mean)
+        running_std  += momentum * (sigma - running_std)
+
+    in evaluation, ``y = weight * (x - running_mean) / running_std + bias``.
+
+    References
+    ----------
+    S. Ioffe, 2017, "Batch Renormalization: Towards Reducing Minibatch Dependence in
+    Batch-Normalized Models", arXiv:1702.03275.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[1.0], [3.0]], dtype=np.float32)
+    >>> mean, std = np.zeros(1, np.float32), np.ones(1, np.float32)
+    >>> bnfast.batch_renorm(x, mean, std, training=True, r_max=3, d_max=5).round(3)
+    array([[1.],
+           [3.]], dtype=float32)
+    """
+    if _validation.flag("training", training):
+        y, _ = batch_renorm_forward(
+            *(x, running_mean, running_std, weight, bias, momentum, eps),
+            r_max=r_max,
+            d_max=d_max,
+            axis=axis,
+            out=out,
+        )
+        return y
+    array, _, channels = _validation.batch("x", x, axis)
+    _validation.real("momentum", momentum)
+    centre = _validation.required_channel_parameter("running_mean", running_mean, channels)
+    spread = _validation.required_channel_parameter("running_std", running_std, channels)
+    variance = spread.astype(np.float64) ** 2
+    return _primitives.scale_shift(array, axis, centre, variance, weight, bias, 0.0, None, out)
+
+
+def batch_renorm_forward(
+    x: NDArray[Float],
+    running_mean: Parameter,
+    running_std: Parameter,
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
+    momentum: float = 0.01,
+    eps: float = 1e-5,
+    *,
+    r_max: float = 1.0,
+    d_max: float = 0.0,
+    axis: int = 1,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], Renormalized]:
+    """Normalize a batch, corrected, and return what the backward pass needs.
+
+    Parameters
+    ----------
+    x, running_mean, running_std, weight, bias, momentum, eps, r_max, d_max, axis, out
+        As in `batch_renorm` in training.
+
+    Returns
+    -------
+    y : array like `x`
+        The normalized batch.
+    saved : Renormalized
+        mean, invstd, r and d.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_renorm`.
+
+    Notes
+    -----
+    The formulas stand in `batch_renorm`. Two passes over `x`: r and d must be known between them.
+
+    References
+    ----------
+    S. Ioffe, 2017, arXiv:1702.03275.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[1.0], [3.0]])
+    >>> y, saved = bnfast.batch_renorm_forward(x, np.zeros(1), np.ones(1))
+    >>> saved.r, saved.d
+    (array([1.]), array([0.]))
+    """
+    array, channel_axis, channels = _validation.batch("x", x, axis)
+    epsilon = _validation.epsilon(eps, training=True)
+    new = _validation.real("momentum", momentum)
+    most, furthest = _validation.real("r_max", r_max), _validation.real("d_max", d_max)
+    if most < 1.0 or furthest < 0.0:
+        raise ValueError(f"r_max must be at least 1 and d_max at least 0, got {r_max} and {d_max}")
+    tracked = _validation.running_statistics(
+        running_mean, running_std, array, channels, names=("running_mean", "running_std")
+    )
+    if tracked is None:
+        raise TypeError("running_mean and running_std must be arrays, got None")
+    scale = _validation.channel_parameter("weight", weight, channels)
+    shift = _validation.channel_parameter("bias", bias, channels)
+    if out is not None:
+        others = {"x": array, "weight": scale, "bias": shift}
+        others |= {"running_mean": tracked[0], "running_std": tracked[1]}
+        _validation.output(out, array, others)
+    each = array.size // channels if channels else 0
+    _validation.enough_values("x", array, each, 2)
+    count, mean, m2 = _primitives.moments(array, channel_axis)
+    if count == 0:
+        nothing = np.ones(channels)
+        saved = Renormalized(mean, np.full(channels, epsilon**-0.5), nothing, mean.copy())
+        return (np.empty_like(array) if out is None else out), saved
+    var = m2 / count
+    sigma = np.sqrt(var + epsilon)
+    before, std = (statistic.astype(np.float64) for statistic in tracked)
+    with np.errstate(all="ignore"):
+        r = np.clip(sigma / std, 1.0 / most, most)
+        d = np.clip((mean - before) / std, -furthest, furthest)
+    gamma = np.ones(channels) if scale is None else scale.astype(np.float64)
+    beta = np.zeros(channels) if shift is None else shift.astype(np.float64)
+    y = _primitives.scale_shift(
+        *(array, channel_axis, mean, var, gamma * r, gamma * d + beta, epsilon, None, out)
+    )
+    tracked[0][...] = before + new * (mean - before)
+    tracked[1][...] = std + new * (sigma - std)
+    return y, Renormalized(mean, 1.0 / sigma, r, d)
+
+
+def batch_renorm_backward(
+    dy: NDArray[Float],
+    x: NDArray[Float],
+    saved: Renormalized,
+    weight: Parameter | None = None,
+    *,
+    axis: int = 1,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], Parameter, Parameter]:
+    """Return the gradients of batch renormalization: of its input, weight and bias.
+
+    Parameters
+    ----------
+    dy : array like `x`
+        The gradient of the output.
+    x : array of float32 or float64, at least 2-d
+        The input of the forward pass.
+    saved : Renormalized
+        What the forward pass returned; r and d are constants to the gradient.
+    weight : array (C,) of float32 or float64, optional
+        gamma; 1 where None.
+    axis : int
+        The channel axis.
+    out : array like `x`, optional
+        Where to write dx: `dy` or `x` itself, or an array that shares no element with either.
+
+    Returns
+    -------
+    dx : array like `x`
+        The gradient of the input.
+    dweight, dbias : array (C,)
+        The gradients of weight and bias, of the dtype of `weight`, or of `x` where it is None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value; before anything is written.
+
+    Notes
+    -----
+    With u = (x - mu) / sigma, and sums over all axes but `axis`::
+
+        dbias   = sum(dy)
+        dweight = r * sum(dy * u) + d * sum(dy)
+        dx      = weight * r / sigma * (dy - sum(dy) / M - u * sum(dy * u) / M)
+
+    References
+    ----------
+    S. Ioffe, 2017, arXiv:1702.03275.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[1.0], [2.0], [6.0]])
+    >>> y, saved = bnfast.batch_renorm_forward(x, np.zeros(1), np.ones(1), r_max=3, d_max=5)
+    >>> dx, dweight, dbias = bnfast.batch_renorm_backward(np.ones_like(x), x, saved)
+    >>> dbias, dweight.round(6)
+    (array([3.]), array([9.]))
+    """
+    array, _, channels = _validation.batch("x", x, axis)
+    own = _validation.channel_parameter("weight", weight, channels)
+    mean, invstd, r, d = saved
+    gamma = r if own is None else own * r
+    dx, of_gamma, dbias = _primitives.gradient(dy, array, axis, mean, invstd, gamma, False, out)
+    dtype = array.dtype if own is None else own.dtype
+    return dx, (r * of_gamma + d * dbias).astype(dtype), dbias.astype(dtype)

@@ -1,0 +1,234 @@
+"""Ghost batches and batch renormalization."""
+
+import numpy as np
+import pytest
+
+import bnfast
+from bnfast import _reference as reference
+from cases import BUFFERS
+from tolerances import FINITE_DIFFERENCES
+
+SHAPES = [(8, 3, 5, 4), (7, 3, 5, 4), (6, 4), (3, 2, 9), (1, 3, 4), (9, 70, 3)]
+
+
+def in_layout(x, axis):
+    return x if axis == 1 else np.ascontiguousarray(np.moveaxis(x, 1, -1))
+
+
+def inputs(rng, shape, axis, dtype, mean=3):
+    x = in_layout(rng.normal(mean, 2, shape).astype(dtype), axis)
+    dy = in_layout(rng.normal(size=shape).astype(dtype), axis)
+    weight, bias = rng.normal(size=(2, shape[1])).astype(dtype)
+    return x, dy, weight, bias
+
+
+def parts(x, size):
+    return [slice(n, n + size) for n in range(0, len(x), size)]
+
+
+@pytest.mark.parametrize("size", [2, 3, 100])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_ghost_has_the_bits_of_a_batch(isa, dtype, rng, axis, shape, size):
+    x, dy, weight, bias = inputs(rng, shape, axis, dtype)
+    if x.ndim == 2 and len(x) % size == 1:
+        return
+    y, mean, invstd = bnfast.ghost_batch_norm_forward(x, size, weight, bias, axis=axis)
+    dx, dweight, dbias = bnfast.ghost_batch_norm_backward(
+        dy, x, size, mean, invstd, weight, axis=axis
+    )
+    sums = np.zeros((2, shape[1]))
+    for n, part in enumerate(parts(x, size)):
+        alone = bnfast.batch_norm_forward(x[part], weight, bias, axis=axis)
+        for a, b in zip((y[part], mean[n], invstd[n]), alone, strict=True):
+            np.testing.assert_array_equal(a, b)
+        gradient, *of_parameters = bnfast.batch_norm_backward(
+            dy[part], x[part], mean[n], invstd[n], weight.astype(np.float64), axis=axis
+        )
+        np.testing.assert_array_equal(dx[part], gradient)
+        sums += of_parameters
+    tolerance = 1e-6 if dtype == np.float32 else 1e-13
+    np.testing.assert_allclose(dweight, sums[0], rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(dbias, sums[1], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_running_statistics_take_one_ghost_after_the_other(rng, axis, unbiased):
+    x, _, weight, bias = inputs(rng, (7, 3, 5, 4), axis, np.float64)
+    mean, var = rng.normal(size=3), rng.uniform(1, 2, 3)
+    expected = mean, var
+    y = bnfast.ghost_batch_norm(
+        *(x, 3, mean := mean.copy(), var := var.copy(), weight, bias, True, 0.3),
+        axis=axis,
+        unbiased=unbiased,
+    )
+    for part in parts(x, 3):
+        expected = reference.update_running(*expected, x[part], 0.3, axis=axis, unbiased=unbiased)
+    np.testing.assert_allclose(mean, expected[0], rtol=1e-13)
+    np.testing.assert_allclose(var, expected[1], rtol=1e-13)
+    forward = bnfast.ghost_batch_norm_forward(x, 3, weight, bias, axis=axis)
+    np.testing.assert_array_equal(y, forward[0])
+    evaluated = bnfast.ghost_batch_norm(x, 3, mean, var, weight, bias, axis=axis)
+    expected = bnfast.batch_norm(x, mean, var, weight, bias, axis=axis)
+    np.testing.assert_array_equal(evaluated, expected)
+
+
+@pytest.mark.parametrize("buffer", BUFFERS)
+def test_ghosts_of_any_strides_in_any_place(dtype, rng, axis, buffer):
+    x, dy, weight, bias = inputs(rng, (7, 3, 5, 4), axis, dtype)
+    make = BUFFERS[buffer]
+    expected = bnfast.ghost_batch_norm_forward(x, 3, weight, bias, axis=axis)
+    out = make(np.zeros_like(x))
+    got = bnfast.ghost_batch_norm_forward(make(x), 3, weight, bias, axis=axis, out=out)
+    assert got[0] is out
+    tolerance = 1e-5 if dtype == np.float32 else 1e-13
+    np.testing.assert_allclose(out, expected[0], rtol=tolerance, atol=tolerance)
+    gradients = bnfast.ghost_batch_norm_backward(dy, x, 3, *expected[1:], weight, axis=axis)
+    got = bnfast.ghost_batch_norm_backward(
+        make(dy), make(x), 3, *expected[1:], weight, axis=axis, out=out
+    )
+    np.testing.assert_allclose(got[0], gradients[0], rtol=tolerance, atol=tolerance)
+
+
+def test_a_ghost_of_one_value_is_refused_before_anything_is_written(rng):
+    x, out = rng.normal(size=(5, 3)), np.full((5, 3), 7.0)
+    mean, var = np.zeros(3), np.ones(3)
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        bnfast.ghost_batch_norm(x, 2, mean, var, training=True, out=out)
+    np.testing.assert_array_equal(out, 7)
+    np.testing.assert_array_equal(mean, 0)
+
+
+def test_an_empty_batch_of_ghosts(dtype):
+    x, mean, var = np.empty((0, 3, 4), dtype), np.zeros(3), np.ones(3)
+    assert bnfast.ghost_batch_norm(x, 2, mean, var, training=True).shape == x.shape
+    np.testing.assert_array_equal(var, 1)
+
+
+def definition(x, mean, std, gamma, beta, r_max, d_max, axis, eps=1e-5, frozen=None):
+    """The paper's, in the precision of x; r and d may be given."""
+    others = tuple(d for d in range(x.ndim) if d != axis % x.ndim)
+
+    def along(values):
+        return np.expand_dims(values, others)
+
+    mu = x.mean(others)
+    sigma = np.sqrt(((x - along(mu)) ** 2).mean(others) + eps)
+    r, d = frozen or (
+        np.clip(sigma / std, 1 / r_max, r_max),
+        np.clip((mu - mean) / std, -d_max, d_max),
+    )
+    y = along(gamma) * ((x - along(mu)) / along(sigma) * along(r) + along(d)) + along(beta)
+    return y, mu, sigma, r, d
+
+
+@pytest.mark.parametrize(("r_max", "d_max"), [(1.0, 0.0), (1.5, 0.5), (1e6, 1e6)])
+def test_batch_renorm(isa, dtype, rng, axis, r_max, d_max):
+    x, _, weight, bias = inputs(rng, (6, 3, 5, 4), axis, dtype)
+    mean, std = rng.normal(size=3).astype(dtype), rng.uniform(0.5, 3, 3).astype(dtype)
+    y, mu, sigma, _, _ = definition(
+        *(a.astype(np.longdouble) for a in (x, mean, std, weight, bias)), r_max, d_max, axis
+    )
+    after = mean + 0.2 * (mu - mean), std + 0.2 * (sigma - std)
+    got = bnfast.batch_renorm(
+        *(x, mean, std, weight, bias, True, 0.2), r_max=r_max, d_max=d_max, axis=axis
+    )
+    tolerance = 4e-6 if dtype == np.float32 else 1e-13
+    np.testing.assert_allclose(got, y.astype(np.float64), rtol=tolerance, atol=tolerance)
+    for running, expected in zip((mean, std), after, strict=True):
+        np.testing.assert_allclose(
+            running, expected.astype(np.float64), rtol=tolerance, atol=tolerance
+        )
+
+
+def test_without_correction_batch_renorm_is_batch_norm(rng, axis):
+    x, dy, weight, bias = inputs(rng, (6, 3, 5, 4), axis, np.float64)
+    y, saved = bnfast.batch_renorm_forward(x, np.zeros(3), np.ones(3), weight, bias, axis=axis)
+    expected = bnfast.batch_norm_forward(x, weight, bias, axis=axis)
+    gradients = bnfast.batch_norm_backward(dy, x, *expected[1:], weight, axis=axis)
+    got = bnfast.batch_renorm_backward(dy, x, saved, weight, axis=axis)
+    for a, b in zip((y, *got), (expected[0], *gradients), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_batch_renorm_evaluates_with_its_running_statistics(dtype, rng, axis):
+    x, _, weight, bias = inputs(rng, (6, 3, 5, 4), axis, dtype)
+    mean, std = rng.normal(size=3).astype(dtype), rng.uniform(0.5, 3, 3).astype(dtype)
+    got = bnfast.batch_renorm(x, mean, std, weight, bias, axis=axis)
+    variance = std.astype(np.float64) ** 2
+    expected = bnfast.batch_norm(x, mean, variance, weight, bias, eps=0.0, axis=axis)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_gradients_of_batch_renorm_with_r_and_d_frozen(rng, axis):
+    x, dy, weight, bias = inputs(rng, (3, 2, 2, 2), axis, np.float64, 0)
+    mean, std = rng.normal(size=2), rng.uniform(0.5, 3, 2)
+    before = mean.copy(), std.copy()
+    _, saved = bnfast.batch_renorm_forward(
+        x, mean, std, weight, bias, r_max=1.5, d_max=2, axis=axis
+    )
+    gradients = bnfast.batch_renorm_backward(dy, x, saved, weight, axis=axis)
+    frozen = saved.r, saved.d
+    for array, gradient in zip((x, weight, bias), gradients, strict=True):
+        numeric = np.zeros_like(array)
+        for index in np.ndindex(array.shape):
+            kept, ends = array[index], []
+            for step in (1e-6, -1e-6):
+                array[index] = kept + step
+                y, *_ = definition(x, *before, weight, bias, 1.5, 2, axis, frozen=frozen)
+                ends.append((y * dy).sum())
+            array[index] = kept
+            numeric[index] = (ends[0] - ends[1]) / 2e-6
+        np.testing.assert_allclose(gradient, numeric, rtol=0, atol=FINITE_DIFFERENCES)
+
+
+def test_the_schedule_is_the_papers():
+    schedule = bnfast.RenormSchedule()
+    assert schedule.at(0) == schedule.at(5000) == (1.0, 0.0)
+    assert schedule.at(22500) == (2.0, 4.375)
+    assert schedule.at(40000) == schedule.at(10**9) == (3.0, 5.0)
+    assert bnfast.RenormSchedule(2.0, 1.0, 0, 10, 10).at(5) == (1.5, 0.5)
+
+
+X = np.arange(12, dtype=np.float32).reshape(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: bnfast.ghost_batch_norm(X, 0, training=True), ValueError, "ghost_size must be at"),
+        (
+            lambda: bnfast.ghost_batch_norm(X, 2.0, training=True),
+            TypeError,
+            "ghost_size must be an",
+        ),
+        (lambda: bnfast.ghost_batch_norm(X, 2, training=1), TypeError, "training must be True"),
+        (lambda: bnfast.ghost_batch_norm_forward(X, 2, axis=0), ValueError, "axis must not be 0"),
+        (
+            lambda: bnfast.ghost_batch_norm_backward(X, X, 2, np.zeros((1, 3)), np.ones((2, 3))),
+            *(ValueError, r"mean must be as forward returned it, shape \(2, 3\)"),
+        ),
+        (
+            lambda: bnfast.batch_renorm(X, None, None, training=True),
+            *(TypeError, "running_mean and running_std must be arrays"),
+        ),
+        (
+            lambda: bnfast.batch_renorm(X, np.zeros(3), None, training=True),
+            *(ValueError, "got None for running_std"),
+        ),
+        (
+            lambda: bnfast.batch_renorm(X, np.zeros(3), np.ones(3), training=True, r_max=0.5),
+            *(ValueError, "r_max must be at least 1"),
+        ),
+        (
+            lambda: bnfast.batch_renorm(X, np.zeros(3), np.ones(2), training=True),
+            *(ValueError, "running_std must have one value for each of the 3 channels"),
+        ),
+        (
+            lambda: bnfast.batch_renorm(X[:1], np.zeros(3), np.ones(3), training=True),
+            *(ValueError, "x must have more than one value per channel"),
+        ),
+    ],
+)
+def test_bad_arguments_are_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
