@@ -249,6 +249,14 @@ def test_one_weight_for_each_group(dtype, rng, axis):
     np.testing.assert_allclose(dbias, expected[2].reshape(3, 2).sum(1), tolerance, tolerance)
 
 
+def test_no_channels_are_nothing_to_normalize(dtype):
+    x = np.empty((3, 0, 2), dtype)
+    y, mean, invstd = bnfast.group_norm_forward(x, 2)
+    assert y.shape == x.shape
+    dx, dweight, dbias = bnfast.group_norm_backward(x, x, mean, invstd)
+    assert dx.shape == x.shape and dweight.shape == dbias.shape == (0,)
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 3), (2, 4, 0), (0, 4)], ids=str)
 def test_an_empty_batch_gives_an_empty_array(dtype, shape):
     x = np.empty(shape, dtype)
@@ -265,6 +273,7 @@ def test_an_empty_batch_gives_an_empty_array(dtype, shape):
 
 
 X = np.arange(24, dtype=np.float32).reshape(2, 4, 3)
+D, INVSTD = np.ones((2, 4)), np.ones((2, 4))
 
 
 @pytest.mark.parametrize(
@@ -280,6 +289,13 @@ X = np.arange(24, dtype=np.float32).reshape(2, 4, 3)
         (lambda: bnfast.instance_norm(X, eps=0), ValueError, "eps must be positive"),
         (lambda: bnfast.instance_norm(X[:, :, :1]), ValueError, "x must have more than one value"),
         (lambda: bnfast.group_norm(X[:1, :1, :1], 1), ValueError, "x must have more than one"),
+        (lambda: bnfast.group_norm(X[:1, :, 0], 4), ValueError, "x must have more than one"),
+        (lambda: bnfast.group_norm(X, 2, per_group="no"), TypeError, "per_group must be True"),
+        (lambda: bnfast.instance_norm(X, use_input_stats=1), TypeError, "use_input_stats must be"),
+        (
+            lambda: bnfast.group_norm_backward(D, D, np.zeros((2, 4)), INVSTD, out=INVSTD),
+            *(ValueError, "out must not share memory with invstd"),
+        ),
         (
             lambda: bnfast.instance_norm(X, use_input_stats=False),
             *(TypeError, "running_mean must be an array"),

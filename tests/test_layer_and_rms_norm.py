@@ -102,6 +102,39 @@ def test_threads_caches_and_instruction_sets_change_no_bit(
                 np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("make", [np.asfortranarray, lambda x: np.ascontiguousarray(x.T).T])
+@pytest.mark.parametrize("shape", [(300, 64), (40, 900)], ids=str)
+def test_rows_that_are_neighbours_have_the_same_bits_whatever_the_caches(
+    isa, dtype, rng, use_threads, use_caches, make, shape
+):
+    x, dy, sizes, weight, _ = inputs(rng, shape, (1,), dtype)
+    x, dy = make(x), make(dy)
+    _, mean, invstd = bnfast.layer_norm_forward(x, sizes)
+    for parameters in ((), (weight,)):
+        results = []
+        for num_threads, caches in ((1, (1 << 12, 1 << 20)), (1, (1 << 21, 1 << 25)), (3, (0, 0))):
+            use_threads(num_threads)
+            use_caches(*caches)
+            results.append(bnfast.layer_norm_backward(dy, x, sizes, mean, invstd, *parameters))
+        for other in results[1:]:
+            for a, b in zip(other, results[0], strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(3, 200), (5, 3, 40, 40)], ids=str)
+def test_gradients_without_those_of_parameters_have_the_same_bits(
+    isa, dtype, rng, use_threads, shape
+):
+    axes = tuple(range(1, len(shape)))
+    x, dy, sizes, weight, _ = inputs(rng, shape, axes, dtype)
+    _, mean, invstd = bnfast.layer_norm_forward(x, sizes)
+    for num_threads in (1, 3):
+        use_threads(num_threads)
+        whole = bnfast.layer_norm_backward(dy, x, sizes, mean, invstd, weight)
+        got = bnfast.layer_norm_backward(dy, x, sizes, mean, invstd, weight, parameters=False)
+        np.testing.assert_array_equal(got[0], whole[0])
+
+
 @pytest.mark.parametrize("buffer", BUFFERS)
 @pytest.mark.parametrize(
     ("shape", "axes"), [((3, 6, 7, 11), (3,)), ((3, 6, 7, 11), (1,)), ((20, 70), (1,))], ids=str
@@ -219,6 +252,7 @@ def test_an_empty_array_gives_an_empty_array(dtype, shape, sizes):
 
 
 X = np.arange(24, dtype=np.float32).reshape(2, 4, 3)
+W = np.ones((4, 3), np.float32)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +268,11 @@ X = np.arange(24, dtype=np.float32).reshape(2, 4, 3)
         (lambda: bnfast.layer_norm(X, 3, None, [1]), TypeError, "bias must be float32 or float64"),
         (lambda: bnfast.layer_norm(X, 3, eps=np.nan), ValueError, "eps must be finite"),
         (lambda: bnfast.rms_norm(X, 3, eps="0"), TypeError, "eps must be a real number"),
+        (
+            lambda: bnfast.layer_norm(X[0], (4, 3), W, out=W),
+            ValueError,
+            "out must not share memory",
+        ),
         (lambda: bnfast.rms_norm(X.astype(int), 3), TypeError, "x must be float32 or float64"),
         (
             lambda: bnfast.layer_norm_backward(X, X, 3, np.zeros((2, 3)), np.ones((2, 4))),

@@ -164,7 +164,8 @@ def test_chunks_tile_the_channel_and_fit_the_scratch_memory(
     if layout == CHANNELS_LAST:
         assert chunks_per_block * chunk_outer >= _layout.FEWEST_BLOCK_ROWS
     if layout == CHANNELS_LAST and channels < _layout.FEWEST_LANES:
-        assert _layout.FEWEST_LANES <= phases * channels <= _layout.MOST_LANES
+        assert phases * channels <= _layout.MOST_LANES
+        assert phases == outer or _layout.FEWEST_LANES <= phases * channels
     else:
         assert phases == 1
 

@@ -190,6 +190,7 @@ def test_the_schedule_is_the_papers():
 
 
 X = np.arange(12, dtype=np.float32).reshape(4, 3)
+SAVED = bnfast.batch_renorm_forward(X, np.zeros(3), np.ones(3))[1]
 
 
 @pytest.mark.parametrize(
@@ -200,6 +201,18 @@ X = np.arange(12, dtype=np.float32).reshape(4, 3)
             lambda: bnfast.ghost_batch_norm(X, 2.0, training=True),
             TypeError,
             "ghost_size must be an",
+        ),
+        (
+            lambda: bnfast.batch_renorm_backward(X, X, (1, 2, 3, 4)),
+            *(TypeError, "saved must be what batch_renorm_forward returned"),
+        ),
+        (
+            lambda: bnfast.batch_renorm_backward(X, X, SAVED._replace(d=np.zeros(2))),
+            *(ValueError, "d must have one value for each of the 3 channels"),
+        ),
+        (
+            lambda: bnfast.ghost_batch_norm(X, 2, np.zeros(4), np.ones(4), axis=0),
+            *(ValueError, "axis must not be 0"),
         ),
         (lambda: bnfast.ghost_batch_norm(X, 2, training=1), TypeError, "training must be True"),
         (lambda: bnfast.ghost_batch_norm_forward(X, 2, axis=0), ValueError, "axis must not be 0"),

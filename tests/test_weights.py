@@ -105,6 +105,7 @@ STANDARDIZATIONS = {
     "outside": (bnfast.weight_standardization, {"eps_inside": False}),
     "outside, unbiased": (bnfast.weight_standardization, {"eps_inside": False, "unbiased": True}),
     "scaled": (bnfast.scaled_weight_standardization, {"gamma": 1.7}),
+    "scaled, reversed": (bnfast.scaled_weight_standardization, {"gamma": -1.7}),
     "scaled, floored": (bnfast.scaled_weight_standardization, {"eps": 1e3}),
     "scaled, added": (bnfast.scaled_weight_standardization, {"floor": False, "eps": 0.1}),
 }
@@ -155,6 +156,20 @@ def test_gradients_of_standardizations(rng, kind):
     assert dw.dtype == dgain.dtype == np.float32
 
 
+def test_a_constant_filter_has_the_gradient_of_pytorch():
+    dw, dgain = bnfast.weight_standardization_backward(
+        np.array([[1.0, 0.0, 0.0]]), np.zeros((1, 3)), eps_inside=False
+    )
+    np.testing.assert_allclose(dw, [[2e5 / 3, -1e5 / 3, -1e5 / 3]])
+    np.testing.assert_array_equal(dgain, 0)
+
+
+def test_weights_of_zero_have_no_spectral_norm():
+    y, sigma, u, v = bnfast.spectral_norm(np.zeros((2, 3)), np.ones(2), np.ones(3))
+    assert sigma == 0 and np.isnan(y).all()
+    assert np.isnan(bnfast.spectral_norm_backward(y, np.zeros((2, 3)), sigma, u, v)).all()
+
+
 @pytest.mark.parametrize("v_first", [False, True])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_spectral_norm(dtype, rng, dim, v_first):
@@ -196,8 +211,14 @@ U, V = np.ones(3, np.float32), np.ones(4, np.float32)
         (lambda: bnfast.weight_norm(W, U, 2), ValueError, "dim must be less than 2"),
         (lambda: bnfast.weight_norm(W, V), ValueError, "g must have one value for each of the 3"),
         (lambda: bnfast.weight_norm(W.astype(int), U), TypeError, "v must be float32 or float64"),
+        (lambda: bnfast.weight_norm(W, U, None, out=[1]), TypeError, "out must be a numpy array"),
         (lambda: bnfast.weight_norm(W, [1, 2, 3]), TypeError, "g must be float32 or float64"),
         (lambda: bnfast.weight_standardization(W, V), ValueError, "gain must have one value"),
+        (
+            lambda: bnfast.weight_standardization(W, eps=-1.0),
+            ValueError,
+            "eps must not be negative",
+        ),
         (lambda: bnfast.weight_standardization(W[0]), ValueError, "w must have at least 2"),
         (
             lambda: bnfast.scaled_weight_standardization(W, gamma="1"),

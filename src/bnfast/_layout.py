@@ -174,7 +174,7 @@ def _cut(
     """(chunk_outer, chunk_inner, chunks_per_run, chunks, chunks_per_block, blocks, phases)."""
     phases = 1
     if layout == CHANNELS_LAST:
-        phases = _phases(channels)
+        phases = min(_phases(channels), outer)
         rows = min(CHUNK_ROWS * phases, CHUNK_BYTES // itemsize)
         chunk_outer, chunk_inner, chunks_per_run = rows, 1, 1
         block_rows = max(FEWEST_BLOCK_ROWS, BLOCK_BYTES // (channels * itemsize))

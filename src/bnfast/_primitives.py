@@ -406,7 +406,8 @@ def row_gradient(
     )
     if sums is None:
         return dx, None, None
-    return (dx, *_in_order(sums[0], geometry.walked, shape).astype(dtype))
+    with np.errstate(all="ignore"):
+        return (dx, *_in_order(sums[0], geometry.walked, shape).astype(dtype))
 
 
 def _in_order(columns: Array, walked: tuple[int, ...], shape: tuple[int, ...]) -> Array:

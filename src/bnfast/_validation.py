@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
+# Of these each element is read before the one of the output that takes its place is written.
+_MAY_BE_OUT = ("x", "dy")
+
 # Beyond this much work numpy gives up on whether two arrays share an element.
 _OVERLAP_WORK = 10_000
 
@@ -84,7 +87,7 @@ def channels_of_group(num_groups: object, channels: int) -> int:
     groups = integer_from("num_groups", num_groups, 1)
     if channels % groups:
         raise ValueError(f"num_groups must divide the {channels} channels of x, got {groups}")
-    return channels // groups
+    return channels // groups if channels else 1
 
 
 def groups_of_statistics(name: str, value: object) -> int:
@@ -215,7 +218,7 @@ def required_channel_parameter(name: str, value: object, channels: int) -> Array
     """Return one value a channel, contiguous and aligned."""
     array = channel_parameter(name, value, channels)
     if array is None:
-        hint = "; training=True takes the statistics of x" if name[:7] == "running" else ""
+        hint = "; without them, the statistics of x must be used" if name[:7] == "running" else ""
         raise TypeError(f"{name} must be an array of shape ({channels},), got None{hint}")
     return array
 
@@ -320,7 +323,7 @@ def _is_same_memory(a: Array, b: Array) -> bool:
 def output(value: object, x: Array, arguments: dict[str, Array | None]) -> Array:
     """Return the array to write to.
 
-    `arguments` are the others of the call. Those of the shape of x may be `out` itself.
+    `arguments` are the others of the call. Those that are read as `out` is written may be `out`.
     """
     if not isinstance(value, np.ndarray):
         raise TypeError(f"out must be a numpy array, got {_describe(value)}")
@@ -340,7 +343,7 @@ def output(value: object, x: Array, arguments: dict[str, Array | None]) -> Array
     for name, argument in arguments.items():
         if argument is None or not shares_memory(out, argument):
             continue
-        if argument.shape != out.shape:
+        if name not in _MAY_BE_OUT:
             raise ValueError(f"out must not share memory with {name}")
         if not _is_same_memory(out, argument):
             raise ValueError(

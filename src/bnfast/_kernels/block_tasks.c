@@ -407,10 +407,11 @@ static void repeat(const bn_geometry *geometry, void *array)
     }
 }
 
-/* Only the first channels recur, and the task that has the first of them has them all. */
+/* They recur where a box may have all channels: so does the task, then. */
 static void repeat_coefficients(const bn_job *job, range channels, size_t arrays)
 {
-    for (size_t i = 0; channels.first == 0 && i < arrays && job->coefficients.array[i]; i++) {
+    const int all = channels.count == job->geometry->channels;
+    for (size_t i = 0; all && i < arrays && job->coefficients.array[i]; i++) {
         repeat(job->geometry, job->coefficients.array[i]);
     }
 }
@@ -648,9 +649,7 @@ static void row_gradient(const bn_job *job, range rows, double *column_sums)
         sum_gradient(job, block, rows);
     }
     finish_gradient(job, rows);
-    if (column_sums) {
-        add_columns(job, rows, column_sums);
-    }
+    add_columns(job, rows, column_sums);
     for (size_t block = blocks; block-- > 0;) {
         write_block(job, block, rows, input_gradient_of_box);
     }
@@ -662,10 +661,8 @@ static void row_gradient_task(const bn_job *job, size_t number)
     const size_t columns = geometry->outer * geometry->inner;
     const size_t all = geometry->repeats * geometry->channels;
     const size_t end = MIN(all, (number + 1) * job->geometry->rows_of_block);
-    double *sums = job->column_sums ? job->column_sums + number * 2 * columns : NULL;
-    if (sums) {
-        clear(sums, (range){0, 2 * columns});
-    }
+    double *sums = job->column_sums + number * 2 * columns;
+    clear(sums, (range){0, 2 * columns});
     for (size_t row = number * job->geometry->rows_of_block, some; row < end; row += some) {
         const size_t repeat = row / geometry->channels, first = row % geometry->channels;
         const bn_job own = job_of_repeat(job, repeat);
@@ -876,12 +873,15 @@ size_t bn_row_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
     const size_t rows = geometry->repeats * geometry->channels;
     const size_t columns = geometry->outer * geometry->inner;
     const size_t slab = bn_slab_bytes(job->caches) / (2 * columns * geometry->itemsize);
+    if (!job->column_sums) {
+        return bn_gradient_phases(job, threads, phases);
+    }
     choose_stores(job, threads, DX, job->dx, job->x, job->dy);
     job->far = bytes_of_call(job, 2) > bn_near_bytes(job->caches, threads);
     job->group = MAX((size_t)1, slab / ROWS_TOGETHER) * ROWS_TOGETHER;
     phases[0] = (bn_phase){row_gradient_task, divide_up(rows, job->geometry->rows_of_block), 1};
     phases[1] = (bn_phase){merge_columns_task, divide_up(2 * columns, BN_CHANNELS_PER_TASK), 1};
-    return job->column_sums ? 2 : 1;
+    return 2;
 }
 
 void bn_update_running(const bn_job *job, bn_dtype dtype, double momentum, const double *divided,

@@ -92,7 +92,7 @@ def instance_norm(
            [[-1.,  1.]]], dtype=float32)
     """
     _validation.channel_axis_of_samples(x, axis)
-    if not use_input_stats:
+    if not _validation.flag("use_input_stats", use_input_stats):
         _validation.real("momentum", momentum)
         return _primitives.scale_shift(
             x, axis, running_mean, running_var, weight, bias, eps, None, out
@@ -333,9 +333,9 @@ def group_norm_forward(
     """
     array, channels = _validation.channel_axis_of_samples(x, axis)
     together = _validation.channels_of_group(num_groups, channels)
-    if array.size == 1:
+    if 0 < array.size == channels // together:
         _validation.enough_values("x", array, 1, 2)
-    if per_group and together > 1:
+    if _validation.flag("per_group", per_group) and together > 1:
         weight = _of_channels("weight", weight, channels, together)
         bias = _of_channels("bias", bias, channels, together)
     sharing = Sharing((0,), together)
@@ -407,7 +407,7 @@ def group_norm_backward(
     """
     array, channels = _validation.channel_axis_of_samples(x, axis)
     num_groups = _validation.groups_of_statistics("mean", mean)
-    together = _validation.channels_of_group(num_groups, channels)
+    together = _validation.channels_of_group(num_groups, channels) if channels else 1
     if per_group and together > 1:
         weight = _of_channels("weight", weight, channels, together)
     sharing = Sharing((0,), together)
@@ -646,6 +646,8 @@ def rms_norm(
     For every row, over its elements::
 
         y = weight * x / sqrt(mean(x**2) + eps)
+
+    A row with infinities of both signs is NaN throughout.
 
     References
     ----------

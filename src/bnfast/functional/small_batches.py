@@ -75,6 +75,7 @@ def ghost_batch_norm(
            [-1.],
            [ 1.]], dtype=float32)
     """
+    array, channels = _validation.channel_axis_of_samples(x, axis)
     if not _validation.flag("training", training):
         _validation.integer_from("ghost_size", ghost_size, 1)
         _validation.real("momentum", momentum)
@@ -82,18 +83,18 @@ def ghost_batch_norm(
             x, axis, running_mean, running_var, weight, bias, eps, None, out
         )
     new = _validation.real("momentum", momentum)
-    array, channels = _validation.channel_axis_of_samples(x, axis)
     tracked = _validation.running_statistics(running_mean, running_var, array, channels)
     if tracked is not None and out is not None:
         statistics = {"running_mean": tracked[0], "running_var": tracked[1]}
         _validation.output(out, array, {"x": array, **statistics})
     y, mean, _, var = _of_ghosts(array, ghost_size, weight, bias, eps, axis, unbiased, out)
     if tracked is not None:
-        for running, batches in zip(tracked, (mean, var), strict=True):
-            blended = running.astype(np.float64)
-            for batch in batches:
-                blended = (1 - new) * blended + new * batch
-            running[...] = blended
+        with np.errstate(all="ignore"):
+            for running, batches in zip(tracked, (mean, var), strict=True):
+                blended = running.astype(np.float64)
+                for batch in batches:
+                    blended = (1 - new) * blended + new * batch
+                running[...] = blended
     return y
 
 
@@ -503,10 +504,10 @@ def batch_renorm_forward(
         nothing = np.ones(channels)
         saved = Renormalized(mean, np.full(channels, epsilon**-0.5), nothing, mean.copy())
         return (np.empty_like(array) if out is None else out), saved
-    var = m2 / count
-    sigma = np.sqrt(var + epsilon)
     before, std = (statistic.astype(np.float64) for statistic in tracked)
     with np.errstate(all="ignore"):
+        var = m2 / count
+        sigma = np.sqrt(var + epsilon)
         r = np.clip(sigma / std, 1.0 / most, most)
         d = np.clip((mean - before) / std, -furthest, furthest)
     gamma = np.ones(channels) if scale is None else scale.astype(np.float64)
@@ -514,8 +515,9 @@ def batch_renorm_forward(
     y = _primitives.scale_shift(
         *(array, channel_axis, mean, var, gamma * r, gamma * d + beta, epsilon, None, out)
     )
-    tracked[0][...] = before + new * (mean - before)
-    tracked[1][...] = std + new * (sigma - std)
+    with np.errstate(all="ignore"):
+        tracked[0][...] = before + new * (mean - before)
+        tracked[1][...] = std + new * (sigma - std)
     return y, Renormalized(mean, 1.0 / sigma, r, d)
 
 
@@ -580,8 +582,15 @@ def batch_renorm_backward(
     """
     array, _, channels = _validation.batch("x", x, axis)
     own = _validation.channel_parameter("weight", weight, channels)
-    mean, invstd, r, d = saved
+    if not isinstance(saved, Renormalized):
+        raise TypeError(
+            f"saved must be what batch_renorm_forward returned, got {type(saved).__name__}"
+        )
+    mean, invstd = saved.mean, saved.invstd
+    r = _validation.required_channel_parameter("r", saved.r, channels)
+    d = _validation.required_channel_parameter("d", saved.d, channels)
     gamma = r if own is None else own * r
     dx, of_gamma, dbias = _primitives.gradient(dy, array, axis, mean, invstd, gamma, False, out)
     dtype = array.dtype if own is None else own.dtype
-    return dx, (r * of_gamma + d * dbias).astype(dtype), dbias.astype(dtype)
+    with np.errstate(all="ignore"):
+        return dx, (r * of_gamma + d * dbias).astype(dtype), dbias.astype(dtype)

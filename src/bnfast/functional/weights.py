@@ -200,6 +200,8 @@ def _as_filters(
 ) -> tuple[Array, Array | None]:
     """Return the weights, and where to write, with an axis of filters and at least one other."""
     array = _validation.floating_array(name, value)
+    if out is not None:
+        _validation.output(out, array, {"x": array})
     if dim is None:
         return array[None], None if out is None else out[None]
     axis = _validation.integer("dim", dim)
@@ -252,7 +254,7 @@ def weight_standardization(
     gain : array (D,) of float32 or float64, optional
         What each filter is multiplied by; 1 where None.
     eps : float
-        Added to the variance or, without `eps_inside`, to the deviation.
+        Added to the variance or, without `eps_inside`, to the deviation; not negative.
     axis : int
         The axis of the filters: 0 for OIHW, -1 for HWIO.
     eps_inside : bool
@@ -371,7 +373,7 @@ def scaled_weight_standardization(
     gamma : float
         The gain of the activation that follows: 1.7139588594436646 for ReLU.
     eps : float
-        With `floor` the least of K * var; else added to var.
+        With `floor` the least of K * var; else added to var; not negative.
     axis : int
         The axis of the filters: 0 for OIHW, -1 for HWIO.
     floor : bool
@@ -474,7 +476,7 @@ class _Deviation(NamedTuple):
 def _deviation(
     w: object, axis: object, eps: object, eps_inside: bool, unbiased: bool
 ) -> _Deviation:
-    epsilon = _validation.real("eps", eps)
+    epsilon = _validation.epsilon(eps, training=False)
     array, _, _ = _validation.batch("w", w, axis)
     count, mean, m2 = _primitives.moments(array, axis)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -483,14 +485,16 @@ def _deviation(
         if eps_inside:
             divisor = np.sqrt(var + epsilon)
             return _Deviation(mean, divisor, 1 / (counted * divisor**2))
-        divisor = np.sqrt(var) + epsilon
-        return _Deviation(mean, divisor, 1 / (counted * divisor * np.sqrt(var)))
+        std = np.sqrt(var)
+        divisor = std + epsilon
+        pull = np.where(std == 0, 0.0, 1 / (counted * divisor * std))  # as PyTorch has it at 0
+        return _Deviation(mean, divisor, pull)
 
 
 def _scaled_deviation(
     w: object, axis: object, gamma: object, eps: object, floor: bool
 ) -> _Deviation:
-    scale, epsilon = _validation.real("gamma", gamma), _validation.real("eps", eps)
+    scale, epsilon = _validation.real("gamma", gamma), _validation.epsilon(eps, training=False)
     array, _, _ = _validation.batch("w", w, axis)
     count, mean, m2 = _primitives.moments(array, axis)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -510,7 +514,8 @@ def _forward(
 ) -> NDArray[Float]:
     array, _, filters = _validation.batch("w", w, axis)
     own = _validation.channel_parameter("gain", gain, filters)
-    variance = deviation.divisor**2
+    variance, sign = deviation.divisor**2, np.sign(deviation.divisor)
+    own = sign if own is None else own * sign
     return _primitives.scale_shift(array, axis, deviation.mean, variance, own, None, 0.0, None, out)
 
 
@@ -614,18 +619,18 @@ def spectral_norm(
     matrix = _as_matrix(array, axis)
 
     def normalized(z: Array) -> Array:
-        unit: Array = z / max(float(np.linalg.norm(z)), least)
+        unit: Array = z / np.maximum(np.linalg.norm(z), least)
         return unit
 
-    for _ in range(steps):
-        if v_first:
-            right = normalized(matrix.T @ left)
-            left = normalized(matrix @ right)
-        else:
-            left = normalized(matrix @ right)
-            right = normalized(matrix.T @ left)
-    sigma = float(left @ (matrix @ right))
     with np.errstate(all="ignore"):
+        for _ in range(steps):
+            if v_first:
+                right = normalized(matrix.T @ left)
+                left = normalized(matrix @ right)
+            else:
+                left = normalized(matrix @ right)
+                right = normalized(matrix.T @ left)
+        sigma = float(left @ (matrix @ right))
         np.divide(array, array.dtype.type(sigma), out=y)
     return y, sigma, left, right
 
@@ -678,15 +683,16 @@ def spectral_norm_backward(
     """
     array, axis, rows = _validation.batch("w", w, dim)
     upstream = _validation.upstream_gradient(dy, array)
-    length = _validation.real("sigma", sigma)
+    length = np.float64(_validation.real("sigma", sigma))
     left = _validation.state("u", u, (rows,)).astype(np.float64)
     right = _validation.state("v", v, (array.size // rows if rows else 0,)).astype(np.float64)
     gradient, matrix = _as_matrix(upstream, axis), _as_matrix(array, axis)
     with np.errstate(all="ignore"):
-        along = float((gradient * matrix).sum()) / length
+        along = (gradient * matrix).sum() / length
         made = (gradient - along * np.outer(left, right)) / length
     moved = made.reshape(np.moveaxis(array, axis, 0).shape)
-    return np.moveaxis(moved, 0, axis).astype(array.dtype, order="C")
+    dw: NDArray[Float] = np.moveaxis(moved, 0, axis).astype(array.dtype, order="C")
+    return dw
 
 
 def _as_matrix(w: Array, axis: int) -> Array:
