@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import bnfast
+from tolerances import PEER_GRADIENT, PEER_OUTPUT, PEER_PARAMETER_GRADIENT
 
 torch = pytest.importorskip("torch")
 functional = torch.nn.functional
@@ -186,12 +187,12 @@ def test_layers_of_the_family_go_the_way_of_modules(rng, ours, theirs):
         theirs.zero_grad()
         expected = theirs(tensor)
         expected.backward(torch.from_numpy(dy))
-        np.testing.assert_allclose(ours(x), expected.detach().numpy(), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(ours.backward(dy), tensor.grad.numpy(), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(ours(x), expected.detach().numpy(), **PEER_OUTPUT)
+        np.testing.assert_allclose(ours.backward(dy), tensor.grad.numpy(), **PEER_GRADIENT)
         gradients = {"weight": ours.weight_grad, "bias": ours.bias_grad}
         for name, parameter in theirs.named_parameters():
             np.testing.assert_allclose(
-                gradients[name], parameter.grad.numpy(), rtol=1e-3, atol=1e-4
+                gradients[name], parameter.grad.numpy(), **PEER_PARAMETER_GRADIENT
             )
     state = theirs.state_dict()
     assert list(ours.state_dict()) == list(state)

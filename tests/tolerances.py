@@ -31,6 +31,12 @@ RUNNING = 4
 # Central differences in float64 with a step of 1e-6: their own truncation error and cancellation.
 FINITE_DIFFERENCES = 1e-7
 
+# PyTorch's float32 modules as peers: their own error, which two steps of running statistics and, in
+# gradients, sums over 60 products of normal numbers make larger; (relative, absolute).
+PEER_OUTPUT = {"rtol": 1e-4, "atol": 1e-5}
+PEER_GRADIENT = {"rtol": 1e-3, "atol": 1e-5}
+PEER_PARAMETER_GRADIENT = {"rtol": 1e-3, "atol": 1e-4}
+
 
 def eps_of(dtype):
     return EPS[np.dtype(dtype)]

@@ -44,6 +44,7 @@ class Sharing(NamedTuple):
 
 
 BATCH = Sharing(fewest_values=2, any_eps=False)
+APART = BATCH._replace(repeated=(0,))  # a batch for each index of the first axis
 
 
 @lru_cache(maxsize=1024)

@@ -9,13 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
-from bnfast._primitives import Sharing
+from bnfast._primitives import APART, Sharing
 
 Float = TypeVar("Float", np.float32, np.float64)
 Parameter = NDArray[np.float32] | NDArray[np.float64]
-
-# Every sample has its own statistics.
-INSTANCE = Sharing((0,), fewest_values=2, any_eps=False)
 
 
 def instance_norm(
@@ -98,7 +95,7 @@ def instance_norm(
             x, axis, running_mean, running_var, weight, bias, eps, None, out
         )
     y, _, _ = _primitives.normalize(
-        *(x, axis, weight, bias, eps, running_mean, running_var, momentum, True, out, INSTANCE)
+        *(x, axis, weight, bias, eps, running_mean, running_var, momentum, True, out, APART)
     )
     return y
 
@@ -150,7 +147,7 @@ def instance_norm_forward(
            [20.]])
     """
     _validation.channel_axis_of_samples(x, axis)
-    return _primitives.normalize(x, axis, weight, bias, eps, out=out, sharing=INSTANCE)
+    return _primitives.normalize(x, axis, weight, bias, eps, out=out, sharing=APART)
 
 
 def instance_norm_backward(
@@ -216,7 +213,7 @@ def instance_norm_backward(
     array([3.])
     """
     _validation.channel_axis_of_samples(x, axis)
-    return _primitives.gradient(dy, x, axis, mean, invstd, weight, False, out, INSTANCE)
+    return _primitives.gradient(dy, x, axis, mean, invstd, weight, False, out, APART)
 
 
 def group_norm(

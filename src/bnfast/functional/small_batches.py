@@ -8,14 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
-from bnfast._primitives import Sharing
+from bnfast._primitives import APART
 
 Array = NDArray[Any]
 Float = TypeVar("Float", np.float32, np.float64)
 Parameter = NDArray[np.float32] | NDArray[np.float64]
-
-# Every part of a batch that was split has its own statistics.
-_GHOSTS = Sharing((0,), fewest_values=2, any_eps=False)
 
 
 def ghost_batch_norm(
@@ -224,7 +221,7 @@ def ghost_batch_norm_backward(
         if x_part.size:
             _, *gradients = _primitives.gradient(
                 *(dy_part, x_part, _moved(array, axis), centre[taken], inverse[taken], wide),
-                *(False, dx_part, _GHOSTS),
+                *(False, dx_part, APART),
             )
             sums += gradients
     dtype = array.dtype if own is None else own.dtype
@@ -282,7 +279,7 @@ def _of_ghosts(
             _, mean[taken], invstd[taken] = _primitives.normalize(
                 *(x_part, _moved(x, axis), scale, shift, epsilon),
                 out=y_part,
-                sharing=_GHOSTS,
+                sharing=APART,
                 m2=m2,
             )
             var[taken] = m2 / np.float64(each * x_part.shape[1] - bool(unbiased))

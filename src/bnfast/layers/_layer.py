@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -23,7 +24,7 @@ _DONE = "the last one has had its backward"
 _IN_PLACE = "the last call wrote over its input"
 
 
-class Layer:
+class Layer(ABC):
     """A layer: call it, and then its `backward`.
 
     Attributes
@@ -96,9 +97,9 @@ class Layer:
         # x is not copied; where it was overwritten, there can be no backward.
         self._saved = _IN_PLACE if _validation.shares_memory(x, y) else (x, *more)
 
+    @abstractmethod
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
         """Return the gradients of the input, weight and bias from what was saved."""
-        raise NotImplementedError
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
         """Return the gradient of the last input, and set `weight_grad` and `bias_grad`.

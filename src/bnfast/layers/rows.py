@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,9 +58,9 @@ class _RowLayer(Layer):
         self._save(array, y, statistics, self._kept_weight())
         return y
 
+    @abstractmethod
     def _normalize(self, x: Array, out: Array | None) -> tuple[Array, ...]:
         """Return y and the statistics that the backward pass needs."""
-        raise NotImplementedError
 
 
 class LayerNorm(_RowLayer):

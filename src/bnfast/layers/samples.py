@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _validation, functional
-from bnfast.functional.rows import INSTANCE
+from bnfast._primitives import APART
 from bnfast.layers._layer import Gradients, Layer
 from bnfast.layers._tracking import TrackingLayer
 
@@ -78,7 +78,7 @@ class InstanceNorm(TrackingLayer):
     _shown = (
         *("num_features", "eps", "momentum", "affine", "track_running_stats", "axis", "dtype"),
     )
-    _sharing = INSTANCE
+    _sharing = APART
 
     def __init__(
         self,
