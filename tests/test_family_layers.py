@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import bnfast
-from bnfast import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from bnfast import FilterResponseNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 
 SHAPE = (4, 6, 5, 3)
 
@@ -21,6 +21,9 @@ LAYERS = {
     "layer, of channels": lambda **k: LayerNorm(6, axis=1, **k),
     "layer, without bias": lambda **k: LayerNorm(3, bias=False, **k),
     "layer, plain": lambda **k: LayerNorm((6, 5, 3), elementwise_affine=False, **k),
+    "response": lambda **k: FilterResponseNorm(6, **k),
+    "response, learned eps": lambda **k: FilterResponseNorm(6, learned_eps=1e-4, **k),
+    "response, plain": lambda **k: FilterResponseNorm(6, 1e-3, False, False, **k),
     "rms": lambda **k: RMSNorm((5, 3), **k),
     "rms, plain": lambda **k: RMSNorm(3, 1e-3, False, **k),
 }
@@ -50,6 +53,12 @@ def function_of(layer, x, dy):
     if isinstance(layer, GroupNorm):
         y, *saved = bnfast.group_norm_forward(x, layer.num_groups, weight, bias, eps)
         return y, *bnfast.group_norm_backward(dy, x, *saved, weight)
+    if isinstance(layer, FilterResponseNorm):
+        more = {"learned_eps": layer.learned_eps}
+        y, invrms = bnfast.filter_response_norm_forward(x, weight, bias, layer.tau, eps, **more)
+        return y, *bnfast.filter_response_norm_backward(
+            dy, x, invrms, weight, bias, layer.tau, **more
+        )
     rows = {"normalized_shape": layer.normalized_shape, "axis": layer.axis}
     if isinstance(layer, LayerNorm):
         y, mean, invstd = bnfast.layer_norm_forward(x, weight=weight, bias=bias, eps=eps, **rows)
@@ -67,13 +76,15 @@ def same_or_none(a, b):
 def test_layers_do_what_functions_do(make, dtype, rng):
     layer = filled(make(dtype=dtype), rng)
     x, dy = rng.normal(2, 3, (2, *SHAPE)).astype(dtype)
-    y, dx, dweight, dbias = function_of(layer, x, dy)
+    y, dx, dweight, dbias, *more = function_of(layer, x, dy)
     np.testing.assert_array_equal(layer(x), y)
     np.testing.assert_array_equal(layer.backward(dy), dx)
     assert (layer.weight_grad is None) == (layer.weight is None)
     assert (layer.bias_grad is None) == (layer.bias is None)
     same_or_none(layer.weight_grad, dweight)
     same_or_none(layer.bias_grad, dbias)
+    for gradient, name in zip(more, ("tau_grad", "learned_eps_grad"), strict=False):
+        np.testing.assert_array_equal(getattr(layer, name), gradient)
     with pytest.raises(RuntimeError, match="the last one has had its backward"):
         layer.backward(dy)
     out = np.empty_like(x)
@@ -115,6 +126,10 @@ def test_the_representation_says_how_to_make_it():
     assert repr(LayerNorm(3)) == (
         "LayerNorm((3,), eps=1e-05, elementwise_affine=True, bias=True, axis=None, dtype=float32)"
     )
+    assert repr(FilterResponseNorm(3, learned_eps=1e-4)) == (
+        "FilterResponseNorm(3, eps=1e-06, affine=True, thresholded=True, learned_eps=0.0001, "
+        "axis=1, dtype=float32)"
+    )
     assert repr(RMSNorm(3)) == (
         "RMSNorm((3,), eps=None, elementwise_affine=True, axis=None, dtype=float32)"
     )
@@ -152,6 +167,8 @@ def test_without_momentum_instance_norm_leaves_its_statistics_alone(rng):
         (lambda: InstanceNorm(6.0), TypeError, "num_features must be an integer"),
         (lambda: InstanceNorm(6, axis=0)(np.ones(SHAPE)), ValueError, "6 channels along axis 0"),
         (lambda: InstanceNorm(4, axis=0)(np.ones(SHAPE)), ValueError, "axis must not be 0"),
+        (lambda: FilterResponseNorm(6, eps=0.0), ValueError, "eps must be positive"),
+        (lambda: FilterResponseNorm(4)(np.ones(SHAPE)), ValueError, "x must have 4 channels"),
         (lambda: LayerNorm(()), ValueError, "normalized_shape must have at least one size"),
         (lambda: LayerNorm((3, -1)), ValueError, "normalized_shape must have no negative size"),
         (lambda: LayerNorm(3, eps=None), TypeError, "eps must be a real number"),

@@ -13,6 +13,9 @@ from bnfast.functional import (
     batch_renorm,
     batch_renorm_backward,
     batch_renorm_forward,
+    filter_response_norm,
+    filter_response_norm_backward,
+    filter_response_norm_forward,
     ghost_batch_norm,
     ghost_batch_norm_backward,
     ghost_batch_norm_forward,
@@ -39,11 +42,19 @@ from bnfast.functional import (
     weight_standardization,
     weight_standardization_backward,
 )
-from bnfast.layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from bnfast.layers import (
+    BatchNorm,
+    FilterResponseNorm,
+    GroupNorm,
+    InstanceNorm,
+    LayerNorm,
+    RMSNorm,
+)
 from bnfast.statistics import Moments
 
 __all__ = [
     "BatchNorm",
+    "FilterResponseNorm",
     "GroupNorm",
     "InstanceNorm",
     "LayerNorm",
@@ -59,6 +70,9 @@ __all__ = [
     "batch_renorm",
     "batch_renorm_backward",
     "batch_renorm_forward",
+    "filter_response_norm",
+    "filter_response_norm_backward",
+    "filter_response_norm_forward",
     "get_num_threads",
     "get_output_pool_limit",
     "ghost_batch_norm",

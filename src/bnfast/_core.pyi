@@ -52,6 +52,8 @@ def normalize(
     momentum: float,
     correction: float,
     threads: int,
+    floor: Array | None = None,
+    more_eps: Array | None = None,
 ) -> None: ...
 def scale_shift(
     geometry: Geometry,
@@ -79,6 +81,10 @@ def gradient(
     uncentred: bool,
     constant_statistics: bool,
     threads: int,
+    bias: Array | None = None,
+    floor: Array | None = None,
+    sum_floored: Array | None = None,
+    sum_dy_deviation: Array | None = None,
 ) -> None: ...
 def normalize_rows(
     geometry: Geometry,

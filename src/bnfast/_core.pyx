@@ -32,6 +32,8 @@ cdef extern from "kernels.h" nogil:
         BN_SCALE_SHIFT_COEFFICIENTS
         BN_GRADIENT_COEFFICIENTS
         BN_SHARED_GRADIENT_COEFFICIENTS
+        BN_FLOORED_COEFFICIENTS
+        BN_FLOORED_GRADIENT_COEFFICIENTS
 
     ctypedef struct bn_coefficients:
         void **array
@@ -120,7 +122,9 @@ cdef extern from "block_tasks.h" nogil:
         char *dx
         const double *weight
         const double *bias
+        const double *floor
         double eps
+        const double *more_eps
         double *mean
         double *mean_low
         double *m2
@@ -128,6 +132,7 @@ cdef extern from "block_tasks.h" nogil:
         const double *variance
         double *sum_dy
         double *sum_dy_deviation
+        double *sum_floored
         int constant_statistics
         size_t shared
         int uncentred
@@ -488,30 +493,36 @@ def moments(Geometry geometry, x, mean, m2, int threads):
 
 cpdef object normalize(
     Geometry geometry, x, y, weight, bias, double eps, mean, invstd, m2, size_t shared,
-    bint uncentred, running_mean, running_var, double momentum, double correction, int threads
+    bint uncentred, running_mean, running_var, double momentum, double correction, int threads,
+    floor=None, more_eps=None
 ):
     """Write y, mean and invstd (float64) from the statistics of x, and update the running ones.
 
     Mean and invstd have one value for each channel of each repeat, the same for those `shared`
     neighbouring ones that have their statistics together; m2 is as large, or None. The running
-    variance takes m2 / (count - correction), averaged over the repeats as the mean is.
+    variance takes m2 / (count - correction), averaged over the repeats as the mean is. Channels may
+    have a floor, and an eps of their own besides.
     """
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
     cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
-    _reserve(&workspace, small, _workspace_bytes(c, 2, 2, 1, BN_SCALE_SHIFT_COEFFICIENTS))
+    cdef size_t coefficients = (
+        BN_SCALE_SHIFT_COEFFICIENTS if floor is None else BN_FLOORED_COEFFICIENTS
+    )
+    _reserve(&workspace, small, _workspace_bytes(c, 4, 2, 1, coefficients))
     job.x, job.y = _data(x), _data(y)
     job.weight = _widened(&workspace, weight, c.channels)
     job.bias = _widened(&workspace, bias, c.channels)
-    job.eps = eps
+    job.floor = _widened(&workspace, floor, c.channels)
+    job.eps, job.more_eps = eps, _widened(&workspace, more_eps, c.channels)
     job.mean, job.invstd = _doubles(mean), _doubles(invstd)
     job.mean_low = _take_doubles(&workspace, _statistics(c))
     if m2 is None:
         job.m2 = _take_doubles(&workspace, _statistics(c))
     else:
         job.m2 = _doubles(m2)
-    _take_coefficients(&workspace, c, BN_SCALE_SHIFT_COEFFICIENTS, &job.coefficients)
+    _take_coefficients(&workspace, c, coefficients, &job.coefficients)
     job.partials = _take_doubles(&workspace, _partials(c))
     job.shared, job.uncentred = shared, uncentred
     _do_all(&job, bn_normalize_phases, threads)
@@ -642,23 +653,37 @@ cpdef object scale_shift(
 
 cpdef object gradient(
     Geometry geometry, x, dy, dx, weight, mean, invstd, dweight, dbias, size_t shared,
-    bint uncentred, bint constant_statistics, int threads
+    bint uncentred, bint constant_statistics, int threads, bias=None, floor=None,
+    sum_floored=None, sum_dy_deviation=None
 ):
-    """Write dx, dweight and dbias; mean and invstd are as `normalize` writes them."""
+    """Write dx, dweight and dbias; mean and invstd are as `normalize` writes them.
+
+    With a floor, which needs the bias, dy counts where y was not below it; `sum_floored` (float64,
+    as large as the mean) receives its sum where y was, `sum_dy_deviation` sum(dy * (x - mean)).
+    """
     cdef bn_geometry *c = &geometry.c
-    cdef size_t coefficients = (
-        BN_SHARED_GRADIENT_COEFFICIENTS if shared > 1 else BN_GRADIENT_COEFFICIENTS
-    )
+    cdef size_t coefficients = BN_GRADIENT_COEFFICIENTS
+    if floor is not None:
+        coefficients = BN_FLOORED_GRADIENT_COEFFICIENTS
+    elif shared > 1:
+        coefficients = BN_SHARED_GRADIENT_COEFFICIENTS
     cdef bn_job job = _new_job(c)
     cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
-    _reserve(&workspace, small, _workspace_bytes(c, 1, 4, 1, coefficients))
+    _reserve(&workspace, small, _workspace_bytes(c, 3, 4, 1, coefficients))
     job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)
     job.weight = _widened(&workspace, weight, c.channels)
     job.mean = <double *>_widened(&workspace, mean, _statistics(c))
     job.invstd = <double *>_widened(&workspace, invstd, _statistics(c))
     job.sum_dy = _take_doubles(&workspace, _statistics(c))
-    job.sum_dy_deviation = _take_doubles(&workspace, _statistics(c))
+    if sum_dy_deviation is None:
+        job.sum_dy_deviation = _take_doubles(&workspace, _statistics(c))
+    else:
+        job.sum_dy_deviation = _doubles(sum_dy_deviation)
+    if floor is not None:
+        job.bias = _widened(&workspace, bias, c.channels)
+        job.floor = _widened(&workspace, floor, c.channels)
+        job.sum_floored = _doubles(sum_floored)
     job.constant_statistics = constant_statistics
     job.shared, job.uncentred = shared, uncentred
     _take_coefficients(&workspace, c, coefficients, &job.coefficients)

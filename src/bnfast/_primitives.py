@@ -43,6 +43,13 @@ class Sharing(NamedTuple):
         return each * self.channels
 
 
+class Floors(NamedTuple):
+    """What channels may have besides: checked arrays, one value for each, or None."""
+
+    tau: Array | None = None  # no output goes below it
+    more_eps: Array | None = None  # added to eps
+
+
 BATCH = Sharing(fewest_values=2, any_eps=False)
 APART = BATCH._replace(repeated=(0,))  # a batch for each index of the first axis
 
@@ -153,6 +160,7 @@ def normalize(
     out: object = None,
     sharing: Sharing = BATCH,
     m2: Array | None = None,
+    floors: Floors | None = None,
 ) -> tuple[Array, Array, Array]:
     """Return y, and the mean and invstd (float64) that made it.
 
@@ -160,7 +168,7 @@ def normalize(
     batch: of the average of its repeats, where it has some. `m2`, a float64 array of the shape of
     the mean, receives that of the batch.
     """
-    if sharing is BATCH and m2 is None:
+    if sharing is BATCH and m2 is None and floors is None:
         done = _core.normalize_at_once(
             *(x, axis, weight, bias, eps, running_mean, running_var, momentum, unbiased, out),
             _threads.SERIAL_BYTES,
@@ -176,12 +184,14 @@ def normalize(
     scale = _validation.channel_parameter("weight", weight, channels)
     shift = _validation.channel_parameter("bias", bias, channels)
     tracked = _validation.running_statistics(running_mean, running_var, array, channels)
+    tau, more_eps = floors or (None, None)
     if out is None:
         y = _core.empty_output(array)
     else:
         statistics = tracked or (None, None)
         others = {"x": array, "weight": scale, "bias": shift}
         others |= {"running_mean": statistics[0], "running_var": statistics[1]}
+        others |= {"tau": tau, "learned_eps": more_eps}
         y = _validation.output(out, array, others)
     shape = sharing.shape_of_statistics(array, axis)
     if array.ndim > 1:
@@ -211,6 +221,8 @@ def normalize(
         new_weight,
         1.0 if unbiased else 0.0,
         threads_for(3 * array.nbytes),
+        tau,
+        more_eps,
     )
     if tracked is not None:
         _put_back(written_mean, tracked[0])
@@ -279,8 +291,16 @@ def gradient(
     constant_statistics: bool,
     out: object = None,
     sharing: Sharing = BATCH,
+    bias: Array | None = None,
+    tau: Array | None = None,
+    sums: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Return dx, dweight and dbias, the latter of the dtype of `weight`, or of x without one."""
+    """Return dx, dweight and dbias, the latter of the dtype of `weight`, or of x without one.
+
+    With the floors `tau`, and then the `bias`, of the forward pass, both checked, dy counts where y
+    was not below them. `sums`, float64 (2, *shape of the mean), receives sum(dy) where y was, and
+    sum(dy * (x - mean)) where it was not.
+    """
     if sharing is BATCH:
         done = _core.gradient_at_once(
             dy, x, axis, mean, invstd, weight, constant_statistics, out, _threads.SERIAL_BYTES
@@ -297,7 +317,7 @@ def gradient(
         dx = _core.empty_output(array)
     else:
         others = {"dy": upstream, "x": array, "weight": scale}
-        others |= {"mean": centre, "invstd": inverse_std}
+        others |= {"mean": centre, "invstd": inverse_std, "bias": bias, "tau": tau}
         dx = _validation.output(out, array, others)
     dtype = array.dtype if scale is None else scale.dtype
     dweight, dbias = np.zeros(channels, dtype), np.zeros(channels, dtype)
@@ -316,6 +336,10 @@ def gradient(
             sharing.uncentred,
             constant_statistics,
             threads_for(5 * array.nbytes),
+            bias,
+            tau,
+            None if sums is None else sums[0],
+            None if sums is None else sums[1],
         )
     return dx, dweight, dbias
 

@@ -248,3 +248,57 @@ def layer_norm_backward(
     rows = tuple(d for d in range(x.ndim) if d not in axes)
     turn = [sorted(axes).index(d) for d in axes]
     return dx * scale, (dy * xhat).sum(rows).transpose(turn), dy.sum(rows).transpose(turn)
+
+
+def filter_response_norm(
+    x: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    tau: ArrayLike | None = None,
+    eps: float = 1e-6,
+    learned_eps: ArrayLike = 0.0,
+    *,
+    axis: int = 1,
+    precision: Any = np.float64,
+) -> tuple[Array, Array, Array]:
+    """Z = max(y, tau), y = weight * x * invrms + bias, and invrms of every channel and sample."""
+    x = np.asarray(x, precision)
+    channels = x.shape[axis]
+    axes = tuple(d for d in range(1, x.ndim) if d != axis % x.ndim)
+    more = np.broadcast_to(np.abs(np.asarray(learned_eps, precision)), channels)
+    nu2 = (x**2).mean(axes, keepdims=True)
+    invrms = 1 / np.sqrt(nu2 + precision(eps) + _along(axis, x.ndim, more))
+    gamma = _along(axis, x.ndim, _per_channel(weight, 1.0, channels, precision))
+    y = gamma * x * invrms + _along(axis, x.ndim, _per_channel(bias, 0.0, channels, precision))
+    floor = _per_channel(tau, -np.inf, channels, precision)
+    return np.maximum(y, _along(axis, x.ndim, floor)), y, invrms.squeeze(axes)
+
+
+def filter_response_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    y: ArrayLike,
+    invrms: ArrayLike,
+    weight: ArrayLike | None = None,
+    tau: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    precision: Any = np.float64,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """dx, dweight, dbias, dtau, and the gradient of the eps of each channel; y is before tau.
+
+    With g = weight * dy where y >= tau, else 0, and xhat = x * invrms:
+    dx = invrms * (g - xhat * mean(g * xhat)), deps = sum(-invrms**2 / 2 * g * xhat).
+    """
+    dy, x = np.asarray(dy, precision), np.asarray(x, precision)
+    channels = x.shape[axis]
+    axes = tuple(d for d in range(1, x.ndim) if d != axis % x.ndim)
+    scale = np.expand_dims(np.asarray(invrms, precision), axes)
+    gamma = _along(axis, x.ndim, _per_channel(weight, 1.0, channels, precision))
+    kept = np.asarray(y) >= _along(axis, x.ndim, _per_channel(tau, -np.inf, channels, precision))
+    d, xhat = np.where(kept, dy, 0), x * scale
+    products = (gamma * d * xhat).mean(axes, keepdims=True)
+    dx = scale * (gamma * d - xhat * products)
+    all_axes = (0, *axes)
+    deps = (-(scale**2) / 2 * gamma * d * xhat).sum(all_axes)
+    return dx, (d * xhat).sum(all_axes), d.sum(all_axes), (dy - d).sum(all_axes), deps

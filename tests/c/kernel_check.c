@@ -184,10 +184,12 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     const bn_geometry geometry = {.layout = layout, .dtype = dtype, .itemsize = itemsize,
                                   .channels = c, .phases = phases};
     bn_coefficients forward = {.period = 0}, backward = {.period = 0}, shared = {.period = 0};
-    bn_coefficients *each[] = {&forward, &backward, &shared};
+    bn_coefficients floored = {.period = 0}, kept_gradient = {.period = 0};
+    bn_coefficients *each[] = {&forward, &backward, &shared, &floored, &kept_gradient};
     static const size_t counts[] = {BN_SCALE_SHIFT_COEFFICIENTS, BN_GRADIENT_COEFFICIENTS,
-                                    BN_SHARED_GRADIENT_COEFFICIENTS};
-    for (size_t k = 0; k < 3; k++) {
+                                    BN_SHARED_GRADIENT_COEFFICIENTS, BN_FLOORED_COEFFICIENTS,
+                                    BN_FLOORED_GRADIENT_COEFFICIENTS};
+    for (size_t k = 0; k < sizeof counts / sizeof *counts; k++) {
         for (size_t i = 0; i < counts[k]; i++) {
             each[k]->array[i] = allocate(bn_coefficients_length(&geometry) * itemsize);
         }
@@ -207,7 +209,9 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     free(far_low);
     free(far_m2);
     CALL(merge_moments)(c, 2 * n, mean, mean_low, m2, 3, other_mean, other_low, other_m2);
-    CALL(invstd)(c, m2, (double)(2 * n + 3), 1e-5, invstd);
+    CALL(invstd)(c, m2, (double)(2 * n + 3), 1e-5, weight, invstd);
+    add_doubles(invstd, c);
+    CALL(invstd)(c, m2, (double)(2 * n + 3), 1e-5, NULL, invstd);
     add_doubles(mean, c);
     add_doubles(mean_low, c);
     add_doubles(m2, c);
@@ -235,6 +239,21 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     CALL(shared_gradient_coefficients)[dtype](c / together, together, n, invstd, weight, sum_dy,
                                               sum_dy_deviation, shared);
     check_output(CALL(shared_input_gradient)[layout][dtype], extent, both, shared, dx_view,
+                 &geometry);
+    CALL(scale_shift_coefficients)[dtype](c, mean, mean_low, invstd, weight, bias, floored);
+    CALL(floor_coefficients)[dtype](c, bias, other_mean, floored.array[BN_SHIFT],
+                                    floored.array[BN_FLOOR]);
+    check_output(CALL(floored_scale_shift)[layout][dtype], extent, &x_view, floored, y_view,
+                 &geometry);
+    CALL(scale_shift_coefficients)[dtype](c, mean, NULL, invstd, weight, NULL, kept_gradient);
+    CALL(floor_coefficients)[dtype](c, bias, other_mean, kept_gradient.array[BN_FLOORED_SHIFT],
+                                    kept_gradient.array[BN_FLOOR_OF_SHIFT]);
+    CALL(split_at_floor)[layout][dtype](extent, both, kept_gradient, dx_view, y_view);
+    add_elements(dx, all, dtype);
+    add_elements(y, all, dtype);
+    CALL(gradient_coefficients)[dtype](c, n, invstd, weight, sum_dy, sum_dy_deviation,
+                                       kept_gradient);
+    check_output(CALL(floored_input_gradient)[layout][dtype], extent, both, kept_gradient, dx_view,
                  &geometry);
     /* Parameters of elements: those of a run, the same for all, or as many as elements. */
     const int of_run = layout == BN_contiguous;
@@ -286,7 +305,7 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
         add_elements(forward.array[i], c / together, dtype);
     }
 
-    for (size_t k = 0; k < 3; k++) {
+    for (size_t k = 0; k < sizeof counts / sizeof *counts; k++) {
         for (size_t i = 0; i < counts[k]; i++) {
             free(each[k]->array[i]);
         }

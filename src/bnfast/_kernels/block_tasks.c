@@ -168,6 +168,33 @@ static void gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t bl
         sums_of_block(job, job->sum_dy_deviation, 1, block) + box->channel);
 }
 
+/* Those of dy where y was not below its floor, and the sum of dy where it was. */
+static void floored_gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block,
+                                         size_t count)
+{
+    const bn_geometry *geometry = job->geometry;
+    _Alignas(64) char dy_scratch[BN_SCRATCH_BYTES], x_scratch[BN_SCRATCH_BYTES];
+    _Alignas(64) char kept_scratch[BN_SCRATCH_BYTES], rest_scratch[BN_SCRATCH_BYTES];
+    const bn_view inputs[] = {
+        bn_view_to_read(geometry, DY, job->dy, box, dy_scratch),
+        bn_view_to_read(geometry, X, job->x, box, x_scratch),
+    };
+    const bn_view x = inputs[1];
+    const bn_view kept = bn_dense_view(box, kept_scratch), rest = bn_dense_view(box, rest_scratch);
+    const bn_coefficients coefficients = coefficients_from(job, box->channel);
+    double unused[BN_SCRATCH_BYTES / sizeof(float)];
+    bn_gradient_sums_kernel *sums = job->kernels->gradient_sums[geometry->layout][geometry->dtype];
+    (void)count;
+    job->kernels->split_at_floor[geometry->layout][geometry->dtype](box->extent, inputs,
+                                                                    coefficients, kept, rest);
+    sums(box->extent, kept.data, kept.strides, x.data, x.strides, input_of(job), coefficients,
+         sums_of_block(job, job->sum_dy, 0, block) + box->channel,
+         sums_of_block(job, job->sum_dy_deviation, 1, block) + box->channel);
+    memset(unused, 0, box->extent.channels * sizeof *unused);
+    sums(box->extent, rest.data, rest.strides, x.data, x.strides, input_of(job), coefficients,
+         sums_of_block(job, job->sum_floored, 2, block) + box->channel, unused);
+}
+
 /* The last channels have nothing after them that could be fetched ahead. */
 static bn_manner manner_of(const bn_job *job, const bn_box *box)
 {
@@ -215,8 +242,10 @@ static void scale_shift_of_box(const bn_job *job, const bn_box *box, size_t bloc
         write_box(job, box, job->kernels->affine[geometry->layout][geometry->dtype], 3, from,
                   (tensor){Y, job->y});
     } else {
-        write_box(job, box, job->kernels->scale_shift[geometry->layout][geometry->dtype], 1, from,
-                  (tensor){Y, job->y});
+        write_box(job, box,
+                  (job->floor ? job->kernels->floored_scale_shift
+                              : job->kernels->scale_shift)[geometry->layout][geometry->dtype],
+                  1, from, (tensor){Y, job->y});
     }
 }
 
@@ -241,9 +270,10 @@ static void input_gradient_of_box(const bn_job *job, const bn_box *box, size_t b
                   (tensor){DX, job->dx});
     } else {
         write_box(job, box,
-                  (job->shared > 1
-                       ? job->kernels->shared_input_gradient
-                       : job->kernels->input_gradient)[geometry->layout][geometry->dtype],
+                  (job->floor        ? job->kernels->floored_input_gradient
+                   : job->shared > 1 ? job->kernels->shared_input_gradient
+                                     : job->kernels->input_gradient)[geometry->layout]
+                                                                    [geometry->dtype],
                   2, from, (tensor){DX, job->dx});
     }
 }
@@ -313,9 +343,13 @@ static void sum_gradient(const bn_job *job, size_t block, range channels)
 {
     clear(sums_of_block(job, job->sum_dy, 0, block), channels);
     clear(sums_of_block(job, job->sum_dy_deviation, 1, block), channels);
-    /* Products of dy and weight are made in scratch. */
-    sum_block(job, block, channels, job->geometry->any_packed || job->element_weight,
-              gradient_sums_of_box);
+    if (job->floor) {
+        clear(sums_of_block(job, job->sum_floored, 2, block), channels);
+    }
+    /* Products of dy and weight, and dy in two, are made in scratch. */
+    sum_block(job, block, channels,
+              job->geometry->any_packed || job->element_weight || job->floor,
+              job->floor ? floored_gradient_sums_of_box : gradient_sums_of_box);
 }
 
 static visit *gradient_visit(const bn_job *job)
@@ -416,10 +450,19 @@ static void repeat_coefficients(const bn_job *job, range channels, size_t arrays
     }
 }
 
+static void set_floors(const bn_job *job, range channels, size_t shift, size_t floor)
+{
+    const bn_coefficients coefficients = coefficients_from(job, channels.first);
+    job->kernels->floor_coefficients[job->geometry->dtype](
+        channels.count, parameter_from(job->bias, channels.first), job->floor + channels.first,
+        coefficients.array[shift], coefficients.array[floor]);
+}
+
 static void prepare_scale_shift(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
-    job->kernels->invstd(channels.count, job->variance + c, 1.0, job->eps, job->invstd + c);
+    job->kernels->invstd(channels.count, job->variance + c, 1.0, job->eps, NULL,
+                         job->invstd + c);
     job->kernels->scale_shift_coefficients[job->geometry->dtype](
         channels.count, job->mean + c, NULL, job->invstd + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), coefficients_from(job, c));
@@ -431,6 +474,12 @@ static void prepare_gradient(const bn_job *job, range channels)
     const size_t c = channels.first;
     job->kernels->split_mean[job->geometry->dtype](channels.count, job->mean + c,
                                                    coefficients_from(job, c));
+    if (job->floor) { /* and what y is made of again */
+        job->kernels->scale_shift_coefficients[job->geometry->dtype](
+            channels.count, job->mean + c, NULL, job->invstd + c, parameter_from(job->weight, c),
+            NULL, coefficients_from(job, c));
+        set_floors(job, channels, BN_FLOORED_SHIFT, BN_FLOOR_OF_SHIFT);
+    }
 }
 
 static void finish_normalize(const bn_job *job, range channels)
@@ -446,11 +495,14 @@ static void finish_normalize(const bn_job *job, range channels)
                                    job->mean_low + c, job->m2 + c);
     }
     job->kernels->invstd(channels.count, job->m2 + c, (double)(each * job->shared), job->eps,
-                         job->invstd + c);
+                         parameter_from(job->more_eps, c), job->invstd + c);
     job->kernels->scale_shift_coefficients[job->geometry->dtype](
         channels.count, job->mean + c, job->mean_low + c, job->invstd + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), coefficients_from(job, c));
-    repeat_coefficients(job, channels, BN_SCALE_SHIFT_COEFFICIENTS);
+    if (job->floor) {
+        set_floors(job, channels, BN_SHIFT, BN_FLOOR);
+    }
+    repeat_coefficients(job, channels, BN_MOST_COEFFICIENTS);
 }
 
 static void finish_gradient(const bn_job *job, range channels)
@@ -461,6 +513,10 @@ static void finish_gradient(const bn_job *job, range channels)
                                  sums_of_block(job, NULL, 0, block) + c);
         job->kernels->merge_sums(channels.count, job->sum_dy_deviation + c,
                                  sums_of_block(job, NULL, 1, block) + c);
+        if (job->floor) {
+            job->kernels->merge_sums(channels.count, job->sum_floored + c,
+                                     sums_of_block(job, NULL, 2, block) + c);
+        }
     }
     if (job->constant_statistics) {
         job->kernels->scale_shift_coefficients[job->geometry->dtype](
@@ -484,7 +540,7 @@ static void finish_gradient(const bn_job *job, range channels)
         memset(coefficients_from(job, c).array[BN_DY_MEAN], 0,
                channels.count * job->geometry->itemsize);
     }
-    repeat_coefficients(job, channels, BN_SHARED_GRADIENT_COEFFICIENTS);
+    repeat_coefficients(job, channels, BN_MOST_COEFFICIENTS);
 }
 
 /* one repeat: the same job, with its part of everything that repeats have of their own */
@@ -521,6 +577,7 @@ static bn_job job_of_repeat(const bn_job *job, size_t repeat)
     own.variance = job->variance ? job->variance + repeat * channels : NULL;
     own.sum_dy = statistics_of_repeat(job->sum_dy, channels, repeat);
     own.sum_dy_deviation = statistics_of_repeat(job->sum_dy_deviation, channels, repeat);
+    own.sum_floored = statistics_of_repeat(job->sum_floored, channels, repeat);
     own.element_weight =
         operand_of_repeat(geometry, ELEMENT_WEIGHT, job->element_weight, repeat);
     own.element_bias = operand_of_repeat(geometry, ELEMENT_BIAS, job->element_bias, repeat);

@@ -25,13 +25,16 @@ typedef struct {
     char *dy, *dx; /* gradient, besides x */
 
     const double *weight, *bias;
+    const double *floor; /* float64 [channels]; NULL for none */
     double eps;
+    const double *more_eps; /* float64 [channels]: of each channel, besides; NULL for none */
 
     /* moments and normalize write mean (+ mean_low), m2 and invstd; scale_shift reads mean and
        variance and writes invstd; gradient reads mean and invstd. */
     double *mean, *mean_low, *m2, *invstd;
     const double *variance;
     double *sum_dy, *sum_dy_deviation;
+    double *sum_floored; /* gradient: of dy where y was below its floor; NULL without floors */
     int constant_statistics; /* gradient: mean and invstd did not come from x */
 
     size_t shared; /* so many neighbouring channels have their statistics together */

@@ -16,13 +16,17 @@
     X(affine)                            \
     X(multiply)                          \
     X(weighted_input_gradient)           \
-    X(column_sums)
+    X(column_sums)                       \
+    X(floored_scale_shift)               \
+    X(floored_input_gradient)            \
+    X(split_at_floor)
 
 #define BN_FOR_EACH_COEFFICIENT_OPERATION(X) \
     X(scale_shift_coefficients)              \
     X(split_mean)                            \
     X(gradient_coefficients)                 \
     X(shared_gradient_coefficients)          \
+    X(floor_coefficients)                    \
     X(parameter_gradients)                   \
     X(update_running)
 

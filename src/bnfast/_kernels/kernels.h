@@ -38,7 +38,9 @@ typedef struct {
 enum { BN_MEAN_HIGH, BN_MEAN_LOW, BN_SCALE, BN_SHIFT, BN_SCALE_SHIFT_COEFFICIENTS };
 enum { BN_SLOPE = BN_SHIFT, BN_DY_MEAN, BN_GRADIENT_COEFFICIENTS };
 enum { BN_WEIGHT = BN_GRADIENT_COEFFICIENTS, BN_SHARED_GRADIENT_COEFFICIENTS };
-#define BN_MOST_COEFFICIENTS BN_SHARED_GRADIENT_COEFFICIENTS
+enum { BN_FLOOR = BN_SCALE_SHIFT_COEFFICIENTS, BN_FLOORED_COEFFICIENTS };
+enum { BN_FLOORED_SHIFT = BN_GRADIENT_COEFFICIENTS, BN_FLOOR_OF_SHIFT, BN_FLOORED_GRADIENT_COEFFICIENTS };
+#define BN_MOST_COEFFICIENTS BN_FLOORED_GRADIENT_COEFFICIENTS
 
 typedef struct {
     void *array[BN_MOST_COEFFICIENTS];
@@ -79,14 +81,24 @@ typedef struct {
    bias of its own, read as arrays:
      affine, from x, weight, bias:  y = (((x - mean_high) - mean_low) * scale) * weight + bias
      multiply, from dy, weight:     dy * weight
-     weighted_input_gradient, from dy, x, weight: as shared_input_gradient */
+     weighted_input_gradient, from dy, x, weight: as shared_input_gradient
+   or where each channel has a floor:
+     floored_scale_shift:     y = scale_shift or the floor, whichever is larger
+     floored_input_gradient:  input_gradient, with 0 in the place of dy where y was below the floor */
 #define BN_MOST_INPUTS 3
 
 typedef void bn_output_kernel(bn_extent extent, const bn_view *inputs,
                               bn_coefficients coefficients, bn_view output, bn_manner manner);
 typedef bn_output_kernel bn_scale_shift_kernel, bn_input_gradient_kernel,
     bn_shared_input_gradient_kernel, bn_affine_kernel, bn_multiply_kernel,
-    bn_weighted_input_gradient_kernel;
+    bn_weighted_input_gradient_kernel, bn_floored_scale_shift_kernel,
+    bn_floored_input_gradient_kernel;
+
+/* split_at_floor: writes dy where y was not below the floor to `kept`, dy where it was to `rest`, and 0 to
+   the other. The inputs are dy and x, the coefficients those of floored_input_gradient; `kept` may
+   be dy. */
+typedef void bn_split_at_floor_kernel(bn_extent extent, const bn_view *inputs,
+                                      bn_coefficients coefficients, bn_view kept, bn_view rest);
 
 /* gradient_sums: adds sum(dy) and sum(dy * (x - mean)) of the box to two arrays of [channels]. */
 typedef void bn_gradient_sums_kernel(bn_extent extent, const void *dy, bn_strides dy_strides,
@@ -124,6 +136,10 @@ typedef void bn_shared_gradient_coefficients_kernel(size_t groups, size_t shared
                                                     const double *sum_dy_deviation,
                                                     bn_coefficients coefficients);
 
+/* What y is held against: the shift (NaN where the floor is) and the floor. */
+typedef void bn_floor_coefficients_kernel(size_t channels, const double *bias,
+                                          const double *floors, void *shift, void *floor);
+
 /* The gradients of weight and bias, over all repeats and in the parameters' own type. */
 typedef void bn_parameter_gradients_kernel(size_t channels, size_t repeats, const double *invstd,
                                            const double *sum_dy, const double *sum_dy_deviation,
@@ -152,9 +168,10 @@ typedef void bn_mean_squares_kernel(size_t channels, size_t count, double *mean,
 /* sums += more */
 typedef void bn_merge_sums_kernel(size_t channels, double *sums, const double *more);
 
-/* invstd = 1 / sqrt(variance + eps), variance = divided / divisor; invstd may be `divided`. */
+/* invstd = 1 / sqrt(variance + (eps + more_eps)), variance = divided / divisor; invstd may be `divided`,
+   and more_eps NULL for 0. */
 typedef void bn_invstd_kernel(size_t channels, const double *divided, double divisor, double eps,
-                              double *invstd);
+                              const double *more_eps, double *invstd);
 
 /* A float32 parameter as float64. */
 typedef void bn_widen_kernel(size_t channels, const float *narrow, double *wide);

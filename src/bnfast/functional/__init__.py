@@ -6,6 +6,11 @@ from bnfast.functional.batch import (
     batch_norm_forward,
     moments,
 )
+from bnfast.functional.response import (
+    filter_response_norm,
+    filter_response_norm_backward,
+    filter_response_norm_forward,
+)
 from bnfast.functional.rows import (
     group_norm,
     group_norm_backward,
@@ -51,6 +56,9 @@ __all__ = [
     "batch_renorm",
     "batch_renorm_backward",
     "batch_renorm_forward",
+    "filter_response_norm",
+    "filter_response_norm_backward",
+    "filter_response_norm_forward",
     "ghost_batch_norm",
     "ghost_batch_norm_backward",
     "ghost_batch_norm_forward",

@@ -1,7 +1,8 @@
 """Objects that own parameters and running statistics, one file per kind."""
 
 from bnfast.layers.batch import BatchNorm
+from bnfast.layers.response import FilterResponseNorm
 from bnfast.layers.rows import LayerNorm, RMSNorm
 from bnfast.layers.samples import GroupNorm, InstanceNorm
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
+__all__ = ["BatchNorm", "FilterResponseNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]

@@ -1,0 +1,251 @@
+"""Filter response normalization with its thresholded linear unit."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnfast import _primitives, _validation
+from bnfast._primitives import Floors, Sharing
+
+Float = TypeVar("Float", np.float32, np.float64)
+Parameter = NDArray[np.float32] | NDArray[np.float64]
+
+_RESPONSES = Sharing(repeated=(0,), uncentred=True, any_eps=False)
+
+
+def filter_response_norm(
+    x: NDArray[Float],
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
+    tau: Parameter | None = None,
+    eps: float = 1e-6,
+    *,
+    learned_eps: Parameter | None = None,
+    axis: int = 1,
+    out: NDArray[Float] | None = None,
+) -> NDArray[Float]:
+    """Divide every channel of every sample by its root mean square, and keep it above a threshold.
+
+    Parameters
+    ----------
+    x : array (N, C, ...) of float32 or float64, at least 2-d
+        N samples along axis 0, C channels along `axis`. Any strides.
+    weight, bias : array (C,) of float32 or float64, optional
+        gamma and beta; 1 and 0 where None.
+    tau : array (C,) of float32 or float64, optional
+        The threshold of the linear unit, below which no output goes; zeros make it ReLU, None for
+        no threshold.
+    eps : float
+        Added to the mean square; positive.
+    learned_eps : array (C,) or (1,) of float32 or float64, optional
+        Its absolute value is added to `eps`: for channels of one value in each sample, which are
+        only signs without it. One for each channel, or one for all.
+    axis : int
+        The channel axis: 1 for NCHW, -1 for NHWC; not 0.
+    out : array like `x`, optional
+        Where to write: `x` itself, or an array that shares no element with it.
+
+    Returns
+    -------
+    array like `x`
+        `out`, or a new array laid out like `x`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value; before anything is written.
+
+    Notes
+    -----
+    With means over all axes but 0 and `axis`::
+
+        nu2[n] = mean(x[n]**2)
+        y[n]   = weight * x[n] / sqrt(nu2[n] + eps + abs(learned_eps)) + bias
+        z      = max(y, tau)
+
+    A y that is NaN stays so. Training and evaluation are the same: nothing depends on the batch.
+
+    References
+    ----------
+    S. Singh, S. Krishnan, 2020, "Filter Response Normalization Layer: Eliminating Batch Dependence
+    in the Training of Deep Neural Networks", arXiv:1911.09737.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[[1.0, -7.0]], [[10.0, 70.0]]], dtype=np.float32)
+    >>> bnfast.filter_response_norm(x, tau=np.zeros(1, np.float32)).round(3)
+    array([[[0.2, 0. ]],
+    <BLANKLINE>
+           [[0.2, 1.4]]], dtype=float32)
+    """
+    z, _ = filter_response_norm_forward(
+        x, weight, bias, tau, eps, learned_eps=learned_eps, axis=axis, out=out
+    )
+    return z
+
+
+def filter_response_norm_forward(
+    x: NDArray[Float],
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
+    tau: Parameter | None = None,
+    eps: float = 1e-6,
+    *,
+    learned_eps: Parameter | None = None,
+    axis: int = 1,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], NDArray[np.float64]]:
+    """Divide channels by their root mean square, and return what the backward pass needs.
+
+    Parameters
+    ----------
+    x, weight, bias, tau, eps, learned_eps, axis, out
+        As in `filter_response_norm`.
+
+    Returns
+    -------
+    z : array like `x`
+        The normalized batch, not below the threshold.
+    invrms : array (N, C) of float64
+        1 / sqrt(nu2 + eps + abs(learned_eps)).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `filter_response_norm`.
+
+    Notes
+    -----
+    The formula stands in `filter_response_norm`.
+
+    References
+    ----------
+    S. Singh, S. Krishnan, 2020, arXiv:1911.09737.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[[1.0, -7.0]], [[10.0, 70.0]]])
+    >>> z, invrms = bnfast.filter_response_norm_forward(x)
+    >>> invrms.round(3)
+    array([[0.2 ],
+           [0.02]])
+    """
+    array, channels = _validation.channel_axis_of_samples(x, axis)
+    threshold = _validation.channel_parameter("tau", tau, channels)
+    learned = _learned_eps(learned_eps, channels)
+    more = None if learned is None else np.abs(np.broadcast_to(learned, channels)).copy()
+    z, _, invrms = _primitives.normalize(
+        *(array, axis, weight, bias, eps),
+        out=out,
+        sharing=_RESPONSES,
+        floors=Floors(threshold, more),
+    )
+    return z, invrms
+
+
+def filter_response_norm_backward(
+    dy: NDArray[Float],
+    x: NDArray[Float],
+    invrms: Parameter,
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
+    tau: Parameter | None = None,
+    *,
+    learned_eps: Parameter | None = None,
+    axis: int = 1,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], Parameter, Parameter, Parameter | None, Parameter | None]:
+    """Return the gradients of filter response normalization.
+
+    Parameters
+    ----------
+    dy : array like `x`
+        The gradient of the output.
+    x : array of float32 or float64
+        The input of the forward pass.
+    invrms : array (N, C) of float32 or float64
+        What the forward pass returned. In float32 an output next to its threshold may be taken for
+        one on the other side.
+    weight, bias, tau, learned_eps, axis
+        As in the forward pass: y is made again, and held against `tau`.
+    out : array like `x`, optional
+        Where to write dx: `dy` or `x` itself, or an array that shares no element with either.
+
+    Returns
+    -------
+    dx : array like `x`
+        The gradient of the input.
+    dweight, dbias : array (C,)
+        The gradients of weight and bias, of the dtype of `weight`, or of `x` where it is None.
+    dtau : array (C,), or None without `tau`
+        The gradient of the threshold, of its dtype.
+    dlearned_eps : array like `learned_eps`, or None without it
+        Its gradient; 0 where it is 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value; before anything is written.
+
+    Notes
+    -----
+    With kept = y >= tau, so that at the threshold itself the gradient goes to y, and sums and means
+    over all axes but 0 and `axis`::
+
+        xhat[n] = x[n] * invrms[n]
+        g[n]    = weight * dy[n] where kept, else 0
+        dx[n]   = invrms[n] * (g[n] - xhat[n] * mean(g[n] * xhat[n]))
+        dweight = sum_n(sum(dy[n] * xhat[n] where kept))
+        dbias   = sum_n(sum(dy[n] where kept))
+        dtau    = sum_n(sum(dy[n] where not kept))
+        dlearned_eps = sign(learned_eps) * sum_n(-invrms[n]**2 / 2 * sum(g[n] * xhat[n]))
+
+    References
+    ----------
+    S. Singh, S. Krishnan, 2020, arXiv:1911.09737.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x, tau = np.array([[[1.0, -7.0]]]), np.zeros(1)
+    >>> z, invrms = bnfast.filter_response_norm_forward(x, tau=tau)
+    >>> gradients = bnfast.filter_response_norm_backward(np.ones_like(x), x, invrms, tau=tau)
+    >>> gradients[3]
+    array([1.])
+    """
+    array, channels = _validation.channel_axis_of_samples(x, axis)
+    scale = _validation.channel_parameter("weight", weight, channels)
+    shift = _validation.channel_parameter("bias", bias, channels)
+    threshold = _validation.channel_parameter("tau", tau, channels)
+    learned = _learned_eps(learned_eps, channels)
+    of_planes: tuple[int, int] = (len(array), channels)
+    inverse = _validation.saved_statistic("invrms", invrms, of_planes)
+    gamma = 1.0 if scale is None else scale.astype(np.float64)
+    sign = None if learned is None else np.sign(learned)
+    no_mean = np.zeros(of_planes)
+    sums = np.zeros((2, *of_planes))
+    dx, dweight, dbias = _primitives.gradient(
+        *(dy, array, axis, no_mean, inverse, scale, False, out, _RESPONSES),
+        bias=shift,
+        tau=threshold,
+        sums=sums,
+    )
+    below, products = sums
+    with np.errstate(all="ignore"):
+        dtau = None if threshold is None else below.sum(0).astype(threshold.dtype)
+        if sign is None:
+            return dx, dweight, dbias, dtau, None
+        deps = -0.5 * gamma * (inverse.astype(np.float64) ** 3 * products).sum(0)
+        own = deps if len(sign) == channels else deps.sum(keepdims=True)
+        return dx, dweight, dbias, dtau, (sign * own).astype(sign.dtype)
+
+
+def _learned_eps(value: object, channels: int) -> Parameter | None:
+    """Return one value for each channel, or one for all; None where there is none."""
+    one_for_all = isinstance(value, np.ndarray) and value.shape == (1,)
+    return _validation.channel_parameter("learned_eps", value, 1 if one_for_all else channels)
