@@ -248,9 +248,9 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     CALL(scale_shift_coefficients)[dtype](c, mean, NULL, invstd, weight, NULL, kept_gradient);
     CALL(floor_coefficients)[dtype](c, bias, other_mean, kept_gradient.array[BN_FLOORED_SHIFT],
                                     kept_gradient.array[BN_FLOOR_OF_SHIFT]);
-    CALL(split_at_floor)[layout][dtype](extent, both, kept_gradient, dx_view, y_view);
+    CALL(keep_above_floor)[layout][dtype](extent, both, kept_gradient, dx_view, other_low);
     add_elements(dx, all, dtype);
-    add_elements(y, all, dtype);
+    add_doubles(other_low, c);
     CALL(gradient_coefficients)[dtype](c, n, invstd, weight, sum_dy, sum_dy_deviation,
                                        kept_gradient);
     check_output(CALL(floored_input_gradient)[layout][dtype], extent, both, kept_gradient, dx_view,

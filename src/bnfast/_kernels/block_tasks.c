@@ -154,11 +154,28 @@ static bn_view weighted_upstream(const bn_job *job, const bn_box *box, char *scr
     return product;
 }
 
+/* dy where y was not below its floor, made in scratch; the rest is added up. */
+static bn_view kept_upstream(const bn_job *job, const bn_box *box, size_t block, char *scratch)
+{
+    const bn_geometry *geometry = job->geometry;
+    _Alignas(64) char dy_scratch[BN_SCRATCH_BYTES], x_scratch[BN_SCRATCH_BYTES];
+    const bn_view inputs[] = {
+        bn_view_to_read(geometry, DY, job->dy, box, dy_scratch),
+        bn_view_to_read(geometry, X, job->x, box, x_scratch),
+    };
+    const bn_view kept = bn_dense_view(box, scratch);
+    job->kernels->keep_above_floor[geometry->layout][geometry->dtype](
+        box->extent, inputs, coefficients_from(job, box->channel), kept,
+        sums_of_block(job, job->sum_floored, 2, block) + box->channel);
+    return kept;
+}
+
 static void gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
 {
     const bn_geometry *geometry = job->geometry;
     _Alignas(64) char dy_scratch[BN_SCRATCH_BYTES], x_scratch[BN_SCRATCH_BYTES];
-    const bn_view dy = weighted_upstream(job, box, dy_scratch);
+    const bn_view dy = job->floor ? kept_upstream(job, box, block, dy_scratch)
+                                  : weighted_upstream(job, box, dy_scratch);
     const bn_view x = bn_view_to_read(geometry, X, job->x, box, x_scratch);
     (void)count;
     job->kernels->gradient_sums[geometry->layout][geometry->dtype](
@@ -166,33 +183,6 @@ static void gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t bl
         coefficients_from(job, box->channel),
         sums_of_block(job, job->sum_dy, 0, block) + box->channel,
         sums_of_block(job, job->sum_dy_deviation, 1, block) + box->channel);
-}
-
-/* Those of dy where y was not below its floor, and the sum of dy where it was. */
-static void floored_gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block,
-                                         size_t count)
-{
-    const bn_geometry *geometry = job->geometry;
-    _Alignas(64) char dy_scratch[BN_SCRATCH_BYTES], x_scratch[BN_SCRATCH_BYTES];
-    _Alignas(64) char kept_scratch[BN_SCRATCH_BYTES], rest_scratch[BN_SCRATCH_BYTES];
-    const bn_view inputs[] = {
-        bn_view_to_read(geometry, DY, job->dy, box, dy_scratch),
-        bn_view_to_read(geometry, X, job->x, box, x_scratch),
-    };
-    const bn_view x = inputs[1];
-    const bn_view kept = bn_dense_view(box, kept_scratch), rest = bn_dense_view(box, rest_scratch);
-    const bn_coefficients coefficients = coefficients_from(job, box->channel);
-    double unused[BN_SCRATCH_BYTES / sizeof(float)];
-    bn_gradient_sums_kernel *sums = job->kernels->gradient_sums[geometry->layout][geometry->dtype];
-    (void)count;
-    job->kernels->split_at_floor[geometry->layout][geometry->dtype](box->extent, inputs,
-                                                                    coefficients, kept, rest);
-    sums(box->extent, kept.data, kept.strides, x.data, x.strides, input_of(job), coefficients,
-         sums_of_block(job, job->sum_dy, 0, block) + box->channel,
-         sums_of_block(job, job->sum_dy_deviation, 1, block) + box->channel);
-    memset(unused, 0, box->extent.channels * sizeof *unused);
-    sums(box->extent, rest.data, rest.strides, x.data, x.strides, input_of(job), coefficients,
-         sums_of_block(job, job->sum_floored, 2, block) + box->channel, unused);
 }
 
 /* The last channels have nothing after them that could be fetched ahead. */
@@ -346,10 +336,10 @@ static void sum_gradient(const bn_job *job, size_t block, range channels)
     if (job->floor) {
         clear(sums_of_block(job, job->sum_floored, 2, block), channels);
     }
-    /* Products of dy and weight, and dy in two, are made in scratch. */
+    /* Products of dy and weight, and what is kept of dy, are made in scratch. */
     sum_block(job, block, channels,
               job->geometry->any_packed || job->element_weight || job->floor,
-              job->floor ? floored_gradient_sums_of_box : gradient_sums_of_box);
+              gradient_sums_of_box);
 }
 
 static visit *gradient_visit(const bn_job *job)

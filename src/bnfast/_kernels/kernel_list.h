@@ -19,7 +19,7 @@
     X(column_sums)                       \
     X(floored_scale_shift)               \
     X(floored_input_gradient)            \
-    X(split_at_floor)
+    X(keep_above_floor)
 
 #define BN_FOR_EACH_COEFFICIENT_OPERATION(X) \
     X(scale_shift_coefficients)              \

@@ -94,11 +94,11 @@ typedef bn_output_kernel bn_scale_shift_kernel, bn_input_gradient_kernel,
     bn_weighted_input_gradient_kernel, bn_floored_scale_shift_kernel,
     bn_floored_input_gradient_kernel;
 
-/* split_at_floor: writes dy where y was not below the floor to `kept`, dy where it was to `rest`, and 0 to
-   the other. The inputs are dy and x, the coefficients those of floored_input_gradient; `kept` may
-   be dy. */
-typedef void bn_split_at_floor_kernel(bn_extent extent, const bn_view *inputs,
-                                      bn_coefficients coefficients, bn_view kept, bn_view rest);
+/* keep_above_floor: writes dy where y was not below the floor, else 0, and adds the rest of it up, channel
+   by channel. The inputs are dy and x, the coefficients those of floored_input_gradient. */
+typedef void bn_keep_above_floor_kernel(bn_extent extent, const bn_view *inputs,
+                                        bn_coefficients coefficients, bn_view kept,
+                                        double *sum_rest);
 
 /* gradient_sums: adds sum(dy) and sum(dy * (x - mean)) of the box to two arrays of [channels]. */
 typedef void bn_gradient_sums_kernel(bn_extent extent, const void *dy, bn_strides dy_strides,
