@@ -114,6 +114,9 @@ def limit_output_pool(bytes_: int) -> None: ...
 def output_pool_bytes() -> int: ...
 def empty_output(x: Array) -> Array: ...
 def remember(x: Array, axis: int, operands: int, geometry: Geometry) -> None: ...
+def remember_rows(
+    x: Array, last_axes: int, operands: int, parameters: int, geometry: Geometry
+) -> None: ...
 def scale_shift_at_once(
     x: object,
     axis: object,
@@ -150,4 +153,26 @@ def gradient_at_once(
     out: object,
     most_bytes: int,
 ) -> tuple[Array, Array, Array] | None: ...
+def normalize_rows_at_once(
+    x: object,
+    normalized_shape: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    uncentred: bool,
+    out: object,
+    most_bytes: int,
+) -> tuple[Array, Array, Array] | None: ...
+def row_gradient_at_once(
+    dy: object,
+    x: object,
+    normalized_shape: object,
+    mean: object,
+    invstd: object,
+    weight: object,
+    uncentred: bool,
+    parameters: object,
+    out: object,
+    most_bytes: int,
+) -> tuple[Array, Array | None, Array | None] | None: ...
 def probe_memory(kind: str, x: Array, y: Array, threads: int) -> None: ...

@@ -693,7 +693,7 @@ cpdef object gradient(
     _release(&workspace)
 
 
-def normalize_rows(
+cpdef object normalize_rows(
     Geometry geometry, x, y, weight, bias, double eps, mean, invstd, bint uncentred, int threads
 ):
     """Write y, mean and invstd (float64) from the statistics of the rows of x.
@@ -719,7 +719,7 @@ def normalize_rows(
     _release(&workspace)
 
 
-def row_gradient(
+cpdef object row_gradient(
     Geometry geometry, x, dy, dx, weight, mean, invstd, sums, bint uncentred, int threads
 ):
     """Write dx, and to sums[0] the gradients of weight and bias; `sums` may be None.
@@ -794,28 +794,40 @@ def empty_output(cnp.ndarray x):
 # Common calls at once: small, C-contiguous, on a shape that has been planned before. Whatever is
 # anything else gives None, and comes again through the checks and the plan of _primitives.
 
-# {itemsize, axis, operands and shape, as bytes: Geometry}, of arrays that are C-contiguous and
-# aligned.
+# {itemsize, axis, operands, parameters and shape, as bytes: Geometry}, of arrays that are
+# C-contiguous and aligned; the last axes of rows are counted below 0.
 cdef dict _planned = {}
 cdef Py_ssize_t _MOST_PLANNED = 1024
 
 
-cdef bytes _key(cnp.ndarray x, Py_ssize_t axis, Py_ssize_t operands):
-    cdef Py_ssize_t words[BN_MAX_AXES + 3]
+cdef bytes _key(cnp.ndarray x, Py_ssize_t axis, Py_ssize_t operands, Py_ssize_t parameters):
+    cdef Py_ssize_t words[BN_MAX_AXES + 4]
     cdef int d, ndim = cnp.PyArray_NDIM(x)
     words[0] = cnp.PyArray_ITEMSIZE(x)
     words[1] = axis
     words[2] = operands
+    words[3] = parameters
     for d in range(ndim):
-        words[3 + d] = cnp.PyArray_DIM(x, d)
-    return PyBytes_FromStringAndSize(<char *>words, (3 + ndim) * sizeof(Py_ssize_t))
+        words[4 + d] = cnp.PyArray_DIM(x, d)
+    return PyBytes_FromStringAndSize(<char *>words, (4 + ndim) * sizeof(Py_ssize_t))
 
 
 def remember(x, Py_ssize_t axis, Py_ssize_t operands, Geometry geometry):
     """Keep the geometry of calls on so many C-contiguous arrays like x."""
+    _remember(_key(x, axis, operands, 0), geometry)
+
+
+def remember_rows(
+    x, Py_ssize_t last_axes, Py_ssize_t operands, Py_ssize_t parameters, Geometry geometry
+):
+    """And that of rows of their last axes, whose elements have so many parameters besides."""
+    _remember(_key(x, -last_axes, operands, parameters), geometry)
+
+
+cdef void _remember(bytes key, Geometry geometry):
     if len(_planned) >= _MOST_PLANNED:
         _planned.clear()
-    _planned[_key(x, axis, operands)] = geometry
+    _planned[key] = geometry
 
 
 cdef inline bint _is_plain(array) noexcept:
@@ -906,7 +918,7 @@ cdef Geometry _geometry_of_plain(x_, axis_, int operands, int passes, Py_ssize_t
         return None
     if not -ndim <= axis < ndim:
         return None
-    return _planned.get(_key(x, axis if axis >= 0 else axis + ndim, operands))
+    return _planned.get(_key(x, axis if axis >= 0 else axis + ndim, operands, 0))
 
 
 def scale_shift_at_once(
@@ -1000,6 +1012,159 @@ def gradient_at_once(
     gradient(geometry, x, dy, dx, weight, mean, invstd, dweight, dbias, 1, False,
              constant_statistics, 1)
     return dx, dweight, dbias
+
+
+cdef bint _are_sizes(object sizes, cnp.ndarray x, int first, int end) noexcept:
+    """A tuple of plain integers, those of some axes of x."""
+    cdef int d, beyond
+    if len(<tuple>sizes) != end - first:
+        return False
+    for d in range(first, end):
+        size = (<tuple>sizes)[d - first]
+        if type(size) is not int:
+            return False
+        if PyLong_AsLongAndOverflow(size, &beyond) != cnp.PyArray_DIM(x, d) or beyond:
+            return False
+    return True
+
+
+cdef int _last_axes(x_, sizes) noexcept:
+    """How many last axes of a plain array have these sizes, an integer or a tuple; 0 if not so."""
+    if not _is_plain(x_):
+        return 0
+    cdef cnp.ndarray x = x_
+    cdef int ndim = cnp.PyArray_NDIM(x), beyond, count
+    if type(sizes) is int:
+        if ndim < 1 or PyLong_AsLongAndOverflow(sizes, &beyond) != cnp.PyArray_DIM(x, ndim - 1):
+            return 0
+        return not beyond
+    if type(sizes) is not tuple:
+        return 0
+    count = <int>len(<tuple>sizes)
+    return count if 0 < count <= ndim and _are_sizes(sizes, x, ndim - count, ndim) else 0
+
+
+cdef bint _has_axes(array, cnp.ndarray x, int first, int end) noexcept:
+    """A plain array of the sizes of some axes of x."""
+    if not _is_plain(array):
+        return False
+    cdef cnp.ndarray a = array
+    cdef int d
+    if cnp.PyArray_NDIM(a) != end - first:
+        return False
+    for d in range(first, end):
+        if cnp.PyArray_DIM(a, d - first) != cnp.PyArray_DIM(x, d):
+            return False
+    return True
+
+
+cdef bint _is_of_elements(array, cnp.ndarray x, int rows) noexcept:
+    """A plain array of the dtype of x, and of the sizes of all its axes after those of rows."""
+    return (
+        _has_axes(array, x, rows, cnp.PyArray_NDIM(x))
+        and cnp.PyArray_TYPE(<cnp.ndarray>array) == cnp.PyArray_TYPE(x)
+    )
+
+
+cdef inline cnp.ndarray _zeros(cnp.ndarray x, int first, int end, int kind):
+    """Zeros of the sizes of some axes of x."""
+    return cnp.PyArray_ZEROS(end - first, cnp.PyArray_DIMS(x) + first, kind, 0)
+
+
+cdef inline cnp.ndarray _empty(cnp.ndarray x, int first, int end, int kind):
+    return cnp.PyArray_EMPTY(end - first, cnp.PyArray_DIMS(x) + first, kind, 0)
+
+
+cdef object _rounded(const double *values, cnp.ndarray x, int first, int end):
+    """A new array of the dtype of x and of the sizes of some of its axes."""
+    cdef cnp.ndarray array = _empty(x, first, end, cnp.PyArray_TYPE(x))
+    cdef Py_ssize_t i, size = cnp.PyArray_SIZE(array)
+    cdef float *narrow = <float *>cnp.PyArray_DATA(array)
+    cdef double *wide = <double *>cnp.PyArray_DATA(array)
+    if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32:
+        for i in range(size):
+            narrow[i] = <float>values[i]
+    else:
+        for i in range(size):
+            wide[i] = values[i]
+    return array
+
+
+def normalize_rows_at_once(
+    x_, normalized_shape, weight, bias, eps, bint uncentred, out, Py_ssize_t most_bytes
+):
+    """Return (y, mean, invstd), or None; fewer than `most_bytes` are moved."""
+    cdef int last_axes = _last_axes(x_, normalized_shape)
+    cdef double epsilon = _finite(eps)
+    if last_axes == 0 or epsilon < 0.0:
+        return None
+    cdef cnp.ndarray x = x_
+    cdef int ndim = cnp.PyArray_NDIM(x), rows = ndim - last_axes
+    cdef bint parameters = weight is not None or bias is not None
+    if 3 * cnp.PyArray_NBYTES(x) >= most_bytes or not _is_output(out, x):
+        return None
+    if not (weight is None or _is_of_elements(weight, x, rows)):
+        return None
+    if not (bias is None or _is_of_elements(bias, x, rows)):
+        return None
+    if not (_apart(out, weight) and _apart(out, bias)):
+        return None
+    cdef Geometry geometry = _planned.get(_key(x, -last_axes, 2, 2 * parameters))
+    if geometry is None:
+        return None
+    if parameters and bias is None:
+        bias = _zeros(x, rows, ndim, cnp.PyArray_TYPE(x))
+    elif parameters and weight is None:
+        return None
+    y = _output(out, x)
+    mean = _empty(x, 0, rows, cnp.NPY_FLOAT64)
+    invstd = _empty(x, 0, rows, cnp.NPY_FLOAT64)
+    normalize_rows(geometry, x, y, weight, bias, epsilon, mean, invstd, uncentred, 1)
+    return y, mean, invstd
+
+
+def row_gradient_at_once(
+    dy, x_, normalized_shape, mean, invstd, weight, bint uncentred, parameters, out,
+    Py_ssize_t most_bytes
+):
+    """Return (dx, dweight, dbias), or None; fewer than `most_bytes` are moved."""
+    cdef int last_axes = _last_axes(x_, normalized_shape)
+    if last_axes == 0 or type(parameters) is not bool:
+        return None
+    cdef cnp.ndarray x = x_
+    cdef int ndim = cnp.PyArray_NDIM(x), rows = ndim - last_axes
+    if 5 * cnp.PyArray_NBYTES(x) >= most_bytes or not _is_like(dy, x):
+        return None
+    if not (
+        (uncentred or _has_axes(mean, x, 0, rows))
+        and _has_axes(invstd, x, 0, rows)
+        and (weight is None or _is_of_elements(weight, x, rows))
+        and _is_output(out, x)
+        and _is_output(out, dy)
+    ):
+        return None
+    for other in (mean, invstd, weight):
+        if not _apart(out, other):
+            return None
+    cdef Geometry geometry = _planned.get(_key(x, -last_axes, 3, weight is not None))
+    if geometry is None:
+        return None
+    cdef cnp.npy_intp size = 2 * <cnp.npy_intp>(
+        (<size_t>geometry.row_blocks) * geometry.c.outer * geometry.c.inner
+    )
+    dx = _output(out, x)
+    sums = cnp.PyArray_EMPTY(1, &size, cnp.NPY_FLOAT64, 0) if parameters else None
+    if uncentred:
+        mean = _zeros(x, 0, rows, cnp.NPY_FLOAT64)
+    row_gradient(geometry, x, dy, dx, weight, mean, invstd, sums, uncentred, 1)
+    if sums is None:
+        return dx, None, None
+    cdef double *columns = _doubles(sums)
+    return (
+        dx,
+        _rounded(columns, x, rows, ndim),
+        _rounded(columns + geometry.c.outer * geometry.c.inner, x, rows, ndim),
+    )
 
 
 def probe_memory(kind, x, y, int threads):

@@ -88,14 +88,19 @@ def _geometry_of_rows(
 
 def _rows(normalized: tuple[int, ...], parameters: int, *operands: Array) -> _core.Geometry:
     first = operands[0]
-    return _geometry_of_rows(
+    aligned = tuple([operand.flags.aligned for operand in operands])
+    geometry = _geometry_of_rows(
         first.shape,
         normalized,
         first.itemsize,
         tuple([operand.strides for operand in operands]),
-        tuple([operand.flags.aligned for operand in operands]),
+        aligned,
         parameters,
     )
+    last = tuple(range(first.ndim - len(normalized), first.ndim))
+    if normalized == last and all(aligned) and all(o.flags.c_contiguous for o in operands):
+        _core.remember_rows(first, len(last), len(operands), parameters, geometry)
+    return geometry
 
 
 def _geometry_of(axis: int, repeated: tuple[int, ...], *operands: Array) -> _core.Geometry:
@@ -350,18 +355,27 @@ def _sizes_of_rows(shape: tuple[int, ...], normalized: tuple[int, ...]) -> tuple
 
 
 def normalize_rows(
-    x: Array,
-    normalized: tuple[int, ...],
+    x_: object,
+    normalized_shape: object,
+    axis: object,
     weight: object,
     bias: object,
-    eps: float,
+    eps: object,
     uncentred: bool,
     out: object = None,
 ) -> tuple[Array, Array, Array]:
-    """Return y, and the mean and invstd (float64) of every row: over the `normalized` axes.
+    """Return y, and the mean and invstd (float64) of every row: over the last axes, or `axis`.
 
     `weight` and `bias` have their sizes. Around 0 rather than the mean where it is `uncentred`.
     """
+    if axis is None:
+        done = _core.normalize_rows_at_once(
+            x_, normalized_shape, weight, bias, eps, uncentred, out, _threads.SERIAL_BYTES
+        )
+        if done is not None:
+            return done
+    x, normalized = _validation.normalized_axes(x_, normalized_shape, axis)
+    epsilon = _validation.real("eps", eps)
     shape = tuple([x.shape[d] for d in normalized])
     scale = _validation.element_parameter("weight", weight, shape, x.dtype)
     shift = _validation.element_parameter("bias", bias, shape, x.dtype)
@@ -371,7 +385,7 @@ def normalize_rows(
         y = _validation.output(out, x, {"x": x, "weight": scale, "bias": shift})
     rows = _sizes_of_rows(x.shape, normalized)
     if x.size == 0:
-        return y, np.zeros(rows), np.full(rows, _invstd_of_nothing(eps))
+        return y, np.zeros(rows), np.full(rows, _invstd_of_nothing(epsilon))
     mean, invstd = np.empty(rows), np.empty(rows)
     if scale is None and shift is None:
         geometry = _rows(normalized, 0, x, y)
@@ -380,15 +394,16 @@ def normalize_rows(
         shift = np.zeros(shape, x.dtype) if shift is None else shift
         geometry = _rows(normalized, 2, x, y)
     _core.normalize_rows(
-        geometry, x, y, scale, shift, eps, mean, invstd, uncentred, threads_for(3 * x.nbytes)
+        geometry, x, y, scale, shift, epsilon, mean, invstd, uncentred, threads_for(3 * x.nbytes)
     )
     return y, mean, invstd
 
 
 def row_gradient(
     dy: object,
-    x: Array,
-    normalized: tuple[int, ...],
+    x_: object,
+    normalized_shape: object,
+    axis: object,
     mean: object,
     invstd: object,
     weight: object,
@@ -400,6 +415,14 @@ def row_gradient(
 
     `mean` is None where the statistics are `uncentred`.
     """
+    if axis is None:
+        done = _core.row_gradient_at_once(
+            *(dy, x_, normalized_shape, mean, invstd, weight, uncentred, parameters, out),
+            _threads.SERIAL_BYTES,
+        )
+        if done is not None:
+            return done
+    x, normalized = _validation.normalized_axes(x_, normalized_shape, axis)
     shape = tuple([x.shape[d] for d in normalized])
     rows = _sizes_of_rows(x.shape, normalized)
     upstream = _validation.upstream_gradient(dy, x)

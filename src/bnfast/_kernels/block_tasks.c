@@ -135,25 +135,6 @@ static void moments_of_box(const bn_job *job, const bn_box *box, size_t block, s
         sums_of_block(job, job->m2, 2, block) + box->channel);
 }
 
-/* dy, times the weights of its elements if they have some; these are made in scratch. */
-static bn_view weighted_upstream(const bn_job *job, const bn_box *box, char *scratch)
-{
-    const bn_geometry *geometry = job->geometry;
-    _Alignas(64) char weight_scratch[BN_SCRATCH_BYTES];
-    const bn_view dy = bn_view_to_read(geometry, DY, job->dy, box, scratch);
-    if (!job->element_weight) {
-        return dy;
-    }
-    const bn_view inputs[] = {
-        dy,
-        bn_view_to_read(geometry, ELEMENT_WEIGHT, job->element_weight, box, weight_scratch),
-    };
-    const bn_view product = bn_dense_view(box, scratch);
-    job->kernels->multiply[geometry->layout][geometry->dtype](
-        box->extent, inputs, job->coefficients, product, (bn_manner){BN_stored, 0});
-    return product;
-}
-
 /* dy where y was not below its floor, made in scratch; the rest is added up. */
 static bn_view kept_upstream(const bn_job *job, const bn_box *box, size_t block, char *scratch)
 {
@@ -175,12 +156,29 @@ static void gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t bl
     const bn_geometry *geometry = job->geometry;
     _Alignas(64) char dy_scratch[BN_SCRATCH_BYTES], x_scratch[BN_SCRATCH_BYTES];
     const bn_view dy = job->floor ? kept_upstream(job, box, block, dy_scratch)
-                                  : weighted_upstream(job, box, dy_scratch);
+                                  : bn_view_to_read(geometry, DY, job->dy, box, dy_scratch);
     const bn_view x = bn_view_to_read(geometry, X, job->x, box, x_scratch);
     (void)count;
     job->kernels->gradient_sums[geometry->layout][geometry->dtype](
         box->extent, dy.data, dy.strides, x.data, x.strides, input_of(job),
         coefficients_from(job, box->channel),
+        sums_of_block(job, job->sum_dy, 0, block) + box->channel,
+        sums_of_block(job, job->sum_dy_deviation, 1, block) + box->channel);
+}
+
+static void weighted_gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block,
+                                          size_t count)
+{
+    const bn_geometry *geometry = job->geometry;
+    _Alignas(64) char scratch[BN_MOST_INPUTS][BN_SCRATCH_BYTES];
+    const bn_view inputs[] = {
+        bn_view_to_read(geometry, DY, job->dy, box, scratch[0]),
+        bn_view_to_read(geometry, X, job->x, box, scratch[1]),
+        bn_view_to_read(geometry, ELEMENT_WEIGHT, job->element_weight, box, scratch[2]),
+    };
+    (void)count;
+    job->kernels->weighted_gradient_sums[geometry->layout][geometry->dtype](
+        box->extent, inputs, input_of(job), coefficients_from(job, box->channel),
         sums_of_block(job, job->sum_dy, 0, block) + box->channel,
         sums_of_block(job, job->sum_dy_deviation, 1, block) + box->channel);
 }
@@ -336,10 +334,9 @@ static void sum_gradient(const bn_job *job, size_t block, range channels)
     if (job->floor) {
         clear(sums_of_block(job, job->sum_floored, 2, block), channels);
     }
-    /* Products of dy and weight, and what is kept of dy, are made in scratch. */
-    sum_block(job, block, channels,
-              job->geometry->any_packed || job->element_weight || job->floor,
-              gradient_sums_of_box);
+    /* What is kept of dy is made in scratch. */
+    sum_block(job, block, channels, job->geometry->any_packed || job->floor,
+              job->element_weight ? weighted_gradient_sums_of_box : gradient_sums_of_box);
 }
 
 static visit *gradient_visit(const bn_job *job)

@@ -14,7 +14,7 @@
     X(input_gradient)                    \
     X(shared_input_gradient)             \
     X(affine)                            \
-    X(multiply)                          \
+    X(weighted_gradient_sums)            \
     X(weighted_input_gradient)           \
     X(column_sums)                       \
     X(floored_scale_shift)               \

@@ -80,7 +80,6 @@ typedef struct {
    where channels of different weight share their statistics; and where each element has a weight and
    bias of its own, read as arrays:
      affine, from x, weight, bias:  y = (((x - mean_high) - mean_low) * scale) * weight + bias
-     multiply, from dy, weight:     dy * weight
      weighted_input_gradient, from dy, x, weight: as shared_input_gradient
    or where each channel has a floor:
      floored_scale_shift:     y = scale_shift or the floor, whichever is larger
@@ -90,7 +89,7 @@ typedef struct {
 typedef void bn_output_kernel(bn_extent extent, const bn_view *inputs,
                               bn_coefficients coefficients, bn_view output, bn_manner manner);
 typedef bn_output_kernel bn_scale_shift_kernel, bn_input_gradient_kernel,
-    bn_shared_input_gradient_kernel, bn_affine_kernel, bn_multiply_kernel,
+    bn_shared_input_gradient_kernel, bn_affine_kernel,
     bn_weighted_input_gradient_kernel, bn_floored_scale_shift_kernel,
     bn_floored_input_gradient_kernel;
 
@@ -105,6 +104,12 @@ typedef void bn_gradient_sums_kernel(bn_extent extent, const void *dy, bn_stride
                                      const void *x, bn_strides x_strides, bn_input input,
                                      bn_coefficients coefficients, double *sum_dy,
                                      double *sum_dy_deviation);
+
+/* weighted_gradient_sums: the same of dy * weight, where each element has a weight of its own. The inputs
+   are dy, x and weight. */
+typedef void bn_weighted_gradient_sums_kernel(bn_extent extent, const bn_view *inputs,
+                                              bn_input input, bn_coefficients coefficients,
+                                              double *sum_dy, double *sum_dy_deviation);
 
 /* column_sums: adds sum(dy * xhat) and sum(dy) over the channels of a box, which are rows, to two arrays
    of its elements; xhat = ((x - mean_high) - mean_low) * scale. The inputs are dy and x. */

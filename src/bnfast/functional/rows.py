@@ -14,6 +14,8 @@ from bnfast._primitives import APART, Sharing
 Float = TypeVar("Float", np.float32, np.float64)
 Parameter = NDArray[np.float32] | NDArray[np.float64]
 
+_MACHINE_EPS = {np.dtype(t): float(np.finfo(t).eps) for t in (np.float32, np.float64)}
+
 
 def instance_norm(
     x: NDArray[Float],
@@ -533,9 +535,7 @@ def layer_norm_forward(
     >>> mean
     array([ 2., 20.])
     """
-    array, normalized = _validation.normalized_axes(x, normalized_shape, axis)
-    epsilon = _validation.real("eps", eps)
-    return _primitives.normalize_rows(array, normalized, weight, bias, epsilon, False, out)
+    return _primitives.normalize_rows(x, normalized_shape, axis, weight, bias, eps, False, out)
 
 
 def layer_norm_backward(
@@ -601,9 +601,8 @@ def layer_norm_backward(
     >>> dbias
     array([2., 2.])
     """
-    array, normalized = _validation.normalized_axes(x, normalized_shape, axis)
     return _primitives.row_gradient(
-        dy, array, normalized, mean, invstd, weight, False, parameters, out
+        dy, x, normalized_shape, axis, mean, invstd, weight, False, parameters, out
     )
 
 
@@ -705,10 +704,11 @@ def rms_norm_forward(
     >>> invrms.round(3)
     array([0.2 , 0.02])
     """
-    array, normalized = _validation.normalized_axes(x, normalized_shape, axis)
-    smallest = float(np.finfo(array.dtype).eps) if eps is None else eps
-    epsilon = _validation.real("eps", smallest)
-    y, _, invrms = _primitives.normalize_rows(array, normalized, weight, None, epsilon, True, out)
+    if eps is None:
+        eps = _MACHINE_EPS[_validation.floating_array("x", x).dtype]
+    y, _, invrms = _primitives.normalize_rows(
+        x, normalized_shape, axis, weight, None, eps, True, out
+    )
     return y, invrms
 
 
@@ -764,8 +764,7 @@ def rms_norm_backward(
     >>> dweight.round(3)
     array([0. , 2.8])
     """
-    array, normalized = _validation.normalized_axes(x, normalized_shape, axis)
     dx, dweight, _ = _primitives.row_gradient(
-        dy, array, normalized, None, invrms, weight, True, parameters, out
+        dy, x, normalized_shape, axis, None, invrms, weight, True, parameters, out
     )
     return dx, dweight
