@@ -8,7 +8,7 @@ from bnfast import _core, _threads
 from cases import small_batches
 from test_same_bits import assert_same, everything, inputs
 
-MOST = 1 << 20
+MOST = 1 << 20, _threads.threads_for
 SHAPE = (6, 5, 3)
 
 
@@ -26,7 +26,7 @@ def inference(arguments, **changed):
     a = {**arguments, "axis": 1, "eps": 1e-5, "out": None} | changed
     return _core.scale_shift_at_once(
         *(a["x"], a["axis"], a["mean"], a["variance"], a["weight"], a["bias"], a["eps"]),
-        *(None, a["out"], MOST),
+        *(None, a["out"], *MOST),
     )
 
 
@@ -34,25 +34,117 @@ def training(arguments, **changed):
     a = {**arguments, "axis": 1, "eps": 1e-5, "momentum": 0.1, "out": None} | changed
     return _core.normalize_at_once(
         *(a["x"], a["axis"], a["weight"], a["bias"], a["eps"], a["mean"], a["variance"]),
-        *(a["momentum"], True, a["out"], MOST),
+        *(a["momentum"], True, a["out"], *MOST),
     )
 
 
 def backward(arguments, **changed):
     a = {**arguments, "axis": 1, "out": None} | changed
     return _core.gradient_at_once(
-        *(a["dy"], a["x"], a["axis"], a["mean"], a["variance"], a["weight"], False, a["out"], MOST)
+        *(a["dy"], a["x"], a["axis"], a["mean"], a["variance"], a["weight"], False, a["out"]),
+        *MOST,
     )
 
 
+def never_at_once(monkeypatch):
+    """Let every call go through the checks and the plan."""
+    for name in dir(_core):
+        if name.endswith("_at_once"):
+            monkeypatch.setattr(_core, name, lambda *arguments: None)
+
+
 @pytest.mark.parametrize(("shape", "axis"), small_batches(), ids=str)
-def test_both_ways_give_the_same_bits(isa, dtype, rng, use_threads, monkeypatch, shape, axis):
+def test_both_ways_give_the_same_bits(isa, dtype, rng, monkeypatch, shape, axis):
     arguments = inputs(rng, shape, axis, dtype)
     everything(*arguments)  # plans
     at_once = everything(*arguments)
-    use_threads(1)
-    monkeypatch.setattr(_threads, "SERIAL_BYTES", 0)
+    never_at_once(monkeypatch)
     assert_same(at_once, everything(*arguments))
+
+
+def everything_of_rows(x, dy, weight, bias, last):
+    y, mean, invstd = bnfast.layer_norm_forward(x, last, weight, bias)
+    plain = bnfast.layer_norm_forward(x, last)
+    z, invrms = bnfast.rms_norm_forward(x, last, weight)
+    gradients = bnfast.layer_norm_backward(dy, x, last, mean, invstd, weight)
+    alone = bnfast.layer_norm_backward(dy, x, last, mean, invstd, parameters=False)[:1]
+    of_rms = bnfast.rms_norm_backward(dy, x, last, invrms, weight)
+    return [y, mean, invstd, *plain, z, invrms, *gradients, *alone, *of_rms]
+
+
+ROWS = [
+    ((5, 7), 7),
+    ((5, 7), (7,)),
+    ((4, 3, 6), (3, 6)),
+    ((2, 3), (2, 3)),
+    ((300, 513), 513),
+    ((4,), 4),
+]
+
+
+@pytest.mark.parametrize(("shape", "last"), ROWS, ids=str)
+def test_both_ways_give_rows_the_same_bits(isa, dtype, rng, monkeypatch, shape, last):
+    x, dy = rng.normal(2, 3, (2, *shape)).astype(dtype)
+    weight, bias = rng.normal(size=(2, *np.atleast_1d(last))).astype(dtype)
+    everything_of_rows(x, dy, weight, bias, last)  # plans
+    at_once = everything_of_rows(x, dy, weight, bias, last)
+    never_at_once(monkeypatch)
+    assert_same(at_once, everything_of_rows(x, dy, weight, bias, last))
+
+
+@pytest.fixture
+def rows(rng, dtype):
+    """Arguments of common calls on rows, whose shape the core knows."""
+    x, dy = rng.normal(2, 3, (2, 6, 5)).astype(dtype)
+    weight, bias = rng.normal(size=(2, 5)).astype(dtype)
+    _, mean, invstd = bnfast.layer_norm_forward(x, 5, weight, bias)
+    bnfast.layer_norm_backward(dy, x, 5, mean, invstd, weight)
+    return {"x": x, "dy": dy, "weight": weight, "bias": bias, "mean": mean, "invstd": invstd}
+
+
+def rows_forward(arguments, **changed):
+    a = {**arguments, "sizes": 5, "eps": 1e-5, "out": None} | changed
+    return _core.normalize_rows_at_once(
+        *(a["x"], a["sizes"], a["weight"], a["bias"], a["eps"], False, a["out"], *MOST)
+    )
+
+
+def rows_backward(arguments, **changed):
+    a = {**arguments, "sizes": 5, "parameters": True, "out": None} | changed
+    return _core.row_gradient_at_once(
+        *(a["dy"], a["x"], a["sizes"], a["mean"], a["invstd"], a["weight"], False),
+        *(a["parameters"], a["out"], *MOST),
+    )
+
+
+@pytest.mark.parametrize("call", [rows_forward, rows_backward])
+def test_other_rows_go_through_the_checks(rows, call):
+    x = rows["x"]
+    for sizes in (5, (5,)):
+        assert call(rows, sizes=sizes) is not None
+        for out in (np.empty_like(x), x.copy()):
+            assert call(rows, sizes=sizes, out=out)[0] is out
+    for sizes in (6, 1 << 70, (6, 5), (), [5], (5.0,), 5.0, True, None, (1, 6, 5)):
+        assert call(rows, sizes=sizes) is None, sizes
+    for other in [*odd_arrays(x), np.float32(3)]:
+        assert call(rows, x=other) is None, type(other)
+    others = odd_parameters(rows["weight"])
+    for other in [*others, rows["weight"].astype(np.longdouble), np.ones(6, x.dtype)]:
+        assert call(rows, weight=other) is None, other
+    memory = np.ones(2 * x.size, x.dtype)
+    partly, inside = memory[: x.size].reshape(x.shape), memory[:5]
+    assert call(rows, weight=inside, out=partly) is None
+    assert call(rows, x=partly, out=memory[1 : x.size + 1].reshape(x.shape)) is None
+
+
+def test_other_statistics_of_rows_go_through_the_checks(rows):
+    for name in ("mean", "invstd"):
+        for other in (rows[name][:-1], rows[name][:, None], rows[name].tolist(), None):
+            assert rows_backward(rows, **{name: other}) is None
+    assert rows_backward(rows, dy=rows["dy"][:3]) is None
+    assert rows_backward(rows, parameters=1) is None
+    for eps in (-1e-5, np.inf, np.nan, 1, None):
+        assert rows_forward(rows, eps=eps) is None
 
 
 def test_a_planned_shape_is_done_at_once(planned):
@@ -149,7 +241,14 @@ def test_one_value_per_channel_goes_through_the_checks(dtype):
 
 
 def test_much_work_goes_to_the_threads(planned):
-    x = planned["x"]
+    x, asked = planned["x"], []
+
+    def threads_for(moved):
+        asked.append(moved)
+        return 1
+
     arguments = x, 1, planned["mean"], planned["variance"], None, None, 1e-5, None, None
-    assert _core.scale_shift_at_once(*arguments, 2 * x.nbytes) is None
-    assert _core.scale_shift_at_once(*arguments, 2 * x.nbytes + 1) is not None
+    assert _core.scale_shift_at_once(*arguments, 2 * x.nbytes + 1, threads_for) is not None
+    assert asked == []
+    assert _core.scale_shift_at_once(*arguments, 2 * x.nbytes, threads_for) is not None
+    assert asked == [2 * x.nbytes]

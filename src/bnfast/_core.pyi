@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 from numpy.typing import NDArray
@@ -127,7 +128,8 @@ def scale_shift_at_once(
     eps: object,
     kept: Evaluation | None,
     out: object,
-    most_bytes: int,
+    serial_bytes: int,
+    threads_for: Callable[[int], int],
 ) -> Array | None: ...
 def normalize_at_once(
     x: object,
@@ -140,7 +142,8 @@ def normalize_at_once(
     momentum: object,
     unbiased: bool,
     out: object,
-    most_bytes: int,
+    serial_bytes: int,
+    threads_for: Callable[[int], int],
 ) -> tuple[Array, Array, Array] | None: ...
 def gradient_at_once(
     dy: object,
@@ -151,7 +154,8 @@ def gradient_at_once(
     weight: object,
     constant_statistics: bool,
     out: object,
-    most_bytes: int,
+    serial_bytes: int,
+    threads_for: Callable[[int], int],
 ) -> tuple[Array, Array, Array] | None: ...
 def normalize_rows_at_once(
     x: object,
@@ -161,7 +165,8 @@ def normalize_rows_at_once(
     eps: object,
     uncentred: bool,
     out: object,
-    most_bytes: int,
+    serial_bytes: int,
+    threads_for: Callable[[int], int],
 ) -> tuple[Array, Array, Array] | None: ...
 def row_gradient_at_once(
     dy: object,
@@ -173,6 +178,7 @@ def row_gradient_at_once(
     uncentred: bool,
     parameters: object,
     out: object,
-    most_bytes: int,
+    serial_bytes: int,
+    threads_for: Callable[[int], int],
 ) -> tuple[Array, Array | None, Array | None] | None: ...
 def probe_memory(kind: str, x: Array, y: Array, threads: int) -> None: ...

@@ -3,8 +3,8 @@
 Each validates, plans, chooses the number of threads and calls the core, in this order; nothing is
 written before everything has been checked. The only room that hands arrays to ``_core``.
 
-A common call, small and on plain arrays of a shape that has been planned, is checked and done by
-the core at once; whatever else comes gets None there, and goes this way.
+A common call, on plain arrays of a shape that has been planned, is checked and done by the core at
+once; whatever else comes gets None there, and goes this way.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def normalize(
     if sharing is BATCH and m2 is None and floors is None:
         done = _core.normalize_at_once(
             *(x, axis, weight, bias, eps, running_mean, running_var, momentum, unbiased, out),
-            _threads.SERIAL_BYTES,
+            *(_threads.SERIAL_BYTES, threads_for),
         )
         if done is not None:
             return done
@@ -254,7 +254,8 @@ def scale_shift(
     object, and used again where they are the same then; an empty x needs none.
     """
     done = _core.scale_shift_at_once(
-        x, axis, mean, variance, weight, bias, eps, kept, out, _threads.SERIAL_BYTES
+        *(x, axis, mean, variance, weight, bias, eps, kept, out),
+        *(_threads.SERIAL_BYTES, threads_for),
     )
     if done is not None:
         return done
@@ -308,7 +309,8 @@ def gradient(
     """
     if sharing is BATCH:
         done = _core.gradient_at_once(
-            dy, x, axis, mean, invstd, weight, constant_statistics, out, _threads.SERIAL_BYTES
+            *(dy, x, axis, mean, invstd, weight, constant_statistics, out),
+            *(_threads.SERIAL_BYTES, threads_for),
         )
         if done is not None:
             return done
@@ -370,7 +372,8 @@ def normalize_rows(
     """
     if axis is None:
         done = _core.normalize_rows_at_once(
-            x_, normalized_shape, weight, bias, eps, uncentred, out, _threads.SERIAL_BYTES
+            *(x_, normalized_shape, weight, bias, eps, uncentred, out),
+            *(_threads.SERIAL_BYTES, threads_for),
         )
         if done is not None:
             return done
@@ -418,7 +421,7 @@ def row_gradient(
     if axis is None:
         done = _core.row_gradient_at_once(
             *(dy, x_, normalized_shape, mean, invstd, weight, uncentred, parameters, out),
-            _threads.SERIAL_BYTES,
+            *(_threads.SERIAL_BYTES, threads_for),
         )
         if done is not None:
             return done
