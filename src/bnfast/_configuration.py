@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bnfast import _core, _memory, _threads
+from bnfast import _core, _memory, _threads, _validation
 from bnfast._version import __version__
 
 VARIABLES = (
@@ -127,8 +127,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     >>> bnfast.show_config(mode="dicts")["bnfast"]["version"] == bnfast.__version__
     True
     """
-    if mode not in ("stdout", "dicts"):
-        raise ValueError(f"mode must be 'stdout' or 'dicts', got {mode!r}")
+    _validation.choice("mode", mode, ("stdout", "dicts"))
     import platform  # takes longer to import than the rest of bnfast
 
     built = _core.built_isas()

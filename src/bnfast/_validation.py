@@ -10,12 +10,13 @@ import math
 import operator
 import reprlib
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Saved = TypeVar("Saved")
 
 # Of these each element is read before the one of the output that takes its place is written.
 _MAY_BE_OUT = ("x", "dy")
@@ -88,6 +89,19 @@ def channels_of_group(num_groups: object, channels: int) -> int:
     if channels % groups:
         raise ValueError(f"num_groups must divide the {channels} channels of x, got {groups}")
     return channels // groups if channels else 1
+
+
+def matrices_of_groups(name: str, value: object, channels: int | None = None) -> Array:
+    """Return a square matrix for each group of channels: of so many, or of any number."""
+    array = floating_array(name, value)
+    shape = array.shape
+    if len(shape) != 3 or shape[1] != shape[2] or channels not in (None, shape[0] * shape[1]):
+        what = "channels" if channels is None else f"the {channels} channels"
+        raise ValueError(
+            f"{name} must have a square matrix for each group of {what}, shape "
+            f"(G, C / G, C / G), got {_describe(array)}"
+        )
+    return array
 
 
 def groups_of_statistics(name: str, value: object) -> int:
@@ -173,6 +187,11 @@ def _one_for_each_channel(name: str, array: Array, channels: int) -> None:
         )
 
 
+def _of_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{name} must have the shape {shape}, got {_describe(array)}")
+
+
 def channel_parameter(name: str, value: object, channels: int) -> Array | None:
     """Return one value a channel, contiguous and aligned, or None."""
     if value is None:
@@ -209,8 +228,7 @@ def state(name: str, value: object, shape: tuple[int, ...]) -> Array:
     if len(shape) == 1:
         return required_channel_parameter(name, value, shape[0])
     array = floating_array(name, value)
-    if array.shape != shape:
-        raise ValueError(f"{name} must have the shape {shape}, got {_describe(array)}")
+    _of_shape(name, array, shape)
     return array
 
 
@@ -238,13 +256,23 @@ def saved_statistic(name: str, value: object, shape: tuple[int, ...]) -> Array:
     return array if flags.c_contiguous and flags.aligned else array.copy()
 
 
-def _running_statistic(name: str, value: object, channels: int) -> Array:
+def saved_value(value: object, kind: type[Saved], function: str) -> Saved:
+    """Return what the forward pass returned for its backward pass."""
+    if not isinstance(value, kind):
+        raise TypeError(f"saved must be what {function} returned, got {type(value).__name__}")
+    return value
+
+
+def _running_statistic(name: str, value: object, shape: tuple[int, ...]) -> Array:
     if not isinstance(value, np.ndarray):
         raise TypeError(
             f"{name} is updated in place and must be a numpy array, got {_describe(value)}"
         )
     array = floating_array(name, value)
-    _one_for_each_channel(name, array, channels)
+    if len(shape) == 1:
+        _one_for_each_channel(name, array, shape[0])
+    else:
+        _of_shape(name, array, shape)
     if not array.flags.writeable:
         raise ValueError(
             f"{name} is updated in place and must be writable, got a read-only {_describe(array)}"
@@ -258,16 +286,20 @@ def running_statistics(
     x: Array,
     channels: int,
     names: tuple[str, str] = ("running_mean", "running_var"),
+    shape: tuple[int, ...] | None = None,
 ) -> tuple[Array, Array] | None:
-    """Return the memory that came, to be updated in place, or None for none."""
+    """Return the memory that came, to be updated in place, or None for none.
+
+    `shape` is that of the second, where it has not one value for each channel.
+    """
     if mean is None and var is None:
         return None
     both = " and ".join(names)
     if mean is None or var is None:
         missing = names[0] if mean is None else names[1]
         raise ValueError(f"{both} must both be given or both be None, got None for {missing}")
-    mean_array = _running_statistic(names[0], mean, channels)
-    var_array = _running_statistic(names[1], var, channels)
+    mean_array = _running_statistic(names[0], mean, (channels,))
+    var_array = _running_statistic(names[1], var, shape or (channels,))
     if _overlaps_itself(mean_array) or _overlaps_itself(var_array):
         raise ValueError(f"{both} must have a place for each channel")
     if shares_memory(mean_array, var_array):
@@ -359,6 +391,14 @@ def flag(name: str, value: object) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, got {_describe(value)}")
     return bool(value)
+
+
+def choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """Return one of some words."""
+    if not isinstance(value, str) or value not in choices:
+        words = " or ".join(map(repr, choices))
+        raise ValueError(f"{name} must be {words}, got {reprlib.repr(value)}")
+    return value
 
 
 def integer(name: str, value: object) -> int:

@@ -579,10 +579,7 @@ def batch_renorm_backward(
     """
     array, _, channels = _validation.batch("x", x, axis)
     own = _validation.channel_parameter("weight", weight, channels)
-    if not isinstance(saved, Renormalized):
-        raise TypeError(
-            f"saved must be what batch_renorm_forward returned, got {type(saved).__name__}"
-        )
+    _validation.saved_value(saved, Renormalized, "batch_renorm_forward")
     mean, invstd = saved.mean, saved.invstd
     r = _validation.required_channel_parameter("r", saved.r, channels)
     d = _validation.required_channel_parameter("d", saved.d, channels)
