@@ -20,10 +20,12 @@ MODULES = [
     "bnfast.functional.rows",
     "bnfast.functional.small_batches",
     "bnfast.functional.weights",
+    "bnfast.functional.whitening",
     "bnfast.layers.batch",
     "bnfast.layers._layer",
     "bnfast.layers.rows",
     "bnfast.layers.samples",
+    "bnfast.layers.whitening",
     "bnfast.statistics",
 ]
 
@@ -75,6 +77,17 @@ def test_all_names_are_there_and_documented():
             bnfast.BatchNorm,
             "num_features, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, *, "
             f"axis=1, unbiased=True, dtype={np.float32!r}",
+        ),
+        (
+            bnfast.decorrelated_batch_norm,
+            "x, running_mean=None, running_matrix=None, weight=None, bias=None, training=False, "
+            "momentum=0.1, eps=1e-05, *, num_groups=1, averaged='whitening', axis=1, out=None",
+        ),
+        (
+            bnfast.iterative_norm,
+            "x, running_mean=None, running_matrix=None, weight=None, bias=None, training=False, "
+            "momentum=0.1, eps=1e-05, *, iterations=5, num_groups=1, averaged='whitening', axis=1, "
+            "out=None",
         ),
         (bnfast.set_num_threads, "num_threads"),
         (bnfast.get_num_threads, ""),

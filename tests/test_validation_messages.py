@@ -385,3 +385,45 @@ def test_set_num_threads(bad, error, message):
 def test_show_config_mode():
     with pytest.raises(ValueError, match="mode must be 'stdout' or 'dicts', got 'text'"):
         bnfast.show_config(mode="text")
+
+
+def test_one_of_some_words():
+    raises(
+        *(bnfast.decorrelated_batch_norm, ValueError, "'whitening' or 'covariance', got 'mean'"),
+        *("averaged must be", X),
+        averaged="mean",
+    )
+
+
+def test_matrices_of_groups():
+    matrix = np.zeros((1, 2, 2))
+    raises(
+        *(bnfast.decorrelated_batch_norm_backward, ValueError, r"3 channels.*\(1, 2, 2\)"),
+        *("matrix must have a square matrix", X, X, bnfast.Whitened(np.zeros(3), matrix)),
+    )
+    raises(
+        *(bnfast.Whitened.of_covariance, ValueError, r"each group of channels.*\(2, 2\)"),
+        *("covariance must have a square matrix", np.zeros(2), matrix[0]),
+    )
+
+
+def test_running_matrices():
+    raises(
+        *(train_whitened, ValueError, r"the shape \(1, 3, 3\).*\(3, 3\)", "running_matrix must"),
+        *(ones(), np.eye(3)),
+    )
+    raises(
+        *(train_whitened, ValueError, "read-only", "running_matrix is updated in place"),
+        *(ones(), read_only(np.eye(3)[None])),
+    )
+
+
+def train_whitened(mean, matrix):
+    return bnfast.decorrelated_batch_norm(X, mean, matrix, training=True)
+
+
+def test_what_the_forward_pass_returned():
+    raises(
+        *(bnfast.iterative_norm_backward, TypeError, "what iterative_norm_forward returned"),
+        *("saved must be", X, X, (ones(), ones())),
+    )

@@ -28,6 +28,12 @@ GRADIENT_SUMS = 4
 # Running statistics: rounded to their own dtype, after float64 arithmetic on moments.
 RUNNING = 4
 
+# Whitening computes in float64 whatever the data: sums in the BLAS's own order, and an inverse root
+# that multiplies their rounding by the condition of a covariance, 1e5 or so in the tests; relative
+# to the largest value. Float32 results are rounded once more.
+WHITENING = 2e-11
+WHITENED = 1
+
 # Central differences in float64 with a step of 1e-6: their own truncation error and cancellation.
 FINITE_DIFFERENCES = 1e-7
 

@@ -302,3 +302,59 @@ def filter_response_norm_backward(
     all_axes = (0, *axes)
     deps = (-(scale**2) / 2 * gamma * d * xhat).sum(all_axes)
     return dx, (d * xhat).sum(all_axes), d.sum(all_axes), (dy - d).sum(all_axes), deps
+
+
+def _columns(x: Array, num_groups: int, axis: int) -> Array:
+    """(G, C / G, samples) of an array whose channels are along `axis`."""
+    channels = x.shape[axis]
+    return np.moveaxis(x, axis, 0).reshape(num_groups, channels // num_groups, -1)
+
+
+def root_by_eigenvalues(covariance: Array) -> Array:
+    """W = D diag(1 / sqrt(l)) D.T, the symmetric one with W covariance W = I."""
+    eigenvalues, vectors = np.linalg.eigh(covariance)
+    root: Array = (vectors / np.sqrt(eigenvalues)) @ vectors.T
+    return root
+
+
+def root_by_iterations(covariance: Array, iterations: int) -> Array:
+    """sqrt(r) P_T, where P_k = (3 P_(k-1) - P_(k-1)**3 S) / 2, S = r covariance, r = 1 / trace."""
+    trace = np.trace(covariance)
+    iterate = np.eye(len(covariance))
+    for _ in range(iterations):
+        cube = np.linalg.matrix_power(iterate, 3)
+        iterate = (3 * iterate - cube @ covariance / trace) / 2
+    root: Array = iterate / np.sqrt(trace)
+    return root
+
+
+def whitening_forward(
+    x: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    num_groups: int = 1,
+    iterations: int | None = None,
+    axis: int = 1,
+) -> tuple[Array, Array, Array, Array]:
+    """Y = weight * (W (x - mean)) + bias for the columns of each group; mean, W and covariance.
+
+    W is the inverse root of covariance + eps I: by so many iterations, or by eigenvalues.
+    """
+    x = np.asarray(x, np.float64)
+    columns = _columns(x, num_groups, axis)
+    mean = columns.mean(2)
+    centred = columns - mean[..., None]
+    covariance = centred @ centred.swapaxes(1, 2) / columns.shape[2]
+    shifted = covariance + eps * np.eye(columns.shape[1])
+    if iterations is None:
+        matrix = np.stack([root_by_eigenvalues(group) for group in shifted])
+    else:
+        matrix = np.stack([root_by_iterations(group, iterations) for group in shifted])
+    whitened = (matrix @ centred).reshape(np.moveaxis(x, axis, 0).shape)
+    channels = x.shape[axis]
+    gamma = _along(axis, x.ndim, _per_channel(weight, 1.0, channels, np.float64))
+    beta = _along(axis, x.ndim, _per_channel(bias, 0.0, channels, np.float64))
+    y: Array = gamma * np.moveaxis(whitened, 0, axis) + beta
+    return y, mean.reshape(-1), matrix, covariance

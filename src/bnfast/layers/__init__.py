@@ -4,5 +4,15 @@ from bnfast.layers.batch import BatchNorm
 from bnfast.layers.response import FilterResponseNorm
 from bnfast.layers.rows import LayerNorm, RMSNorm
 from bnfast.layers.samples import GroupNorm, InstanceNorm
+from bnfast.layers.whitening import DecorrelatedBatchNorm, IterNorm
 
-__all__ = ["BatchNorm", "FilterResponseNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
+__all__ = [
+    "BatchNorm",
+    "DecorrelatedBatchNorm",
+    "FilterResponseNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "IterNorm",
+    "LayerNorm",
+    "RMSNorm",
+]

@@ -15,7 +15,6 @@ Array = NDArray[Any]
 AnyLayer = TypeVar("AnyLayer", bound="Layer")
 Gradients = tuple[Array, Array | None, Array | None]
 
-_ARRAYS = ("weight", "bias", "running_mean", "running_var")
 _COUNTER = "num_batches_tracked"
 
 # Why `backward` has nothing to work with, where that is so.
@@ -48,6 +47,7 @@ class Layer(ABC):
     bias_grad: Array | None = None
     training: bool = True
 
+    _arrays: ClassVar[tuple[str, ...]] = ("weight", "bias", "running_mean", "running_var")
     _shown: ClassVar[tuple[str, ...]] = ()  # attributes of the repr, by the names of the arguments
 
     # What `_gradients` needs of the last call, x first, or a reason why there is nothing.
@@ -149,7 +149,7 @@ class Layer(ABC):
 
     def _state(self) -> dict[str, Array]:
         """Return the arrays that the layer has, by PyTorch's names."""
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        arrays = {name: getattr(self, name) for name in self._arrays}
         return {name: array for name, array in arrays.items() if array is not None}
 
     def state_dict(self) -> dict[str, Array]:
@@ -158,8 +158,9 @@ class Layer(ABC):
         Returns
         -------
         dict of str to array
-            ``weight``, ``bias``, ``running_mean``, ``running_var`` and ``num_batches_tracked``
-            (int64, 0-d); those that the layer has not are left out.
+            ``weight``, ``bias``, ``running_mean``, ``running_var`` (``running_matrix`` of layers
+            that whiten) and ``num_batches_tracked`` (int64, 0-d); those that the layer has not are
+            left out.
 
         Examples
         --------
