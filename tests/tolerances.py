@@ -34,6 +34,13 @@ RUNNING = 4
 WHITENING = 2e-11
 WHITENED = 1
 
+# The same where the condition is large and known: multiples of float64's eps and of the condition.
+ILL_CONDITIONED = 8
+
+# Gradients where what was saved has been rounded to float32: its eps, multiplied by the root of a
+# condition of 1e5 and by a few largest values.
+ROUNDED_STATISTICS = 1e-3
+
 # Central differences in float64 with a step of 1e-6: their own truncation error and cancellation.
 FINITE_DIFFERENCES = 1e-7
 

@@ -241,11 +241,10 @@ class IterativelyWhitened(NamedTuple):
                     shrinking @ of_root + between @ turned_scaled,
                     of_scaled @ shrinking + turned @ between,
                 )
-            along = (of_scaled * iterates[0][1]).sum((1, 2)) + 0.5 * (upstream * self.matrix).sum(
-                (1, 2)
-            )
-            gradient: NDArray[np.float64] = of_scaled - along[:, None, None] * np.eye(shape[1])
-            return gradient / trace
+            along = of_scaled * iterates[0][1] + 0.5 * upstream * self.matrix
+            of_trace = along.sum((1, 2), keepdims=True) * np.eye(shape[1])
+            gradient: NDArray[np.float64] = (of_scaled - of_trace) / trace
+        return gradient
 
 
 def decorrelated_batch_norm(

@@ -93,9 +93,8 @@ class WhiteningLayer(Layer):
             self._save(array, y, statistics, self._kept_weight(), True)
             return y
         _validation.epsilon(self.eps, training=True)
-        tracked = running if self.training else (None, None)
         y, saved = _whitening.normalize(
-            *common, *tracked, self._weight_of_new_batch(), self.averaged, out
+            *common, *running, self._weight_of_new_batch(), self.averaged, out
         )
         if self.training and self.num_batches_tracked is not None and array.size > 0:
             self.num_batches_tracked += 1
