@@ -12,8 +12,12 @@ import bnfast
 from bnfast import _cli, _core
 from bnfast import _reference as reference
 from bnfast._cli.bench import cell as cells
-from bnfast._cli.bench import limit, rivals, timing, workloads
+from bnfast._cli.bench import limit, normalizations, rivals, timing, workloads
+from bnfast._cli.bench.normalizations import NORMALIZATIONS, exact_result, make_batch
 from bnfast._cli.bench.rivals import numpy_formulas
+from tolerances import RIVAL
+
+FAMILY = tuple(name for name in NORMALIZATIONS if name != "batch")
 
 
 def bench(*arguments, **keywords):
@@ -97,11 +101,11 @@ def test_memory_is_aligned():
         assert array.shape == (size, 3)
 
 
-@pytest.mark.parametrize("operation", cells.OPERATIONS)
+@pytest.mark.parametrize("operation", NORMALIZATIONS["batch"].operations)
 def test_exact_results_in_slices_are_the_reference(operation, axis, dtype, monkeypatch):
     monkeypatch.setattr(cells, "_SLICE_BYTES", 8 * 4 * 25 * 2)  # two channels
-    batch = cells.make_batch((4, 5, 5, 5), "nchw" if axis == 1 else "nhwc", dtype, mean=3)
-    b = batch
+    layout = "nchw" if axis == 1 else "nhwc"
+    b = batch = make_batch("batch", (4, 5, 5, 5), layout, dtype, mean=3)
     expected = {
         "inference": lambda: reference.scale_shift(b.x, b.mean, b.var, b.weight, b.bias, axis=axis),
         "training": lambda: reference.batch_norm_forward(b.x, b.weight, b.bias, axis=axis)[0],
@@ -109,7 +113,7 @@ def test_exact_results_in_slices_are_the_reference(operation, axis, dtype, monke
             b.dy, b.x, b.exact_mean, b.exact_invstd, b.weight, axis=axis
         )[0],
     }[operation]()
-    exact = cells.exact_result(cells.Cell(operation, batch))
+    exact = exact_result(cells.Cell("batch", operation, batch))
     np.testing.assert_allclose(exact, expected, rtol=1e-13, atol=1e-13)
     wrong = exact.copy()
     wrong.flat[-1] += 0.25
@@ -117,6 +121,55 @@ def test_exact_results_in_slices_are_the_reference(operation, axis, dtype, monke
     wrong.flat[3] = np.nan
     with pytest.raises(ValueError, match="not a number"):
         cells.largest_error(wrong, exact)
+
+
+@pytest.mark.parametrize("operation", ["forward", "backward"])
+@pytest.mark.parametrize("normalization", ["layer", "rms"])
+def test_exact_rows_in_slices_are_the_reference(normalization, operation, dtype, monkeypatch):
+    monkeypatch.setattr(cells, "_SLICE_BYTES", 8 * 7 * 2)  # two rows
+    b = make_batch(normalization, (3, 5, 7), "rows", dtype, mean=3)
+    centred = normalization == "layer"
+    y, mean, invstd = reference.layer_norm_forward(
+        b.x, (2,), b.weight, b.bias if centred else None, centred=centred
+    )
+    dx, _, _ = reference.layer_norm_backward(
+        b.dy, b.x, (2,), mean, invstd, b.weight, centred=centred
+    )
+    exact = exact_result(cells.Cell(normalization, operation, b))
+    np.testing.assert_allclose(exact, y if operation == "forward" else dx, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(b.exact_mean, mean, rtol=1e-13)
+    np.testing.assert_allclose(b.exact_invstd, invstd, rtol=1e-13)
+    np.testing.assert_allclose(1 / np.sqrt(b.var + cells.EPS), invstd, rtol=1e-6)
+
+
+@pytest.mark.parametrize("operation", ["forward", "backward"])
+@pytest.mark.parametrize("normalization, num_groups", [("group", 3), ("instance", 6)])
+def test_exact_groups_in_slices_are_the_reference(
+    normalization, num_groups, operation, axis, dtype, monkeypatch
+):
+    monkeypatch.setattr(normalizations.GroupNorm, "most", 5)  # of 6 channels, 3 groups
+    monkeypatch.setattr(cells, "_SLICE_BYTES", 8 * 4 * 35 * 2)  # two channels
+    layout = "nchw" if axis == 1 else "nhwc"
+    b = make_batch(normalization, (4, 6, 5, 7), layout, dtype, mean=3)
+    y, mean, invstd = reference.group_norm_forward(b.x, num_groups, b.weight, b.bias, axis=axis)
+    dx, _, _ = reference.group_norm_backward(b.dy, b.x, mean, invstd, b.weight, axis=axis)
+    exact = exact_result(cells.Cell(normalization, operation, b))
+    np.testing.assert_allclose(exact, y if operation == "forward" else dx, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(b.exact_mean, mean, rtol=1e-13)
+    np.testing.assert_allclose(b.exact_invstd, invstd, rtol=1e-13)
+    assert b.num_groups == num_groups
+    grouped = b.in_groups
+    together = b.x.reshape(grouped.shape).mean((grouped.plane, *grouped.channels), keepdims=True)
+    assert together.shape == grouped.statistics
+    np.testing.assert_allclose(together.ravel(), mean.ravel(), rtol=1e-5)
+    assert np.broadcast_shapes(grouped.parameters, together.shape)
+
+
+@pytest.mark.parametrize(
+    "channels, groups", [(320, 32), (512, 32), (48, 24), (54, 27), (97, 1), (20, 20)]
+)
+def test_groups_are_32_or_the_most_below_that_divide_the_channels(channels, groups):
+    assert NORMALIZATIONS["group"].shape_of_statistics((2, channels, 3, 3)) == (2, groups)
 
 
 def test_turns_rotate(monkeypatch):
@@ -172,7 +225,7 @@ def test_probes_touch_what_the_operation_touches(operation, arrays, dtype, monke
     monkeypatch.setattr(
         limit._primitives, "probe_memory", lambda *arguments: probed.append(arguments)
     )
-    cell = cells.Cell(operation, cells.make_batch((8, 16, 5, 5), "nchw", dtype))
+    cell = cells.Cell("batch", operation, make_batch("batch", (8, 16, 5, 5), "nchw", dtype))
     probes = limit.Probes(cell, 3)
     for call in probes.calls.values():
         call()
@@ -190,10 +243,12 @@ def test_the_error_column_is_the_largest_error(run):
     selection = run.Selection(shapes="3x4x5x5", quick=True)
     results = run.measure(selection, {"NumPy": numpy_formulas.NumPyFormulas(1)}, budget=1e-9)
     assert [(row["operation"], row["layout"]) for row in results["rows"]] == [
-        (operation, layout) for layout in workloads.LAYOUTS for operation in cells.OPERATIONS
+        (operation, layout)
+        for layout in workloads.LAYOUTS
+        for operation in NORMALIZATIONS["batch"].operations
     ]
     training = results["rows"][1]
-    b = cells.make_batch((3, 4, 5, 5), "nchw", np.float32)
+    b = make_batch("batch", (3, 4, 5, 5), "nchw", np.float32)
     exact = reference.batch_norm_forward(b.x, b.weight, b.bias)[0]
     formula = numpy_formulas.batch_norm_forward(b.x, b.weight, b.bias)[0]
     y = bnfast.batch_norm_forward(b.x, b.weight, b.bias)[0]
@@ -212,7 +267,9 @@ def test_failures_are_reported(run):
         "lazy": Stub(lambda cell: cell.batch.out),  # writes nothing
         "unloadable": "ImportError: no such library",
     }
-    selection = run.Selection(("inference",), ("nchw",), shapes="3x4x5x5", quick=True)
+    selection = run.Selection(
+        operations=("inference",), layouts=("nchw",), shapes="3x4x5x5", quick=True
+    )
     results = run.measure(selection, stubs, budget=1e-9)
     (row,) = results["rows"]
     outcomes = row["rivals"]
@@ -227,7 +284,8 @@ def test_failures_are_reported(run):
     assert outcomes["unloadable"] == {"failed": "ImportError: no such library"}
     text = run.report.markdown(results)
     line = next(line for line in text.splitlines() if line.startswith("| inference | 3x4x5x5"))
-    assert [cell.strip() for cell in line.split("|")][-8:-1] == ["—", *["failed"] * 6]
+    assert [cell.strip() for cell in line.split("|")][-7:-1] == ["failed"] * 6
+    assert "elsewhere has nothing of batch norm: not here." in text
     assert "first failed (inference, 3x4x5x5, NCHW): RuntimeError: will not run" in text
     assert "unloadable failed: ImportError: no such library" in text
 
@@ -236,7 +294,8 @@ def test_means_and_losses(run):
     def row(operation, ratio, error):
         outcome = {"ratio": ratio, "error": error}
         return {
-            **{"operation": operation, "shape": [2, 3], "layout": "nchw"},
+            **{"normalization": "batch", "operation": operation},
+            **{"shape": [2, 3], "layout": "nchw"},
             "bnfast": {"error": 1e-7},
             "rivals": {"a": outcome, "b": {"not offered": "no"}},
         }
@@ -251,20 +310,70 @@ def test_means_and_losses(run):
 
 def test_one_value_per_channel_has_no_training(run):
     selection = run.Selection(shapes="1x64,1x64x1x1,1x64x2x1")
-    assert [selection.operations_on(shape) for shape, _ in selection.batches()] == [
+    assert [operations for _, _, operations in selection.batches("batch")] == [
         *[("inference",)] * 2,
-        *[cells.OPERATIONS] * 2,
+        *[NORMALIZATIONS["batch"].operations] * 2,
     ]
+
+
+def test_single_values_have_no_statistics_but_in_rows(run):
+    selection = run.Selection(normalizations=FAMILY, shapes="1x20,2x20,1x64x1x1,2x3x2x1")
+    measured = {
+        name: [shape for shape, _, operations in selection.batches(name) if operations]
+        for name in FAMILY
+    }
+    assert measured["layer"] == measured["rms"] == [(1, 20), (2, 20), (1, 64, 1, 1), (2, 3, 2, 1)]
+    assert measured["group"] == [(2, 20), (1, 64, 1, 1), *[(2, 3, 2, 1)] * 2]
+    assert measured["instance"] == [(2, 3, 2, 1)] * 2
+
+
+@pytest.mark.parametrize(
+    "choice, message",
+    [
+        ({"normalizations": ("layer",), "operations": ("training",)}, "layer norm has no training"),
+        ({"operations": ("forward",)}, "batch norm has no forward, but inference, training"),
+        (
+            {"normalizations": ("batch", "rms"), "operations": ("inference", "training")},
+            "rms norm has no inference or training, but forward, backward",
+        ),
+        ({"normalizations": ("instance",), "shapes": "2x64"}, "instance norm of 2x64: nothing to"),
+        ({"operations": ("training",), "shapes": "1x64"}, "batch norm of 1x64: nothing to measure"),
+    ],
+)
+def test_what_leaves_nothing_to_measure_is_refused(run, choice, message):
+    with pytest.raises(run.NothingToMeasure, match=message):
+        run.Selection(**choice).count_cells()
+
+
+def test_every_normalization_measures_its_own_operations(run):
+    selection = run.Selection(
+        normalizations=("batch", *FAMILY), operations=("training", "forward"), shapes="4x32x2x2"
+    )
+    assert {name: {ops for _, _, ops in selection.batches(name)} for name in NORMALIZATIONS} == {
+        "batch": {("training",)},
+        **{name: {("forward",)} for name in FAMILY},
+    }
+    assert selection.count_cells() == 2 * 3 + 2  # rows have one layout
+
+
+def test_default_shapes_are_those_of_each_normalization(run):
+    for quick in (False, True):
+        selection = run.Selection(normalizations=tuple(NORMALIZATIONS), quick=quick)
+        for name, norm in NORMALIZATIONS.items():
+            sets = norm.quick_shapes if quick else norm.shapes
+            shapes = dict.fromkeys(shape for shape, _, _ in selection.batches(name))
+            assert tuple(shapes) == workloads.parse(sets)
 
 
 def test_the_command_says_how_to_measure_again(run):
     assert run.Selection().command() == "python -m bnfast bench"
     selection = run.Selection(
-        ("training",), ("nhwc",), "float64", "call", 2, "fresh", ("jax",), 1e4, True
+        *(("batch", "layer"), ("training", "forward"), ("nhwc",), "float64", "call", 2),
+        *("fresh", ("jax",), 1e4, True),
     )
     assert selection.command() == (
-        "python -m bnfast bench --op training --layout nhwc --dtype float64 --shapes call "
-        "--threads 2 --regime fresh --mean 10000 --peers jax --quick"
+        "python -m bnfast bench --norm batch layer --op training forward --layout nhwc "
+        "--dtype float64 --shapes call --threads 2 --regime fresh --mean 10000 --peers jax --quick"
     )
 
 
@@ -331,10 +440,49 @@ def test_names_may_be_separated_by_commas(arguments):
     assert options.layout == [("nhwc",)]
 
 
+def test_normalizations_are_words_or_lists():
+    options = _cli._parser().parse_args(["bench", "--norm", "layer,RMS", "group"])
+    assert options.norm == [("layer", "rms"), ("group",)]
+
+
+def test_several_normalizations_are_told_apart_in_every_form(run, tmp_path):
+    arguments = "--norm rms batch --peers numpy,numba --shapes 6x8 --quick".split()
+    if rivals.PEERS["numba"].missing():
+        arguments[arguments.index("numpy,numba")] = "numpy"
+    done = bench(*arguments, "--json", "j", "--markdown", "m", "--plot", "p.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "j").read_text(encoding="utf-8"))
+    assert results["command"].split()[4:7] == ["--norm", "rms", "batch"]
+    assert results["normalizations"] == ["rms", "batch"]
+    measured = [(row["normalization"], row["operation"]) for row in results["rows"]]
+    assert measured == [
+        *(("rms", operation) for operation in ("forward", "backward")),
+        *(("batch", operation) for operation in ("inference", "training", "backward")),
+    ]
+    means = results["geometric means"]
+    assert [(m["normalization"], m["operation"], m["layout"]) for m in means] == [
+        *(("batch", operation, "nchw") for operation in ("inference", "training", "backward")),
+        *(("rms", operation, "rows") for operation in ("forward", "backward")),
+    ]
+    text = (tmp_path / "m").read_text(encoding="utf-8")
+    assert "| normalization | operation | shape | layout | bnfast |" in text
+    assert "| rms | backward | 6x8 | ROWS |" in text
+    assert "| batch | backward | 6x8 | NCHW |" in text
+    assert ("Numba has nothing of rms norm: " in text) == ("numba" in arguments[4])
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_to_measure_is_said_before_anything_is_loaded(tmp_path):
+    done = bench("--norm", "layer", "--op", "training", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "layer norm has no training, but forward, backward\n"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         *(("--op", "nonsense"), ("--layout", "chwn"), ("--dtype", "float16")),
+        ("--norm", "weight"),
         *(("--shapes", "3"), ("--threads", "0"), ("--threads", "1000000")),
         *(("--peers", "nobody"), ("--json", "no/such/folder/f"), ("--plot", "plot.xyz")),
         ("--markdown", "no/such/folder/f"),
@@ -357,24 +505,51 @@ def test_it_says_what_is_missing(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def not_offered(peer, dtype, normalization, operation, layout):
+    """What a rival has not, as it is installed here."""
+    if peer == "numba":
+        return normalization != "batch"
+    if peer == "onnxruntime":
+        training = operation in ("training", "backward")
+        return training or layout == "nhwc" or (normalization, dtype) == ("instance", "float64")
+    if not peer.startswith("onednn"):
+        return False
+    if dtype == "float64" or (peer == "onednn-blocked" and normalization != "batch"):
+        return True
+    from bnfast._cli.bench.rivals.onednn_library import library
+
+    came = {"rms": (3, 9), "group": (3, 3), "instance": (3, 3)}
+    return library().version < came.get(normalization, (3,))
+
+
+MEASURE = """
+import json, sys
+from bnfast._cli.bench import run, timing
+timing.TURN = timing.WARM_UP = 0  # every call once a round
+selection = run.Selection(**json.loads(sys.argv[1]))
+json.dump(run.measure(selection, run.ready(selection), budget=1e-9)["rows"], sys.stdout)
+"""
+
+
 # In processes of their own: JAX and PyTorch leave threads behind, which other tests fork.
 @pytest.mark.parametrize("regime, dtype", [("out", "float32"), ("fresh", "float64")])
-@pytest.mark.parametrize("peer", [name for name in rivals.PEERS if name != "numpy"])
-def test_every_rival_is_right(run, peer, regime, dtype, tmp_path):
+@pytest.mark.parametrize("peer", rivals.PEERS)
+def test_every_rival_is_right(run, peer, regime, dtype):
     if rivals.PEERS[peer].missing():
         pytest.skip(f"{peer} is not installed")
-    choice = ["--peers", peer, "--regime", regime, "--dtype", dtype, "--json", "j"]
-    done = bench("--quick", "--shapes", "16x20,9x24x1x1,6x19x5x7,3x32x2x6", *choice, cwd=tmp_path)
+    choice = {"normalizations": list(NORMALIZATIONS), "shapes": "16x20,9x24x1x1,6x19x5x7,3x66x2x6"}
+    choice |= {"peers": [peer], "regime": regime, "dtype": dtype}
+    child = [sys.executable, "-c", MEASURE, json.dumps(choice)]
+    done = subprocess.run(child, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    for row in json.loads((tmp_path / "j").read_text(encoding="utf-8"))["rows"]:
+    rows = json.loads(done.stdout)
+    assert {row["normalization"] for row in rows} == set(NORMALIZATIONS)
+    for row in rows:
         (outcome,) = row["rivals"].values()
-        missing = (
-            (peer.startswith("onednn") and dtype == "float64")
-            or (peer == "onnxruntime" and row["operation"] != "inference")
-            or (peer == "onnxruntime" and row["layout"] != "nchw")
-        )
-        assert ("not offered" in outcome) == missing, (row["operation"], row["layout"], outcome)
-        assert missing or outcome["error"] < (1e-4 if dtype == "float32" else 1e-12), outcome
+        cell = row["normalization"], row["operation"], row["layout"]
+        missing = not_offered(peer, dtype, *cell)
+        assert ("not offered" in outcome) == missing, (cell, row["shape"], outcome)
+        assert missing or outcome["error"] < RIVAL[dtype], (cell, row["shape"], outcome)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

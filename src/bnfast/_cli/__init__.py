@@ -12,6 +12,7 @@ from typing import Any
 from bnfast import __version__, show_config
 from bnfast._cli.bench import rivals, workloads
 from bnfast._cli.bench.cell import OPERATIONS
+from bnfast._cli.bench.normalizations import NORMALIZATIONS
 from bnfast._threads import allowed_threads
 
 
@@ -103,12 +104,21 @@ def _add_bench(commands: Any) -> None:
         description="Measure bnfast and every rival that is installed, in turn, call by call.",
     )
     bench.add_argument(
+        "--norm",
+        nargs="+",
+        type=_of(tuple(NORMALIZATIONS)),
+        default=[("batch",)],
+        metavar="NAME",
+        help=f"of {', '.join(NORMALIZATIONS)} (default: batch)",
+    )
+    bench.add_argument(
         "--op",
         nargs="+",
         type=_of(OPERATIONS),
         default=[OPERATIONS],
         metavar="NAME",
-        help=f"of {', '.join(OPERATIONS)} (default: all)",
+        help="inference, training and backward of batch norm, forward and backward of the others "
+        "(default: all)",
     )
     bench.add_argument(
         "--layout",
@@ -116,14 +126,15 @@ def _add_bench(commands: Any) -> None:
         type=_of(workloads.LAYOUTS),
         default=[workloads.LAYOUTS],
         metavar="NAME",
-        help=f"of {', '.join(workloads.LAYOUTS)} (default: both)",
+        help=f"of {', '.join(workloads.LAYOUTS)} (default: both); rows have but one",
     )
     bench.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     bench.add_argument(
         "--shapes",
         type=_shapes,
         metavar="NAME|NxCxHxW,...",
-        help=f"sets of shapes and shapes, of {', '.join(workloads.SETS)} (default: resnet50,small)",
+        help=f"sets of shapes and shapes, of {', '.join(workloads.SETS)} "
+        f"(default: {'; '.join(f'{n.shapes} for {name}' for name, n in NORMALIZATIONS.items())})",
     )
     bench.add_argument(
         "--threads", type=_threads, default=1, help="of every contender (default: 1)"
@@ -190,6 +201,7 @@ def _bench(options: argparse.Namespace) -> int:
         )
         return 1
     selection = run.Selection(
+        tuple(dict.fromkeys(chain.from_iterable(options.norm))),
         tuple(chain.from_iterable(options.op)),
         tuple(chain.from_iterable(options.layout)),
         options.dtype,

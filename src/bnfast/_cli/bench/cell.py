@@ -1,26 +1,27 @@
-"""The data of one cell of the table: one operation on one shape, layout and dtype."""
+"""The data of one cell of the table: one operation of one normalization on one batch."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfast import _reference as reference
-from bnfast._cli.bench.workloads import Shape, in_layout
+from bnfast._cli.bench.workloads import Shape
 
 Array = NDArray[Any]
 
-OPERATIONS = ("inference", "training", "backward")
+# Training, and forward where there is nothing else: y and the statistics that its gradient needs.
+OPERATIONS = ("inference", "training", "forward", "backward")
 EPS = 1e-5
 
 # Arrays of the size of x that an operation must move: read x, write y; read x and dy, write dx.
-ARRAYS_MOVED = {"inference": 2, "training": 2, "backward": 3}
+ARRAYS_MOVED = {"inference": 2, "training": 2, "forward": 2, "backward": 3}
 
-# The float64 result is made of so many channels at a time that its temporaries stay below this.
+# The float64 result is made in pieces, and compared in pieces, of at most so many bytes.
 _SLICE_BYTES = 64 << 20
 
 
@@ -37,13 +38,23 @@ def aligned_empty(shape: Shape, dtype: Any) -> Array:
     return array
 
 
+class Groups(NamedTuple):
+    """Views in which the statistics of groups of channels are those of some axes."""
+
+    shape: Shape  # of x, y, dy and dx
+    parameters: Shape  # of weight and bias
+    statistics: Shape  # of mean, var and invstd
+    plane: int  # the axis of the elements of a plane
+    channels: tuple[int, ...]  # and that of the channels of a group, where there are several
+
+
 @dataclass(frozen=True)
 class Batch:
     """Arrays of one shape in one layout, for all operations; everyone reads and writes the same."""
 
-    shape: Shape  # channels second
+    shape: Shape  # channels second, but for rows
     layout: str
-    axis: int
+    axis: int  # of the parameters: of channels, or of the elements of a row
     x: Array
     dy: Array
     out: Array
@@ -53,6 +64,7 @@ class Batch:
     var: Array
     invstd: Array
     exact_mean: Array  # in float64
+    exact_var: Array
     exact_invstd: Array
 
     @property
@@ -60,11 +72,30 @@ class Batch:
         """The dtype of everything but the exact statistics."""
         return self.x.dtype
 
+    @property
+    def num_groups(self) -> int:
+        """Of channels, where each sample has statistics of its own, (N, groups)."""
+        groups: int = self.mean.shape[1]
+        return groups
+
+    @property
+    def in_groups(self) -> Groups:
+        """How to view the arrays, where each sample has statistics of its own."""
+        n, groups = self.mean.shape
+        together = self.weight.size // groups
+        group, one = ((groups,), ()) if together == 1 else ((groups, together), (1,))
+        if self.axis == 1:
+            shape, parameters, statistics = (n, *group, -1), (1, *group, 1), (n, groups, *one, 1)
+            return Groups(shape, parameters, statistics, len(group) + 1, (2,) * len(one))
+        shape, parameters, statistics = (n, -1, *group), (1, 1, *group), (n, 1, groups, *one)
+        return Groups(shape, parameters, statistics, 1, (3,) * len(one))
+
 
 @dataclass(frozen=True)
 class Cell:
-    """An operation on a batch."""
+    """An operation of a normalization on a batch."""
 
+    normalization: str
     operation: str
     batch: Batch
 
@@ -74,72 +105,17 @@ class Cell:
         return ARRAYS_MOVED[self.operation] * self.batch.x.nbytes
 
 
-def channels(array: Array, axis: int, part: slice) -> Array:
-    """Return a view of some channels."""
-    return array[:, part] if axis == 1 else array[..., part]
-
-
-def _slices(array: Array, axis: int) -> list[slice]:
-    """Return parts of the channels, few enough for temporaries in float64."""
-    count = array.shape[axis]
-    step = max(1, count * _SLICE_BYTES // max(1, 8 * array.size))
-    return [slice(start, start + step) for start in range(0, count, step)]
-
-
-def make_batch(shape: Shape, layout: str, dtype: Any, mean: float = 0.0) -> Batch:
-    """Return normal values of standard deviation 1 around `mean`, and their statistics."""
-    dtype = np.dtype(dtype)
-    in_memory, axis = in_layout(shape, layout)
-    rng = np.random.default_rng(0)
-    x, dy, out = (aligned_empty(in_memory, dtype) for _ in range(3))
-    rng.standard_normal(dtype=dtype.type, out=x)
-    x += dtype.type(mean)
-    rng.standard_normal(dtype=dtype.type, out=dy)
-    weight, bias = rng.uniform(0.5, 1, (2, shape[1])).astype(dtype)
-    exact_mean, exact_var = np.empty((2, shape[1]))
-    for part in _slices(x, axis):
-        count, exact_mean[part], m2 = reference.moments(channels(x, axis, part), axis)
-        exact_var[part] = m2 / count
-    exact_invstd = 1 / np.sqrt(exact_var + EPS)
-    return Batch(
-        *(shape, layout, axis, x, dy, out, weight, bias),
-        mean=exact_mean.astype(dtype),
-        var=exact_var.astype(dtype),
-        invstd=exact_invstd.astype(dtype),
-        exact_mean=exact_mean,
-        exact_invstd=exact_invstd,
-    )
-
-
-def exact_result(cell: Cell) -> Array:
-    """Return y or dx in float64."""
-    b = cell.batch
-    exact = np.empty(b.x.shape)
-    for part in _slices(b.x, b.axis):
-        x, weight, bias = channels(b.x, b.axis, part), b.weight[part], b.bias[part]
-        if cell.operation == "inference":
-            mean, var = b.mean[part], b.var[part]
-            result = reference.scale_shift(x, mean, var, weight, bias, EPS, axis=b.axis)
-        elif cell.operation == "training":
-            result, _, _ = reference.batch_norm_forward(x, weight, bias, EPS, axis=b.axis)
-        else:
-            dy, mean, invstd = (
-                channels(b.dy, b.axis, part),
-                b.exact_mean[part],
-                b.exact_invstd[part],
-            )
-            result, _, _ = reference.batch_norm_backward(dy, x, mean, invstd, weight, axis=b.axis)
-        channels(exact, b.axis, part)[...] = result
-    return exact
+def slices(count: int, size: int) -> Iterator[slice]:
+    """Cut so many equal parts of an array of `size` into slices that are small in float64."""
+    step = max(1, count * _SLICE_BYTES // max(1, 8 * size))
+    return (slice(start, start + step) for start in range(0, count, step))
 
 
 def largest_error(result: Array, exact: Array) -> float:
     """Return the largest absolute difference; raise where it is none."""
     if result.shape != exact.shape:
         raise ValueError(f"the result has shape {result.shape}, not {exact.shape}")
-    step = max(1, _SLICE_BYTES // max(1, exact[0].nbytes))
-    starts = range(0, len(exact), step)
-    parts = ((result[start : start + step], exact[start : start + step]) for start in starts)
+    parts = ((result[part], exact[part]) for part in slices(len(exact), exact.size))
     error = float(np.max([np.abs(ours - theirs).max() for ours, theirs in parts]))
     if math.isnan(error):
         raise ValueError("the result is not a number in places")

@@ -11,36 +11,48 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from bnfast._cli.bench.cell import OPERATIONS
-from bnfast._cli.bench.workloads import LAYOUTS, name_of
+from bnfast._cli.bench.normalizations import NORMALIZATIONS
+from bnfast._cli.bench.report import name, names
 
 Row = dict[str, Any]
 
-MARKERS = {"nchw": "o", "nhwc": "s"}
+MARKERS = {"nchw": "o", "nhwc": "s", "rows": "o"}
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Write a PNG: one row for each operation."""
-    operations = [o for o in OPERATIONS if any(r["operation"] == o for r in results["rows"])]
-    most = max(sum(r["operation"] == o for r in results["rows"]) for o in operations)
-    size = (max(11.0, 6 + 0.28 * most), 3.6 * len(operations) + 0.6)
+    """Write a PNG: one row for each operation of each normalization."""
+    keys = names(results, "normalization", "operation")
+    panels: dict[str, list[Row]] = {}
+    for row in sorted(results["rows"], key=_place):
+        panels.setdefault(" ".join(name(row, key) for key in keys), []).append(row)
+    most = max(map(len, panels.values()))
+    size = (max(11.0, 6 + 0.28 * most), 3.6 * len(panels) + 0.6)
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     widths = [max(1.2, 0.05 * most), 1]
-    grid = figure.subplots(len(operations), 2, squeeze=False, width_ratios=widths)
-    for operation, (left, right) in zip(operations, grid, strict=True):
-        rows = [row for row in results["rows"] if row["operation"] == operation]
+    grid = figure.subplots(len(panels), 2, squeeze=False, width_ratios=widths)
+    for (title, rows), (left, right) in zip(panels.items(), grid, strict=True):
         _ratios(left, rows, list(results["rivals"]))
-        left.set_title(f"{operation}: times as multiples of bnfast's", fontsize=10)
+        left.set_title(f"{title}: times as multiples of bnfast's", fontsize=10)
         _bandwidths(right, rows)
-        right.set_title(f"{operation}: bandwidth", fontsize=10)
-    handles, labels = grid[0][0].get_legend_handles_labels()
+        right.set_title(f"{title}: bandwidth", fontsize=10)
+    handles: dict[str, Any] = {}
+    for axes in grid[:, 0]:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     if handles:
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=9)
+        labels = list(handles)
+        figure.legend(
+            handles.values(), labels, loc="outside upper center", ncols=len(labels), fontsize=9
+        )
     threads = "one thread" if results["threads"] == 1 else f"{results['threads']} threads"
     machine = results["machine"]
     about = f"{machine['cpu']}, {machine['instruction set']}; {results['dtype']}, {threads}"
     figure.supxlabel(f"{about}; {results['command']}", fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def _place(row: Row) -> tuple[int, int]:
+    return list(NORMALIZATIONS).index(row["normalization"]), OPERATIONS.index(row["operation"])
 
 
 def _ratios(axes: Axes, rows: list[Row], titles: list[str]) -> None:
@@ -55,13 +67,13 @@ def _ratios(axes: Axes, rows: list[Row], titles: list[str]) -> None:
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_ylabel("above 1: bnfast is faster")
-    labels = [f"{name_of(tuple(row['shape']))} {row['layout']}" for row in rows]
+    labels = [f"{name(row, 'shape')} {row['layout']}" for row in rows]
     axes.set_xticks(range(len(rows)), labels, rotation=90, fontsize=7)
     axes.grid(axis="y", alpha=0.3)
 
 
 def _bandwidths(axes: Axes, rows: list[Row]) -> None:
-    for layout in LAYOUTS:
+    for layout in dict.fromkeys(row["layout"] for row in rows):
         these = sorted((r for r in rows if r["layout"] == layout), key=lambda r: int(r["traffic"]))
         if these:
             sizes = [row["traffic"] / 2**20 for row in these]

@@ -53,8 +53,8 @@ class Probes:
 def best(operation: str, rates: Mapping[str, float]) -> tuple[float, str]:
     """Return the limit in bytes a second, and what set it.
 
-    Inference and training read as much as they write: the best of the probes that do so, in place
-    too, though only those who need not keep x can come near that. A third of what backward moves is
+    All but backward read as much as they write: the best of the probes that do so, in place too,
+    though only those who need not keep x can come near that. A third of what backward moves is
     another array that is only read.
     """
     kind = max(("copy", "streaming_copy", "in_place"), key=lambda kind: rates[kind])

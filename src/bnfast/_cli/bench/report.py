@@ -27,7 +27,8 @@ from rich.progress import (
 from rich.table import Table
 
 from bnfast._cli.bench.cell import OPERATIONS
-from bnfast._cli.bench.workloads import LAYOUTS, name_of
+from bnfast._cli.bench.normalizations import NORMALIZATIONS
+from bnfast._cli.bench.workloads import LAYOUTS, ROWS, name_of
 
 Results = dict[str, Any]
 Row = dict[str, Any]
@@ -50,13 +51,14 @@ class Sheet(NamedTuple):
 
 
 def geometric_means(rows: list[Row]) -> list[Row]:
-    """Return the mean ratio and the largest error for each operation, layout and rival."""
+    """Return the mean ratio and largest error for each normalization, operation, layout, rival."""
     means = []
-    for operation, layout in product(OPERATIONS, LAYOUTS):
-        group = [r for r in rows if (r["operation"], r["layout"]) == (operation, layout)]
+    keys = "normalization", "operation", "layout"
+    for values in product(NORMALIZATIONS, OPERATIONS, (*LAYOUTS, ROWS)):
+        group = [row for row in rows if tuple(row[key] for key in keys) == values]
         if not group:
             continue
-        mean: Row = {"operation": operation, "layout": layout, "cells": len(group), "rivals": {}}
+        mean: Row = {**dict(zip(keys, values, strict=True)), "cells": len(group), "rivals": {}}
         mean["error of bnfast"] = max(row["bnfast"]["error"] for row in group)
         for title in group[0]["rivals"]:
             offered = [r["rivals"][title] for r in group if "ratio" in r["rivals"][title]]
@@ -75,7 +77,7 @@ def losses(rows: list[Row]) -> list[Row]:
     """Return the cells in which a rival was faster, the worst first."""
     lost = [
         {
-            **{key: row[key] for key in ("operation", "shape", "layout")},
+            **{key: row[key] for key in ("normalization", "operation", "shape", "layout")},
             "rival": title,
             "ratio": outcome["ratio"],
             "error": outcome["error"],
@@ -107,42 +109,72 @@ def _outcome(outcome: Row) -> str:
     return f"{_ratio(outcome['ratio'])}{mark} ({outcome['error']:.0e})"
 
 
+def names(results: Results, *keys: str) -> list[str]:
+    """Return by which of these a row is told: by its normalization if others than batch norm are.
+
+    Without any other, the tables are those of batch norm, and need not say so in each line.
+    """
+    several = results["normalizations"] != ["batch"]
+    return [key for key in keys if several or key != "normalization"]
+
+
+def name(row: Row, key: str) -> str:
+    """Return what a table says of it: ``batch``, ``training``, ``2x3x4x5``, ``NCHW``."""
+    if key == "shape":
+        return name_of(tuple(row["shape"]))
+    value = str(row[key])
+    return value.upper() if key == "layout" else value
+
+
+def _offering(results: Results) -> list[str]:
+    """Return the rivals that have a column: all but those that offer nothing of the table."""
+    return [
+        title
+        for title in results["rivals"]
+        if any("not offered" not in row["rivals"][title] for row in results["rows"])
+    ]
+
+
 def all_cells(results: Results) -> Sheet:
     """Return the table of all cells."""
-    headings = ["operation", "shape", "layout", "bnfast", "±", "GB/s", "of limit", "error"]
+    keys = names(results, "normalization", "operation", "shape", "layout")
+    titles = _offering(results)
+    headings = [*keys, "bnfast", "±", "GB/s", "of limit", "error", *titles]
     lines = []
     for row in results["rows"]:
         mine = row["bnfast"]
-        ratios = [outcome.get("ratio", math.inf) for outcome in row["rivals"].values()]
+        outcomes = [row["rivals"][title] for title in titles]
+        ratios = [outcome.get("ratio", math.inf) for outcome in outcomes]
         best = min(ratios, default=math.inf)
         lines.append(
             [
-                *(Text(row["operation"]), Text(name_of(tuple(row["shape"])))),
-                *(Text(row["layout"].upper()), Text(duration(mine["seconds"]))),
+                *(Text(name(row, key)) for key in keys),
+                Text(duration(mine["seconds"])),
                 Text(f"{mine['spread']:.0%}"),
                 Text(f"{mine['GB/s']:.1f}"),
                 Text(f"{mine['fraction of limit']:.0%}"),
                 Text(f"{mine['error']:.0e}"),
                 *(
                     Text(_outcome(outcome), math.isfinite(ratio) and ratio == best)
-                    for outcome, ratio in zip(row["rivals"].values(), ratios, strict=True)
+                    for outcome, ratio in zip(outcomes, ratios, strict=True)
                 ),
             ]
         )
     title = "Times of the rivals as multiples of bnfast's (and largest errors)"
-    return Sheet(title, 3, headings + list(results["rivals"]), lines)
+    return Sheet(title, len(keys), headings, lines)
 
 
 def all_means(results: Results) -> Sheet:
     """Return the table of geometric means."""
-    headings = ["operation", "layout", "cells", "error", *results["rivals"]]
+    keys = names(results, "normalization", "operation", "layout")
+    titles = _offering(results)
     lines = []
     for mean in results["geometric means"]:
         rivals = mean["rivals"]
         best = min((rival["ratio"] for rival in rivals.values()), default=math.inf)
-        line = [Text(mean["operation"]), Text(mean["layout"].upper()), Text(str(mean["cells"]))]
-        line.append(Text(f"{mean['error of bnfast']:.0e}"))
-        for title in results["rivals"]:
+        line = [Text(name(mean, key)) for key in keys]
+        line += [Text(str(mean["cells"])), Text(f"{mean['error of bnfast']:.0e}")]
+        for title in titles:
             if title not in rivals:
                 line.append(Text("—"))
                 continue
@@ -151,15 +183,17 @@ def all_means(results: Results) -> Sheet:
             text = f"{_ratio(rival['ratio'])} ({rival['error']:.0e}{some})"
             line.append(Text(text, rival["ratio"] == best))
         lines.append(line)
-    return Sheet("Geometric means of the ratios (and largest errors)", 2, headings, lines)
+    headings = [*keys, "cells", "error", *titles]
+    title = "Geometric means of the ratios (and largest errors)"
+    return Sheet(title, len(keys), headings, lines)
 
 
 def all_losses(results: Results) -> Sheet:
     """Return the table of cells where a rival is faster."""
+    keys = names(results, "normalization", "operation", "shape", "layout", "rival")
     lines = [
         [
-            *(Text(loss["operation"]), Text(name_of(tuple(loss["shape"])))),
-            *(Text(loss["layout"].upper()), Text(loss["rival"])),
+            *(Text(name(loss, key)) for key in keys),
             *(Text(_ratio(loss["ratio"])), Text(f"{loss['error']:.0e}")),
             Text(f"{loss['error of bnfast']:.0e}"),
         ]
@@ -167,8 +201,26 @@ def all_losses(results: Results) -> Sheet:
     ]
     compared = sum("ratio" in o for row in results["rows"] for o in row["rivals"].values())
     title = f"Where a rival is faster: {len(lines)} of {compared} comparisons"
-    headings = ["operation", "shape", "layout", "rival", "ratio", "its error", "of bnfast"]
-    return Sheet(title, 4, headings, lines)
+    return Sheet(title, len(keys), [*keys, "ratio", "its error", "of bnfast"], lines)
+
+
+def _not_offered(results: Results) -> list[str]:
+    """Return which normalizations a rival has nothing of, and why."""
+    lines = []
+    for title in results["rivals"]:
+        without: dict[str, list[str]] = {}  # which, by the reasons
+        for normalization in results["normalizations"]:
+            outcomes = [
+                row["rivals"][title]
+                for row in results["rows"]
+                if row["normalization"] == normalization
+            ]
+            if all("not offered" in outcome for outcome in outcomes):
+                why = dict.fromkeys(outcome["not offered"] for outcome in outcomes)
+                without.setdefault("; ".join(why), []).append(normalization)
+        for reasons, normalizations in without.items():
+            lines.append(f"{title} has nothing of {', '.join(normalizations)} norm: {reasons}.")
+    return lines
 
 
 def notes(results: Results) -> list[str]:
@@ -183,8 +235,8 @@ def notes(results: Results) -> list[str]:
     for row in results["rows"]:
         for title, outcome in row["rivals"].items():
             if "failed" in outcome and "failed" not in results["rivals"][title]:
-                shape = name_of(tuple(row["shape"]))
-                where = f"{row['operation']}, {shape}, {row['layout'].upper()}"
+                keys = names(results, "normalization", "operation", "shape", "layout")
+                where = ", ".join(name(row, key) for key in keys)
                 failed[f"{title} failed ({where}): {outcome['failed']}"] = None
     threads = "one thread" if results["threads"] == 1 else f"{results['threads']} threads"
     writes = "new outputs" if results["regime"] == "fresh" else "outputs written to given memory"
@@ -193,7 +245,7 @@ def notes(results: Results) -> list[str]:
         f"{machine['cpu']}, {machine['instruction set']}"
         + (f", {caches}" if caches else "")
         + f"; {results['dtype']}, {threads}, {writes}.",
-        ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
+        ", ".join(f"{title} {version}" for title, version in versions.items()) + ".",
         f"Made by `{results['command']}`.",
         "Medians of calls in turn, and half the distance of their quartiles; above 1 bnfast is "
         "faster; errors are the largest against float64; the best rival is marked. The limit is "
@@ -202,7 +254,7 @@ def notes(results: Results) -> list[str]:
     ]
     if any(o.get("fresh") for row in results["rows"] for o in row["rivals"].values()):
         lines.append("† writes to new memory at each call: it has no better way.")
-    return lines + list(failed)
+    return lines + _not_offered(results) + list(failed)
 
 
 def _sheets(results: Results) -> list[Sheet]:

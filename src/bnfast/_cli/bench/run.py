@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +15,33 @@ import numpy as np
 
 import bnfast
 from bnfast._cli.bench import figure, limit, report
-from bnfast._cli.bench.cell import (
-    EPS,
-    OPERATIONS,
-    Batch,
-    Cell,
-    exact_result,
-    largest_error,
-    make_batch,
+from bnfast._cli.bench.cell import OPERATIONS, Batch, Cell, largest_error
+from bnfast._cli.bench.normalizations import NORMALIZATIONS, exact_result, make_batch
+from bnfast._cli.bench.rivals import (
+    PEERS,
+    Contender,
+    NotInstalled,
+    NotOffered,
+    Rival,
+    choose,
+    first,
 )
-from bnfast._cli.bench.rivals import PEERS, Contender, NotInstalled, NotOffered, Rival, choose
 from bnfast._cli.bench.timing import Timing, take_turns
-from bnfast._cli.bench.workloads import LAYOUTS, Shape, layouts_of, name_of, parse
-
-DEFAULT_SHAPES, QUICK_SHAPES = "resnet50,small", "quick"
+from bnfast._cli.bench.workloads import LAYOUTS, Shape, name_of, parse
 
 # Seconds of taking turns for each cell, beside the making of its data and its exact result.
 BUDGET, QUICK_BUDGET = 2.5, 0.3
+
+
+class NothingToMeasure(Exception):
+    """A normalization that was asked for is left without a cell; the message says why."""
 
 
 @dataclass(frozen=True)
 class Selection:
     """What the command line asked for."""
 
+    normalizations: tuple[str, ...] = ("batch",)
     operations: tuple[str, ...] = OPERATIONS
     layouts: tuple[str, ...] = LAYOUTS
     dtype: str = "float32"
@@ -54,6 +56,8 @@ class Selection:
         """Return the command that measures this again."""
         words = ["python", "-m", "bnfast", "bench"]
         default = Selection()
+        if self.normalizations != default.normalizations:
+            words += ["--norm", *self.normalizations]
         if self.operations != default.operations:
             words += ["--op", *self.operations]
         if self.layouts != default.layouts:
@@ -66,33 +70,38 @@ class Selection:
             words += ["--peers", ",".join(self.peers)]
         return shlex.join(words + ["--quick"] * self.quick)
 
-    def batches(self) -> list[tuple[Shape, str]]:
-        """Return every shape in every layout."""
-        shapes = parse(self.shapes or (QUICK_SHAPES if self.quick else DEFAULT_SHAPES))
-        return [(shape, layout) for shape in shapes for layout in layouts_of(shape, self.layouts)]
+    def batches(self, name: str) -> Iterator[tuple[Shape, str, tuple[str, ...]]]:
+        """Return every shape in every layout, with the operations on it, of one normalization."""
+        norm = NORMALIZATIONS[name]
+        for shape in parse(self.shapes or (norm.quick_shapes if self.quick else norm.shapes)):
+            possible = norm.operations_on(shape)
+            operations = tuple(op for op in self.operations if op in possible)
+            for layout in norm.layouts_of(shape, self.layouts):
+                yield shape, layout, operations
 
-    def operations_on(self, shape: Shape) -> tuple[str, ...]:
-        """Return the operations, but nothing of training where there is one value per channel."""
-        alone = math.prod(shape) == shape[1]
-        return tuple(op for op in self.operations if op == "inference" or not alone)
+    def count_cells(self) -> int:
+        """Return how many cells there are; raise where a normalization has none."""
+        cells = 0
+        for name in self.normalizations:
+            offered = NORMALIZATIONS[name].operations
+            if not set(offered) & set(self.operations):
+                asked = " or ".join(self.operations)
+                raise NothingToMeasure(f"{name} norm has no {asked}, but {', '.join(offered)}")
+            of_it = sum(len(operations) for _, _, operations in self.batches(name))
+            if not of_it:
+                raise NothingToMeasure(
+                    f"{name} norm of {self.shapes}: nothing to measure, its statistics would be "
+                    "those of single values"
+                )
+            cells += of_it
+        return cells
 
 
 def ours(cell: Cell, fresh: bool) -> Contender:
     """Return bnfast's call on a cell."""
     b = cell.batch
-    out = None if fresh else b.out
-    if cell.operation == "inference":
-        arguments = b.x, b.mean, b.var, b.weight, b.bias
-        return Contender(partial(bnfast.batch_norm, *arguments, eps=EPS, axis=b.axis, out=out))
-    if cell.operation == "training":
-        forward = partial(bnfast.batch_norm_forward, b.x, b.weight, b.bias, EPS)
-        return Contender(partial(forward, axis=b.axis, out=out), _first)
-    saved = b.dy, b.x, b.exact_mean, b.exact_invstd, b.weight
-    return Contender(partial(bnfast.batch_norm_backward, *saved, axis=b.axis, out=out), _first)
-
-
-def _first(results: tuple[Any, ...]) -> Any:
-    return results[0]
+    norm = NORMALIZATIONS[cell.normalization]
+    return Contender(norm.ours(cell.operation, b, None if fresh else b.out), first)
 
 
 def _reason(error: Exception) -> str:
@@ -135,8 +144,8 @@ def measure(
     seconds = budget or (QUICK_BUDGET if selection.quick else BUDGET)
     rows = []
     for cell in cells(selection):
-        name = f"{cell.operation} {name_of(cell.batch.shape)} {cell.batch.layout}"
-        progress(name)
+        what = cell.normalization, cell.operation, name_of(cell.batch.shape), cell.batch.layout
+        progress(" ".join(what))
         rows.append(_measure_cell(cell, selection, rivals, seconds))
         del cell  # or its arrays would stay while the next ones are made
     versions = {
@@ -148,6 +157,7 @@ def measure(
         "machine": _machine(),
         "versions": {"Python": platform.python_version(), "bnfast": bnfast.__version__},
         "rivals": versions,
+        "normalizations": list(selection.normalizations),
         "dtype": selection.dtype,
         "threads": selection.threads,
         "regime": selection.regime,
@@ -160,12 +170,12 @@ def measure(
 
 def cells(selection: Selection) -> Iterator[Cell]:
     """Make the data of one shape and layout after the other, and yield its operations."""
-    for shape, layout in selection.batches():
-        operations = selection.operations_on(shape)
-        batch: Batch | None = None
-        for operation in operations:
-            batch = batch or make_batch(shape, layout, selection.dtype, selection.mean)
-            yield Cell(operation, batch)
+    for name in selection.normalizations:
+        for shape, layout, operations in selection.batches(name):
+            batch: Batch | None = None
+            for operation in operations:
+                batch = batch or make_batch(name, shape, layout, selection.dtype, selection.mean)
+                yield Cell(name, operation, batch)
 
 
 def _enter_all(
@@ -239,6 +249,7 @@ def _measure_cell(
             outcome["ratio"] = outcome["seconds"] / mine["seconds"]
     achieved = cell.traffic / mine["seconds"]
     return {
+        "normalization": cell.normalization,
         "operation": cell.operation,
         "shape": list(b.shape),
         "layout": b.layout,
@@ -270,11 +281,11 @@ def ready(selection: Selection) -> dict[str, Rival | str]:
 def run(selection: Selection, json: Path | None, markdown: Path | None, plot: Path | None) -> int:
     """Measure, print the table and write the files; return the exit status."""
     try:
+        total = selection.count_cells()
         rivals = ready(selection)
-    except NotInstalled as error:
+    except (NothingToMeasure, NotInstalled) as error:
         print(error, file=sys.stderr)
         return 1
-    total = sum(len(selection.operations_on(shape)) for shape, _ in selection.batches())
     with report.progress_bar(total) as progress:
         results = measure(selection, rivals, progress)
     if json is not None:

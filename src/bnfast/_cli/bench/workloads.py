@@ -1,10 +1,13 @@
-"""The shapes that are measured: (batch, channels, height, width), or (batch, channels)."""
+"""The shapes that are measured: (batch, channels, height, width), (batch, channels), or rows.
+
+Rows are arrays of any rank whose last axis is normalized.
+"""
 
 from __future__ import annotations
 
 import math
 
-Shape = tuple[int, ...]  # channels second, however the layout has it
+Shape = tuple[int, ...]  # channels second, however the layout has it; rows as they are
 
 SETS: dict[str, tuple[Shape, ...]] = {
     # Every normalization of ResNet-50, a batch of 50 images of 224 by 224.
@@ -40,9 +43,20 @@ SETS: dict[str, tuple[Shape, ...]] = {
         *((1, 257, 28, 28), (1, 256, 14, 14), (8, 256, 14, 14), (16, 512), (256, 2048)),
     ),
     "quick": ((50, 128, 28, 28), (50, 512, 7, 7), (2, 64)),
+    # Rows of transformers and others: an even and an odd number of them, far from and in a cache.
+    "rows": (
+        *((256, 768), (257, 768), (5120, 1024), (128, 40, 1024), (64, 30, 512), (31, 301), (15, 3)),
+    ),
+    # Of the networks that draw pictures, 32 groups each.
+    "groups": ((2, 320, 96, 96), (2, 640, 48, 48), (2, 1280, 24, 24), (1, 512, 192, 192)),
+    "tracked-rows": ((256, 768), (5120, 1024), (64, 30, 512), (31, 301)),
+    "tracked-groups": ((2, 320, 96, 96), (2, 1280, 24, 24), (50, 512, 7, 7), (8, 54, 21, 21)),
+    "quick-rows": ((256, 768), (64, 30, 512), (31, 301)),
+    "quick-groups": ((2, 1280, 24, 24), (50, 128, 28, 28), (50, 512, 7, 7)),
 }
 
 LAYOUTS = ("nchw", "nhwc")
+ROWS = "rows"  # the one layout that rows have
 
 
 def name_of(shape: Shape) -> str:
@@ -51,9 +65,11 @@ def name_of(shape: Shape) -> str:
 
 
 def in_layout(shape: Shape, layout: str) -> tuple[Shape, int]:
-    """Return the shape in memory and the channel axis."""
+    """Return the shape in memory and the axis of channels, or of the elements of a row."""
     if layout == "nchw":
         return shape, 1
+    if layout == ROWS:
+        return shape, -1
     n, c, *spatial = shape
     return (n, *spatial, c), -1
 

@@ -18,7 +18,12 @@ Array = NDArray[Any]
 
 
 class NotOffered(Exception):
-    """The rival has no such operation, layout or dtype; the message says what is missing."""
+    """The rival has no such normalization, operation, layout or dtype; the message says which."""
+
+
+def first(results: Any) -> Any:
+    """Return y or dx of what a call returned: that, or that and more."""
+    return results[0] if isinstance(results, tuple) else results
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from numba import prange
 from numpy.typing import NDArray
 
 from bnfast._cli.bench.cell import EPS, Cell
-from bnfast._cli.bench.rivals import Contender, Rival
+from bnfast._cli.bench.rivals import Contender, NotOffered, Rival
 
 Array = NDArray[Any]
 
@@ -228,6 +228,8 @@ class NumbaKernels(Rival):
 
     def prepare(self, cell: Cell, fresh: bool) -> Contender:
         """Return a loop's call, on arrays of as few dimensions as it needs."""
+        if cell.normalization != "batch":
+            raise NotOffered("batch norm's loops alone are written")
         b = cell.batch
         n, c, *_ = b.shape
         # Channels that are neighbours, also in NC, are what the NHWC loops are for.

@@ -1,18 +1,19 @@
-"""Batch normalization as it is written in NumPy: what the demo and the benchmarks compare with.
+"""Normalizations as they are written in NumPy: what the demo and the benchmarks compare with.
 
 In the data's own precision, with two passes for the variance, and no more temporaries than needed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfast._cli.bench.cell import EPS, Cell
-from bnfast._cli.bench.rivals import Contender, Rival
+from bnfast._cli.bench.cell import EPS, Cell, Groups
+from bnfast._cli.bench.rivals import Contender, Rival, first
 
 Array = NDArray[Any]
 
@@ -95,6 +96,162 @@ def update_running(
     running_var += momentum * var
 
 
+def layer_norm_forward(
+    x: Array, weight: Array, bias: Array, eps: float = 1e-5, *, out: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """Return y, mean and invstd of the rows along the last axis."""
+    mean = x.mean(-1, keepdims=True)
+    y = np.subtract(x, mean, out=out)
+    invstd = 1 / np.sqrt(np.square(y).mean(-1, keepdims=True) + eps)
+    y *= invstd
+    y *= weight
+    y += bias
+    return y, mean[..., 0], invstd[..., 0]
+
+
+def layer_norm_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    invstd: Array,
+    weight: Array,
+    *,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Return dx, dweight and dbias."""
+    rows = tuple(range(x.ndim - 1))
+    xhat = x - mean[..., None]
+    xhat *= invstd[..., None]
+    dbias = dy.sum(rows)
+    product = np.multiply(dy, xhat)
+    dweight = product.sum(rows)
+    product *= weight
+    xhat *= product.mean(-1, keepdims=True)
+    dx = np.multiply(dy, weight, out=out)
+    dx -= dx.mean(-1, keepdims=True)
+    dx -= xhat
+    dx *= invstd[..., None]
+    return dx, dweight, dbias
+
+
+def rms_norm_forward(
+    x: Array, weight: Array, eps: float = 1e-5, *, out: Array | None = None
+) -> tuple[Array, Array]:
+    """Return y and invrms of the rows along the last axis."""
+    squares = np.square(x, out=out)
+    invrms = 1 / np.sqrt(squares.mean(-1, keepdims=True) + eps)
+    y = np.multiply(x, invrms, out=squares)
+    y *= weight
+    return y, invrms[..., 0]
+
+
+def rms_norm_backward(
+    dy: Array, x: Array, invrms: Array, weight: Array, *, out: Array | None = None
+) -> tuple[Array, Array]:
+    """Return dx and dweight."""
+    xhat = x * invrms[..., None]
+    product = np.multiply(dy, xhat)
+    dweight = product.sum(tuple(range(x.ndim - 1)))
+    product *= weight
+    xhat *= product.mean(-1, keepdims=True)
+    dx = np.multiply(dy, weight, out=out)
+    dx -= xhat
+    dx *= invrms[..., None]
+    return dx, dweight
+
+
+def _mean_of_groups(x: Array, groups: Groups) -> Array:
+    """Return that of planes first, which is up to five times as fast as all at once."""
+    mean: Array = x.mean(groups.plane, keepdims=True).mean(groups.channels, keepdims=True)
+    return mean
+
+
+def group_norm_forward(
+    x: Array,
+    weight: Array,
+    bias: Array,
+    groups: Groups,
+    eps: float = 1e-5,
+    *,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Return y, and mean and invstd of each group of each sample."""
+    grouped = x.reshape(groups.shape)
+    mean = _mean_of_groups(grouped, groups)
+    y = np.subtract(grouped, mean, out=None if out is None else out.reshape(groups.shape))
+    invstd = 1 / np.sqrt(_mean_of_groups(np.square(y), groups) + eps)
+    y *= weight.reshape(groups.parameters) * invstd
+    y += bias.reshape(groups.parameters)
+    return y.reshape(x.shape), mean, invstd
+
+
+def group_norm_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    invstd: Array,
+    weight: Array,
+    groups: Groups,
+    *,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Return dx, dweight and dbias: all from two sums over each plane."""
+    invstd, gamma = invstd.reshape(groups.statistics), weight.reshape(groups.parameters)
+    upstream = dy.reshape(groups.shape)
+    xhat = x.reshape(groups.shape) - mean.reshape(groups.statistics)
+    xhat *= invstd
+    product = np.multiply(upstream, xhat, out=None if out is None else out.reshape(groups.shape))
+    of_dy = upstream.sum(groups.plane, keepdims=True)
+    of_product = product.sum(groups.plane, keepdims=True)
+    count = x.dtype.type(x.size // mean.size)
+    xhat *= (gamma * of_product).sum(groups.channels, keepdims=True) * invstd / count
+    dx = np.multiply(upstream, gamma * invstd, out=product)
+    dx -= (gamma * of_dy).sum(groups.channels, keepdims=True) * invstd / count
+    dx -= xhat
+    return dx.reshape(x.shape), of_product.sum(0).ravel(), of_dy.sum(0).ravel()
+
+
+def _batch_norm(cell: Cell) -> Callable[..., Any]:
+    b = cell.batch
+    if cell.operation == "inference":
+        arguments = b.x, b.mean, b.var, b.weight, b.bias, EPS
+        return partial(batch_norm_inference, *arguments, axis=b.axis)
+    if cell.operation == "training":
+        return partial(batch_norm_forward, b.x, b.weight, b.bias, EPS, axis=b.axis)
+    return partial(batch_norm_backward, b.dy, b.x, b.mean, b.invstd, b.weight, axis=b.axis)
+
+
+def _layer_norm(cell: Cell) -> Callable[..., Any]:
+    b = cell.batch
+    if cell.operation == "forward":
+        return partial(layer_norm_forward, b.x, b.weight, b.bias, EPS)
+    return partial(layer_norm_backward, b.dy, b.x, b.mean, b.invstd, b.weight)
+
+
+def _rms_norm(cell: Cell) -> Callable[..., Any]:
+    b = cell.batch
+    if cell.operation == "forward":
+        return partial(rms_norm_forward, b.x, b.weight, EPS)
+    return partial(rms_norm_backward, b.dy, b.x, b.invstd, b.weight)
+
+
+def _group_norm(cell: Cell) -> Callable[..., Any]:
+    b = cell.batch
+    if cell.operation == "forward":
+        return partial(group_norm_forward, b.x, b.weight, b.bias, b.in_groups, EPS)
+    saved = b.mean, b.invstd, b.weight
+    return partial(group_norm_backward, b.dy, b.x, *saved, b.in_groups)
+
+
+FORMULAS = {
+    "batch": _batch_norm,
+    "layer": _layer_norm,
+    "rms": _rms_norm,
+    "group": _group_norm,
+    "instance": _group_norm,
+}
+
+
 class NumPyFormulas(Rival):
     """The formulas above, which are serial."""
 
@@ -105,17 +262,5 @@ class NumPyFormulas(Rival):
 
     def prepare(self, cell: Cell, fresh: bool) -> Contender:
         """Return the formula of the cell."""
-        b = cell.batch
-        out = None if fresh else b.out
-        if cell.operation == "inference":
-            arguments = b.x, b.mean, b.var, b.weight, b.bias, EPS
-            return Contender(partial(batch_norm_inference, *arguments, axis=b.axis, out=out))
-        if cell.operation == "training":
-            forward = partial(batch_norm_forward, b.x, b.weight, b.bias, EPS, axis=b.axis, out=out)
-            return Contender(forward, _first)
-        saved = b.dy, b.x, b.mean, b.invstd, b.weight
-        return Contender(partial(batch_norm_backward, *saved, axis=b.axis, out=out), _first)
-
-
-def _first(results: tuple[Array, Array, Array]) -> Array:
-    return results[0]
+        formula = FORMULAS[cell.normalization](cell)
+        return Contender(partial(formula, out=None if fresh else cell.batch.out), first)

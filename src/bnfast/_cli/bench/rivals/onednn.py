@@ -1,193 +1,74 @@
-"""oneDNN itself, through its C API: plain NCHW and NHWC, and the layout it was made for."""
+"""oneDNN itself, through its C API: plain layouts, and the one that it was made for."""
 
 from __future__ import annotations
 
 import ctypes
-import weakref
-from collections.abc import Iterable
-from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_size_t, c_uint, c_void_p
-from functools import cache
-from importlib import metadata
-from typing import Any
+from ctypes import byref, c_float
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bnfast._cli.bench.cell import EPS, Cell, aligned_empty
 from bnfast._cli.bench.rivals import Contender, NotOffered, Rival
+from bnfast._cli.bench.rivals.onednn_library import (
+    AROUND_ZERO,
+    BACKWARD,
+    DIFF_DST,
+    DIFF_SCALE,
+    DIFF_SHIFT,
+    DIFF_SRC,
+    DST,
+    FORWARD_INFERENCE,
+    FORWARD_TRAINING,
+    MEAN,
+    QUERY_IMPLEMENTATION,
+    SCALE,
+    SHIFT,
+    SRC,
+    USE_GLOBAL_STATS,
+    USE_SCALE,
+    USE_SHIFT,
+    VARIANCE,
+    Work,
+    arguments_of,
+    library,
+)
 
 Array = NDArray[Any]
 
-# Values of dnnl_types.h and dnnl_common_types.h, version 3.
-CPU, IN_ORDER, FLOAT32 = 1, 1, 3
-FORWARD_TRAINING, FORWARD_INFERENCE, BACKWARD = 64, 96, 128
-USE_GLOBAL_STATS, USE_SCALE, USE_SHIFT = 1, 2, 4
-SRC, DST, MEAN, VARIANCE, SCALE, SHIFT = 1, 17, 49, 50, 51, 52
-DIFF_SRC, DIFF_DST, DIFF_SCALE, DIFF_SHIFT = 129, 145, 255, 256
-QUERY_IMPLEMENTATION = 8
-ISA_AVX512 = 0x27
-BLOCKS_OF_16, BLOCKS_OF_8 = 78, 102  # dnnl_aBcd16b, dnnl_aBcd8b
+
+class Kind(NamedTuple):
+    """What its primitive for a normalization is called, and is told beside its data."""
+
+    name: str
+    shape: tuple[int, ...]  # of the data
+    last: int | None  # the axis of neighbours, where it is not the last
+    more: tuple[Any, ...] = ()
+    flags: int = USE_SCALE | USE_SHIFT
 
 
-class Argument(Structure):
-    """dnnl_exec_arg_t."""
-
-    _fields_ = (("index", c_int), ("memory", c_void_p))
-
-
-class Version(Structure):
-    """The beginning of dnnl_version_t."""
-
-    _fields_ = (("major", c_int), ("minor", c_int), ("patch", c_int))
-
-
-def _open_library() -> ctypes.CDLL:
-    for file in metadata.files("onednn-cpu-gomp") or ():
-        if file.name in ("libdnnl.so.3", "libdnnl.3.dylib"):
-            return ctypes.CDLL(str(file.locate()))
-    raise OSError("onednn-cpu-gomp is installed, but has no library of version 3")
-
-
-class Library:
-    """The loaded library, an engine and a stream."""
-
-    def __init__(self) -> None:
-        self.c = _open_library()
-        handle, handles, pointer = c_void_p, POINTER(c_void_p), c_void_p
-        descriptor, sizes = c_void_p, POINTER(c_int64)
-        for name, arguments in {
-            "engine_create": (handles, c_int, c_size_t),
-            "stream_create": (handles, handle, c_uint),
-            "stream_wait": (handle,),
-            "memory_desc_create_with_strides": (handles, c_int, sizes, c_int, sizes),
-            "memory_desc_create_with_tag": (handles, c_int, sizes, c_int, c_int),
-            "memory_desc_destroy": (descriptor,),
-            "memory_create": (handles, descriptor, handle, pointer),
-            "memory_set_data_handle": (handle, pointer),
-            "memory_destroy": (handle,),
-            "batch_normalization_forward_primitive_desc_create": (
-                *(handles, handle, c_int, descriptor, descriptor, c_float, c_uint, handle),
-            ),
-            "batch_normalization_backward_primitive_desc_create": (
-                *(handles, handle, c_int, descriptor, descriptor, descriptor),
-                *(c_float, c_uint, handle, handle),
-            ),
-            "reorder_primitive_desc_create": (
-                *(handles, descriptor, handle, descriptor, handle, handle),
-            ),
-            "primitive_desc_query": (handle, c_int, c_int, c_void_p),
-            "primitive_desc_destroy": (handle,),
-            "primitive_create": (handles, handle),
-            "primitive_destroy": (handle,),
-            "primitive_execute": (handle, handle, c_int, POINTER(Argument)),
-        }.items():
-            function = getattr(self.c, f"dnnl_{name}")
-            function.argtypes = arguments
-            function.restype = c_int
-        self.c.dnnl_memory_desc_get_size.argtypes = (descriptor,)
-        self.c.dnnl_memory_desc_get_size.restype = c_size_t
-        self.c.dnnl_version.restype = POINTER(Version)
-        self.engine = self.create("engine", CPU, 0)
-        self.stream = self.create("stream", self.engine, IN_ORDER)
-
-    def call(self, name: str, *arguments: Any) -> None:
-        """Call a function, and raise what it reports."""
-        status = getattr(self.c, f"dnnl_{name}")(*arguments)
-        if status:
-            raise RuntimeError(f"dnnl_{name} returned status {status}")
-
-    def create(self, what: str, *arguments: Any) -> c_void_p:
-        """Return a new handle of this kind."""
-        handle = c_void_p()
-        self.call(f"{what}_create", byref(handle), *arguments)
-        return handle
-
-    def set_threads(self, threads: int) -> None:
-        """Set them in the OpenMP runtime that the library was linked with."""
-        self.c.omp_set_num_threads(threads)
-
-    @property
-    def version(self) -> str:
-        """As the library itself says."""
-        v = self.c.dnnl_version().contents
-        return f"{v.major}.{v.minor}.{v.patch}"
-
-
-library = cache(Library)
-
-
-class Work:
-    """The handles of one cell, destroyed with it."""
-
-    def __init__(self) -> None:
-        self.library = library()
-        self._owned: list[tuple[Any, c_void_p]] = []
-        weakref.finalize(self, _destroy, self._owned)
-
-    def own(self, kind: str, handle: c_void_p) -> c_void_p:
-        """Keep a handle until the end."""
-        self._owned.append((getattr(self.library.c, f"dnnl_{kind}_destroy"), handle))
-        return handle
-
-    def described(self, shape: tuple[int, ...], last: int | None) -> c_void_p:
-        """Describe (N, C, H, W) or (C,): by strides, where axis `last` is or is not the last."""
-        order = [d for d in range(len(shape)) if d != last] + ([] if last is None else [last])
-        strides, stride = [0] * len(shape), 1
-        for d in reversed(order):
-            strides[d] = stride
-            stride *= shape[d]
-        sizes = c_int64 * len(shape)
-        arguments = len(shape), sizes(*shape), FLOAT32, sizes(*strides)
-        handle = c_void_p()
-        self.library.call("memory_desc_create_with_strides", byref(handle), *arguments)
-        return self.own("memory_desc", handle)
-
-    def blocked(self, shape: tuple[int, ...]) -> c_void_p:
-        """Describe (N, C, H, W) in blocks of as many channels as a vector of this machine holds."""
-        isa = self.library.c.dnnl_get_effective_cpu_isa()
-        tag = BLOCKS_OF_16 if isa & ISA_AVX512 == ISA_AVX512 else BLOCKS_OF_8
-        handle = c_void_p()
-        sizes = (c_int64 * len(shape))(*shape)
-        self.library.call(
-            "memory_desc_create_with_tag", byref(handle), len(shape), sizes, FLOAT32, tag
-        )
-        return self.own("memory_desc", handle)
-
-    def memory(self, description: c_void_p, array: Array) -> c_void_p:
-        """Return an array as oneDNN sees it; the array must be kept."""
-        handle = self.library.create("memory", description, self.library.engine, array.ctypes.data)
-        return self.own("memory", handle)
-
-    def primitive(self, kind: str, *arguments: Any) -> tuple[c_void_p, c_void_p]:
-        """Return a primitive and its description."""
-        create = f"{kind}_primitive_desc"
-        description = self.own("primitive_desc", self.library.create(create, *arguments))
-        return self.own("primitive", self.library.create("primitive", description)), description
-
-    def run(self, primitive: c_void_p, arguments: Any) -> None:
-        """Execute and wait."""
-        c = self.library.c
-        if c.dnnl_primitive_execute(primitive, self.library.stream, len(arguments), arguments):
-            raise RuntimeError("dnnl_primitive_execute failed")
-        c.dnnl_stream_wait(self.library.stream)
-
-    def reorder(self, source: tuple[c_void_p, Array], target: tuple[c_void_p, Array]) -> None:
-        """Copy from one layout to another."""
-        engine = self.library.engine
-        primitive, _ = self.primitive("reorder", source[0], engine, target[0], engine, None)
-        memories = self.memory(*source), self.memory(*target)
-        self.run(primitive, arguments_of(zip((SRC, DST), memories, strict=True)))
-
-
-def _destroy(owned: list[tuple[Any, c_void_p]]) -> None:
-    for destroy, handle in reversed(owned):
-        destroy(handle)
-
-
-def arguments_of(pairs: Iterable[tuple[int, c_void_p]]) -> Any:
-    """Return an array of dnnl_exec_arg_t."""
-    arguments = [Argument(index, memory) for index, memory in pairs]
-    return (Argument * len(arguments))(*arguments)
+def _kind(cell: Cell, work: Work) -> Kind:
+    b = cell.batch
+    if cell.normalization in ("layer", "rms"):
+        if len(b.shape) > 5:
+            raise NotOffered("no more than five dimensions")
+        around_zero = cell.normalization == "rms"
+        # Its gradient, up to 3.13 at least, subtracts a mean of dy * weight too: see its error.
+        if around_zero and library().version < (3, 9):
+            raise NotOffered("RMS norm came with 3.9")
+        statistics = work.described(b.mean.shape, None)
+        flags = USE_SCALE | (AROUND_ZERO if around_zero else USE_SHIFT)
+        return Kind("layer_normalization", b.shape, None, (statistics,), flags)
+    n, c, *plane = b.shape
+    if len(plane) > 2:
+        raise NotOffered("only NCHW and NHWC are driven here")
+    shape, last = (n, c, *(*plane, 1, 1)[:2]), None if b.axis == 1 else 1
+    if cell.normalization == "batch":
+        return Kind("batch_normalization", shape, last)
+    if "group" not in library().normalizations:
+        raise NotOffered("group norm came with 3.3")
+    return Kind("group_normalization", shape, last, (b.num_groups,))
 
 
 class OneDnn(Rival):
@@ -202,21 +83,21 @@ class OneDnn(Rival):
     @property
     def version(self) -> str:
         """What is measured."""
-        return library().version
+        return ".".join(map(str, library().version))
 
     def prepare(self, cell: Cell, fresh: bool) -> Contender:
         """Return the execution of a primitive."""
         b = cell.batch
         if b.dtype != np.float32:
             raise NotOffered("no float64")
+        if self.blocked and cell.normalization != "batch":
+            raise NotOffered("batch norm alone is driven in blocks")
         work = Work()
-        n, c, *spatial = b.shape
-        if len(spatial) > 2:
-            raise NotOffered("only NCHW and NHWC are driven here")
-        shape = (n, c, *(*spatial, 1, 1)[:2])
-        if shape[2:] == (1, 1) and not self.blocked:
+        kind = _kind(cell, work)
+        shape = kind.shape
+        if kind.name == "batch_normalization" and shape[2:] == (1, 1) and not self.blocked:
             shape = shape[:2]  # as NCHW this would get the kernels for planes, 30 times as slow
-        plain = work.described(shape, None if b.axis == 1 else 1)
+        plain = work.described(shape, kind.last)
         layout = work.blocked(shape) if self.blocked else plain
         size = library().c.dnnl_memory_desc_get_size(layout) // 4
 
@@ -230,34 +111,40 @@ class OneDnn(Rival):
 
         x = own(b.x)
         out = own(b.out)
-        per_channel = work.described((c,), None)
         used = {SCALE: b.weight, SHIFT: b.bias, MEAN: b.mean, VARIANCE: b.var}
-        saved = np.empty((2, c), np.float32)
-        engine, eps, flags = library().engine, c_float(EPS), USE_SCALE | USE_SHIFT
+        engine, flags = library().engine, kind.flags
         if cell.operation == "inference":
             flags |= USE_GLOBAL_STATS
-            kind = FORWARD_INFERENCE
+            direction = FORWARD_INFERENCE
         else:
-            kind = FORWARD_TRAINING
+            direction = FORWARD_TRAINING
+        rest = *kind.more, c_float(EPS), flags
         primitive, description = work.primitive(
-            "batch_normalization_forward", engine, kind, layout, layout, eps, flags, None
+            f"{kind.name}_forward", engine, direction, layout, layout, *rest, None
         )
         data, output = {SRC: x}, DST
-        if cell.operation == "training":
-            used |= {MEAN: saved[0], VARIANCE: saved[1]}
+        if cell.operation in ("training", "forward"):
+            used |= {MEAN: np.empty_like(b.mean), VARIANCE: np.empty_like(b.var)}
         elif cell.operation == "backward":
             primitive, description = work.primitive(
-                *("batch_normalization_backward", engine, BACKWARD, layout, layout, layout),
-                *(eps, flags, description, None),
+                *(f"{kind.name}_backward", engine, BACKWARD, layout, layout, layout),
+                *(*rest, description, None),
             )
-            del used[SHIFT]
-            used |= {DIFF_SCALE: saved[0], DIFF_SHIFT: saved[1]}
+            used |= {DIFF_SCALE: np.empty_like(b.weight), DIFF_SHIFT: np.empty_like(b.bias)}
             data, output = {SRC: x, DIFF_DST: own(b.dy)}, DIFF_SRC
+            if kind.name == "batch_normalization":
+                del used[SHIFT]  # the others insist on it
+        if flags & AROUND_ZERO:
+            for index in (MEAN, SHIFT, DIFF_SHIFT):
+                used.pop(index, None)
         target = work.memory(layout, out)
         arguments = arguments_of(
             (
                 *((index, work.memory(layout, array)) for index, array in data.items()),
-                *((index, work.memory(per_channel, array)) for index, array in used.items()),
+                *(
+                    (index, work.memory(work.described(array.shape, None), array))
+                    for index, array in used.items()
+                ),
                 (output, target),
             )
         )

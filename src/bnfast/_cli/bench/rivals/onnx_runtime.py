@@ -1,8 +1,8 @@
-"""ONNX Runtime: its BatchNormalization of inference."""
+"""ONNX Runtime: its operators of inference."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -13,8 +13,25 @@ from bnfast._cli.bench.cell import EPS, Cell
 from bnfast._cli.bench.rivals import Contender, NotOffered, Rival
 
 
+class Node(NamedTuple):
+    """An operator, with the versions that brought it, so that old ONNX Runtimes read them."""
+
+    operator: str
+    opset: int
+    ir_version: int
+
+
+NODES = {
+    "batch": Node("BatchNormalization", 15, 8),
+    "layer": Node("LayerNormalization", 17, 8),
+    "rms": Node("RMSNormalization", 23, 11),
+    "group": Node("GroupNormalization", 21, 10),  # a function, which it expands
+    "instance": Node("InstanceNormalization", 15, 8),
+}
+
+
 class OnnxRuntime(Rival):
-    """A graph of one node, its parameters constants; its kernel is serial whatever the threads."""
+    """A graph of one node, its parameters constants; batch norm is serial whatever the threads."""
 
     @property
     def version(self) -> str:
@@ -24,15 +41,25 @@ class OnnxRuntime(Rival):
     def prepare(self, cell: Cell, fresh: bool) -> Contender:
         """Return a session's run, into the cell's output through IO binding."""
         b = cell.batch
-        if cell.operation != "inference":
-            raise NotOffered("inference alone")
-        if b.axis != 1:
+        if cell.operation not in ("inference", "forward"):
+            raise NotOffered("no gradients, nor training")
+        if b.layout == "nhwc":
             raise NotOffered("NCHW alone")
+        node = NODES[cell.normalization]
+        parameters = {"scale": b.weight, "B": b.bias}
+        attributes: dict[str, Any] = {"epsilon": EPS}
+        if cell.normalization == "batch":
+            parameters |= {"mean": b.mean, "var": b.var}
+        elif cell.normalization == "rms":
+            del parameters["B"]
+        elif cell.normalization == "group":
+            attributes["num_groups"] = b.num_groups
+        elif cell.normalization == "instance" and b.dtype != np.float32:
+            raise NotOffered("no float64")
         element = helper.np_dtype_to_tensor_dtype(b.dtype)
-        parameters = {"scale": b.weight, "B": b.bias, "mean": b.mean, "var": b.var}
         graph = helper.make_graph(
-            [helper.make_node("BatchNormalization", ["x", *parameters], ["y"], epsilon=EPS)],
-            "batch_norm",
+            [helper.make_node(node.operator, ["x", *parameters], ["y"], **attributes)],
+            "normalization",
             [helper.make_tensor_value_info("x", element, b.x.shape)],
             [helper.make_tensor_value_info("y", element, b.x.shape)],
             [
@@ -40,9 +67,8 @@ class OnnxRuntime(Rival):
                 for name, values in parameters.items()
             ],
         )
-        # Versions as of the operator, which any ONNX Runtime of the last years reads.
-        opset = helper.make_opsetid("", 15)
-        model = helper.make_model(graph, opset_imports=[opset], ir_version=8)
+        opset = helper.make_opsetid("", node.opset)
+        model = helper.make_model(graph, opset_imports=[opset], ir_version=node.ir_version)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         # Its idle threads would spin on the processors that the next contender needs.

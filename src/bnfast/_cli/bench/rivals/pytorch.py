@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bnfast._cli.bench.cell import EPS, Cell
-from bnfast._cli.bench.rivals import Contender, Rival
+from bnfast._cli.bench.cell import EPS, Batch, Cell
+from bnfast._cli.bench.rivals import Contender, Rival, first
+
+ALL = [True, True, True]  # gradients of x, weight and bias
+
+aten = torch.ops.aten
+shared = torch.from_numpy
 
 
 class PyTorch(Rival):
@@ -27,35 +35,160 @@ class PyTorch(Rival):
 
     def prepare(self, cell: Cell, fresh: bool) -> Contender:
         """Return a call on tensors that share the memory of the cell's arrays."""
-        b = cell.batch
+        return CALLS[cell.normalization](cell, fresh)
 
-        def tensor(array: NDArray[Any]) -> Any:
-            shared = torch.from_numpy(array)
-            return shared if b.axis == 1 else shared.movedim(-1, 1)
 
-        def read(results: Any) -> NDArray[Any]:
-            y = results[0] if b.axis == 1 else results[0].movedim(1, -1)
-            array: NDArray[Any] = y.numpy()
-            return array
+def _tensor(b: Batch, array: NDArray[Any]) -> Any:
+    """Return x, y, dy or dx as PyTorch has it: channels second, whatever the strides."""
+    return shared(array) if b.layout != "nhwc" else shared(array).movedim(-1, 1)
 
-        x, weight, bias = tensor(b.x), torch.from_numpy(b.weight), torch.from_numpy(b.bias)
-        if cell.operation == "backward":
-            dy, mean, invstd = tensor(b.dy), torch.from_numpy(b.mean), torch.from_numpy(b.invstd)
-            arguments = dy, x, weight, None, None, mean, invstd, True, EPS, [True, True, True]
-            backward = torch.ops.aten.native_batch_norm_backward.default
-            # Its .out overload makes a new tensor as well, and copies that: slower, so not used.
-            return Contender(lambda: backward(*arguments), read, fresh=not fresh)
-        training = cell.operation == "training"
-        running = (None, None) if training else (torch.from_numpy(b.mean), torch.from_numpy(b.var))
-        forward = (x, weight, bias, *running, training, 0.1, EPS)
-        if fresh:
-            native = torch.ops.aten.native_batch_norm.default
-            return Contender(lambda: native(*forward), read)
-        saved = np.empty((2, b.mean.size if training else 0), b.dtype)
-        outputs = {
-            "out": tensor(b.out),
-            "save_mean": torch.from_numpy(saved[0]),
-            "save_invstd": torch.from_numpy(saved[1]),
-        }
-        native_out = torch.ops.aten.native_batch_norm.out
-        return Contender(lambda: native_out(*forward, **outputs), read)
+
+def _reader(b: Batch) -> Callable[[Any], NDArray[Any]]:
+    """Return what makes an array like ``b.x`` of y or dx."""
+
+    def read(results: Any) -> NDArray[Any]:
+        y = first(results).view(b.shape)
+        array: NDArray[Any] = (y if b.layout != "nhwc" else y.movedim(1, -1)).numpy()
+        return array
+
+    return read
+
+
+def _batch_norm(cell: Cell, fresh: bool) -> Contender:
+    b = cell.batch
+    read = _reader(b)
+    x, weight, bias = _tensor(b, b.x), shared(b.weight), shared(b.bias)
+    if cell.operation == "backward":
+        dy, mean, invstd = _tensor(b, b.dy), shared(b.mean), shared(b.invstd)
+        arguments = dy, x, weight, None, None, mean, invstd, True, EPS, ALL
+        backward = aten.native_batch_norm_backward.default
+        # Its .out overload makes a new tensor as well, and copies that: slower, so not used.
+        return Contender(lambda: backward(*arguments), read, fresh=not fresh)
+    training = cell.operation == "training"
+    running = (None, None) if training else (shared(b.mean), shared(b.var))
+    forward = (x, weight, bias, *running, training, 0.1, EPS)
+    if fresh:
+        native = aten.native_batch_norm.default
+        return Contender(lambda: native(*forward), read)
+    saved = np.empty((2, b.mean.size if training else 0), b.dtype)
+    outputs = {
+        "out": _tensor(b, b.out),
+        "save_mean": shared(saved[0]),
+        "save_invstd": shared(saved[1]),
+    }
+    native_out = aten.native_batch_norm.out
+    return Contender(lambda: native_out(*forward, **outputs), read)
+
+
+# Of the others no function writes to given memory: every .out overload makes a new tensor as well,
+# and copies that: slower, so not used.
+
+
+def _layer_norm(cell: Cell, fresh: bool) -> Contender:
+    b = cell.batch
+    x, row, weight, bias = shared(b.x), b.x.shape[-1:], shared(b.weight), shared(b.bias)
+    if cell.operation == "forward":
+        forward = aten.native_layer_norm.default
+        return Contender(lambda: forward(x, row, weight, bias, EPS), _reader(b), fresh=not fresh)
+    saved = [shared(statistic[..., None]) for statistic in (b.mean, b.invstd)]
+    arguments = shared(b.dy), x, row, *saved, weight, bias, ALL
+    backward = aten.native_layer_norm_backward.default
+    return Contender(lambda: backward(*arguments), _reader(b), fresh=not fresh)
+
+
+def _rms_norm(cell: Cell, fresh: bool) -> Contender:
+    """For CPUs it is made of others, and has no gradient but autograd's."""
+    b = cell.batch
+    x, row, weight = shared(b.x), b.x.shape[-1:], shared(b.weight)
+    if cell.operation == "forward":
+        forward = aten.rms_norm.default
+        return Contender(lambda: forward(x, row, weight, EPS), _reader(b), fresh=not fresh)
+    dy, inputs = shared(b.dy), (x.requires_grad_(), weight.requires_grad_())
+    with torch.enable_grad():
+        y = aten.rms_norm.default(x, row, weight, EPS)
+    gradient = torch.autograd.grad
+    return Contender(
+        lambda: gradient(y, inputs, dy, retain_graph=True),
+        _reader(b),
+        fresh=not fresh,
+        note="autograd",
+    )
+
+
+def _group_norm(cell: Cell, fresh: bool) -> Contender:
+    b = cell.batch
+    n, channels, *plane = b.shape
+    sizes = n, channels, math.prod(plane), b.num_groups
+
+    def tensor(array: NDArray[Any]) -> Any:
+        """Return a plane as one long row of it: its channels_last has four dimensions."""
+        if b.layout == "nhwc":
+            return shared(array.reshape(n, 1, -1, channels)).movedim(-1, 1)
+        return shared(array.reshape(n, channels, 1, -1))
+
+    x, weight, bias = tensor(b.x), shared(b.weight), shared(b.bias)
+    if cell.operation == "forward":
+        forward = aten.native_group_norm.default
+        arguments = x, weight, bias, *sizes, EPS
+        return Contender(lambda: forward(*arguments), _reader(b), fresh=not fresh)
+    saved = shared(b.mean), shared(b.invstd), weight
+    gradient = tensor(b.dy), x, *saved, *sizes, ALL
+    backward = aten.native_group_norm_backward.default
+    return Contender(lambda: backward(*gradient), _reader(b), fresh=not fresh)
+
+
+def _instance_norm(cell: Cell, fresh: bool) -> Contender:
+    """As its layer has it, a batch norm of N * C channels, or as a group norm: what is faster."""
+    return min(_as_batch_norm(cell, fresh), _group_norm(cell, fresh), key=_seconds)
+
+
+def _seconds(contender: Contender) -> float:
+    """Return what the better of two calls takes, after one that does not count."""
+    times = []
+    for _ in range(3):
+        start = perf_counter()
+        contender.call()
+        times.append(perf_counter() - start)
+    return min(times[1:])
+
+
+def _as_batch_norm(cell: Cell, fresh: bool) -> Contender:
+    """In NCHW, to which its layer copies other layouts, and in which it returns them."""
+    b = cell.batch
+    n, channels, *plane = b.shape
+    size = 1, n * channels, *plane
+
+    def apart(array: NDArray[Any]) -> Any:
+        return _tensor(b, array).contiguous().view(size)
+
+    weight, bias = shared(b.weight).repeat(n), shared(b.bias).repeat(n)
+    saved = [shared(statistic.ravel()) for statistic in (b.mean, b.invstd)]
+    note = "as batch norm"
+    if cell.operation == "backward":
+        backward = aten.native_batch_norm_backward.default
+
+        def gradient() -> Any:
+            dy, x = apart(b.dy), apart(b.x)
+            dx, *apiece = backward(dy, x, weight, None, None, *saved, True, EPS, ALL)
+            return dx, *(values.view(n, channels).sum(0) for values in apiece)
+
+        return Contender(gradient, _reader(b), fresh=not fresh, note=note)
+    rest = weight, bias, None, None, True, 0.1, EPS
+    if fresh or b.layout == "nhwc":
+        forward = aten.native_batch_norm.default
+        return Contender(lambda: forward(apart(b.x), *rest), _reader(b), fresh=not fresh, note=note)
+    statistics = torch.empty_like(saved[0]), torch.empty_like(saved[1])
+    outputs = dict(
+        zip(("out", "save_mean", "save_invstd"), (apart(b.out), *statistics), strict=True)
+    )
+    forward_out = aten.native_batch_norm.out
+    return Contender(lambda: forward_out(apart(b.x), *rest, **outputs), _reader(b), note=note)
+
+
+CALLS = {
+    "batch": _batch_norm,
+    "layer": _layer_norm,
+    "rms": _rms_norm,
+    "group": _group_norm,
+    "instance": _instance_norm,
+}

@@ -1,0 +1,313 @@
+"""What is measured, each with its operations, its shapes, its definition and bnfast's call."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import bnfast
+from bnfast import _reference as reference
+from bnfast._cli.bench import workloads
+from bnfast._cli.bench.cell import EPS, Batch, Cell, aligned_empty, slices
+from bnfast._cli.bench.workloads import Shape
+
+Array = NDArray[Any]
+
+
+class Normalization(ABC):
+    """One of the family, as the benchmark knows it."""
+
+    operations: tuple[str, ...] = ("forward", "backward")
+    shapes: str  # what is measured unless the command line says otherwise
+    quick_shapes: str
+    tracked_shapes: str
+
+    @abstractmethod
+    def operations_on(self, shape: Shape) -> tuple[str, ...]:
+        """Return those that can be: most statistics need more than one value."""
+
+    @abstractmethod
+    def layouts_of(self, shape: Shape, layouts: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the layouts in which a shape is measured, where these were asked for."""
+
+    @abstractmethod
+    def shape_of_statistics(self, shape: Shape) -> Shape:
+        """Return the shape of mean, var and invstd."""
+
+    @abstractmethod
+    def pieces(self, batch: Batch) -> Iterator[Batch]:
+        """Cut a batch where no statistics are shared, into views that are small in float64."""
+
+    @abstractmethod
+    def moments(self, b: Batch) -> tuple[Array, Array]:
+        """Return mean and var of a piece in float64."""
+
+    @abstractmethod
+    def exact(self, operation: str, b: Batch) -> Array:
+        """Return y or dx of a piece in float64."""
+
+    @abstractmethod
+    def ours(self, operation: str, b: Batch, out: Array | None) -> Callable[[], Any]:
+        """Return bnfast's call: it returns y or dx, or that and more."""
+
+
+def _piece(batch: Batch, of_x: Any, of_statistics: Any, of_parameters: Any) -> Batch:
+    """Return the same with parts of its arrays."""
+    parts = {
+        **dict.fromkeys(("x", "dy", "out"), of_x),
+        **dict.fromkeys(("weight", "bias"), of_parameters),
+        **dict.fromkeys(("mean", "var", "invstd"), of_statistics),
+        **dict.fromkeys(("exact_mean", "exact_var", "exact_invstd"), of_statistics),
+    }
+    return replace(batch, **{name: getattr(batch, name)[part] for name, part in parts.items()})
+
+
+class _OfChannels(Normalization):
+    """With a weight and a bias for each channel."""
+
+    def layouts_of(self, shape: Shape, layouts: tuple[str, ...]) -> tuple[str, ...]:
+        """Return all, or one of them where they are the same."""
+        return workloads.layouts_of(shape, layouts)
+
+    @abstractmethod
+    def together(self, channels: int) -> int:
+        """Return how many neighbouring channels share their statistics."""
+
+    def pieces(self, batch: Batch) -> Iterator[Batch]:
+        """Cut between groups of channels."""
+        channels = batch.weight.size
+        together = self.together(channels)
+        for groups in slices(channels // together, batch.x.size):
+            part = slice(groups.start * together, groups.stop * together)
+            of_x = (slice(None), part) if batch.axis == 1 else (..., part)
+            yield _piece(batch, of_x, (..., groups), part)
+
+
+class BatchNorm(_OfChannels):
+    """Of each channel over the batch, and with statistics that are given: inference."""
+
+    operations = ("inference", "training", "backward")
+    shapes, quick_shapes, tracked_shapes = "resnet50,small", "quick", "tracked"
+
+    def operations_on(self, shape: Shape) -> tuple[str, ...]:
+        """Return nothing of training where there is one value per channel."""
+        alone = math.prod(shape) == shape[1]
+        return self.operations[:1] if alone else self.operations
+
+    def together(self, channels: int) -> int:
+        """Return one."""
+        return 1
+
+    def shape_of_statistics(self, shape: Shape) -> Shape:
+        """(C,)."""
+        return shape[1:2]
+
+    def moments(self, b: Batch) -> tuple[Array, Array]:
+        """Return mean and var."""
+        count, mean, m2 = reference.moments(b.x, b.axis)
+        return mean, m2 / count
+
+    def exact(self, operation: str, b: Batch) -> Array:
+        """Return y or dx."""
+        if operation == "inference":
+            statistics = b.mean, b.var
+            return reference.scale_shift(b.x, *statistics, b.weight, b.bias, EPS, axis=b.axis)
+        if operation == "training":
+            return reference.batch_norm_forward(b.x, b.weight, b.bias, EPS, axis=b.axis)[0]
+        saved = b.exact_mean, b.exact_invstd, b.weight
+        return reference.batch_norm_backward(b.dy, b.x, *saved, axis=b.axis)[0]
+
+    def ours(self, operation: str, b: Batch, out: Array | None) -> Callable[[], Any]:
+        """Return bnfast's call."""
+        if operation == "inference":
+            arguments = b.x, b.mean, b.var, b.weight, b.bias
+            return partial(bnfast.batch_norm, *arguments, eps=EPS, axis=b.axis, out=out)
+        if operation == "training":
+            forward = partial(bnfast.batch_norm_forward, b.x, b.weight, b.bias, EPS)
+            return partial(forward, axis=b.axis, out=out)
+        saved = b.dy, b.x, b.exact_mean, b.exact_invstd, b.weight
+        return partial(bnfast.batch_norm_backward, *saved, axis=b.axis, out=out)
+
+
+class GroupNorm(_OfChannels):
+    """Of 32 groups of channels of each sample, or of the most below 32 that divide them."""
+
+    shapes, quick_shapes, tracked_shapes = "groups", "quick-groups", "tracked-groups"
+    most = 32
+
+    def operations_on(self, shape: Shape) -> tuple[str, ...]:
+        """Return none where all there is is one value per group of one sample."""
+        alone = math.prod(shape) == math.prod(self.shape_of_statistics(shape)[1:])
+        return () if alone else self.operations
+
+    def together(self, channels: int) -> int:
+        """Return how many channels a group has."""
+        return channels // max(g for g in range(1, self.most + 1) if channels % g == 0)
+
+    def shape_of_statistics(self, shape: Shape) -> Shape:
+        """(N, groups)."""
+        return shape[0], shape[1] // self.together(shape[1])
+
+    def moments(self, b: Batch) -> tuple[Array, Array]:
+        """Return mean and var."""
+        _, mean, invstd = reference.group_norm_forward(b.x, b.num_groups, eps=EPS, axis=b.axis)
+        return mean, invstd**-2 - EPS
+
+    def exact(self, operation: str, b: Batch) -> Array:
+        """Return y or dx."""
+        if operation == "forward":
+            arguments = b.x, b.num_groups, b.weight, b.bias, EPS
+            return reference.group_norm_forward(*arguments, axis=b.axis)[0]
+        saved = b.exact_mean, b.exact_invstd, b.weight
+        return reference.group_norm_backward(b.dy, b.x, *saved, axis=b.axis)[0]
+
+    def ours(self, operation: str, b: Batch, out: Array | None) -> Callable[[], Any]:
+        """Return bnfast's call."""
+        if operation == "forward":
+            arguments = b.x, b.num_groups, b.weight, b.bias, EPS
+            return partial(bnfast.group_norm_forward, *arguments, axis=b.axis, out=out)
+        saved = b.dy, b.x, b.exact_mean, b.exact_invstd, b.weight
+        return partial(bnfast.group_norm_backward, *saved, axis=b.axis, out=out)
+
+
+class InstanceNorm(GroupNorm):
+    """Of each channel of each sample: groups of one."""
+
+    shapes = "groups,small"
+
+    def operations_on(self, shape: Shape) -> tuple[str, ...]:
+        """Return none where planes are single values."""
+        return () if math.prod(shape[2:]) == 1 else self.operations
+
+    def together(self, channels: int) -> int:
+        """Return one."""
+        return 1
+
+    def ours(self, operation: str, b: Batch, out: Array | None) -> Callable[[], Any]:
+        """Return bnfast's call."""
+        if operation == "forward":
+            forward = partial(bnfast.instance_norm_forward, b.x, b.weight, b.bias, EPS)
+            return partial(forward, axis=b.axis, out=out)
+        saved = b.dy, b.x, b.exact_mean, b.exact_invstd, b.weight
+        return partial(bnfast.instance_norm_backward, *saved, axis=b.axis, out=out)
+
+
+class LayerNorm(Normalization):
+    """Of each row, around its mean; with a weight and a bias for each of its elements."""
+
+    shapes, quick_shapes, tracked_shapes = "rows", "quick-rows", "tracked-rows"
+    centred = True
+
+    def operations_on(self, shape: Shape) -> tuple[str, ...]:
+        """Return both: a row may be a single value."""
+        return self.operations
+
+    def layouts_of(self, shape: Shape, layouts: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the one that rows have."""
+        return (workloads.ROWS,)
+
+    def shape_of_statistics(self, shape: Shape) -> Shape:
+        """(rows,), in as many dimensions as they have."""
+        return shape[:-1]
+
+    def pieces(self, batch: Batch) -> Iterator[Batch]:
+        """Cut between rows, in two dimensions."""
+        rows, length = math.prod(batch.shape[:-1]), batch.shape[-1]
+        as_matrix: dict[str, Any] = {
+            name: getattr(batch, name).reshape(rows, length) for name in ("x", "dy", "out")
+        }
+        for name in ("mean", "var", "invstd", "exact_mean", "exact_var", "exact_invstd"):
+            as_matrix[name] = getattr(batch, name).reshape(rows)
+        matrix = replace(batch, **as_matrix)
+        return (_piece(matrix, part, part, ...) for part in slices(rows, batch.x.size))
+
+    def moments(self, b: Batch) -> tuple[Array, Array]:
+        """Return mean, or 0, and var."""
+        arguments = b.x, (1,), None, None, EPS
+        _, mean, invstd = reference.layer_norm_forward(*arguments, centred=self.centred)
+        return mean, invstd**-2 - EPS
+
+    def exact(self, operation: str, b: Batch) -> Array:
+        """Return y or dx."""
+        if operation == "forward":
+            arguments = b.x, (1,), b.weight, b.bias if self.centred else None, EPS
+            return reference.layer_norm_forward(*arguments, centred=self.centred)[0]
+        saved = b.exact_mean, b.exact_invstd, b.weight
+        return reference.layer_norm_backward(b.dy, b.x, (1,), *saved, centred=self.centred)[0]
+
+    def ours(self, operation: str, b: Batch, out: Array | None) -> Callable[[], Any]:
+        """Return bnfast's call."""
+        length = b.shape[-1]
+        if operation == "forward":
+            arguments = b.x, length, b.weight, b.bias, EPS
+            return partial(bnfast.layer_norm_forward, *arguments, out=out)
+        saved = b.dy, b.x, length, b.exact_mean, b.exact_invstd, b.weight
+        return partial(bnfast.layer_norm_backward, *saved, out=out)
+
+
+class RMSNorm(LayerNorm):
+    """Of each row, around 0, without a bias."""
+
+    centred = False
+
+    def ours(self, operation: str, b: Batch, out: Array | None) -> Callable[[], Any]:
+        """Return bnfast's call."""
+        length = b.shape[-1]
+        if operation == "forward":
+            return partial(bnfast.rms_norm_forward, b.x, length, b.weight, EPS, out=out)
+        saved = b.dy, b.x, length, b.exact_invstd, b.weight
+        return partial(bnfast.rms_norm_backward, *saved, out=out)
+
+
+NORMALIZATIONS: dict[str, Normalization] = {
+    "batch": BatchNorm(),
+    "layer": LayerNorm(),
+    "rms": RMSNorm(),
+    "group": GroupNorm(),
+    "instance": InstanceNorm(),
+}
+
+
+def make_batch(
+    normalization: str, shape: Shape, layout: str, dtype: Any, mean: float = 0.0
+) -> Batch:
+    """Return normal values of standard deviation 1 around `mean`, and their statistics."""
+    dtype = np.dtype(dtype)
+    in_memory, axis = workloads.in_layout(shape, layout)
+    rng = np.random.default_rng(0)
+    x, dy, out = (aligned_empty(in_memory, dtype) for _ in range(3))
+    rng.standard_normal(dtype=dtype.type, out=x)
+    x += dtype.type(mean)
+    rng.standard_normal(dtype=dtype.type, out=dy)
+    weight, bias = rng.uniform(0.5, 1, (2, in_memory[axis])).astype(dtype)
+    norm = NORMALIZATIONS[normalization]
+    statistics = exact_mean, exact_var, exact_invstd = np.empty(
+        (3, *norm.shape_of_statistics(shape))
+    )
+    arrays = x, dy, out, weight, bias
+    batch = Batch(shape, layout, axis, *arrays, *statistics, *statistics)
+    for piece in norm.pieces(batch):
+        piece.exact_mean[...], piece.exact_var[...] = norm.moments(piece)
+    np.divide(1, np.sqrt(exact_var + EPS), out=exact_invstd)
+    return replace(
+        batch,
+        mean=exact_mean.astype(dtype),
+        var=exact_var.astype(dtype),
+        invstd=exact_invstd.astype(dtype),
+    )
+
+
+def exact_result(cell: Cell) -> Array:
+    """Return y or dx in float64."""
+    norm = NORMALIZATIONS[cell.normalization]
+    exact = np.empty(cell.batch.x.shape)
+    for piece in norm.pieces(replace(cell.batch, out=exact)):
+        piece.out[...] = norm.exact(cell.operation, piece)
+    return exact
