@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import bnfast
-from bnfast._cli.bench.cell import make_batch
+from bnfast._cli.bench.normalizations import NORMALIZATIONS, make_batch
 from bnfast._cli.bench.workloads import SETS, layouts_of, name_of
 
-CASES = [(shape, layout) for shape in SETS["tracked"] for layout in layouts_of(shape)]
+TRACKED = SETS[NORMALIZATIONS["batch"].tracked_shapes]
+CASES = [(shape, layout) for shape in TRACKED for layout in layouts_of(shape)]
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +23,7 @@ def threads():
 @pytest.fixture(params=CASES, ids=[f"{name_of(shape)}-{layout}" for shape, layout in CASES])
 def data(request):
     """Arrays for one workload, the statistics of its x, and an array to write to."""
-    return make_batch(*request.param, np.float32, mean=1.5)
+    return make_batch("batch", *request.param, np.float32, mean=1.5)
 
 
 @pytest.fixture

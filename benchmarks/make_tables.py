@@ -1,10 +1,12 @@
 """Measure, and write what the README and docs/ show of it.
 
-    python benchmarks/make_tables.py              about ten minutes
+    python benchmarks/make_tables.py              about twenty minutes
+    python benchmarks/make_tables.py batch        batch norm alone; or family, the others alone
     python benchmarks/make_tables.py --quick      a trial
 
-The geometric means, the picture and what a call costs go between the markers of README.md, all
-cells with every loss into docs/benchmark.md. Everything is measured by `python -m bnfast bench`.
+The geometric means, and for batch norm the picture and what a call costs, go between the markers of
+README.md, all cells with every loss into docs/benchmark.md and docs/family_benchmark.md. Everything
+is measured by `python -m bnfast bench`.
 """
 
 import argparse
@@ -19,14 +21,12 @@ import numpy as np
 import bnfast
 from bnfast import _reference as reference
 from bnfast._cli.bench import report
+from bnfast._cli.bench.normalizations import NORMALIZATIONS
 from bnfast._cli.bench.rivals import numpy_formulas
 from bnfast._cli.bench.timing import take_turns
 
 ROOT = Path(__file__).parent.parent
-README, CELLS, PICTURE = (
-    ROOT / p for p in ("README.md", "docs/benchmark.md", "docs/benchmark.png")
-)
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+README, DOCS = ROOT / "README.md", ROOT / "docs"
 
 
 def bench(*arguments):
@@ -72,35 +72,67 @@ def call_table():
     return report.markdown_table(sheet)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few shapes, short turns")
-    options = parser.parse_args()
-    quick = ["--quick"] * options.quick
-    PICTURE.parent.mkdir(exist_ok=True)
-    results = bench("--plot", str(PICTURE), *quick)
+def write_into_readme(marker, *parts):
+    """Replace what is between the markers of this name."""
+    begin, end = (f"<!-- {marker}: {side} -->" for side in ("begin", "end"))
+    before, _, rest = README.read_text(encoding="utf-8").partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"README.md has no {begin} ... {end}")
+    body = "\n\n".join(parts)
+    README.write_text(f"{before}{begin}\n{body}\n{end}{after}", encoding="utf-8")
+
+
+def make_batch_tables(*quick):
+    picture = DOCS / "benchmark.png"
+    results = bench("--plot", str(picture), *quick)
     far = bench("--op", "training", "--shapes", "32x64x56x56", "--mean", "1e4", *quick)
     bnfast.set_num_threads(1)
-    losses = report.all_losses(results)
-    parts = [
+    write_into_readme(
+        "table",
         "Times of the rivals as multiples of bnfast's, geometric means (and largest errors):",
         report.markdown_table(report.all_means(results)),
-        f"{losses.title}; [all cells](docs/benchmark.md).",
+        f"{report.all_losses(results).title}; [all cells](docs/benchmark.md).",
         "![Ratios in every cell, and bandwidth with its limit](docs/benchmark.png)",
         "The same with data whose mean is 10,000 times its standard deviation:",
         report.markdown_table(report.all_cells(far)),
         call_table(),
         *report.notes(results),
         "All of it is made by `python benchmarks/make_tables.py`.",
-    ]
-    body = "\n\n".join(parts)
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
-    CELLS.write_text(
-        f"# Every cell\n\n{report.markdown(results)}\n\n![](benchmark.png)\n", encoding="utf-8"
     )
+    text = f"# Every cell\n\n{report.markdown(results)}\n\n![]({picture.name})\n"
+    (DOCS / "benchmark.md").write_text(text, encoding="utf-8")
+
+
+def make_family_tables(*quick):
+    picture = DOCS / "family_benchmark.png"
+    family = [name for name in NORMALIZATIONS if name != "batch"]
+    results = bench("--norm", *family, "--plot", str(picture), *quick)
+    write_into_readme(
+        "family table",
+        "Times of the rivals as multiples of bnfast's, geometric means (and largest errors):",
+        report.markdown_table(report.all_means(results)),
+        f"{report.all_losses(results).title}; [all cells](docs/family_benchmark.md), with the rest "
+        "of what is to be known.",
+    )
+    text = f"# Every cell of the family\n\n{report.markdown(results)}\n\n![]({picture.name})\n"
+    (DOCS / "family_benchmark.md").write_text(text, encoding="utf-8")
+
+
+TABLES = {"batch": make_batch_tables, "family": make_family_tables}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tables", nargs="*", help=f"of {', '.join(TABLES)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="few shapes, short turns")
+    options = parser.parse_args()
+    unknown = set(options.tables) - set(TABLES)
+    if unknown:
+        parser.error(f"{', '.join(sorted(unknown))}: none of {', '.join(TABLES)}")
+    DOCS.mkdir(exist_ok=True)
+    for name in options.tables or TABLES:
+        TABLES[name](*["--quick"] * options.quick)
 
 
 if __name__ == "__main__":

@@ -46,17 +46,17 @@ class OnnxRuntime(Rival):
         if b.layout == "nhwc":
             raise NotOffered("NCHW alone")
         node = NODES[cell.normalization]
+        element = helper.np_dtype_to_tensor_dtype(b.dtype)
         parameters = {"scale": b.weight, "B": b.bias}
         attributes: dict[str, Any] = {"epsilon": EPS}
         if cell.normalization == "batch":
             parameters |= {"mean": b.mean, "var": b.var}
         elif cell.normalization == "rms":
             del parameters["B"]
-        elif cell.normalization == "group":
-            attributes["num_groups"] = b.num_groups
+        elif cell.normalization == "group":  # in float32 unless it is told otherwise
+            attributes |= {"num_groups": b.num_groups, "stash_type": element}
         elif cell.normalization == "instance" and b.dtype != np.float32:
             raise NotOffered("no float64")
-        element = helper.np_dtype_to_tensor_dtype(b.dtype)
         graph = helper.make_graph(
             [helper.make_node(node.operator, ["x", *parameters], ["y"], **attributes)],
             "normalization",
