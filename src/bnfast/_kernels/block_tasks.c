@@ -123,13 +123,30 @@ static bn_input input_of(const bn_job *job)
     return (bn_input){job->geometry->phases, job->far};
 }
 
+/* Whether the channels that share their statistics follow each other as one run, of a single chunk each:
+   the group is then summed as that run, and its moments are those of its first channel until
+   `spread_moments`. */
+static int are_joined(const bn_job *job)
+{
+    const bn_geometry *geometry = job->geometry;
+    const bn_operand *x = &geometry->operand[X];
+    return job->shared > 1 && geometry->layout == BN_contiguous && geometry->chunks == 1 &&
+           geometry->outer == 1 && !x->packed && x->channel_stride == (ptrdiff_t)geometry->inner;
+}
+
 static void moments_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
 {
     const bn_geometry *geometry = job->geometry;
     _Alignas(64) char x_scratch[BN_SCRATCH_BYTES];
-    const bn_view x = bn_view_to_read(geometry, X, job->x, box, x_scratch);
+    bn_view x = bn_view_to_read(geometry, X, job->x, box, x_scratch);
+    bn_extent extent = box->extent;
+    if (are_joined(job)) {
+        extent.channels /= job->shared;
+        extent.inner *= job->shared;
+        x.strides.channel *= (ptrdiff_t)job->shared;
+    }
     job->kernels->moments[geometry->layout][geometry->dtype](
-        box->extent, x.data, x.strides, input_of(job), count,
+        extent, x.data, x.strides, input_of(job), count,
         sums_of_block(job, job->mean, 0, block) + box->channel,
         sums_of_block(job, job->mean_low, 1, block) + box->channel,
         sums_of_block(job, job->m2, 2, block) + box->channel);
@@ -324,7 +341,7 @@ static void sum_moments(const bn_job *job, size_t block, range channels)
     clear(sums_of_block(job, job->mean, 0, block), channels);
     clear(sums_of_block(job, job->mean_low, 1, block), channels);
     clear(sums_of_block(job, job->m2, 2, block), channels);
-    sum_block(job, block, channels, job->geometry->any_packed, moments_of_box);
+    sum_block(job, block, channels, job->geometry->operand[X].packed, moments_of_box);
 }
 
 static void sum_gradient(const bn_job *job, size_t block, range channels)
@@ -469,11 +486,26 @@ static void prepare_gradient(const bn_job *job, range channels)
     }
 }
 
+/* From groups that were summed as runs, whose moments follow each other, to all of their channels. */
+static void spread_moments(size_t channels, size_t shared, double *moments)
+{
+    for (size_t group = channels / shared; group-- > 0;) {
+        const double of_all = moments[group];
+        for (size_t c = group * shared; c < (group + 1) * shared; c++) {
+            moments[c] = of_all;
+        }
+    }
+}
+
 static void finish_normalize(const bn_job *job, range channels)
 {
     const size_t c = channels.first, each = values_per_channel(job->geometry);
     merge_blocks(job, channels);
-    if (job->shared > 1) {
+    if (are_joined(job)) {
+        spread_moments(channels.count, job->shared, job->mean + c);
+        spread_moments(channels.count, job->shared, job->mean_low + c);
+        spread_moments(channels.count, job->shared, job->m2 + c);
+    } else if (job->shared > 1) {
         job->kernels->pool_moments(channels.count / job->shared, job->shared, each, job->mean + c,
                                    job->mean_low + c, job->m2 + c);
     }
