@@ -89,3 +89,16 @@ def check_backward(dy, x, weight=None, axis=1, training=True, out=None):
     assert_within(dweight, expected[1], rounding * (np.abs(dy) * xhat).sum(axes))
     assert_within(dbias, expected[2], rounding * np.abs(dy).sum(axes))
     return dx
+
+
+def central_differences(loss, array):
+    """The gradient of a number, in float64, with respect to an array that is changed in place."""
+    numeric = np.zeros_like(array)
+    for index in np.ndindex(array.shape):
+        kept, ends = array[index], []
+        for step in (1e-6, -1e-6):
+            array[index] = kept + step
+            ends.append(loss())
+        array[index] = kept
+        numeric[index] = (ends[0] - ends[1]) / 2e-6
+    return numeric

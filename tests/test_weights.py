@@ -5,21 +5,10 @@ import pytest
 
 import bnfast
 from cases import BUFFERS
+from oracle import central_differences
 from tolerances import FINITE_DIFFERENCES
 
 SHAPES = [(4, 3, 3, 3), (5, 7), (1, 40), (6, 1), (3, 2, 900)]
-
-
-def central_differences(loss, array):
-    numeric = np.zeros_like(array)
-    for index in np.ndindex(array.shape):
-        kept, ends = array[index], []
-        for step in (1e-6, -1e-6):
-            array[index] = kept + step
-            ends.append(loss())
-        array[index] = kept
-        numeric[index] = (ends[0] - ends[1]) / 2e-6
-    return numeric
 
 
 def close(a, b, dtype=np.float64):
@@ -97,6 +86,58 @@ def test_a_filter_of_zeros_has_no_direction(dtype):
     w = bnfast.weight_norm(v, np.ones(2, dtype))
     assert np.isnan(w[0]).all()
     close(w[1], [0.6, 0.8], dtype)
+
+
+# Powers of two: integers below 2048 times these are exact, denormal or not.
+EXTREMES = {
+    "f32": (2.0**-149, 2.0**-138, 2.0**-60, 2.0**60, 2.0**100),
+    "f64": (2.0**-1074, 2.0**-1063, 2.0**-600, 2.0**600, 2.0**1000),
+}
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "fresh"])
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("number", range(5))
+def test_the_shortest_and_longest_filters_get_their_length(isa, dtype, rng, number, dim, in_place):
+    scale = EXTREMES["f32" if dtype == np.float32 else "f64"][number]
+    ordinary = rng.integers(1, 2000, (3, 4, 2)).astype(dtype)
+    chosen = ... if dim is None else (slice(None),) * dim + (1,)
+    v = ordinary.copy()
+    v[chosen] *= dtype.type(scale)
+    g = rng.uniform(1, 2, () if dim is None else v.shape[dim])
+    w, norm = bnfast.weight_norm_forward(ordinary, g, dim)
+    dw = rng.normal(size=v.shape).astype(dtype)
+    dv, dg = bnfast.weight_norm_backward(dw, ordinary, g, norm, dim)
+    given, upstream = v.copy(), dw.copy()
+    got, lengths = bnfast.weight_norm_forward(v, g, dim, out=v if in_place else None)
+    close(got, w, dtype)
+    norm[... if dim is None else 1] *= scale
+    close(lengths / norm, 1, dtype)
+    gradient, got = bnfast.weight_norm_backward(
+        *(upstream, given, g, lengths, dim), out=upstream if in_place else None
+    )
+    close(got, dg, dtype)
+    exact = dv.astype(np.longdouble)
+    exact[chosen] /= np.longdouble(scale)
+    lost = np.abs(exact) > np.finfo(dtype).max
+    np.testing.assert_array_equal(np.isinf(gradient), lost)
+    exact[lost] = gradient[lost] = 0
+    for part in (gradient, exact):
+        part[chosen] *= dtype.type(scale)
+    close(gradient, exact.astype(dtype), dtype)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_filter_that_is_not_finite_changes_no_other(rng, value):
+    v, dw = rng.normal(size=(2, 3, 4))
+    w, norm = bnfast.weight_norm_forward(v, np.ones(3))
+    dv, _ = bnfast.weight_norm_backward(dw, v, np.ones(3), norm)
+    v[1, 2] = value
+    got, lengths = bnfast.weight_norm_forward(v, np.ones(3))
+    gradient, _ = bnfast.weight_norm_backward(dw, v, np.ones(3), lengths)
+    assert np.isnan(got[1, 2])
+    for a, b in ((got, w), (lengths, norm), (gradient, dv)):
+        np.testing.assert_array_equal(a[::2], b[::2])
 
 
 STANDARDIZATIONS = {
@@ -183,8 +224,15 @@ def test_spectral_norm(dtype, rng, dim, v_first):
     once = bnfast.spectral_norm(w, left, right, 0, dim=dim)
     np.testing.assert_array_equal(once[0], y)
     np.testing.assert_array_equal(once[2], left)
-    out = np.empty_like(w)
-    assert bnfast.spectral_norm(w, left, right, 0, dim=dim, out=out)[0] is out
+    dw = bnfast.spectral_norm_backward(y, w, sigma, left, right, dim=dim)
+    for out in (np.empty_like(w), y.copy(), w.copy()):
+        dy, weights = (out if np.array_equal(out, a) else a for a in (y, w))
+        got = bnfast.spectral_norm_backward(dy, weights, sigma, left, right, dim=dim, out=out)
+        assert got is out
+        np.testing.assert_array_equal(out, dw)
+    for out in (np.empty_like(w), w):
+        assert bnfast.spectral_norm(w, left, right, 0, dim=dim, out=out)[0] is out
+        np.testing.assert_array_equal(out, y)
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -213,6 +261,10 @@ U, V = np.ones(3, np.float32), np.ones(4, np.float32)
         (lambda: bnfast.weight_norm(W.astype(int), U), TypeError, "v must be float32 or float64"),
         (lambda: bnfast.weight_norm(W, U, None, out=[1]), TypeError, "out must be a numpy array"),
         (lambda: bnfast.weight_norm(W, [1, 2, 3]), TypeError, "g must be float32 or float64"),
+        (
+            lambda: bnfast.weight_norm_backward(W[:, :2], 0 * W, U, U),
+            *(ValueError, "dy must have the shape and dtype"),
+        ),
         (lambda: bnfast.weight_standardization(W, V), ValueError, "gain must have one value"),
         (
             lambda: bnfast.weight_standardization(W, eps=-1.0),
@@ -233,6 +285,7 @@ U, V = np.ones(3, np.float32), np.ones(4, np.float32)
             lambda: bnfast.spectral_norm(W, U, V, -1),
             *(ValueError, "n_power_iterations must be at least 0"),
         ),
+        (lambda: bnfast.spectral_norm(W, U, V, dim=2), ValueError, "dim must be from -2 to 1"),
         (lambda: bnfast.spectral_norm(W, None, V), TypeError, "u must be an array of shape"),
     ],
 )

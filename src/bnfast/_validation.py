@@ -19,7 +19,7 @@ Array = NDArray[Any]
 Saved = TypeVar("Saved")
 
 # Of these each element is read before the one of the output that takes its place is written.
-_MAY_BE_OUT = ("x", "dy")
+_MAY_BE_OUT = ("x", "w", "dy")
 
 # Beyond this much work numpy gives up on whether two arrays share an element.
 _OVERLAP_WORK = 10_000
@@ -56,7 +56,7 @@ def floating_array(name: str, value: object) -> Array:
     return array
 
 
-def batch(name: str, value: object, axis: object) -> tuple[Array, int, int]:
+def batch(name: str, value: object, axis: object, called: str = "axis") -> tuple[Array, int, int]:
     """Return the input as an array, its channel axis (not negative) and its number of channels."""
     x = floating_array(name, value)
     ndim = x.ndim
@@ -66,10 +66,10 @@ def batch(name: str, value: object, axis: object) -> tuple[Array, int, int]:
         raise ValueError(
             f"{name} must have at least 2 dimensions, a batch and channels, got shape {x.shape}"
         )
-    channel_axis = integer("axis", axis)
+    channel_axis = integer(called, axis)
     if not -ndim <= channel_axis < ndim:
         raise ValueError(
-            f"axis must be from {-ndim} to {ndim - 1} for {name} of shape {x.shape}, got {axis}"
+            f"{called} must be from {-ndim} to {ndim - 1} for {name} of shape {x.shape}, got {axis}"
         )
     channel_axis %= ndim
     return x, channel_axis, x.shape[channel_axis]
@@ -161,11 +161,11 @@ def sizes(name: str, value: object) -> tuple[int, ...]:
     return shape
 
 
-def same_channels(name: str, x: Array, axis: int, channels: int) -> None:
+def same_channels(name: str, x: Array, axis: int, channels: int, called: str = "channels") -> None:
     """Refuse a batch with another number of channels than a layer has."""
     if x.ndim < 2 or x.shape[axis] != channels:
         raise ValueError(
-            f"{name} must have {channels} channels along axis {axis}, got shape {x.shape}"
+            f"{name} must have {channels} {called} along axis {axis}, got shape {x.shape}"
         )
 
 
@@ -386,6 +386,12 @@ def output(value: object, x: Array, arguments: dict[str, Array | None]) -> Array
     return out
 
 
+def instance(name: str, value: object, wanted: type) -> None:
+    """Refuse what is not of a class of ours."""
+    if not isinstance(value, wanted):
+        raise TypeError(f"{name} must be a {wanted.__name__}, got {_describe(value)}")
+
+
 def flag(name: str, value: object) -> bool:
     """Return True or False; nothing else is either."""
     if not isinstance(value, (bool, np.bool_)):
@@ -449,6 +455,14 @@ def real(name: str, value: object) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")
     return number
+
+
+def renorm_limits(r_max: object, d_max: object) -> tuple[float, float]:
+    """Return how far batch renormalization may correct a batch."""
+    most, furthest = real("r_max", r_max), real("d_max", d_max)
+    if most < 1.0 or furthest < 0.0:
+        raise ValueError(f"r_max must be at least 1 and d_max at least 0, got {r_max} and {d_max}")
+    return most, furthest
 
 
 def epsilon(value: object, *, training: bool) -> float:

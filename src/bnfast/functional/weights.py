@@ -18,6 +18,10 @@ Parameter = NDArray[np.float32] | NDArray[np.float64]
 _LENGTH = Sharing(uncentred=True)
 _DEVIATION = Sharing()
 
+# Filters up to this length, and down to its reciprocal, need no care: squares and quotients of them
+# and of ordinary gradients stay within the range of the dtype.
+_LONGEST = {np.dtype(np.float32): 2.0**40, np.dtype(np.float64): 2.0**400}
+
 # A number whose square is 0 beside any other, and whose reciprocal is finite.
 _NEXT_TO_NOTHING = 1e-100
 
@@ -56,7 +60,7 @@ def weight_norm(
     Notes
     -----
     ``w = g * v / ||v||``, the norm over all axes but `dim`. A filter of zeros gives NaN: it has no
-    direction.
+    direction. Filters at the ends of the range of their dtype are multiplied by a power of two.
 
     References
     ----------
@@ -118,11 +122,26 @@ def weight_norm_forward(
     """
     filters, target = _as_filters("v", v, dim, out)
     lengths, root = _lengths(g, filters, dim)
+    axis = 0 if dim is None else dim
+    extreme = None
+    if target is not None and _validation.shares_memory(target, filters):
+        extreme = _extreme_filters(filters, axis, _norms(filters, axis))  # before it is too late
     w, _, invrms = _primitives.normalize(
-        filters, 0 if dim is None else dim, lengths / root, None, 0.0, out=target, sharing=_LENGTH
+        filters, axis, lengths / root, None, 0.0, out=target, sharing=_LENGTH
     )
     with np.errstate(divide="ignore"):
-        return w.reshape(np.shape(v)) if out is None else out, root / invrms
+        norm = root / invrms
+    if extreme is None:
+        extreme = _extreme_filters(filters, axis, norm)
+    which, scaled, exponent = extreme
+    if which.size:
+        again, _, invrms = _primitives.normalize(
+            scaled, 0, lengths[which] / root, None, 0.0, sharing=_LENGTH
+        )
+        np.moveaxis(w, axis, 0)[which] = again
+        with np.errstate(all="ignore"):
+            norm[which] = np.ldexp(root / invrms, -exponent)
+    return w.reshape(np.shape(v)) if out is None else out, norm
 
 
 def weight_norm_backward(
@@ -180,19 +199,70 @@ def weight_norm_backward(
     (array([0.6]), array([[ 1.28, -0.96]]))
     """
     filters, target = _as_filters("v", v, dim, out)
-    upstream, _ = _as_filters("dw", dw, dim, None)
+    upstream = _validation.upstream_gradient(_as_filters("dw", dw, dim, None)[0], filters)
     lengths, root = _lengths(g, filters, dim)
     axis = 0 if dim is None else dim
     norms = _validation.required_channel_parameter("norm", norm, filters.shape[axis])
-    with np.errstate(divide="ignore"):
-        invrms = root / norms.astype(np.float64)
-    dv, dlengths, _ = _primitives.gradient(
-        *(upstream, filters, axis, np.zeros(len(norms)), invrms, lengths / root, False),
-        target,
-        _LENGTH,
-    )
-    dg = (dlengths / root).astype(np.asarray(g).dtype).reshape(np.shape(g))
+    wide = norms.astype(np.float64)
+    which, scaled, exponent = _extreme_filters(filters, axis, wide)
+    their_upstream = np.moveaxis(upstream, axis, 0)[which]  # which may be overwritten
+    with np.errstate(all="ignore"):
+        dv, dlengths, _ = _primitives.gradient(
+            *(upstream, filters, axis, np.zeros(len(wide)), root / wide, lengths / root, False),
+            target,
+            _LENGTH,
+        )
+        if which.size:
+            invrms = root / _norms(scaled, 0)  # those given may be rounded to a few bits
+            again, dlengths[which], _ = _primitives.gradient(
+                *(their_upstream, scaled, 0, np.zeros(len(which)), invrms, lengths[which] / root),
+                *(False, None, _LENGTH),
+            )
+            np.moveaxis(dv, axis, 0)[which] = np.ldexp(again, _along_first(exponent, again))
+        dg = (dlengths / root).astype(np.asarray(g).dtype).reshape(np.shape(g))
     return dv.reshape(np.shape(v)) if out is None else out, dg
+
+
+def lengths_of_filters(name: str, weight: Array, dim: int | None) -> Array:
+    """Return the lengths that the filters have, in PyTorch's shape and the dtype of the weight."""
+    filters, _ = _as_filters(name, weight, dim, None)
+    axis = 0 if dim is None else dim
+    _, norm = weight_norm_forward(filters, np.ones(filters.shape[axis]), axis)
+    shape = [1] * np.ndim(filters if dim is None else weight)
+    shape[axis] = len(norm)
+    lengths = norm.astype(filters.dtype)
+    return lengths.reshape(() if dim is None else shape)
+
+
+class _ExtremeFilters(NamedTuple):
+    """Filters so short or long that squares, or the reciprocal of the length, leave their range."""
+
+    which: Array
+    scaled: Array  # copies with a largest value near 1: multiplied by 2 ** exponent, exactly
+    exponent: Array
+
+
+def _extreme_filters(filters: Array, axis: int, norm: Array) -> _ExtremeFilters:
+    most = _LONGEST[filters.dtype]
+    which = np.flatnonzero(~((norm > 1 / most) & (norm < most)))
+    if not which.size:
+        return _ExtremeFilters(which, filters[:0], which)
+    copies = np.moveaxis(filters, axis, 0)[which]
+    largest = np.abs(copies).max(tuple(range(1, copies.ndim)), initial=0)
+    _, power = np.frexp(np.where(np.isfinite(largest), largest, 1))
+    with np.errstate(all="ignore"):
+        return _ExtremeFilters(which, np.ldexp(copies, _along_first(-power, copies)), -power)
+
+
+def _along_first(values: Array, x: Array) -> Array:
+    """Return one value for each index of the first axis, to go with all of its elements."""
+    return np.expand_dims(values, tuple(range(1, x.ndim)))
+
+
+def _norms(filters: Array, axis: int) -> Array:
+    count, mean, m2 = _primitives.moments(filters, axis)
+    with np.errstate(all="ignore"):
+        return np.asarray(np.sqrt(m2 + count * mean**2))
 
 
 def _as_filters(
@@ -610,7 +680,7 @@ def spectral_norm(
     >>> round(sigma, 6)
     3.0
     """
-    array, axis, rows = _validation.batch("w", w, dim)
+    array, axis, rows = _validation.batch("w", w, dim, "dim")
     least = _validation.real("eps", eps)
     steps = _validation.integer_from("n_power_iterations", n_power_iterations, 0)
     left = _validation.state("u", u, (rows,)).astype(np.float64)
@@ -643,6 +713,7 @@ def spectral_norm_backward(
     v: Parameter,
     *,
     dim: int = 0,
+    out: NDArray[Float] | None = None,
 ) -> NDArray[Float]:
     """Return the gradient of spectral normalization: of the weights.
 
@@ -654,6 +725,8 @@ def spectral_norm_backward(
         As in `spectral_norm`.
     sigma, u, v
         What the forward pass returned; u and v are constants to the gradient.
+    out : array like `w`, optional
+        Where to write: `dy` or `w` itself, or an array that shares no element with either.
 
     Returns
     -------
@@ -663,7 +736,7 @@ def spectral_norm_backward(
     Raises
     ------
     TypeError, ValueError
-        For an argument of the wrong type, dtype, shape or value.
+        For an argument of the wrong type, dtype, shape or value; before anything is written.
 
     Notes
     -----
@@ -682,17 +755,21 @@ def spectral_norm_backward(
     >>> round(float(np.abs(dw).max()), 2)
     0.33
     """
-    array, axis, rows = _validation.batch("w", w, dim)
+    array, axis, rows = _validation.batch("w", w, dim, "dim")
     upstream = _validation.upstream_gradient(dy, array)
     length = np.float64(_validation.real("sigma", sigma))
     left = _validation.state("u", u, (rows,)).astype(np.float64)
     right = _validation.state("v", v, (array.size // rows if rows else 0,)).astype(np.float64)
+    if out is None:
+        dw = np.empty_like(array)
+    else:
+        dw = _validation.output(out, array, {"dy": upstream, "w": array, "u": left, "v": right})
     gradient, matrix = _as_matrix(upstream, axis), _as_matrix(array, axis)
     with np.errstate(all="ignore"):
         along = (gradient * matrix).sum() / length
         made = (gradient - along * np.outer(left, right)) / length
-    moved = made.reshape(np.moveaxis(array, axis, 0).shape)
-    dw: NDArray[Float] = np.moveaxis(moved, 0, axis).astype(array.dtype, order="C")
+        target = np.moveaxis(dw, axis, 0)
+        target[...] = made.reshape(target.shape)
     return dw
 
 
