@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 import bnfast
-from bnfast import FilterResponseNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from bnfast import (
+    BatchRenorm,
+    FilterResponseNorm,
+    GhostBatchNorm,
+    GroupNorm,
+    InstanceNorm,
+    LayerNorm,
+    RenormSchedule,
+    RMSNorm,
+)
 
 SHAPE = (4, 6, 5, 3)
 
@@ -26,6 +35,10 @@ LAYERS = {
     "response, plain": lambda **k: FilterResponseNorm(6, 1e-3, False, False, **k),
     "rms": lambda **k: RMSNorm((5, 3), **k),
     "rms, plain": lambda **k: RMSNorm(3, 1e-3, False, **k),
+    "ghosts": lambda **k: GhostBatchNorm(6, 3, **k),
+    "ghosts, plain": lambda **k: GhostBatchNorm(6, 2, 1e-3, None, False, False, **k),
+    "renormalized": lambda **k: BatchRenorm(6, schedule=RenormSchedule(1.5, 0.5, 0, 0, 0), **k),
+    "renormalized, plain": lambda **k: BatchRenorm(6, 1e-3, 0.3, False, **k),
 }
 
 
@@ -59,6 +72,16 @@ def function_of(layer, x, dy):
         return y, *bnfast.filter_response_norm_backward(
             dy, x, invrms, weight, bias, layer.tau, **more
         )
+    if isinstance(layer, GhostBatchNorm):
+        y, *saved = bnfast.ghost_batch_norm_forward(x, layer.ghost_size, weight, bias, eps)
+        return y, *bnfast.ghost_batch_norm_backward(dy, x, layer.ghost_size, *saved, weight)
+    if isinstance(layer, BatchRenorm):
+        running = layer.running_mean.copy(), layer.running_std.copy()
+        r_max, d_max = layer.schedule.at(layer.num_batches_tracked)
+        y, saved = bnfast.batch_renorm_forward(
+            x, *running, weight, bias, eps=eps, r_max=r_max, d_max=d_max
+        )
+        return y, *bnfast.batch_renorm_backward(dy, x, saved, weight)
     rows = {"normalized_shape": layer.normalized_shape, "axis": layer.axis}
     if isinstance(layer, LayerNorm):
         y, mean, invstd = bnfast.layer_norm_forward(x, weight=weight, bias=bias, eps=eps, **rows)
@@ -123,6 +146,14 @@ def test_the_representation_says_how_to_make_it():
     assert repr(GroupNorm(2, 6)) == (
         "GroupNorm(2, num_channels=6, eps=1e-05, affine=True, axis=1, dtype=float32)"
     )
+    assert repr(GhostBatchNorm(6, 4)) == (
+        "GhostBatchNorm(6, ghost_size=4, eps=1e-05, momentum=0.1, affine=True, "
+        "track_running_stats=True, axis=1, unbiased=True, dtype=float32)"
+    )
+    assert repr(BatchRenorm(6)) == (
+        "BatchRenorm(6, eps=1e-05, momentum=0.01, affine=True, schedule=RenormSchedule(r_max=3.0, "
+        "d_max=5.0, begin=5000, r_end=40000, d_end=25000), axis=1, dtype=float32)"
+    )
     assert repr(LayerNorm(3)) == (
         "LayerNorm((3,), eps=1e-05, elementwise_affine=True, bias=True, axis=None, dtype=float32)"
     )
@@ -175,6 +206,17 @@ def test_without_momentum_instance_norm_leaves_its_statistics_alone(rng):
         (lambda: RMSNorm(3, dtype=np.float16), TypeError, "dtype must be float32 or float64"),
         (lambda: LayerNorm(4)(np.ones((2, 3))), ValueError, "normalized_shape must be the sizes"),
         (lambda: GroupNorm(2, 4)(np.ones(SHAPE)), ValueError, "x must have 4 channels"),
+        (lambda: GhostBatchNorm(6, 0), ValueError, "ghost_size must be at least 1"),
+        (lambda: GhostBatchNorm(6, 2.0), TypeError, "ghost_size must be an integer"),
+        (lambda: GhostBatchNorm(4, 2, axis=0)(np.ones(SHAPE)), ValueError, "axis must not be 0"),
+        (lambda: GhostBatchNorm(4, 2)(np.ones(SHAPE)), ValueError, "x must have 4 channels"),
+        (lambda: BatchRenorm(6, momentum=None), TypeError, "momentum must be a real number"),
+        (lambda: BatchRenorm(6, schedule=(3, 5)), TypeError, "schedule must be a RenormSchedule"),
+        (
+            lambda: BatchRenorm(6, schedule=RenormSchedule(r_max=0.5)),
+            *(ValueError, "r_max must be at least 1"),
+        ),
+        (lambda: BatchRenorm(4)(np.ones(SHAPE)), ValueError, "x must have 4 channels"),
     ],
 )
 def test_bad_arguments_are_refused(make_bad, error, message):

@@ -26,6 +26,8 @@ MODULES = [
     "bnfast.layers.rows",
     "bnfast.layers.samples",
     "bnfast.layers.whitening",
+    "bnfast.layers.small_batches",
+    "bnfast.layers.weights",
     "bnfast.statistics",
 ]
 

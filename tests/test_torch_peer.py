@@ -228,6 +228,57 @@ def test_spectral_norm_is_pytorchs(rng, dim):
     np.testing.assert_allclose(v, to_numpy(parametrization._v), rtol=1e-10)
 
 
+def below(start, module):
+    """That part of a module's state, without its beginning: how the layers' documentation maps."""
+    state = {n: a for n, a in module.state_dict().items() if n.startswith(start)}
+    return {n.removeprefix(start): a for n, a in state.items()}
+
+
+@pytest.mark.parametrize(("kind", "dim"), [("Conv2d", 0), ("ConvTranspose2d", 1), ("Conv2d", None)])
+def test_the_weight_norm_layer_takes_a_parametrized_state(rng, kind, dim):
+    module = getattr(torch.nn, kind)(4, 6, 3)
+    torch.nn.utils.parametrizations.weight_norm(module, dim=dim)
+    with torch.no_grad():
+        for parameter in module.parametrizations.weight.parameters():
+            parameter.copy_(torch.from_numpy(np.asarray(rng.normal(size=parameter.shape))))
+    layer = bnfast.WeightNorm(rng.normal(size=tuple(module.weight.shape)).astype(np.float32), dim)
+    layer.load_state_dict(below("parametrizations.weight.", module))
+    np.testing.assert_allclose(layer(), to_numpy(module.weight), **PEER_OUTPUT)
+    dw = rng.normal(size=layer.v.shape).astype(np.float32)
+    module.weight.backward(torch.from_numpy(dw))
+    layer.backward(dw)
+    g, v = module.parametrizations.weight.parameters()
+    np.testing.assert_allclose(layer.g_grad, g.grad.numpy(), **PEER_PARAMETER_GRADIENT)
+    np.testing.assert_allclose(layer.v_grad, v.grad.numpy(), **PEER_GRADIENT)
+    back = {
+        f"parametrizations.weight.{n}": torch.as_tensor(a) for n, a in layer.state_dict().items()
+    }
+    module.load_state_dict(back | {"bias": module.bias.detach()})
+
+
+@pytest.mark.parametrize(("kind", "dim"), [("Conv2d", 0), ("ConvTranspose2d", 1), ("Linear", 0)])
+def test_the_spectral_norm_layer_takes_a_parametrized_state(rng, kind, dim):
+    module = getattr(torch.nn, kind)(*((4, 6, 3) if dim or kind == "Conv2d" else (4, 6)))
+    torch.nn.utils.parametrizations.spectral_norm(module, n_power_iterations=2)
+    original = module.parametrizations.weight.original
+    layer = bnfast.SpectralNorm(to_numpy(original), 2, dim=dim, rng=7)
+    layer.load_state_dict(below("parametrizations.weight.0.", module))
+    for training in (True, True, False):
+        module.train(training)
+        layer.train(training)
+        with torch.no_grad():
+            original.copy_(torch.from_numpy(rng.normal(size=tuple(original.shape))))
+        module.zero_grad()
+        expected = module.weight
+        np.testing.assert_allclose(layer(to_numpy(original)), to_numpy(expected), **PEER_OUTPUT)
+        dw = rng.normal(size=layer.shape).astype(np.float32)
+        expected.backward(torch.from_numpy(dw))
+        np.testing.assert_allclose(layer.backward(dw), original.grad.numpy(), **PEER_GRADIENT)
+    (parametrization,) = module.parametrizations.weight
+    for name, array in layer.state_dict().items():
+        np.testing.assert_allclose(array, to_numpy(getattr(parametrization, name)), **PEER_OUTPUT)
+
+
 @pytest.mark.parametrize("momentum", [0.1, None, 0.7])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("tracking", [True, False])

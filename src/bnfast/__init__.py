@@ -52,20 +52,28 @@ from bnfast.functional import (
 )
 from bnfast.layers import (
     BatchNorm,
+    BatchRenorm,
     DecorrelatedBatchNorm,
     FilterResponseNorm,
+    GhostBatchNorm,
     GroupNorm,
     InstanceNorm,
     IterNorm,
     LayerNorm,
     RMSNorm,
+    ScaledWeightStandardization,
+    SpectralNorm,
+    WeightNorm,
+    WeightStandardization,
 )
 from bnfast.statistics import Moments
 
 __all__ = [
     "BatchNorm",
+    "BatchRenorm",
     "DecorrelatedBatchNorm",
     "FilterResponseNorm",
+    "GhostBatchNorm",
     "GroupNorm",
     "InstanceNorm",
     "IterNorm",
@@ -75,6 +83,10 @@ __all__ = [
     "RMSNorm",
     "RenormSchedule",
     "Renormalized",
+    "ScaledWeightStandardization",
+    "SpectralNorm",
+    "WeightNorm",
+    "WeightStandardization",
     "Whitened",
     "__version__",
     "available_isas",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -81,18 +82,41 @@ def ghost_batch_norm(
         )
     new = _validation.real("momentum", momentum)
     tracked = _validation.running_statistics(running_mean, running_var, array, channels)
+    y, _, _ = train_on_ghosts(
+        array, ghost_size, tracked, weight, bias, lambda _: new, eps, axis, unbiased, out
+    )
+    return y
+
+
+def train_on_ghosts(
+    x: Array,
+    ghost_size: object,
+    tracked: tuple[Array, Array] | None,
+    weight: object,
+    bias: object,
+    weight_of_new_ghost: Callable[[int], float],
+    eps: object,
+    axis: int,
+    unbiased: bool,
+    out: object,
+) -> tuple[Array, Array, Array]:
+    """Return y, mean and invstd of all parts, which the running statistics take one by one.
+
+    A part, counted from 1, has the weight in them that the function says.
+    """
     if tracked is not None and out is not None:
         statistics = {"running_mean": tracked[0], "running_var": tracked[1]}
-        _validation.output(out, array, {"x": array, **statistics})
-    y, mean, _, var = _of_ghosts(array, ghost_size, weight, bias, eps, axis, unbiased, out)
+        _validation.output(out, x, {"x": x, **statistics})
+    y, mean, invstd, var = _of_ghosts(x, ghost_size, weight, bias, eps, axis, unbiased, out)
     if tracked is not None:
         with np.errstate(all="ignore"):
-            for running, batches in zip(tracked, (mean, var), strict=True):
+            for running, ghosts in zip(tracked, (mean, var), strict=True):
                 blended = running.astype(np.float64)
-                for batch in batches:
-                    blended = (1 - new) * blended + new * batch
+                for number, ghost in enumerate(ghosts, 1):
+                    new = weight_of_new_ghost(number)
+                    blended = (1 - new) * blended + new * ghost
                 running[...] = blended
-    return y
+    return y, mean, invstd
 
 
 def ghost_batch_norm_forward(
@@ -296,7 +320,8 @@ class RenormSchedule(NamedTuple):
     begin : int
         The steps of plain batch normalization before, with limits of 1 and 0.
     r_end, d_end : int
-        The steps at which the limits reach their ends, after growing linearly.
+        The steps at which the limits reach their ends, after growing linearly from `begin` on;
+        where that is not after `begin`, they are there at `begin`.
 
     References
     ----------
@@ -307,6 +332,8 @@ class RenormSchedule(NamedTuple):
     >>> import bnfast
     >>> bnfast.RenormSchedule().at(15000)
     (1.5714285714285714, 2.5)
+    >>> bnfast.RenormSchedule(3.0, 5.0, 0, 0, 0).at(0)  # the same limits at every step
+    (3.0, 5.0)
     """
 
     r_max: float = 3.0
@@ -319,8 +346,9 @@ class RenormSchedule(NamedTuple):
         """Return r_max and d_max of a step, counted from 0."""
 
         def gone(end: int) -> float:
-            length = max(end - self.begin, 1)
-            return min(max((step - self.begin) / length, 0.0), 1.0)
+            if step < self.begin:
+                return 0.0
+            return 1.0 if step >= end else (step - self.begin) / (end - self.begin)
 
         return 1.0 + (self.r_max - 1.0) * gone(self.r_end), self.d_max * gone(self.d_end)
 
@@ -480,9 +508,7 @@ def batch_renorm_forward(
     array, channel_axis, channels = _validation.batch("x", x, axis)
     epsilon = _validation.epsilon(eps, training=True)
     new = _validation.real("momentum", momentum)
-    most, furthest = _validation.real("r_max", r_max), _validation.real("d_max", d_max)
-    if most < 1.0 or furthest < 0.0:
-        raise ValueError(f"r_max must be at least 1 and d_max at least 0, got {r_max} and {d_max}")
+    most, furthest = _validation.renorm_limits(r_max, d_max)
     tracked = _validation.running_statistics(
         running_mean, running_std, array, channels, names=("running_mean", "running_std")
     )

@@ -4,15 +4,28 @@ from bnfast.layers.batch import BatchNorm
 from bnfast.layers.response import FilterResponseNorm
 from bnfast.layers.rows import LayerNorm, RMSNorm
 from bnfast.layers.samples import GroupNorm, InstanceNorm
+from bnfast.layers.small_batches import BatchRenorm, GhostBatchNorm
+from bnfast.layers.weights import (
+    ScaledWeightStandardization,
+    SpectralNorm,
+    WeightNorm,
+    WeightStandardization,
+)
 from bnfast.layers.whitening import DecorrelatedBatchNorm, IterNorm
 
 __all__ = [
     "BatchNorm",
+    "BatchRenorm",
     "DecorrelatedBatchNorm",
     "FilterResponseNorm",
+    "GhostBatchNorm",
     "GroupNorm",
     "InstanceNorm",
     "IterNorm",
     "LayerNorm",
     "RMSNorm",
+    "ScaledWeightStandardization",
+    "SpectralNorm",
+    "WeightNorm",
+    "WeightStandardization",
 ]

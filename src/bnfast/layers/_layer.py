@@ -1,4 +1,4 @@
-"""What every layer has: parameters and their gradients, two modes, a state."""
+"""What every layer has: a call and its backward, gradients of parameters, two modes, a state."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from bnfast import _validation
 
 Array = NDArray[Any]
-AnyLayer = TypeVar("AnyLayer", bound="Layer")
-Gradients = tuple[Array, Array | None, Array | None]
+AnyTrainable = TypeVar("AnyTrainable", bound="Trainable")
+Gradients = tuple[Any, ...]  # of the input, and of each parameter: an array or None
 
 _COUNTER = "num_batches_tracked"
 
@@ -23,37 +23,28 @@ _DONE = "the last one has had its backward"
 _IN_PLACE = "the last call wrote over its input"
 
 
-class Layer(ABC):
-    """A layer: call it, and then its `backward`.
+class Trainable(ABC):
+    """What is called, and then its `backward`: a normalization of data, or of weights.
 
     Attributes
     ----------
-    weight, bias, running_mean, running_var : array or None
-        What the layer has of them.
     num_batches_tracked : int or None
-        How many batches the running statistics have seen.
-    weight_grad, bias_grad : array or None
-        Of the last `backward`.
+        How many batches its statistics have seen; None where it has none.
     training : bool
         True at first.
     """
 
-    weight: Array | None = None
-    bias: Array | None = None
-    running_mean: Array | None = None
-    running_var: Array | None = None
     num_batches_tracked: int | None = None
-    weight_grad: Array | None = None
-    bias_grad: Array | None = None
     training: bool = True
 
-    _arrays: ClassVar[tuple[str, ...]] = ("weight", "bias", "running_mean", "running_var")
+    _parameters: ClassVar[tuple[str, ...]] = ()  # attributes with a gradient, `<name>_grad`
+    _arrays: ClassVar[Mapping[str, str]] = {}  # of the state: PyTorch's names of the attributes
     _shown: ClassVar[tuple[str, ...]] = ()  # attributes of the repr, by the names of the arguments
 
     # What `_gradients` needs of the last call, x first, or a reason why there is nothing.
     _saved: tuple[Any, ...] | str = NONE_YET
 
-    def train(self: AnyLayer, mode: bool = True) -> AnyLayer:
+    def train(self: AnyTrainable, mode: bool = True) -> AnyTrainable:
         """Use the statistics of each batch, and track them; return the layer itself.
 
         Parameters
@@ -74,7 +65,7 @@ class Layer(ABC):
         self.training = bool(mode)
         return self
 
-    def eval(self: AnyLayer) -> AnyLayer:
+    def eval(self: AnyTrainable) -> AnyTrainable:
         """Use the running statistics; return the layer itself.
 
         Returns
@@ -89,20 +80,16 @@ class Layer(ABC):
         """
         return self.train(False)
 
-    def _kept_weight(self) -> Array | None:
-        """Return the weight as it is now: it may change before backward comes."""
-        return None if self.weight is None else self.weight.copy()
-
     def _save(self, x: Array, y: Array, *more: Any) -> None:
         # x is not copied; where it was overwritten, there can be no backward.
         self._saved = _IN_PLACE if _validation.shares_memory(x, y) else (x, *more)
 
     @abstractmethod
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        """Return the gradients of the input, weight and bias from what was saved."""
+        """Return the gradients of the input and of the parameters from what was saved."""
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
-        """Return the gradient of the last input, and set `weight_grad` and `bias_grad`.
+        """Return the gradient of the last input, and set those of parameters: `weight_grad`, ...
 
         Parameters
         ----------
@@ -137,30 +124,31 @@ class Layer(ABC):
             raise RuntimeError(
                 f"backward needs a call of the layer before it, not in place: {self._saved}"
             )
-        dx, dweight, dbias = self._gradients(dy, out, *self._saved)
-        self.weight_grad = dweight
-        if self.bias is None or dbias is None:
-            self.bias_grad = None
-        else:
-            with np.errstate(all="ignore"):  # only where there is no weight to say the dtype
-                self.bias_grad = dbias.astype(self.bias.dtype, copy=False)
+        gradients = self._gradients(dy, out, *self._saved)
+        dx: Array = gradients[0]
+        for name, gradient in zip(self._parameters, gradients[1:], strict=True):
+            parameter = getattr(self, name)
+            kept = None
+            if parameter is not None and gradient is not None:
+                with np.errstate(all="ignore"):  # where no other parameter said the dtype
+                    kept = gradient.astype(parameter.dtype, copy=False)
+            setattr(self, f"{name}_grad", kept)
         self._saved = _DONE
         return dx
 
     def _state(self) -> dict[str, Array]:
         """Return the arrays that the layer has, by PyTorch's names."""
-        arrays = {name: getattr(self, name) for name in self._arrays}
+        arrays = {name: getattr(self, attribute) for name, attribute in self._arrays.items()}
         return {name: array for name, array in arrays.items() if array is not None}
 
     def state_dict(self) -> dict[str, Array]:
-        """Return copies of parameters and running statistics, with PyTorch's names and dtypes.
+        """Return copies of parameters and statistics, with PyTorch's names and dtypes.
 
         Returns
         -------
         dict of str to array
-            ``weight``, ``bias``, ``running_mean``, ``running_var`` (``running_matrix`` of layers
-            that whiten) and ``num_batches_tracked`` (int64, 0-d); those that the layer has not are
-            left out.
+            ``weight``, ``bias``, ``running_mean``, ``running_var`` and ``num_batches_tracked``
+            (int64, 0-d), or what else the class says; those that the layer has not are left out.
 
         Examples
         --------
@@ -176,7 +164,7 @@ class Layer(ABC):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, ArrayLike]) -> None:
-        """Take parameters and running statistics from `state_dict`, in place.
+        """Take parameters and statistics from `state_dict`, in place.
 
         Parameters
         ----------
@@ -226,3 +214,35 @@ class Layer(ABC):
         first, *others = self._shown
         shown = [str(getattr(self, first)), *[f"{name}={getattr(self, name)}" for name in others]]
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+class Layer(Trainable):
+    """A layer of data: call it, and then its `backward`.
+
+    Attributes
+    ----------
+    weight, bias, running_mean, running_var : array or None
+        What the layer has of them.
+    num_batches_tracked : int or None
+        How many batches the running statistics have seen.
+    weight_grad, bias_grad : array or None
+        Of the last `backward`.
+    training : bool
+        True at first.
+    """
+
+    weight: Array | None = None
+    bias: Array | None = None
+    running_mean: Array | None = None
+    running_var: Array | None = None
+    weight_grad: Array | None = None
+    bias_grad: Array | None = None
+
+    _parameters = ("weight", "bias")
+    _arrays: ClassVar[Mapping[str, str]] = {
+        name: name for name in ("weight", "bias", "running_mean", "running_var")
+    }
+
+    def _kept_weight(self) -> Array | None:
+        """Return the weight as it is now: it may change before backward comes."""
+        return None if self.weight is None else self.weight.copy()

@@ -1,4 +1,4 @@
-"""What layers with running statistics share."""
+"""What layers of channels share, and those with running statistics."""
 
 from __future__ import annotations
 
@@ -14,10 +14,62 @@ from bnfast.layers._layer import Gradients, Layer
 Array = NDArray[Any]
 
 
-class TrackingLayer(Layer):
-    """A layer of channels: in training by the statistics of the input, else by the running ones."""
+class ChannelLayer(Layer):
+    """A layer with a weight and a bias for each channel, which evaluates by given statistics."""
 
-    _sharing: ClassVar[Sharing]  # which elements of the input have their statistics together
+    _sharing: ClassVar[Sharing] = _primitives.BATCH  # whose statistics are made together
+
+    def __init__(
+        self, num_features: int, eps: float, affine: bool, axis: int, dtype: DTypeLike
+    ) -> None:
+        self.num_features = _validation.integer_from("num_features", num_features, 0)
+        self.eps = _validation.epsilon(eps, training=False)
+        self.affine = bool(affine)
+        self.axis = _validation.integer("axis", axis)
+        self.dtype = _validation.floating_dtype("dtype", dtype)
+        if self.affine:
+            self.weight = np.ones(self.num_features, self.dtype)
+            self.bias = np.zeros(self.num_features, self.dtype)
+        self._evaluation = _primitives.Evaluation()  # what each call in evaluation may use again
+
+    def _batch(self, x: Array) -> Array:
+        """Return the input as an array with the channels of this layer."""
+        axis = self.axis
+        if type(x) is np.ndarray and x.dtype.char in "fd" and x.dtype.isnative:
+            shape = x.shape
+            if -len(shape) <= axis < len(shape) > 1 and shape[axis] == self.num_features:
+                return x
+        array, _, _ = _validation.batch("x", x, axis)
+        _validation.same_channels("x", array, axis, self.num_features)
+        return array
+
+    def _evaluate(
+        self, x: Array, out: Array | None, mean: Array, variance: Array, eps: float
+    ) -> Array:
+        """Return y from the running statistics, and save what the backward pass needs."""
+        y = _primitives.scale_shift(
+            *(x, self.axis, mean, variance, self.weight, self.bias, eps, self._evaluation, out)
+        )
+        statistics = self._evaluation.saved
+        if statistics is None:  # x is empty: nothing was prepared, and there is no gradient
+            statistics = mean, variance, self.weight
+        self._save(x, y, *statistics, True)
+        return y
+
+    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
+        mean, invstd, weight, constant = saved
+        sharing = _primitives.BATCH if constant else self._sharing
+        dx, dweight, dbias = _primitives.gradient(
+            dy, x, self.axis, mean, invstd, weight, constant, out, sharing
+        )
+        return dx, None if weight is None else dweight, dbias
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_evaluation": _primitives.Evaluation()}
+
+
+class TrackingLayer(ChannelLayer):
+    """A layer of channels: in training by the statistics of the input, else by the running ones."""
 
     def __init__(
         self,
@@ -30,22 +82,14 @@ class TrackingLayer(Layer):
         unbiased: bool,
         dtype: DTypeLike,
     ) -> None:
-        self.num_features = _validation.integer_from("num_features", num_features, 0)
-        self.eps = _validation.epsilon(eps, training=False)
+        super().__init__(num_features, eps, affine, axis, dtype)
         self.momentum = None if momentum is None else _validation.real("momentum", momentum)
-        self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
-        self.axis = _validation.integer("axis", axis)
         self.unbiased = bool(unbiased)
-        self.dtype = _validation.floating_dtype("dtype", dtype)
-        if self.affine:
-            self.weight = np.ones(self.num_features, self.dtype)
-            self.bias = np.zeros(self.num_features, self.dtype)
         if self.track_running_stats:
             self.running_mean = np.zeros(self.num_features, self.dtype)
             self.running_var = np.ones(self.num_features, self.dtype)
             self.num_batches_tracked = 0
-        self._evaluation = _primitives.Evaluation()  # what each call in evaluation may use again
 
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """Normalize a batch.
@@ -75,12 +119,20 @@ class TrackingLayer(Layer):
         array = self._batch(x)
         if self.training:
             self._before_training(array)
+            return self._normalize(array, out, True)
+        if self.running_mean is None or self.running_var is None:
+            return self._normalize(array, out, False)
+        return self._evaluate(array, out, self.running_mean, self.running_var, self.eps)
+
+    def _before_training(self, x: Array) -> None:
+        """See a batch before the layer is trained on it."""
+
+    def _normalize(self, x: Array, out: Array | None, training: bool) -> Array:
+        """Return y from the statistics of x, which training tracks and the backward pass needs."""
+        given = x, self.axis, self.weight, self.bias, self.eps
+        if training:
             y, mean, invstd = _primitives.normalize(
-                array,
-                self.axis,
-                self.weight,
-                self.bias,
-                self.eps,
+                *given,
                 self.running_mean,
                 self.running_var,
                 self._weight_of_new_batch(),
@@ -88,37 +140,12 @@ class TrackingLayer(Layer):
                 out,
                 self._sharing,
             )
-            if array.size > 0:
+            if x.size > 0:
                 self._count()
-            self._save(array, y, mean, invstd, self._kept_weight(), False)
-            return y
-        if self.running_mean is None or self.running_var is None:
-            y, mean, invstd = _primitives.normalize(
-                *(array, self.axis, self.weight, self.bias, self.eps),
-                out=out,
-                sharing=self._sharing,
-            )
-            self._save(array, y, mean, invstd, self._kept_weight(), False)
-            return y
-        y = _primitives.scale_shift(
-            array,
-            self.axis,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.eps,
-            self._evaluation,
-            out,
-        )
-        statistics = self._evaluation.saved
-        if statistics is None:  # x is empty: nothing was prepared, and there is no gradient
-            statistics = self.running_mean, self.running_var, self.weight
-        self._save(array, y, *statistics, True)
+        else:
+            y, mean, invstd = _primitives.normalize(*given, out=out, sharing=self._sharing)
+        self._save(x, y, mean, invstd, self._kept_weight(), False)
         return y
-
-    def _before_training(self, x: Array) -> None:
-        """See a batch before the layer is trained on it."""
 
     def _weight_of_new_batch(self) -> float:
         """Return what the next batch weighs in the running statistics."""
@@ -126,25 +153,3 @@ class TrackingLayer(Layer):
 
     def _count(self) -> None:
         """Note that the running statistics have seen a batch."""
-
-    def _batch(self, x: Array) -> Array:
-        """Return the input as an array with the channels of this layer."""
-        axis = self.axis
-        if type(x) is np.ndarray and x.dtype.char in "fd" and x.dtype.isnative:
-            shape = x.shape
-            if -len(shape) <= axis < len(shape) > 1 and shape[axis] == self.num_features:
-                return x
-        array, _, _ = _validation.batch("x", x, axis)
-        _validation.same_channels("x", array, axis, self.num_features)
-        return array
-
-    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        mean, invstd, weight, constant = saved
-        sharing = _primitives.BATCH if constant else self._sharing
-        dx, dweight, dbias = _primitives.gradient(
-            dy, x, self.axis, mean, invstd, weight, constant, out, sharing
-        )
-        return dx, None if weight is None else dweight, dbias
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_evaluation": _primitives.Evaluation()}

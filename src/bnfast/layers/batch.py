@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from bnfast import _primitives, _validation
+from bnfast import _validation
 from bnfast.layers._tracking import TrackingLayer
 from bnfast.statistics import weight_of_new_batch
 
@@ -95,8 +95,6 @@ class BatchNorm(TrackingLayer):
         *("num_features", "eps", "momentum", "affine", "track_running_stats", "axis"),
         *("unbiased", "dtype"),
     )
-
-    _sharing = _primitives.BATCH
 
     def __init__(
         self,

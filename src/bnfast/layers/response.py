@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -77,6 +78,9 @@ class FilterResponseNorm(Layer):
     tau_grad: Array | None = None
     learned_eps_grad: Array | None = None
 
+    _parameters = ("weight", "bias", "tau", "learned_eps")
+    _arrays: ClassVar[Mapping[str, str]] = {name: name for name in _parameters}
+
     def __init__(
         self,
         num_features: int,
@@ -135,19 +139,12 @@ class FilterResponseNorm(Layer):
 
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
         invrms, weight, bias, tau, learned_eps = saved
-        dx, dweight, dbias, self.tau_grad, self.learned_eps_grad = (
-            functional.filter_response_norm_backward(
-                *(dy, x, invrms, weight, bias, tau),
-                learned_eps=learned_eps,
-                axis=self.axis,
-                out=out,
-            )
+        return functional.filter_response_norm_backward(
+            *(dy, x, invrms, weight, bias, tau),
+            learned_eps=learned_eps,
+            axis=self.axis,
+            out=out,
         )
-        return dx, None if weight is None else dweight, dbias
-
-    def _state(self) -> dict[str, Array]:
-        more = {"tau": self.tau, "learned_eps": self.learned_eps}
-        return super()._state() | {name: a for name, a in more.items() if a is not None}
 
     def __repr__(self) -> str:
         return (

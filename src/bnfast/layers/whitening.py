@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -28,7 +29,9 @@ class WhiteningLayer(Layer):
 
     running_matrix: Array | None = None
 
-    _arrays = ("weight", "bias", "running_mean", "running_matrix")
+    _arrays: ClassVar[Mapping[str, str]] = {
+        name: name for name in ("weight", "bias", "running_mean", "running_matrix")
+    }
 
     def __init__(
         self,

@@ -1,0 +1,283 @@
+"""Batch normalization for large or small batches, as layers: ghost batches, and renormalization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from bnfast import _validation, functional
+from bnfast.functional import Renormalized, RenormSchedule
+from bnfast.functional.small_batches import train_on_ghosts
+from bnfast.layers._layer import Gradients
+from bnfast.layers._tracking import ChannelLayer, TrackingLayer
+from bnfast.statistics import weight_of_new_batch
+
+Array = NDArray[Any]
+
+
+class GhostBatchNorm(TrackingLayer):
+    """Batch normalization of parts of a batch: a large batch trained like small ones.
+
+    As `BatchNorm`, called with one part after the other.
+
+    Parameters
+    ----------
+    num_features : int
+        C, the number of channels.
+    ghost_size : int
+        How many samples make a part: neighbouring ones; the last part may have fewer.
+    eps : float
+        Added to the variance; 0 will do for evaluation only.
+    momentum : float or None
+        The weight of each NEW part in the running statistics; None for the plain average of all
+        parts.
+    affine : bool
+        Whether there are a weight and a bias.
+    track_running_stats : bool
+        Whether there are running statistics. Without them evaluation, too, uses those of the parts.
+    axis : int
+        The channel axis: 1 for NCHW, -1 for NHWC; samples are along axis 0.
+    unbiased : bool
+        Divide by M - 1 for running_var, as PyTorch does, rather than by M, the values that a part
+        has of a channel.
+    dtype : dtype
+        Of the parameters and running statistics: float32 or float64. The input may be either.
+
+    Attributes
+    ----------
+    weight, bias : array (C,) or None
+        gamma (ones at first) and beta (zeros at first).
+    running_mean, running_var : array (C,) or None
+        Zeros and ones at first.
+    num_batches_tracked : int or None
+        How many parts the running statistics have seen.
+    weight_grad, bias_grad : array (C,) or None
+        Of the last `backward`; a new call replaces them.
+    training : bool
+        True at first; see `train` and `eval`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type or value.
+
+    Notes
+    -----
+    What it does stands in `bnfast.ghost_batch_norm`. The layer keeps a reference to its last input
+    until `backward` or the next call, and does not copy it.
+
+    References
+    ----------
+    E. Hoffer, I. Hubara, D. Soudry, 2017, "Train longer, generalize better: closing the
+    generalization gap in large batch training of neural networks", arXiv:1705.08741.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> layer = bnfast.GhostBatchNorm(3, 16)
+    >>> y = layer(np.random.default_rng(0).normal(5.0, 2.0, (64, 3, 8, 8)).astype(np.float32))
+    >>> layer.num_batches_tracked
+    4
+    """
+
+    _shown = (
+        *("num_features", "ghost_size", "eps", "momentum", "affine", "track_running_stats"),
+        *("axis", "unbiased", "dtype"),
+    )
+
+    def __init__(
+        self,
+        num_features: int,
+        ghost_size: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        axis: int = 1,
+        unbiased: bool = True,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, axis, unbiased, dtype
+        )
+        self.ghost_size = _validation.integer_from("ghost_size", ghost_size, 1)
+
+    def _batch(self, x: Array) -> Array:
+        array = super()._batch(x)
+        _validation.channel_axis_of_samples(array, self.axis)
+        return array
+
+    def _normalize(self, x: Array, out: Array | None, training: bool) -> Array:
+        seen = self.num_batches_tracked
+        tracked = None
+        if training and self.running_mean is not None and self.running_var is not None:
+            tracked = _validation.running_statistics(
+                self.running_mean, self.running_var, x, self.num_features
+            )
+        y, mean, invstd = train_on_ghosts(
+            x,
+            self.ghost_size,
+            tracked,
+            self.weight,
+            self.bias,
+            lambda number: weight_of_new_batch(self.momentum, (seen or 0) + number),
+            self.eps,
+            self.axis,
+            self.unbiased,
+            out,
+        )
+        if training and seen is not None and x.size > 0:
+            self.num_batches_tracked = seen + len(mean)
+        self._save(x, y, mean, invstd, self._kept_weight(), False)
+        return y
+
+    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
+        mean, invstd, weight, constant = saved
+        if constant:
+            return super()._gradients(dy, out, x, *saved)
+        dx, dweight, dbias = functional.ghost_batch_norm_backward(
+            dy, x, self.ghost_size, mean, invstd, weight, axis=self.axis, out=out
+        )
+        return dx, None if weight is None else dweight, dbias
+
+
+class BatchRenorm(ChannelLayer):
+    """Batch renormalization: batches corrected towards the running statistics, more and more.
+
+    Parameters
+    ----------
+    num_features : int
+        C, the number of channels.
+    eps : float
+        Added to the variance of the batch; 0 will do for evaluation only.
+    momentum : float
+        The weight of the NEW batch in the running statistics.
+    affine : bool
+        Whether there are a weight and a bias.
+    schedule : RenormSchedule, optional
+        How far each batch may be corrected. The paper's where None: 5000 batches of plain batch
+        normalization, then limits that grow up to batch 40000; scale it to shorter training.
+        ``RenormSchedule(r_max, d_max, 0, 0, 0)`` has the same limits from the first batch on.
+    axis : int
+        The channel axis: 1 for NCHW, -1 for NHWC.
+    dtype : dtype
+        Of the parameters and running statistics: float32 or float64. The input may be either.
+
+    Attributes
+    ----------
+    weight, bias : array (C,) or None
+        gamma (ones at first) and beta (zeros at first).
+    running_mean, running_std : array (C,)
+        Zeros and ones at first. It is the standard deviation that is kept, not the variance.
+    num_batches_tracked : int
+        How many batches the running statistics have seen: the step of the schedule, part of the
+        state.
+    weight_grad, bias_grad : array (C,) or None
+        Of the last `backward`; a new call replaces them.
+    training : bool
+        True at first; see `train` and `eval`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type or value.
+
+    Notes
+    -----
+    The formulas stand in `bnfast.batch_renorm` and `bnfast.batch_renorm_backward`. The layer keeps
+    a reference to its last input until `backward` or the next call, and does not copy it.
+
+    References
+    ----------
+    S. Ioffe, 2017, "Batch Renormalization: Towards Reducing Minibatch Dependence in
+    Batch-Normalized Models", arXiv:1702.03275.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> layer = bnfast.BatchRenorm(1, momentum=0.1, schedule=bnfast.RenormSchedule(3, 5, 0, 0, 0))
+    >>> layer(np.array([[1.0], [3.0]], np.float32)).round(3)
+    array([[1.],
+           [3.]], dtype=float32)
+    >>> layer.running_mean, layer.num_batches_tracked
+    (array([0.2], dtype=float32), 1)
+    """
+
+    running_mean: Array
+    running_std: Array
+    num_batches_tracked: int
+
+    _arrays: ClassVar[Mapping[str, str]] = {
+        name: name for name in ("weight", "bias", "running_mean", "running_std")
+    }
+    _shown = ("num_features", "eps", "momentum", "affine", "schedule", "axis", "dtype")
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.01,
+        affine: bool = True,
+        *,
+        schedule: RenormSchedule | None = None,
+        axis: int = 1,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        super().__init__(num_features, eps, affine, axis, dtype)
+        self.momentum = _validation.real("momentum", momentum)
+        self.schedule = RenormSchedule() if schedule is None else schedule
+        _validation.instance("schedule", self.schedule, RenormSchedule)
+        _validation.renorm_limits(self.schedule.r_max, self.schedule.d_max)
+        self.running_mean = np.zeros(self.num_features, self.dtype)
+        self.running_std = np.ones(self.num_features, self.dtype)
+        self.num_batches_tracked = 0
+
+    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
+        """Normalize a batch.
+
+        Parameters
+        ----------
+        x : array of float32 or float64
+            With `num_features` channels along `axis`. Keep its values for `backward`.
+        out : array like `x`, optional
+            Where to write. In place, where it is `x` itself, there can be no `backward`.
+
+        Returns
+        -------
+        array like `x`
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `bnfast.batch_renorm`; the layer is left as it was.
+        """
+        array = self._batch(x)
+        mean, std = self.running_mean, self.running_std
+        if not self.training:
+            return self._evaluate(array, out, mean, std.astype(np.float64) ** 2, 0.0)
+        r_max, d_max = self.schedule.at(self.num_batches_tracked)
+        weight = self._kept_weight()
+        y, saved = functional.batch_renorm_forward(
+            *(array, mean, std, self.weight, self.bias, self.momentum, self.eps),
+            r_max=r_max,
+            d_max=d_max,
+            axis=self.axis,
+            out=out,
+        )
+        if array.size > 0:
+            self.num_batches_tracked += 1
+        self._save(array, y, saved, weight)
+        return y
+
+    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
+        if not isinstance(saved[0], Renormalized):
+            return super()._gradients(dy, out, x, *saved)
+        of_batch, weight = saved
+        dx, dweight, dbias = functional.batch_renorm_backward(
+            dy, x, of_batch, weight, axis=self.axis, out=out
+        )
+        return dx, None if weight is None else dweight, dbias

@@ -1,0 +1,499 @@
+"""Normalizations of weights rather than of data, as layers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from bnfast import _validation, functional
+from bnfast.functional.weights import lengths_of_filters
+from bnfast.layers._layer import Gradients, Trainable
+
+Array = NDArray[Any]
+
+# How often u and v are improved before the first call, as in PyTorch.
+_POWER_ITERATIONS_AT_FIRST = 15
+
+
+class WeightNorm(Trainable):
+    """Weight normalization: every filter with a length of its own.
+
+    As ``torch.nn.utils.parametrizations.weight_norm``.
+
+    Parameters
+    ----------
+    weight : array of float32 or float64
+        The weights at first. They are copied: as directions, and their lengths.
+    dim : int or None
+        The axis of the filters: 0, or 1 for a transposed convolution; None for one length of the
+        whole array. Not negative.
+
+    Attributes
+    ----------
+    g : array
+        The lengths, of the shape of the weights with all sizes but that of `dim` 1, as in PyTorch;
+        of the shape () where `dim` is None.
+    v : array like `weight`
+        The directions, of any length but 0.
+    g_grad, v_grad : array or None
+        Of the last `backward`, which also returns the latter; a new call replaces them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type or value.
+
+    Notes
+    -----
+    The formulas stand in `bnfast.weight_norm` and `bnfast.weight_norm_backward`. Training and
+    evaluation are the same. Do not change `v` between a call and its `backward`.
+
+    The state has g as ``original0`` and v as ``original1``. That of a PyTorch module with a
+    parametrized weight is loaded by::
+
+        start = "parametrizations.weight."
+        state = {n: a for n, a in module.state_dict().items() if n.startswith(start)}
+        layer.load_state_dict({n.removeprefix(start): a for n, a in state.items()})
+
+    References
+    ----------
+    T. Salimans, D. P. Kingma, 2016, "Weight Normalization: A Simple Reparameterization to
+    Accelerate Training of Deep Neural Networks", arXiv:1602.07868.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> layer = bnfast.WeightNorm(np.array([[3.0, 4.0], [0.0, 2.0]]))
+    >>> layer.g[0] = 10
+    >>> layer()
+    array([[6., 8.],
+           [0., 2.]])
+    >>> dv = layer.backward(np.array([[1.0, 0.0], [0.0, 0.0]]))
+    >>> layer.g_grad
+    array([[0.6],
+           [0. ]])
+    """
+
+    g_grad: Array | None = None
+    v_grad: Array | None = None
+
+    _parameters = ("g", "v")
+    _arrays: ClassVar[Mapping[str, str]] = {"original0": "g", "original1": "v"}
+
+    def __init__(self, weight: Array, dim: int | None = 0) -> None:
+        self.g = lengths_of_filters("weight", weight, dim)
+        self.v = np.array(weight)
+        self.dim = dim
+
+    def __call__(self, *, out: Array | None = None) -> Array:
+        """Return the weights.
+
+        Parameters
+        ----------
+        out : array like `v`, optional
+            Where to write.
+
+        Returns
+        -------
+        array like `v`
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `bnfast.weight_norm`.
+        """
+        g = self.g.copy()
+        w, norm = functional.weight_norm_forward(self.v, g, self.dim, out=out)
+        self._save(self.v, w, g, norm, self.dim)
+        return w
+
+    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
+        dv, dg = functional.weight_norm_backward(dy, x, *saved, out=out)
+        return dv, dg, dv
+
+    def __repr__(self) -> str:
+        return f"WeightNorm({self.v.dtype} array of shape {self.v.shape}, dim={self.dim})"
+
+
+class _Standardization(Trainable):
+    """A standardization of filters, with or without a gain for each."""
+
+    gain: Array | None = None
+    gain_grad: Array | None = None
+
+    _parameters = ("gain",)
+    _arrays: ClassVar[Mapping[str, str]] = {"gain": "gain"}
+
+    def __init__(
+        self, num_filters: int, eps: float, gain: bool, axis: int, dtype: DTypeLike
+    ) -> None:
+        self.num_filters = _validation.integer_from("num_filters", num_filters, 0)
+        self.eps = _validation.epsilon(eps, training=False)
+        self.axis = _validation.integer("axis", axis)
+        self.dtype = _validation.floating_dtype("dtype", dtype)
+        if gain:
+            self.gain = np.ones(self.num_filters, self.dtype)
+
+    def __call__(self, w: Array, *, out: Array | None = None) -> Array:
+        """Standardize weights.
+
+        Parameters
+        ----------
+        w : array of float32 or float64, at least 2-d
+            The raw weights, `num_filters` filters along `axis`. Keep their values for `backward`.
+        out : array like `w`, optional
+            Where to write. In place, where it is `w` itself, there can be no `backward`.
+
+        Returns
+        -------
+        array like `w`
+
+        Raises
+        ------
+        TypeError, ValueError
+            As the function of the same name; the layer is left as it was.
+        """
+        array, axis, _ = _validation.batch("w", w, self.axis)
+        _validation.same_channels("w", array, axis, self.num_filters, "filters")
+        gain = None if self.gain is None else self.gain.copy()
+        y = self._standardize(array, gain, out)
+        self._save(array, y, gain)
+        return y
+
+    @abstractmethod
+    def _standardize(self, w: Array, gain: Array | None, out: Array | None) -> Array:
+        """Return the standardized weights."""
+
+    def __repr__(self) -> str:
+        first, *others = self._shown
+        values = {name: getattr(self, name) for name in others} | {"gain": self.gain is not None}
+        shown = [f"{name}={values[name]}" for name in others]
+        return f"{type(self).__name__}({', '.join([str(getattr(self, first)), *shown])})"
+
+
+class WeightStandardization(_Standardization):
+    """Weight standardization: filters of mean 0 and deviation 1, from raw weights.
+
+    Parameters
+    ----------
+    num_filters : int
+        D, the number of filters.
+    eps : float
+        Added to the variance or, without `eps_inside`, to the deviation; not negative.
+    gain : bool
+        Whether each filter is multiplied by a number of its own.
+    axis : int
+        The axis of the filters: 0 for OIHW, -1 for HWIO.
+    eps_inside : bool
+        Add `eps` under the root, as most libraries do, or to the root, as the authors did.
+    unbiased : bool
+        Divide by K - 1 in the variance, as the authors' PyTorch code did, rather than by K.
+    dtype : dtype
+        Of the gain: float32 or float64. The weights may be of either.
+
+    Attributes
+    ----------
+    gain : array (D,) or None
+        Ones at first.
+    gain_grad : array (D,) or None
+        Of the last `backward`; a new call replaces it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type or value.
+
+    Notes
+    -----
+    The formulas stand in `bnfast.weight_standardization` and
+    `bnfast.weight_standardization_backward`. Training and evaluation are the same. `backward` takes
+    the gradient of the standardized weights and returns that of the raw ones, to which the layer
+    keeps a reference until then.
+
+    References
+    ----------
+    S. Qiao, H. Wang, C. Liu, W. Shen, A. Yuille, 2019, "Micro-Batch Training with Batch-Channel
+    Normalization and Weight Standardization", arXiv:1903.10520.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> layer = bnfast.WeightStandardization(2)
+    >>> layer(np.array([[1.0, 3.0], [10.0, 30.0]])).round(3)
+    array([[-1.,  1.],
+           [-1.,  1.]])
+    >>> layer.backward(np.array([[1.0, 1.0], [0.0, 0.0]])).round(3)
+    array([[0., 0.],
+           [0., 0.]])
+    """
+
+    _shown = ("num_filters", "eps", "gain", "axis", "eps_inside", "unbiased", "dtype")
+
+    def __init__(
+        self,
+        num_filters: int,
+        eps: float = 1e-5,
+        gain: bool = False,
+        *,
+        axis: int = 0,
+        eps_inside: bool = True,
+        unbiased: bool = False,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        super().__init__(num_filters, eps, gain, axis, dtype)
+        self.eps_inside, self.unbiased = bool(eps_inside), bool(unbiased)
+
+    def _standardize(self, w: Array, gain: Array | None, out: Array | None) -> Array:
+        return functional.weight_standardization(
+            *(w, gain, self.eps),
+            axis=self.axis,
+            eps_inside=self.eps_inside,
+            unbiased=self.unbiased,
+            out=out,
+        )
+
+    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
+        (gain,) = saved
+        dw, dgain = functional.weight_standardization_backward(
+            *(dy, x, gain, self.eps),
+            axis=self.axis,
+            eps_inside=self.eps_inside,
+            unbiased=self.unbiased,
+            out=out,
+        )
+        return dw, None if gain is None else dgain
+
+
+class ScaledWeightStandardization(_Standardization):
+    """Scaled weight standardization: filters of mean 0 and length gamma, from raw weights.
+
+    Parameters
+    ----------
+    num_filters : int
+        D, the number of filters.
+    gamma : float
+        The gain of the activation that follows: 1.7139588594436646 for ReLU.
+    eps : float
+        With `floor` the least of K * var; else added to var; not negative.
+    gain : bool
+        Whether each filter is multiplied by a number of its own.
+    axis : int
+        The axis of the filters: 0 for OIHW, -1 for HWIO.
+    floor : bool
+        As in the authors' code; False as in timm, whose default `eps` is 1e-6.
+    dtype : dtype
+        Of the gain: float32 or float64. The weights may be of either.
+
+    Attributes
+    ----------
+    gain : array (D,) or None
+        Ones at first.
+    gain_grad : array (D,) or None
+        Of the last `backward`; a new call replaces it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type or value.
+
+    Notes
+    -----
+    The formulas stand in `bnfast.scaled_weight_standardization` and its backward. Training and
+    evaluation are the same. `backward` takes the gradient of the standardized weights and returns
+    that of the raw ones, to which the layer keeps a reference until then.
+
+    References
+    ----------
+    A. Brock, S. De, S. L. Smith, 2021, "Characterizing signal propagation to close the performance
+    gap in unnormalized ResNets", arXiv:2101.08692.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> layer = bnfast.ScaledWeightStandardization(1)
+    >>> layer(np.array([[1.0, 3.0]])).round(3)
+    array([[-0.707,  0.707]])
+    >>> dw = layer.backward(np.array([[1.0, 0.0]]))
+    >>> layer.gain_grad.round(3)
+    array([-0.707], dtype=float32)
+    """
+
+    _shown = ("num_filters", "gamma", "eps", "gain", "axis", "floor", "dtype")
+
+    def __init__(
+        self,
+        num_filters: int,
+        gamma: float = 1.0,
+        eps: float = 1e-4,
+        gain: bool = True,
+        *,
+        axis: int = 0,
+        floor: bool = True,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        super().__init__(num_filters, eps, gain, axis, dtype)
+        self.gamma = _validation.real("gamma", gamma)
+        self.floor = bool(floor)
+
+    def _standardize(self, w: Array, gain: Array | None, out: Array | None) -> Array:
+        return functional.scaled_weight_standardization(
+            *(w, gain, self.gamma, self.eps), axis=self.axis, floor=self.floor, out=out
+        )
+
+    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
+        (gain,) = saved
+        dw, dgain = functional.scaled_weight_standardization_backward(
+            *(dy, x, gain, self.gamma, self.eps), axis=self.axis, floor=self.floor, out=out
+        )
+        return dw, None if gain is None else dgain
+
+
+class SpectralNorm(Trainable):
+    """Spectral normalization: raw weights divided by their largest singular value.
+
+    As ``torch.nn.utils.parametrizations.spectral_norm``.
+
+    Parameters
+    ----------
+    weight : array of float32 or float64, at least 2-d
+        The raw weights at first: what u and v are made of. They are not kept.
+    n_power_iterations : int
+        How often each call in training improves u and v.
+    eps : float
+        The least length by which a vector is divided.
+    dim : int
+        The axis of outputs: 0, or 1 for a transposed convolution.
+    v_first : bool
+        Improve v before u, as PyTorch's old hook and the authors did, rather than after it.
+    rng : int or numpy.random.Generator
+        What u and v are drawn with, before they are improved 15 times.
+
+    Attributes
+    ----------
+    u : array (h,)
+    v : array (k,)
+        Approximate singular vectors of the weights, seen as a matrix with a row for each index of
+        `dim`; of their dtype. Vectors that come out as 0 or not finite, as those of weights of
+        zero do, are not kept.
+    training : bool
+        True at first. In evaluation u and v stay as they are.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type or value.
+
+    Notes
+    -----
+    The formulas stand in `bnfast.spectral_norm` and `bnfast.spectral_norm_backward`; there are no
+    parameters. `backward` takes the gradient of the divided weights and returns that of the raw
+    ones, to which the layer keeps a reference until then.
+
+    The state has u as ``_u`` and v as ``_v``. That of a PyTorch module with a parametrized weight
+    is loaded by::
+
+        start = "parametrizations.weight.0."
+        state = {n: a for n, a in module.state_dict().items() if n.startswith(start)}
+        layer.load_state_dict({n.removeprefix(start): a for n, a in state.items()})
+
+    and its raw weight is ``module.state_dict()["parametrizations.weight.original"]``.
+
+    References
+    ----------
+    T. Miyato, T. Kataoka, M. Koyama, Y. Yoshida, 2018, "Spectral Normalization for Generative
+    Adversarial Networks", arXiv:1802.05957.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> w = np.diag([3.0, 1.0])
+    >>> layer = bnfast.SpectralNorm(w)
+    >>> layer(w).round(3)
+    array([[1.   , 0.   ],
+           [0.   , 0.333]])
+    >>> np.diag(layer.backward(np.diag([0.0, 1.0]))).round(3)
+    array([-0.111,  0.333])
+    """
+
+    _arrays: ClassVar[Mapping[str, str]] = {"_u": "u", "_v": "v"}
+
+    def __init__(
+        self,
+        weight: Array,
+        n_power_iterations: int = 1,
+        eps: float = 1e-12,
+        *,
+        dim: int = 0,
+        v_first: bool = False,
+        rng: int | np.random.Generator = 0,
+    ) -> None:
+        array, axis, rows = _validation.batch("weight", weight, dim, "dim")
+        self.n_power_iterations = _validation.integer_from(
+            "n_power_iterations", n_power_iterations, 1
+        )
+        self.eps = _validation.real("eps", eps)
+        self.dim = axis
+        self.v_first = bool(v_first)
+        self.shape = array.shape
+        generator = np.random.default_rng(rng)
+        u = generator.normal(size=rows)
+        v = generator.normal(size=array.size // rows if rows else 0)
+        self.u, self.v = (
+            (z / np.maximum(np.linalg.norm(z), self.eps)).astype(array.dtype) for z in (u, v)
+        )
+        _, _, u, v = self._divide(array, _POWER_ITERATIONS_AT_FIRST, None)
+        self._keep(u, v)
+
+    def __call__(self, w: Array, *, out: Array | None = None) -> Array:
+        """Divide weights by their largest singular value.
+
+        Parameters
+        ----------
+        w : array of float32 or float64
+            The raw weights, of the shape of the first ones. Keep their values for `backward`.
+        out : array like `w`, optional
+            Where to write. In place, where it is `w` itself, there can be no `backward`.
+
+        Returns
+        -------
+        array like `w`
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `bnfast.spectral_norm`; the layer is left as it was.
+        """
+        array = _validation.state("w", w, self.shape)
+        y, sigma, u, v = self._divide(array, self.n_power_iterations * self.training, out)
+        if self.training:
+            self._keep(u, v)
+        self._save(array, y, sigma, u, v)
+        return y
+
+    def _divide(
+        self, w: Array, n_power_iterations: int, out: Array | None
+    ) -> tuple[Array, float, Array, Array]:
+        return functional.spectral_norm(
+            *(w, self.u, self.v, n_power_iterations, self.eps),
+            dim=self.dim,
+            v_first=self.v_first,
+            out=out,
+        )
+
+    def _keep(self, u: Array, v: Array) -> None:
+        if all(np.isfinite(z).all() and z.any() for z in (u, v)):
+            self.u[...], self.v[...] = u, v
+
+    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
+        return (functional.spectral_norm_backward(dy, x, *saved, dim=self.dim, out=out),)
+
+    def __repr__(self) -> str:
+        return (
+            f"SpectralNorm({self.u.dtype} array of shape {self.shape}, "
+            f"n_power_iterations={self.n_power_iterations}, eps={self.eps}, dim={self.dim}, "
+            f"v_first={self.v_first})"
+        )
