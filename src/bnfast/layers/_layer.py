@@ -238,10 +238,14 @@ class Layer(Trainable):
     weight_grad: Array | None = None
     bias_grad: Array | None = None
 
-    _parameters = ("weight", "bias")
+    _parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
     _arrays: ClassVar[Mapping[str, str]] = {
         name: name for name in ("weight", "bias", "running_mean", "running_var")
     }
+
+    @abstractmethod
+    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
+        """Normalize a batch."""
 
     def _kept_weight(self) -> Array | None:
         """Return the weight as it is now: it may change before backward comes."""
