@@ -109,7 +109,8 @@ def _reason(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Return what the measurements are of."""
     config = bnfast.show_config(mode="dicts")
     assert config is not None
     name = platform.processor() or platform.machine()
@@ -154,7 +155,7 @@ def measure(
     }
     return {
         "command": selection.command(),
-        "machine": _machine(),
+        "machine": machine(),
         "versions": {"Python": platform.python_version(), "bnfast": bnfast.__version__},
         "rivals": versions,
         "normalizations": list(selection.normalizations),
