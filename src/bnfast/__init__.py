@@ -1,4 +1,19 @@
-"""Batch normalization on the CPU: NumPy arrays in, NumPy arrays out."""
+"""Batch normalization and its family on the CPU: NumPy arrays in, NumPy arrays out.
+
+Functions: `batch_norm`, `instance_norm`, `group_norm`, `layer_norm`, `rms_norm`,
+`filter_response_norm`, `decorrelated_batch_norm`, `iterative_norm`, `ghost_batch_norm` and
+`batch_renorm`, in the order of arguments that PyTorch's have. ``<name>_forward`` also returns what
+``<name>_backward`` needs for the gradients. `weight_norm`, `weight_standardization`,
+`scaled_weight_standardization` and `spectral_norm` are of weights rather than data. `moments` gives
+count, mean and m2 of each channel.
+
+Layers, which own parameters and statistics: call one, then its ``backward``: `BatchNorm`,
+`InstanceNorm`, `GroupNorm`, `LayerNorm`, `RMSNorm`, `FilterResponseNorm`, `DecorrelatedBatchNorm`,
+`IterNorm`, `GhostBatchNorm`, `BatchRenorm`, `WeightNorm`, `WeightStandardization`,
+`ScaledWeightStandardization`, `SpectralNorm`.
+
+`set_num_threads` and `show_config` say how it runs; ``python -m bnfast info`` prints the latter.
+"""
 
 from bnfast._configuration import available_isas, show_config
 from bnfast._memory import get_output_pool_limit, set_output_pool_limit

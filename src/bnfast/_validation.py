@@ -236,7 +236,11 @@ def required_channel_parameter(name: str, value: object, channels: int) -> Array
     """Return one value a channel, contiguous and aligned."""
     array = channel_parameter(name, value, channels)
     if array is None:
-        hint = "; without them, the statistics of x must be used" if name[:7] == "running" else ""
+        hint = (
+            "; without them, the statistics of x must be used: training=True, or use_input_stats"
+            if name[:7] == "running"
+            else ""
+        )
         raise TypeError(f"{name} must be an array of shape ({channels},), got None{hint}")
     return array
 

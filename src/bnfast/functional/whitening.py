@@ -415,8 +415,8 @@ def decorrelated_batch_norm_backward(
     x : array of float32 or float64, at least 2-d
         The input of the forward pass.
     saved : Whitened
-        What the forward pass returned; in evaluation, running_mean and running_matrix, or
-        `Whitened.of_covariance` of them.
+        What the forward pass returned; in evaluation ``Whitened(running_mean, running_matrix)``, or
+        `Whitened.of_covariance` of them where the covariance is averaged.
     weight : array (C,) of float32 or float64, optional
         gamma; 1 where None.
     axis : int
@@ -618,8 +618,9 @@ def iterative_norm_backward(
     dy, x, weight, axis, training, out
         As in `decorrelated_batch_norm_backward`.
     saved : IterativelyWhitened
-        What the forward pass returned; in evaluation, running_mean and running_matrix, or
-        `IterativelyWhitened.of_covariance` of them.
+        What the forward pass returned; in evaluation
+        ``IterativelyWhitened(running_mean, running_matrix)``, or
+        `IterativelyWhitened.of_covariance` of them where the covariance is averaged.
 
     Returns
     -------

@@ -45,7 +45,7 @@ class Trainable(ABC):
     _saved: tuple[Any, ...] | str = NONE_YET
 
     def train(self: AnyTrainable, mode: bool = True) -> AnyTrainable:
-        """Use the statistics of each batch, and track them; return the layer itself.
+        """Use the statistics of each batch, and track running ones; return the layer itself.
 
         Parameters
         ----------
@@ -66,7 +66,7 @@ class Trainable(ABC):
         return self
 
     def eval(self: AnyTrainable) -> AnyTrainable:
-        """Use the running statistics; return the layer itself.
+        """Use the running statistics, if there are some; return the layer itself.
 
         Returns
         -------
