@@ -249,6 +249,13 @@ def test_an_empty_batch_gives_an_empty_array(dtype, shape):
     np.testing.assert_array_equal(gradients[4], [0])
 
 
+def test_one_learned_eps_may_come_as_a_list(dtype, rng, axis):
+    x, _, parameters = inputs(rng, (2, 3, 9), axis, dtype)
+    z = bnfast.filter_response_norm(x, **parameters, learned_eps=[0.5], axis=axis)
+    expected = bnfast.filter_response_norm(x, **parameters, learned_eps=np.full(3, 0.5), axis=axis)
+    np.testing.assert_array_equal(z, expected)
+
+
 X = np.arange(24, dtype=np.float32).reshape(2, 4, 3)
 TAU, INVRMS = np.zeros(4, np.float32), np.ones((2, 4))
 

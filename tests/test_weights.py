@@ -292,3 +292,26 @@ U, V = np.ones(3, np.float32), np.ones(4, np.float32)
 def test_bad_arguments_are_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_spectral_norm_of_weights_with_nan_has_a_gradient_of_nan(dtype):
+    w = np.ones((3, 4), dtype)
+    w[0, 0] = np.nan
+    y, sigma, u, v = bnfast.spectral_norm(w, np.ones(3), np.ones(4))
+    assert np.isnan(y).all() and np.isnan(sigma)
+    assert np.isnan(bnfast.spectral_norm_backward(y, w, sigma, u, v)).all()
+
+
+@pytest.mark.parametrize("size", [3e38, 1e-45])
+def test_spectral_norm_at_the_ends_of_the_range(size):
+    w = np.full((3, 3), size, np.float32)
+    y, _, _, _ = bnfast.spectral_norm(w, np.ones(3), np.ones(3), eps=0.0)
+    np.testing.assert_array_equal(y, np.full((3, 3), 1 / 3, np.float32))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_spectral_norm_of_nothing_is_nothing(shape):
+    y, sigma, _, _ = bnfast.spectral_norm(
+        np.ones(shape), np.ones(shape[0]), np.ones(shape[1] if shape[0] else 0)
+    )
+    assert y.shape == shape and sigma == 0

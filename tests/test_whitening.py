@@ -150,6 +150,12 @@ def test_no_temporary_is_as_large_as_the_batch(kind, rng, axis, monkeypatch):
     assert peak < x.nbytes / 3
 
 
+def test_a_batch_of_many_channels_and_few_samples_is_cut_all_the_same():
+    x = np.zeros((4, 1024, 16, 16), np.float32)
+    pieces = _whitening._Pieces(((x, None),), 1, 1)
+    assert pieces.most * 8 * x.shape[1] <= x.nbytes / 2
+
+
 def test_every_sample_is_in_one_piece(rng, few_columns):
     for shape in [(7, 4), (3, 4, 5, 2), (2, 4, 1, 9), (1, 4, 3), (2, 4, 3, 3, 3)]:
         x = np.zeros(shape)

@@ -194,10 +194,8 @@ def normalize(
     if out is None:
         y = _core.empty_output(array)
     else:
-        statistics = tracked or (None, None)
-        others = {"x": array, "weight": scale, "bias": shift}
-        others |= {"running_mean": statistics[0], "running_var": statistics[1]}
-        others |= {"tau": tau, "learned_eps": more_eps}
+        others = {"x": array, "weight": weight, "bias": bias}
+        others |= {"running_mean": running_mean, "running_var": running_var}
         y = _validation.output(out, array, others)
     shape = sharing.shape_of_statistics(array, axis)
     if array.ndim > 1:
@@ -269,8 +267,8 @@ def scale_shift(
     if out is None:
         y = _core.empty_output(array)
     else:
-        others = {"x": array, "weight": scale, "bias": shift}
-        others |= {"running_mean": centre, "running_var": spread}
+        others = {"x": array, "weight": weight, "bias": bias}
+        others |= {"running_mean": mean, "running_var": variance}
         y = _validation.output(out, array, others)
     if array.size > 0:
         _core.scale_shift(
@@ -317,15 +315,15 @@ def gradient(
             return done
     array, axis, channels = _validation.batch("x", x, axis)
     upstream = _validation.upstream_gradient(dy, array)
-    shape = sharing.shape_of_statistics(array, axis) if array.ndim > 1 else (channels,)
+    shape = sharing.shape_of_statistics(array, axis)
     centre = _validation.saved_statistic("mean", mean, shape)
     inverse_std = _validation.saved_statistic("invstd", invstd, shape)
     scale = _validation.channel_parameter("weight", weight, channels)
     if out is None:
         dx = _core.empty_output(array)
     else:
-        others = {"dy": upstream, "x": array, "weight": scale}
-        others |= {"mean": centre, "invstd": inverse_std, "bias": bias, "tau": tau}
+        others = {"dy": upstream, "x": array, "weight": weight}
+        others |= {"mean": mean, "invstd": invstd}
         dx = _validation.output(out, array, others)
     dtype = array.dtype if scale is None else scale.dtype
     dweight, dbias = np.zeros(channels, dtype), np.zeros(channels, dtype)
@@ -386,7 +384,7 @@ def normalize_rows(
     if out is None:
         y = _core.empty_output(x)
     else:
-        y = _validation.output(out, x, {"x": x, "weight": scale, "bias": shift})
+        y = _validation.output(out, x, {"x": x, "weight": weight, "bias": bias})
     rows = _sizes_of_rows(x.shape, normalized)
     if x.size == 0:
         return y, np.zeros(rows), np.full(rows, _invstd_of_nothing(epsilon))
@@ -436,7 +434,7 @@ def row_gradient(
     if out is None:
         dx = _core.empty_output(x)
     else:
-        others = {"dy": upstream, "x": x, "weight": scale, "mean": centre, "invstd": inverse_std}
+        others = {"dy": upstream, "x": x, "weight": weight, "mean": mean, "invstd": invstd}
         dx = _validation.output(out, x, others)
     dtype = x.dtype if weight is None else np.asarray(weight).dtype
     if x.size == 0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -356,10 +357,11 @@ def _is_same_memory(a: Array, b: Array) -> bool:
     return all(size == 1 or ours == theirs for size, ours, theirs in axes)
 
 
-def output(value: object, x: Array, arguments: dict[str, Array | None]) -> Array:
+def output(value: object, x: Array, arguments: Mapping[str, object]) -> Array:
     """Return the array to write to.
 
-    `arguments` are the others of the call. Those that are read as `out` is written may be `out`.
+    `arguments` are the others of the call, as they were given: what was copied of them is safe, but
+    they are not. Those that are read as `out` is written may be `out`.
     """
     if not isinstance(value, np.ndarray):
         raise TypeError(f"out must be a numpy array, got {_describe(value)}")
@@ -377,7 +379,7 @@ def output(value: object, x: Array, arguments: dict[str, Array | None]) -> Array
             f"out must not overlap itself, got strides {out.strides} for shape {out.shape}"
         )
     for name, argument in arguments.items():
-        if argument is None or not shares_memory(out, argument):
+        if not isinstance(argument, np.ndarray) or not shares_memory(out, argument):
             continue
         if name not in _MAY_BE_OUT:
             raise ValueError(f"out must not share memory with {name}")
@@ -459,6 +461,11 @@ def real(name: str, value: object) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")
     return number
+
+
+def estimate(name: str, value: object) -> float:
+    """Return a number that a forward pass returned: of NaN it may be NaN."""
+    return _as_float(name, value)
 
 
 def renorm_limits(r_max: object, d_max: object) -> tuple[float, float]:

@@ -9,7 +9,7 @@ BLAS, with threads of its own; it decides the last bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -27,6 +27,9 @@ AVERAGED = (WHITENING, COVARIANCE)  # what the running matrix may be
 # groups, though, so many for each row that adding up the matrices costs little beside the products.
 PIECE_BYTES = 2 << 20
 COLUMNS_OF_A_ROW = 4
+
+# But a batch that is large beside its matrices is never a piece as a whole.
+FEWEST_PIECES = 16
 
 # Where fewer samples than these lie together for a channel, and at least so many channels, columns
 # rather than rows of a piece are neighbours: copying short runs takes longer than the products.
@@ -93,9 +96,8 @@ def normalize(
         names=("running_mean", "running_matrix"),
         shape=shape,
     )
-    statistics = tracked or (None, None)
-    others = {"x": array, "weight": scale, "bias": shift}
-    others |= {"running_mean": statistics[0], "running_matrix": statistics[1]}
+    others = {"x": array, "weight": weight, "bias": bias}
+    others |= {"running_mean": running_mean, "running_matrix": running_matrix}
     y = _output(out, array, others)
     if array.ndim > 1:
         each = array.size // channels if channels else 0
@@ -133,8 +135,8 @@ def evaluate(
     running = _validation.state("running_matrix", running_matrix, shape)
     scale = _validation.channel_parameter("weight", weight, channels)
     shift = _validation.channel_parameter("bias", bias, channels)
-    others = {"x": array, "weight": scale, "bias": shift}
-    others |= {"running_mean": centre, "running_matrix": running}
+    others = {"x": array, "weight": weight, "bias": bias}
+    others |= {"running_mean": running_mean, "running_matrix": running_matrix}
     y = _output(out, array, others)
     mean, matrix = centre.astype(np.float64), running.astype(np.float64)
     saved = whiten(mean, matrix) if of_covariance else Constant(mean, matrix)
@@ -164,7 +166,7 @@ def gradient(
     centre = _validation.saved_statistic("mean", mean, (channels,))
     whitening = _validation.matrices_of_groups("matrix", matrix, channels)
     scale = _validation.channel_parameter("weight", weight, channels)
-    others = {"dy": upstream, "x": array, "weight": scale, "mean": centre, "matrix": whitening}
+    others = {"dy": upstream, "x": array, "weight": weight, "mean": mean, "matrix": matrix}
     dx = _output(out, array, others)
     dtype = array.dtype if scale is None else scale.dtype
     if array.size == 0:
@@ -187,7 +189,7 @@ def gradient(
     return dx, dweight, dbias
 
 
-def _output(out: object, x: Array, arguments: dict[str, Array | None]) -> Array:
+def _output(out: object, x: Array, arguments: Mapping[str, object]) -> Array:
     if out is None:
         return _primitives.empty_output(x)
     return _validation.output(out, x, arguments)
@@ -312,8 +314,9 @@ class _Pieces:
         self.columns_are_neighbours = neighbours < FEWEST_NEIGHBOURS and channels >= FEWEST_CHANNELS
         each = channels // groups
         bytes_of_a_column = 8 * channels * len(operands)
-        room = max(PIECE_BYTES // bytes_of_a_column, COLUMNS_OF_A_ROW * each)
-        self.most = min(room, math.prod(self._sizes))
+        samples = math.prod(self._sizes)
+        wanted = min(COLUMNS_OF_A_ROW * each, samples // FEWEST_PIECES)
+        self.most = min(max(PIECE_BYTES // bytes_of_a_column, wanted, 1), samples)
         self._views = [self.view(array) for array, _ in operands]
         self._centres = [None if c is None else c.reshape(groups, each) for _, c in operands]
 

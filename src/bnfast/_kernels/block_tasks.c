@@ -124,8 +124,8 @@ static bn_input input_of(const bn_job *job)
 }
 
 /* Whether the channels that share their statistics follow each other as one run, of a single chunk each:
-   the group is then summed as that run, and its moments are those of its first channel until
-   `spread_moments`. */
+   the group is then summed as that run, and its moments stand where those of the first channels would
+   until `spread_moments`. A single chunk is a single block, so that the same task does both. */
 static int are_joined(const bn_job *job)
 {
     const bn_geometry *geometry = job->geometry;

@@ -139,6 +139,8 @@ def filter_response_norm_forward(
     threshold = _validation.channel_parameter("tau", tau, channels)
     learned = _learned_eps(learned_eps, channels)
     more = None if learned is None else np.abs(np.broadcast_to(learned, channels)).copy()
+    if out is not None:
+        _validation.output(out, array, {"x": array, "tau": tau, "learned_eps": learned_eps})
     z, _, invrms = _primitives.normalize(
         *(array, axis, weight, bias, eps),
         out=out,
@@ -224,6 +226,10 @@ def filter_response_norm_backward(
     threshold = _validation.channel_parameter("tau", tau, channels)
     learned = _learned_eps(learned_eps, channels)
     of_planes: tuple[int, int] = (len(array), channels)
+    if out is not None:
+        others = {"x": array, "dy": dy, "bias": bias, "tau": tau}
+        others |= {"invrms": invrms, "learned_eps": learned_eps}
+        _validation.output(out, array, others)
     inverse = _validation.saved_statistic("invrms", invrms, of_planes)
     gamma = 1.0 if scale is None else scale.astype(np.float64)
     sign = None if learned is None else np.sign(learned)
@@ -247,5 +253,8 @@ def filter_response_norm_backward(
 
 def _learned_eps(value: object, channels: int) -> Parameter | None:
     """Return one value for each channel, or one for all; None where there is none."""
-    one_for_all = isinstance(value, np.ndarray) and value.shape == (1,)
-    return _validation.channel_parameter("learned_eps", value, 1 if one_for_all else channels)
+    if value is None:
+        return None
+    array = _validation.floating_array("learned_eps", value)
+    one_for_all = array.shape == (1,)
+    return _validation.channel_parameter("learned_eps", array, 1 if one_for_all else channels)

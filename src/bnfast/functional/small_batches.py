@@ -230,9 +230,9 @@ def ghost_batch_norm_backward(
     inverse = _validation.saved_statistic("invstd", invstd, (parts, channels))
     own = _validation.channel_parameter("weight", weight, channels)
     if out is None:
-        dx = np.empty_like(array)
+        dx = _primitives.empty_output(array)
     else:
-        others = {"dy": upstream, "x": array, "weight": own, "mean": centre, "invstd": inverse}
+        others = {"dy": upstream, "x": array, "weight": weight, "mean": mean, "invstd": invstd}
         dx = _validation.output(out, array, others)
     whole = len(array) // size
     sums = np.zeros((2, channels))
@@ -249,7 +249,8 @@ def ghost_batch_norm_backward(
             )
             sums += gradients
     dtype = array.dtype if own is None else own.dtype
-    dweight, dbias = sums.astype(dtype)
+    with np.errstate(all="ignore"):
+        dweight, dbias = sums.astype(dtype)
     return dx, dweight, dbias
 
 
@@ -281,9 +282,9 @@ def _of_ghosts(
     scale = _validation.channel_parameter("weight", weight, channels)
     shift = _validation.channel_parameter("bias", bias, channels)
     if out is None:
-        y = np.empty_like(x)
+        y = _primitives.empty_output(x)
     else:
-        y = _validation.output(out, x, {"x": x, "weight": scale, "bias": shift})
+        y = _validation.output(out, x, {"x": x, "weight": weight, "bias": bias})
     parts = -(-len(x) // size)
     mean, invstd, var = np.zeros((3, parts, channels))
     pieces = list(
@@ -517,8 +518,8 @@ def batch_renorm_forward(
     scale = _validation.channel_parameter("weight", weight, channels)
     shift = _validation.channel_parameter("bias", bias, channels)
     if out is not None:
-        others = {"x": array, "weight": scale, "bias": shift}
-        others |= {"running_mean": tracked[0], "running_std": tracked[1]}
+        others = {"x": array, "weight": weight, "bias": bias}
+        others |= {"running_mean": running_mean, "running_std": running_std}
         _validation.output(out, array, others)
     each = array.size // channels if channels else 0
     _validation.enough_values("x", array, each, 2)

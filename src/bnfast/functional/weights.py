@@ -120,7 +120,7 @@ def weight_norm_forward(
     >>> norm
     array([5., 2.])
     """
-    filters, target = _as_filters("v", v, dim, out)
+    filters, target = _as_filters("v", v, dim, out, g=g)
     lengths, root = _lengths(g, filters, dim)
     axis = 0 if dim is None else dim
     extreme = None
@@ -198,7 +198,7 @@ def weight_norm_backward(
     >>> dg, dv
     (array([0.6]), array([[ 1.28, -0.96]]))
     """
-    filters, target = _as_filters("v", v, dim, out)
+    filters, target = _as_filters("v", v, dim, out, dy=dw, g=g, norm=norm)
     upstream = _validation.upstream_gradient(_as_filters("dw", dw, dim, None)[0], filters)
     lengths, root = _lengths(g, filters, dim)
     axis = 0 if dim is None else dim
@@ -266,12 +266,12 @@ def _norms(filters: Array, axis: int) -> Array:
 
 
 def _as_filters(
-    name: str, value: object, dim: int | None, out: Array | None
+    name: str, value: object, dim: int | None, out: Array | None, **others: object
 ) -> tuple[Array, Array | None]:
     """Return the weights, and where to write, with an axis of filters and at least one other."""
     array = _validation.floating_array(name, value)
     if out is not None:
-        _validation.output(out, array, {"x": array})
+        _validation.output(out, array, {"x": array, **others})
     if dim is None:
         return array[None], None if out is None else out[None]
     axis = _validation.integer("dim", dim)
@@ -584,6 +584,8 @@ def _forward(
 ) -> NDArray[Float]:
     array, _, filters = _validation.batch("w", w, axis)
     own = _validation.channel_parameter("gain", gain, filters)
+    if out is not None:
+        _validation.output(out, array, {"w": array, "gain": gain})
     variance, sign = deviation.divisor**2, np.sign(deviation.divisor)
     own = sign if own is None else own * sign
     return _primitives.scale_shift(array, axis, deviation.mean, variance, own, None, 0.0, None, out)
@@ -603,6 +605,8 @@ def _backward(
     """
     array, _, filters = _validation.batch("w", w, axis)
     own = _validation.channel_parameter("gain", gain, filters)
+    if out is not None:
+        _validation.output(out, array, {"dy": dy, "w": array, "gain": gain})
     mean, divisor, pull = deviation
     each = array.size // filters if filters else 0
     with np.errstate(all="ignore"):
@@ -685,7 +689,10 @@ def spectral_norm(
     steps = _validation.integer_from("n_power_iterations", n_power_iterations, 0)
     left = _validation.state("u", u, (rows,)).astype(np.float64)
     right = _validation.state("v", v, (array.size // rows if rows else 0,)).astype(np.float64)
-    y = np.empty_like(array) if out is None else _validation.output(out, array, {"w": array})
+    if out is None:
+        y = np.empty_like(array)
+    else:
+        y = _validation.output(out, array, {"w": array, "u": u, "v": v})
     matrix = _as_matrix(array, axis)
 
     def normalized(z: Array) -> Array:
@@ -701,7 +708,7 @@ def spectral_norm(
                 left = normalized(matrix @ right)
                 right = normalized(matrix.T @ left)
         sigma = float(left @ (matrix @ right))
-        np.divide(array, array.dtype.type(sigma), out=y)
+        np.divide(array, sigma, out=y, dtype=np.float64, casting="same_kind")
     return y, sigma, left, right
 
 
@@ -757,13 +764,13 @@ def spectral_norm_backward(
     """
     array, axis, rows = _validation.batch("w", w, dim, "dim")
     upstream = _validation.upstream_gradient(dy, array)
-    length = np.float64(_validation.real("sigma", sigma))
+    length = np.float64(_validation.estimate("sigma", sigma))
     left = _validation.state("u", u, (rows,)).astype(np.float64)
     right = _validation.state("v", v, (array.size // rows if rows else 0,)).astype(np.float64)
     if out is None:
         dw = np.empty_like(array)
     else:
-        dw = _validation.output(out, array, {"dy": upstream, "w": array, "u": left, "v": right})
+        dw = _validation.output(out, array, {"dy": upstream, "w": array, "u": u, "v": v})
     gradient, matrix = _as_matrix(upstream, axis), _as_matrix(array, axis)
     with np.errstate(all="ignore"):
         along = (gradient * matrix).sum() / length
@@ -775,4 +782,5 @@ def spectral_norm_backward(
 
 def _as_matrix(w: Array, axis: int) -> Array:
     """Return the weights as float64 rows, one for each index of the axis."""
-    return np.moveaxis(w, axis, 0).reshape(w.shape[axis], -1).astype(np.float64)
+    rows = w.shape[axis]
+    return np.moveaxis(w, axis, 0).reshape(rows, w.size // max(rows, 1)).astype(np.float64)

@@ -113,7 +113,7 @@ class WeightNorm(Trainable):
 
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
         dv, dg = functional.weight_norm_backward(dy, x, *saved, out=out)
-        return dv, dg, dv
+        return dv, dg, dv if out is None else dv.copy()
 
     def __repr__(self) -> str:
         return f"WeightNorm({self.v.dtype} array of shape {self.v.shape}, dim={self.dim})"
