@@ -6,6 +6,7 @@ import pytest
 import bnfast
 from cases import batches, small_batches
 from oracle import check_backward, check_forward, check_moments
+from tolerances import CLOSE_F32, ROUNDED_F32
 
 
 @pytest.mark.parametrize(("shape", "axis"), batches(), ids=str)
@@ -86,7 +87,7 @@ def test_float32_mean_and_invstd_are_taken_by_backward(dtype, rng):
     narrow = bnfast.batch_norm_backward(dy, x, mean.astype(np.float32), invstd.astype(np.float32))
     wide = bnfast.batch_norm_backward(dy, x, mean, invstd)
     for a, b in zip(narrow, wide, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        np.testing.assert_allclose(a, b, atol=CLOSE_F32)
 
 
 @pytest.mark.parametrize("ndim", range(2, 8))
@@ -132,7 +133,7 @@ def test_more_values_than_an_int_can_count(rng):
     got = bnfast.moments(np.broadcast_to(image, (70000, 2, 32768)))
     assert got.count == 70000 * 32768 > 2**31
     np.testing.assert_allclose(got.mean, image.mean((0, 2), np.float64), rtol=1e-7)
-    np.testing.assert_allclose(got.var, image.var((0, 2), np.float64), rtol=1e-6)
+    np.testing.assert_allclose(got.var, image.var((0, 2), np.float64), rtol=ROUNDED_F32)
 
 
 def test_array_likes_are_accepted_as_input():
@@ -140,5 +141,7 @@ def test_array_likes_are_accepted_as_input():
         def __array__(self, dtype=None, copy=None):
             return np.array([[1.0], [3.0]])
 
-    np.testing.assert_allclose(bnfast.batch_norm_forward(Wrapper())[0], [[-1], [1]], rtol=1e-5)
-    np.testing.assert_allclose(bnfast.batch_norm_forward([[1.0], [3.0]])[0], [[-1], [1]], rtol=1e-5)
+    np.testing.assert_allclose(bnfast.batch_norm_forward(Wrapper())[0], [[-1], [1]], rtol=CLOSE_F32)
+    np.testing.assert_allclose(
+        bnfast.batch_norm_forward([[1.0], [3.0]])[0], [[-1], [1]], rtol=CLOSE_F32
+    )

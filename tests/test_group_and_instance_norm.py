@@ -7,7 +7,16 @@ import bnfast
 from bnfast import _reference as reference
 from cases import BUFFERS
 from oracle import WIDE, assert_within
-from tolerances import FINITE_DIFFERENCES, GRADIENT_SUMS, INPUT_GRADIENT, MOMENTS, OUTPUT, eps_of
+from tolerances import (
+    CLOSE_F32,
+    CLOSE_F64,
+    FINITE_DIFFERENCES,
+    GRADIENT_SUMS,
+    INPUT_GRADIENT,
+    MOMENTS,
+    OUTPUT,
+    eps_of,
+)
 
 # (batch, channels, ...) and the number of groups. Around lanes and lines; one sample, one channel,
 # one value for each channel; rows of few channels; planes that are cut into chunks and blocks.
@@ -244,7 +253,7 @@ def test_one_weight_for_each_group(dtype, rng, axis):
     )
     expected = bnfast.group_norm_backward(dy, x, mean, invstd, for_channels[0], axis=axis)
     np.testing.assert_array_equal(dx, expected[0])
-    tolerance = 1e-5 if dtype == np.float32 else 1e-13
+    tolerance = CLOSE_F32 if dtype == np.float32 else CLOSE_F64
     np.testing.assert_allclose(dweight, expected[1].reshape(3, 2).sum(1), tolerance, tolerance)
     np.testing.assert_allclose(dbias, expected[2].reshape(3, 2).sum(1), tolerance, tolerance)
 

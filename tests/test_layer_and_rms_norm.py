@@ -7,7 +7,7 @@ import bnfast
 from bnfast import _reference as reference
 from cases import BUFFERS
 from oracle import WIDE, assert_within
-from tolerances import FINITE_DIFFERENCES, GRADIENT_SUMS, INPUT_GRADIENT, OUTPUT, eps_of
+from tolerances import CLOSE_F32, FINITE_DIFFERENCES, GRADIENT_SUMS, INPUT_GRADIENT, OUTPUT, eps_of
 
 # (shape, axes). Around lanes and lines; one row, many; rows of one element; rows that are cut into
 # chunks and blocks; more rows than a block of them has; axes that are not the last ones.
@@ -203,7 +203,7 @@ def test_specials_stay_in_their_row(isa, dtype, rng, special):
     for a, b in zip(got[:4], clean[:4], strict=True):
         np.testing.assert_array_equal(a[others], b[others])
     assert np.isnan(got[0][7]).all() and np.isnan(got[3][7]).all()
-    np.testing.assert_allclose(got[5], clean[5], rtol=0, atol=1e-5)  # summed again, in float64
+    np.testing.assert_allclose(got[5], clean[5], rtol=0, atol=CLOSE_F32)  # summed again, in float64
 
 
 @pytest.mark.parametrize("centred", [True, False])

@@ -10,6 +10,7 @@ import pytest
 import bnfast
 from bnfast import BatchNorm
 from bnfast import _reference as reference
+from tolerances import CLOSE_F32, CLOSE_F64, ROUNDED_F32
 
 PARAMETERS = ("running_mean", "running_var", "weight", "bias")
 
@@ -106,7 +107,7 @@ def test_evaluation_may_be_followed_by_a_change_before_backward(rng):
     layer.weight *= 2
     layer.running_var *= 2
     layer.running_mean += 1
-    np.testing.assert_allclose(layer.backward(dy), expected, rtol=1e-6)
+    np.testing.assert_allclose(layer.backward(dy), expected, rtol=ROUNDED_F32)
     invstd = np.full(3, 1 / np.sqrt(1 + 1e-5))
     dweight = bnfast.batch_norm_backward(dy, x, mean, invstd, training=False)[1]
     np.testing.assert_array_equal(layer.weight_grad, dweight)
@@ -140,15 +141,15 @@ def test_momentum_none_averages_all_batches(rng):
         layer(batch)
     means = [b.mean((0, 2, 3)) for b in batches]
     variances = [b.var((0, 2, 3), ddof=1) for b in batches]
-    np.testing.assert_allclose(layer.running_mean, np.mean(means, 0), rtol=1e-13)
-    np.testing.assert_allclose(layer.running_var, np.mean(variances, 0), rtol=1e-13)
+    np.testing.assert_allclose(layer.running_mean, np.mean(means, 0), rtol=CLOSE_F64)
+    np.testing.assert_allclose(layer.running_var, np.mean(variances, 0), rtol=CLOSE_F64)
 
 
 def test_biased_running_variance(rng):
     layer = BatchNorm(3, momentum=1.0, unbiased=False, dtype=np.float64)
     x = images(rng, np.float64)
     layer(x)
-    np.testing.assert_allclose(layer.running_var, x.var((0, 2, 3)), rtol=1e-13)
+    np.testing.assert_allclose(layer.running_var, x.var((0, 2, 3)), rtol=CLOSE_F64)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -442,11 +443,11 @@ def test_keras_weights_in_keras_order(dtype, rng):
     assert layer.momentum == pytest.approx(0.1)
     x = rng.normal(size=(6, 5, 4)).astype(dtype)
     expected = reference.scale_shift(x, mean, var, gamma, beta, 2e-3, axis=-1)
-    np.testing.assert_allclose(layer.eval()(x), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(layer.eval()(x), expected, rtol=CLOSE_F32, atol=CLOSE_F32)
     layer.train()(x)
     expected = reference.update_running(mean, var, x, 0.1, axis=-1, unbiased=False)
-    np.testing.assert_allclose(layer.running_mean, expected[0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(layer.running_var, expected[1], rtol=1e-5)
+    np.testing.assert_allclose(layer.running_mean, expected[0], rtol=CLOSE_F32, atol=ROUNDED_F32)
+    np.testing.assert_allclose(layer.running_var, expected[1], rtol=CLOSE_F32)
     assert not np.shares_memory(layer.running_mean, mean)
 
 
@@ -458,7 +459,7 @@ def test_keras_without_scale_or_center(rng, scale, center):
     layer = BatchNorm.from_keras(gamma, beta, np.zeros(4, np.float32), np.ones(4, np.float32))
     x = images(rng, shape=(8, 5, 4))
     expected = reference.batch_norm_forward(x, gamma, beta, 1e-3, axis=-1)[0]
-    np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(layer(x), expected, rtol=CLOSE_F32, atol=CLOSE_F32)
     layer.backward(x)
     assert (layer.weight_grad is None) == (not scale)
     assert (layer.bias_grad is None) == (not center)

@@ -6,7 +6,7 @@ import pytest
 import bnfast
 from bnfast import _reference as reference
 from cases import BUFFERS
-from tolerances import FINITE_DIFFERENCES
+from tolerances import CLOSE_F32, CLOSE_F64, FINITE_DIFFERENCES, ROUNDED_F32
 
 SHAPES = [(8, 3, 5, 4), (7, 3, 5, 4), (6, 4), (3, 2, 9), (1, 3, 4), (9, 70, 3)]
 
@@ -46,7 +46,7 @@ def test_a_ghost_has_the_bits_of_a_batch(isa, dtype, rng, axis, shape, size):
         )
         np.testing.assert_array_equal(dx[part], gradient)
         sums += of_parameters
-    tolerance = 1e-6 if dtype == np.float32 else 1e-13
+    tolerance = ROUNDED_F32 if dtype == np.float32 else CLOSE_F64
     np.testing.assert_allclose(dweight, sums[0], rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(dbias, sums[1], rtol=tolerance, atol=tolerance)
 
@@ -63,8 +63,8 @@ def test_running_statistics_take_one_ghost_after_the_other(rng, axis, unbiased):
     )
     for part in parts(x, 3):
         expected = reference.update_running(*expected, x[part], 0.3, axis=axis, unbiased=unbiased)
-    np.testing.assert_allclose(mean, expected[0], rtol=1e-13)
-    np.testing.assert_allclose(var, expected[1], rtol=1e-13)
+    np.testing.assert_allclose(mean, expected[0], rtol=CLOSE_F64)
+    np.testing.assert_allclose(var, expected[1], rtol=CLOSE_F64)
     forward = bnfast.ghost_batch_norm_forward(x, 3, weight, bias, axis=axis)
     np.testing.assert_array_equal(y, forward[0])
     evaluated = bnfast.ghost_batch_norm(x, 3, mean, var, weight, bias, axis=axis)
@@ -80,7 +80,7 @@ def test_ghosts_of_any_strides_in_any_place(dtype, rng, axis, buffer):
     out = make(np.zeros_like(x))
     got = bnfast.ghost_batch_norm_forward(make(x), 3, weight, bias, axis=axis, out=out)
     assert got[0] is out
-    tolerance = 1e-5 if dtype == np.float32 else 1e-13
+    tolerance = CLOSE_F32 if dtype == np.float32 else CLOSE_F64
     np.testing.assert_allclose(out, expected[0], rtol=tolerance, atol=tolerance)
     gradients = bnfast.ghost_batch_norm_backward(dy, x, 3, *expected[1:], weight, axis=axis)
     got = bnfast.ghost_batch_norm_backward(

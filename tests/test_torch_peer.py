@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import bnfast
-from tolerances import PEER_GRADIENT, PEER_OUTPUT, PEER_PARAMETER_GRADIENT
+from tolerances import CLOSE_F32, PEER_GRADIENT, PEER_OUTPUT, PEER_PARAMETER_GRADIENT, ROUNDED_F32
 
 torch = pytest.importorskip("torch")
 functional = torch.nn.functional
@@ -197,7 +197,7 @@ def test_layers_of_the_family_go_the_way_of_modules(rng, ours, theirs):
     state = theirs.state_dict()
     assert list(ours.state_dict()) == list(state)
     for name, array in ours.state_dict().items():
-        np.testing.assert_allclose(array, state[name].numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(array, state[name].numpy(), rtol=CLOSE_F32, atol=ROUNDED_F32)
 
 
 @pytest.mark.parametrize("dim", [0, 1, None])

@@ -6,13 +6,13 @@ import pytest
 import bnfast
 from cases import BUFFERS
 from oracle import central_differences
-from tolerances import FINITE_DIFFERENCES
+from tolerances import CLOSE_F64, FINITE_DIFFERENCES, ROUNDED_F32
 
 SHAPES = [(4, 3, 3, 3), (5, 7), (1, 40), (6, 1), (3, 2, 900)]
 
 
 def close(a, b, dtype=np.float64):
-    tolerance = 2e-6 if np.dtype(dtype) == np.float32 else 1e-13
+    tolerance = 2 * ROUNDED_F32 if np.dtype(dtype) == np.float32 else CLOSE_F64
     np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 

@@ -55,5 +55,12 @@ PEER_PARAMETER_GRADIENT = {"rtol": 1e-3, "atol": 1e-4}
 RIVAL = {"float32": 1e-4, "float64": 1e-8}
 
 
+# Where a test is about something else than exactness: float64 formulas of the same thing, whose
+# sums go other ways; some tens of roundings to float32; one or a few of them.
+CLOSE_F64 = 1e-13
+CLOSE_F32 = 1e-5
+ROUNDED_F32 = 1e-6
+
+
 def eps_of(dtype):
     return EPS[np.dtype(dtype)]
