@@ -176,8 +176,18 @@ def normalize(
     """
     if sharing is BATCH and m2 is None and floors is None:
         done = _core.normalize_at_once(
-            *(x, axis, weight, bias, eps, running_mean, running_var, momentum, unbiased, out),
-            *(_threads.SERIAL_BYTES, threads_for),
+            x,
+            axis,
+            weight,
+            bias,
+            eps,
+            running_mean,
+            running_var,
+            momentum,
+            unbiased,
+            out,
+            _threads.SERIAL_BYTES,
+            threads_for,
         )
         if done is not None:
             return done
@@ -253,8 +263,7 @@ def scale_shift(
     object, and used again where they are the same then; an empty x needs none.
     """
     done = _core.scale_shift_at_once(
-        *(x, axis, mean, variance, weight, bias, eps, kept, out),
-        *(_threads.SERIAL_BYTES, threads_for),
+        x, axis, mean, variance, weight, bias, eps, kept, out, _threads.SERIAL_BYTES, threads_for
     )
     if done is not None:
         return done
@@ -308,8 +317,16 @@ def gradient(
     """
     if sharing is BATCH:
         done = _core.gradient_at_once(
-            *(dy, x, axis, mean, invstd, weight, constant_statistics, out),
-            *(_threads.SERIAL_BYTES, threads_for),
+            dy,
+            x,
+            axis,
+            mean,
+            invstd,
+            weight,
+            constant_statistics,
+            out,
+            _threads.SERIAL_BYTES,
+            threads_for,
         )
         if done is not None:
             return done
@@ -371,8 +388,15 @@ def normalize_rows(
     """
     if axis is None:
         done = _core.normalize_rows_at_once(
-            *(x_, normalized_shape, weight, bias, eps, uncentred, out),
-            *(_threads.SERIAL_BYTES, threads_for),
+            x_,
+            normalized_shape,
+            weight,
+            bias,
+            eps,
+            uncentred,
+            out,
+            _threads.SERIAL_BYTES,
+            threads_for,
         )
         if done is not None:
             return done
@@ -419,8 +443,17 @@ def row_gradient(
     """
     if axis is None:
         done = _core.row_gradient_at_once(
-            *(dy, x_, normalized_shape, mean, invstd, weight, uncentred, parameters, out),
-            *(_threads.SERIAL_BYTES, threads_for),
+            dy,
+            x_,
+            normalized_shape,
+            mean,
+            invstd,
+            weight,
+            uncentred,
+            parameters,
+            out,
+            _threads.SERIAL_BYTES,
+            threads_for,
         )
         if done is not None:
             return done
