@@ -5,6 +5,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -56,17 +57,26 @@ class BuildVariants(build_ext):
         kernel_flags = [*KERNEL_FLAGS]
         if self.accepts(NO_CALLS_FOR_LOOPS):
             kernel_flags.append(NO_CALLS_FOR_LOOPS)
-        for isa, isa_flags in VARIANTS.items():
-            flags = [*kernel_flags, *isa_flags]
-            ext.extra_objects += self.compiler.compile(
-                [f"{KERNELS}/variant_{isa}.c"],
-                output_dir=self.build_temp,
-                include_dirs=[KERNELS],
-                macros=[("BN_FLAGS", '"' + " ".join(flags) + '"')],
-                debug=self.debug,
-                extra_postargs=flags,
-            )
+        # Side by side: each takes as long as all the rest.
+        Path(self.build_temp, KERNELS).mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = [
+                pool.submit(self.compile_variant, isa, [*kernel_flags, *isa_flags])
+                for isa, isa_flags in VARIANTS.items()
+            ]
+            ext.extra_objects += [path for objects in compiled for path in objects.result()]
         super().build_extension(ext)
+
+    def compile_variant(self, isa, flags):
+        """Compile the kernels for one instruction set; return the paths of what came out."""
+        return self.compiler.compile(
+            [f"{KERNELS}/variant_{isa}.c"],
+            output_dir=self.build_temp,
+            include_dirs=[KERNELS],
+            macros=[("BN_FLAGS", '"' + " ".join(flags) + '"')],
+            debug=self.debug,
+            extra_postargs=flags,
+        )
 
     def accepts(self, flag):
         """Whether the compiler knows this flag, and not only puts up with it."""
