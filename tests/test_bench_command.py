@@ -477,6 +477,8 @@ def test_several_normalizations_are_told_apart_in_every_form(run, tmp_path):
 
 
 def test_nothing_to_measure_is_said_before_anything_is_loaded(tmp_path):
+    for package in ("matplotlib", "rich"):
+        pytest.importorskip(package)
     done = bench("--norm", "layer", "--op", "training", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr == "layer norm has no training, but forward, backward\n"
