@@ -67,8 +67,11 @@ def reached_from(variant, kernel):
     return [instruction for address in seen for instruction in ours[address][1]]
 
 
+# Eight float64 at a time, and their eight float32: vectors of half the width where those are the widest.
+EIGHTS = ("scale_shift_coefficients", "gradient_coefficients", "recentre", "invstd")
+
 # They convert and choose.
-NO_ARITHMETIC = ("split_mean", "widen", "floor_coefficients")
+NO_ARITHMETIC = ("round_mean", "widen", "floor_coefficients")
 
 
 @pytest.mark.parametrize("variant", REGISTER)
@@ -76,9 +79,8 @@ NO_ARITHMETIC = ("split_mean", "widen", "floor_coefficients")
 def test_every_kernel_has_arithmetic_at_full_width(variant, kernel):
     code = reached_from(variant, kernel)
     widths = [match[1] for match in map(PACKED.search, code) if match]
-    assert REGISTER[variant] in widths or kernel.startswith(NO_ARITHMETIC), (
-        f"{variant} {kernel}: {set(widths)}"
-    )
+    wide = REGISTER[variant] in widths or (kernel.startswith(EIGHTS) and "ymm" in widths)
+    assert wide or kernel.startswith(NO_ARITHMETIC), f"{variant} {kernel}: {set(widths)}"
 
 
 # Where the loops of the reductions are, once inlined. Scalar arithmetic is left to tails, to single

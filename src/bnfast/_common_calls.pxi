@@ -327,7 +327,7 @@ def normalize_rows_at_once(
     cdef Geometry geometry = _planned.get(_key(x, -last_axes, 2, 2 * parameters))
     if geometry is None:
         return None
-    if parameters and bias is None:
+    if parameters and bias is None and not uncentred:
         bias = _zeros(x, rows, ndim, cnp.PyArray_TYPE(x))
     elif parameters and weight is None:
         return None

@@ -31,6 +31,7 @@ cdef extern from "kernels.h" nogil:
     enum:
         BN_SCALE_SHIFT_COEFFICIENTS
         BN_GRADIENT_COEFFICIENTS
+        BN_ROW_GRADIENT_COEFFICIENTS
         BN_SHARED_GRADIENT_COEFFICIENTS
         BN_FLOORED_COEFFICIENTS
         BN_FLOORED_GRADIENT_COEFFICIENTS
@@ -136,6 +137,7 @@ cdef extern from "block_tasks.h" nogil:
         int constant_statistics
         size_t shared
         int uncentred
+        int of_rows
         char *element_weight
         char *element_bias
         double *column_sums
@@ -699,7 +701,7 @@ cpdef object normalize_rows(
     """Write y, mean and invstd (float64) from the statistics of the rows of x.
 
     Rows are the channels of the geometry's repeats; weight and bias, both or neither, are operands
-    of the dtype of x.
+    of the dtype of x. Where statistics are around 0 there is no bias.
     """
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
@@ -708,8 +710,10 @@ cpdef object normalize_rows(
     _reserve(&workspace, small, _workspace_bytes(c, 0, 2, 1, BN_SCALE_SHIFT_COEFFICIENTS))
     job.x, job.y = _data(x), _data(y)
     if weight is not None:
-        job.element_weight, job.element_bias = _data(weight), _data(bias)
-    job.eps, job.uncentred = eps, uncentred
+        job.element_weight = _data(weight)
+    if bias is not None:
+        job.element_bias = _data(bias)
+    job.eps, job.uncentred, job.of_rows = eps, uncentred, True
     job.mean, job.invstd = _doubles(mean), _doubles(invstd)
     job.mean_low = _take_doubles(&workspace, _statistics(c))
     job.m2 = _take_doubles(&workspace, _statistics(c))
@@ -731,16 +735,16 @@ cpdef object row_gradient(
     cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
     cdef size_t rows = _statistics(c)
-    _reserve(&workspace, small, _workspace_bytes(c, 0, 4, 1, BN_GRADIENT_COEFFICIENTS))
+    _reserve(&workspace, small, _workspace_bytes(c, 0, 4, 1, BN_ROW_GRADIENT_COEFFICIENTS))
     job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)
     if weight is not None:
         job.element_weight = _data(weight)
-    job.uncentred = uncentred
+    job.uncentred, job.of_rows = uncentred, True
     job.mean = <double *>_widened(&workspace, mean, rows)
     job.invstd = <double *>_widened(&workspace, invstd, rows)
     job.sum_dy = _take_doubles(&workspace, rows)
     job.sum_dy_deviation = _take_doubles(&workspace, rows)
-    _take_coefficients(&workspace, c, BN_GRADIENT_COEFFICIENTS, &job.coefficients)
+    _take_coefficients(&workspace, c, BN_ROW_GRADIENT_COEFFICIENTS, &job.coefficients)
     job.partials = _take_doubles(&workspace, _partials(c))
     if sums is not None:
         job.column_sums = _doubles(sums)

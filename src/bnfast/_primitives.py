@@ -417,7 +417,8 @@ def normalize_rows(
         geometry = _rows(normalized, 0, x, y)
     else:
         scale = np.ones(shape, x.dtype) if scale is None else scale
-        shift = np.zeros(shape, x.dtype) if shift is None else shift
+        if shift is None and not uncentred:
+            shift = np.zeros(shape, x.dtype)
         geometry = _rows(normalized, 2, x, y)
     _core.normalize_rows(
         geometry, x, y, scale, shift, epsilon, mean, invstd, uncentred, threads_for(3 * x.nbytes)

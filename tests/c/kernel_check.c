@@ -184,11 +184,12 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     const bn_geometry geometry = {.layout = layout, .dtype = dtype, .itemsize = itemsize,
                                   .channels = c, .phases = phases};
     bn_coefficients forward = {.period = 0}, backward = {.period = 0}, shared = {.period = 0};
-    bn_coefficients floored = {.period = 0}, kept_gradient = {.period = 0};
-    bn_coefficients *each[] = {&forward, &backward, &shared, &floored, &kept_gradient};
+    bn_coefficients floored = {.period = 0}, kept_gradient = {.period = 0}, of_rows = {.period = 0};
+    bn_coefficients *each[] = {&forward, &backward, &shared, &floored, &kept_gradient, &of_rows};
     static const size_t counts[] = {BN_SCALE_SHIFT_COEFFICIENTS, BN_GRADIENT_COEFFICIENTS,
                                     BN_SHARED_GRADIENT_COEFFICIENTS, BN_FLOORED_COEFFICIENTS,
-                                    BN_FLOORED_GRADIENT_COEFFICIENTS};
+                                    BN_FLOORED_GRADIENT_COEFFICIENTS,
+                                    BN_ROW_GRADIENT_COEFFICIENTS};
     for (size_t k = 0; k < sizeof counts / sizeof *counts; k++) {
         for (size_t i = 0; i < counts[k]; i++) {
             each[k]->array[i] = allocate(bn_coefficients_length(&geometry) * itemsize);
@@ -217,10 +218,10 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     add_doubles(m2, c);
     add_doubles(invstd, c);
 
-    CALL(scale_shift_coefficients)[dtype](c, mean, mean_low, invstd, weight, bias, forward);
+    CALL(scale_shift_coefficients)[dtype](c, 0, mean, mean_low, invstd, weight, bias, forward);
     check_output(CALL(scale_shift)[layout][dtype], extent, &x_view, forward, y_view, &geometry);
 
-    CALL(split_mean)[dtype](c, mean, backward);
+    CALL(round_mean)[dtype](c, mean, backward);
     CALL(gradient_sums)[layout][dtype](extent, dy, strides, x, strides, near, backward, sum_dy,
                                        sum_dy_deviation);
     double *far_sum = zeros(c), *far_sum_deviation = zeros(c);
@@ -230,28 +231,31 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     expect_same(sum_dy_deviation, far_sum_deviation, c, BN_f64);
     free(far_sum);
     free(far_sum_deviation);
-    CALL(gradient_coefficients)[dtype](c, n, invstd, weight, sum_dy, sum_dy_deviation, backward);
+    CALL(recentre)[dtype](c, mean, sum_dy, sum_dy_deviation);
+    CALL(gradient_coefficients)[dtype](c, n, mean, invstd, weight, sum_dy, sum_dy_deviation, backward);
     add_doubles(sum_dy, c);
     add_doubles(sum_dy_deviation, c);
     check_output(CALL(input_gradient)[layout][dtype], extent, both, backward, dx_view, &geometry);
 
-    CALL(split_mean)[dtype](c, mean, shared);
-    CALL(shared_gradient_coefficients)[dtype](c / together, together, n, invstd, weight, sum_dy,
-                                              sum_dy_deviation, shared);
+    CALL(round_mean)[dtype](c, mean, shared);
+    CALL(shared_gradient_coefficients)[dtype](c / together, together, n, mean, invstd, weight,
+                                              sum_dy, sum_dy_deviation, shared);
     check_output(CALL(shared_input_gradient)[layout][dtype], extent, both, shared, dx_view,
                  &geometry);
-    CALL(scale_shift_coefficients)[dtype](c, mean, mean_low, invstd, weight, bias, floored);
-    CALL(floor_coefficients)[dtype](c, bias, other_mean, floored.array[BN_SHIFT],
+    CALL(scale_shift_coefficients)[dtype](c, 0, mean, mean_low, invstd, weight, bias, floored);
+    CALL(floor_coefficients)[dtype](c, other_mean, floored.array[BN_SHIFT],
                                     floored.array[BN_FLOOR]);
     check_output(CALL(floored_scale_shift)[layout][dtype], extent, &x_view, floored, y_view,
                  &geometry);
-    CALL(scale_shift_coefficients)[dtype](c, mean, NULL, invstd, weight, NULL, kept_gradient);
-    CALL(floor_coefficients)[dtype](c, bias, other_mean, kept_gradient.array[BN_FLOORED_SHIFT],
-                                    kept_gradient.array[BN_FLOOR_OF_SHIFT]);
+    bn_coefficients again = kept_gradient;
+    again.array[BN_SHIFT] = again.array[BN_FORWARD_SHIFT];
+    CALL(scale_shift_coefficients)[dtype](c, 0, mean, NULL, invstd, weight, bias, again);
+    CALL(floor_coefficients)[dtype](c, other_mean, kept_gradient.array[BN_FORWARD_SHIFT],
+                                    kept_gradient.array[BN_FLOOR_OF_FORWARD]);
     CALL(keep_above_floor)[layout][dtype](extent, both, kept_gradient, dx_view, other_low);
     add_elements(dx, all, dtype);
     add_doubles(other_low, c);
-    CALL(gradient_coefficients)[dtype](c, n, invstd, weight, sum_dy, sum_dy_deviation,
+    CALL(gradient_coefficients)[dtype](c, n, mean, invstd, weight, sum_dy, sum_dy_deviation,
                                        kept_gradient);
     check_output(CALL(floored_input_gradient)[layout][dtype], extent, both, kept_gradient, dx_view,
                  &geometry);
@@ -263,6 +267,9 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     const bn_view affine[] = {x_view, {weights, of_elements}, {biases, of_elements}};
     const bn_view weighted[] = {both[0], x_view, {weights, of_elements}};
     check_output(CALL(affine)[layout][dtype], extent, affine, forward, y_view, &geometry);
+    CALL(scale_shift_coefficients)[dtype](c, 1, mean, mean_low, invstd, NULL, NULL, of_rows);
+    check_output(CALL(affine)[layout][dtype], extent, affine, of_rows, y_view, &geometry);
+    check_output(CALL(scaled)[layout][dtype], extent, affine, of_rows, y_view, &geometry);
     check_output(CALL(weighted_input_gradient)[layout][dtype], extent, weighted, backward, dx_view,
                  &geometry);
     CALL(weighted_gradient_sums)[layout][dtype](extent, weighted, near, backward, other_mean,
@@ -276,7 +283,11 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     double *products = zeros(extent.outer * extent.inner);
     double *sums = zeros(extent.outer * extent.inner);
     if (!of_run || extent.outer == 1) {
-        CALL(column_sums)[layout][dtype](few, both, backward, products, sums);
+        bn_coefficients shifted = of_rows, unshifted = of_rows;
+        shifted.array[BN_FORWARD_SHIFT] = forward.array[BN_SHIFT];
+        unshifted.array[BN_FORWARD_SHIFT] = of_rows.array[BN_SHIFT];
+        CALL(column_sums)[layout][dtype](few, both, shifted, products, sums);
+        CALL(column_sums)[layout][dtype](few, both, unshifted, products, sums);
         add_doubles(products, extent.outer * extent.inner);
         add_doubles(sums, extent.outer * extent.inner);
     }

@@ -243,8 +243,11 @@ static void scale_shift_of_box(const bn_job *job, const bn_box *box, size_t bloc
         {ELEMENT_BIAS, job->element_bias},
     };
     (void)block, (void)count;
-    if (job->element_weight) {
+    if (job->element_bias) {
         write_box(job, box, job->kernels->affine[geometry->layout][geometry->dtype], 3, from,
+                  (tensor){Y, job->y});
+    } else if (job->element_weight) {
+        write_box(job, box, job->kernels->scaled[geometry->layout][geometry->dtype], 2, from,
                   (tensor){Y, job->y});
     } else {
         write_box(job, box,
@@ -458,8 +461,8 @@ static void set_floors(const bn_job *job, range channels, size_t shift, size_t f
 {
     const bn_coefficients coefficients = coefficients_from(job, channels.first);
     job->kernels->floor_coefficients[job->geometry->dtype](
-        channels.count, parameter_from(job->bias, channels.first), job->floor + channels.first,
-        coefficients.array[shift], coefficients.array[floor]);
+        channels.count, job->floor + channels.first, coefficients.array[shift],
+        coefficients.array[floor]);
 }
 
 static void prepare_scale_shift(const bn_job *job, range channels)
@@ -468,7 +471,7 @@ static void prepare_scale_shift(const bn_job *job, range channels)
     job->kernels->invstd(channels.count, job->variance + c, 1.0, job->eps, NULL,
                          job->invstd + c);
     job->kernels->scale_shift_coefficients[job->geometry->dtype](
-        channels.count, job->mean + c, NULL, job->invstd + c,
+        channels.count, job->of_rows, job->mean + c, NULL, job->invstd + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), coefficients_from(job, c));
     repeat_coefficients(job, channels, BN_SCALE_SHIFT_COEFFICIENTS);
 }
@@ -476,13 +479,19 @@ static void prepare_scale_shift(const bn_job *job, range channels)
 static void prepare_gradient(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
-    job->kernels->split_mean[job->geometry->dtype](channels.count, job->mean + c,
-                                                   coefficients_from(job, c));
-    if (job->floor) { /* and what y is made of again */
-        job->kernels->scale_shift_coefficients[job->geometry->dtype](
-            channels.count, job->mean + c, NULL, job->invstd + c, parameter_from(job->weight, c),
-            NULL, coefficients_from(job, c));
-        set_floors(job, channels, BN_FLOORED_SHIFT, BN_FLOOR_OF_SHIFT);
+    if (!job->floor && !job->column_sums) {
+        job->kernels->round_mean[job->geometry->dtype](channels.count, job->mean + c,
+                                                       coefficients_from(job, c));
+        return;
+    }
+    /* And what y, or xhat, is made of again. */
+    bn_coefficients forward = coefficients_from(job, c);
+    forward.array[BN_SHIFT] = forward.array[BN_FORWARD_SHIFT];
+    job->kernels->scale_shift_coefficients[job->geometry->dtype](
+        channels.count, job->of_rows, job->mean + c, NULL, job->invstd + c, parameter_from(job->weight, c),
+        parameter_from(job->bias, c), forward);
+    if (job->floor) {
+        set_floors(job, channels, BN_FORWARD_SHIFT, BN_FLOOR_OF_FORWARD);
     }
 }
 
@@ -516,7 +525,7 @@ static void finish_normalize(const bn_job *job, range channels)
     job->kernels->invstd(channels.count, job->m2 + c, (double)(each * job->shared), job->eps,
                          parameter_from(job->more_eps, c), job->invstd + c);
     job->kernels->scale_shift_coefficients[job->geometry->dtype](
-        channels.count, job->mean + c, job->mean_low + c, job->invstd + c,
+        channels.count, job->of_rows, job->mean + c, job->mean_low + c, job->invstd + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), coefficients_from(job, c));
     if (job->floor) {
         set_floors(job, channels, BN_SHIFT, BN_FLOOR);
@@ -537,9 +546,11 @@ static void finish_gradient(const bn_job *job, range channels)
                                      sums_of_block(job, NULL, 2, block) + c);
         }
     }
+    job->kernels->recentre[job->geometry->dtype](channels.count, job->mean + c, job->sum_dy + c,
+                                                 job->sum_dy_deviation + c);
     if (job->constant_statistics) {
         job->kernels->scale_shift_coefficients[job->geometry->dtype](
-            channels.count, NULL, NULL, job->invstd + c, parameter_from(job->weight, c), NULL,
+            channels.count, 0, NULL, NULL, job->invstd + c, parameter_from(job->weight, c), NULL,
             coefficients_from(job, c));
         repeat_coefficients(job, channels, BN_SCALE_SHIFT_COEFFICIENTS);
         return;
@@ -547,16 +558,16 @@ static void finish_gradient(const bn_job *job, range channels)
     if (job->shared > 1) {
         job->kernels->shared_gradient_coefficients[job->geometry->dtype](
             channels.count / job->shared, job->shared, values_per_channel(job->geometry),
-            job->invstd + c, parameter_from(job->weight, c), job->sum_dy + c,
+            job->mean + c, job->invstd + c, parameter_from(job->weight, c), job->sum_dy + c,
             job->sum_dy_deviation + c, coefficients_from(job, c));
     } else {
         job->kernels->gradient_coefficients[job->geometry->dtype](
-            channels.count, values_per_channel(job->geometry), job->invstd + c,
+            channels.count, values_per_channel(job->geometry), job->mean + c, job->invstd + c,
             parameter_from(job->weight, c), job->sum_dy + c, job->sum_dy_deviation + c,
             coefficients_from(job, c));
     }
     if (job->uncentred) {
-        memset(coefficients_from(job, c).array[BN_DY_MEAN], 0,
+        memset(coefficients_from(job, c).array[BN_OFFSET], 0,
                channels.count * job->geometry->itemsize);
     }
     repeat_coefficients(job, channels, BN_MOST_COEFFICIENTS);

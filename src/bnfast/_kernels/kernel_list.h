@@ -14,6 +14,7 @@
     X(input_gradient)                    \
     X(shared_input_gradient)             \
     X(affine)                            \
+    X(scaled)                            \
     X(weighted_gradient_sums)            \
     X(weighted_input_gradient)           \
     X(column_sums)                       \
@@ -23,7 +24,8 @@
 
 #define BN_FOR_EACH_COEFFICIENT_OPERATION(X) \
     X(scale_shift_coefficients)              \
-    X(split_mean)                            \
+    X(round_mean)                            \
+    X(recentre)                              \
     X(gradient_coefficients)                 \
     X(shared_gradient_coefficients)          \
     X(floor_coefficients)                    \

@@ -32,14 +32,15 @@ typedef struct {
     bn_strides strides;
 } bn_view;
 
-/* Per channel, in the element type; the mean is split in two, so that float32 carries 48 bits of it.
-   Arrays are [channels]; with a period, channels_last ones go on up to that and recur, so that rows
-   which follow each other closely can be walked as one. */
-enum { BN_MEAN_HIGH, BN_MEAN_LOW, BN_SCALE, BN_SHIFT, BN_SCALE_SHIFT_COEFFICIENTS };
-enum { BN_SLOPE = BN_SHIFT, BN_DY_MEAN, BN_GRADIENT_COEFFICIENTS };
+/* Per channel, in the element type. What the rounded mean leaves of the mean is in the constant term: in
+   the shift, the offset. Arrays are [channels]; with a period, channels_last ones go on up to that and
+   recur, so that rows which follow each other closely can be walked as one. */
+enum { BN_MEAN, BN_SCALE, BN_SHIFT, BN_SCALE_SHIFT_COEFFICIENTS };
+enum { BN_SLOPE = BN_SHIFT, BN_OFFSET, BN_GRADIENT_COEFFICIENTS };
 enum { BN_WEIGHT = BN_GRADIENT_COEFFICIENTS, BN_SHARED_GRADIENT_COEFFICIENTS };
+enum { BN_FORWARD_SHIFT = BN_GRADIENT_COEFFICIENTS, BN_ROW_GRADIENT_COEFFICIENTS };
 enum { BN_FLOOR = BN_SCALE_SHIFT_COEFFICIENTS, BN_FLOORED_COEFFICIENTS };
-enum { BN_FLOORED_SHIFT = BN_GRADIENT_COEFFICIENTS, BN_FLOOR_OF_SHIFT, BN_FLOORED_GRADIENT_COEFFICIENTS };
+enum { BN_FLOOR_OF_FORWARD = BN_ROW_GRADIENT_COEFFICIENTS, BN_FLOORED_GRADIENT_COEFFICIENTS };
 #define BN_MOST_COEFFICIENTS BN_FLOORED_GRADIENT_COEFFICIENTS
 
 typedef struct {
@@ -74,12 +75,13 @@ typedef struct {
 } bn_manner;
 
 /* Writes an output, which may be one of its inputs, of which there are up to BN_MOST_INPUTS:
-     scale_shift, from x:         y  = ((x - mean_high) - mean_low) * scale + shift
-     input_gradient, from dy, x:  dx = ((dy - dy_mean) - ((x - mean_high) - mean_low) * slope) * scale
-     shared_input_gradient:  dx = ((dy * weight - dy_mean) - ((x - mean_high) - mean_low) * slope) * scale
+     scale_shift, from x:         y  = (x - mean) * scale + shift
+     input_gradient, from dy, x:  dx = ((dy - offset) - (x - mean) * slope) * scale
+     shared_input_gradient:       dx = ((dy * weight - offset) - (x - mean) * slope) * scale
    where channels of different weight share their statistics; and where each element has a weight and
    bias of its own, read as arrays:
-     affine, from x, weight, bias:  y = (((x - mean_high) - mean_low) * scale) * weight + bias
+     affine, from x, weight, bias:  y = ((x - mean) * scale + shift) * weight + bias
+     scaled, from x, weight:        y = (x * scale) * weight
      weighted_input_gradient, from dy, x, weight: as shared_input_gradient
    or where each channel has a floor:
      floored_scale_shift:     y = scale_shift or the floor, whichever is larger
@@ -89,7 +91,7 @@ typedef struct {
 typedef void bn_output_kernel(bn_extent extent, const bn_view *inputs,
                               bn_coefficients coefficients, bn_view output, bn_manner manner);
 typedef bn_output_kernel bn_scale_shift_kernel, bn_input_gradient_kernel,
-    bn_shared_input_gradient_kernel, bn_affine_kernel,
+    bn_shared_input_gradient_kernel, bn_affine_kernel, bn_scaled_kernel,
     bn_weighted_input_gradient_kernel, bn_floored_scale_shift_kernel,
     bn_floored_input_gradient_kernel;
 
@@ -99,7 +101,8 @@ typedef void bn_keep_above_floor_kernel(bn_extent extent, const bn_view *inputs,
                                         bn_coefficients coefficients, bn_view kept,
                                         double *sum_rest);
 
-/* gradient_sums: adds sum(dy) and sum(dy * (x - mean)) of the box to two arrays of [channels]. */
+/* gradient_sums: adds sum(dy) and sum(dy * (x - mean)) of the box to two arrays of [channels]; the mean is
+   the rounded one. */
 typedef void bn_gradient_sums_kernel(bn_extent extent, const void *dy, bn_strides dy_strides,
                                      const void *x, bn_strides x_strides, bn_input input,
                                      bn_coefficients coefficients, double *sum_dy,
@@ -112,38 +115,43 @@ typedef void bn_weighted_gradient_sums_kernel(bn_extent extent, const bn_view *i
                                               double *sum_dy, double *sum_dy_deviation);
 
 /* column_sums: adds sum(dy * xhat) and sum(dy) over the channels of a box, which are rows, to two arrays
-   of its elements; xhat = ((x - mean_high) - mean_low) * scale. The inputs are dy and x. */
+   of its elements; xhat = (x - mean) * scale + forward_shift. The inputs are dy and x. */
 typedef void bn_column_sums_kernel(bn_extent extent, const bn_view *inputs,
                                    bn_coefficients coefficients, double *products, double *sums);
 
 /* Arithmetic on [channels] arrays: float64 in, coefficients in the element type out.
-   A NULL weight is 1; a NULL mean, mean_low or bias is 0. */
-typedef void bn_scale_shift_coefficients_kernel(size_t channels, const double *mean,
+   A NULL weight is 1; a NULL mean, mean_low or bias is 0. `plain` channels do without what their rounded
+   mean leaves, where nobody would notice: without a bias the shift is then -0, which adds nothing. */
+typedef void bn_scale_shift_coefficients_kernel(size_t channels, int plain, const double *mean,
                                                 const double *mean_low, const double *invstd,
                                                 const double *weight, const double *bias,
                                                 bn_coefficients coefficients);
 
-/* mean_high and mean_low, all that the sums need. */
-typedef void bn_split_mean_kernel(size_t channels, const double *mean,
+/* The rounded mean, all that the sums need. */
+typedef void bn_round_mean_kernel(size_t channels, const double *mean,
                                   bn_coefficients coefficients);
 
+/* From sum(dy * (x - rounded mean)) to sum(dy * (x - mean)). */
+typedef void bn_recentre_kernel(size_t channels, const double *mean, const double *sum_dy,
+                                double *sum_dy_deviation);
+
 /* The rest, once the sums over `count` values are known. */
-typedef void bn_gradient_coefficients_kernel(size_t channels, size_t count, const double *invstd,
-                                             const double *weight, const double *sum_dy,
-                                             const double *sum_dy_deviation,
+typedef void bn_gradient_coefficients_kernel(size_t channels, size_t count, const double *mean,
+                                             const double *invstd, const double *weight,
+                                             const double *sum_dy, const double *sum_dy_deviation,
                                              bn_coefficients coefficients);
 
 /* The same for groups of `shared` channels, of `count` values each, which share their statistics:
    sum_dy and sum_dy_deviation are summed over a group with the weights of its channels. */
 typedef void bn_shared_gradient_coefficients_kernel(size_t groups, size_t shared, size_t count,
-                                                    const double *invstd, const double *weight,
-                                                    const double *sum_dy,
+                                                    const double *mean, const double *invstd,
+                                                    const double *weight, const double *sum_dy,
                                                     const double *sum_dy_deviation,
                                                     bn_coefficients coefficients);
 
-/* What y is held against: the shift (NaN where the floor is) and the floor. */
-typedef void bn_floor_coefficients_kernel(size_t channels, const double *bias,
-                                          const double *floors, void *shift, void *floor);
+/* What y is held against, the floor; the shift becomes NaN where that is. */
+typedef void bn_floor_coefficients_kernel(size_t channels, const double *floors, void *shift,
+                                          void *floor);
 
 /* The gradients of weight and bias, over all repeats and in the parameters' own type. */
 typedef void bn_parameter_gradients_kernel(size_t channels, size_t repeats, const double *invstd,
@@ -173,8 +181,8 @@ typedef void bn_mean_squares_kernel(size_t channels, size_t count, double *mean,
 /* sums += more */
 typedef void bn_merge_sums_kernel(size_t channels, double *sums, const double *more);
 
-/* invstd = 1 / sqrt(variance + (eps + more_eps)), variance = divided / divisor; invstd may be `divided`,
-   and more_eps NULL for 0. */
+/* invstd = 1 / sqrt(variance + (eps + more_eps)), variance = divided / divisor; more_eps may
+   be NULL, for 0, but invstd is not `divided`. */
 typedef void bn_invstd_kernel(size_t channels, const double *divided, double divisor, double eps,
                               const double *more_eps, double *invstd);
 
