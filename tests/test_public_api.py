@@ -91,6 +91,26 @@ def test_all_names_are_there_and_documented():
             "momentum=0.1, eps=1e-05, *, iterations=5, num_groups=1, averaged='whitening', axis=1, "
             "out=None",
         ),
+        (bnfast.weight_norm_forward, "v, g, dim=0, *, out=None"),
+        (bnfast.weight_norm_backward, "dw, v, g, norm, dim=0, *, out=None"),
+        (
+            bnfast.weight_standardization_forward,
+            "w, gain=None, eps=1e-05, *, axis=0, eps_inside=True, unbiased=False, out=None",
+        ),
+        (
+            bnfast.weight_standardization_backward,
+            "dy, w, mean, std, gain=None, eps=1e-05, *, axis=0, eps_inside=True, unbiased=False, "
+            "out=None",
+        ),
+        (
+            bnfast.scaled_weight_standardization_forward,
+            "w, gain=None, gamma=1.0, eps=0.0001, *, axis=0, floor=True, out=None",
+        ),
+        (
+            bnfast.scaled_weight_standardization_backward,
+            "dy, w, mean, std, gain=None, gamma=1.0, eps=0.0001, *, axis=0, floor=True, out=None",
+        ),
+        (bnfast.spectral_norm_backward, "dy, w, sigma, u, v, *, dim=0, out=None"),
         (bnfast.set_num_threads, "num_threads"),
         (bnfast.get_num_threads, ""),
         (bnfast.set_output_pool_limit, "limit"),

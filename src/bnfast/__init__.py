@@ -57,6 +57,7 @@ from bnfast.functional import (
     rms_norm_forward,
     scaled_weight_standardization,
     scaled_weight_standardization_backward,
+    scaled_weight_standardization_forward,
     spectral_norm,
     spectral_norm_backward,
     weight_norm,
@@ -64,6 +65,7 @@ from bnfast.functional import (
     weight_norm_forward,
     weight_standardization,
     weight_standardization_backward,
+    weight_standardization_forward,
 )
 from bnfast.layers import (
     BatchNorm,
@@ -140,6 +142,7 @@ __all__ = [
     "rms_norm_forward",
     "scaled_weight_standardization",
     "scaled_weight_standardization_backward",
+    "scaled_weight_standardization_forward",
     "set_num_threads",
     "set_output_pool_limit",
     "show_config",
@@ -150,4 +153,5 @@ __all__ = [
     "weight_norm_forward",
     "weight_standardization",
     "weight_standardization_backward",
+    "weight_standardization_forward",
 ]

@@ -38,6 +38,7 @@ from bnfast.functional.small_batches import (
 from bnfast.functional.weights import (
     scaled_weight_standardization,
     scaled_weight_standardization_backward,
+    scaled_weight_standardization_forward,
     spectral_norm,
     spectral_norm_backward,
     weight_norm,
@@ -45,6 +46,7 @@ from bnfast.functional.weights import (
     weight_norm_forward,
     weight_standardization,
     weight_standardization_backward,
+    weight_standardization_forward,
 )
 from bnfast.functional.whitening import (
     IterativelyWhitened,
@@ -95,6 +97,7 @@ __all__ = [
     "rms_norm_forward",
     "scaled_weight_standardization",
     "scaled_weight_standardization_backward",
+    "scaled_weight_standardization_forward",
     "spectral_norm",
     "spectral_norm_backward",
     "weight_norm",
@@ -102,4 +105,5 @@ __all__ = [
     "weight_norm_forward",
     "weight_standardization",
     "weight_standardization_backward",
+    "weight_standardization_forward",
 ]
