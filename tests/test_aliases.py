@@ -51,6 +51,7 @@ CALLS = {
         X, X, MEAN, p, axis=1, out=out
     ),
     "v": lambda p, out: bnfast.spectral_norm(X, np.ones(3), p, out=out),
+    "v  ": lambda p, out: bnfast.spectral_norm_forward(X, np.ones(3), p, out=out),
     "v ": lambda p, out: bnfast.spectral_norm_backward(X, X, 1.0, np.ones(3), p, out=out),
 }
 

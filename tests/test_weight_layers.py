@@ -80,7 +80,7 @@ def function_of(layer, w, dy):
         return y, *bnfast.weight_norm_backward(dy, layer.v, layer.g, norm, layer.dim)
     if isinstance(layer, SpectralNorm):
         options = {"dim": layer.dim, "v_first": layer.v_first}
-        y, sigma, u, v = bnfast.spectral_norm(
+        y, sigma, u, v = bnfast.spectral_norm_forward(
             w, layer.u, layer.v, layer.n_power_iterations * layer.training, layer.eps, **options
         )
         return y, bnfast.spectral_norm_backward(dy, w, sigma, u, v, dim=layer.dim), None

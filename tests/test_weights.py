@@ -282,22 +282,50 @@ def test_a_filter_that_is_not_finite_is_standardized_alone(rng, standardization,
 
 
 def test_weights_of_zero_have_no_spectral_norm():
-    y, sigma, u, v = bnfast.spectral_norm(np.zeros((2, 3)), np.ones(2), np.ones(3))
+    y, sigma, u, v = bnfast.spectral_norm_forward(np.zeros((2, 3)), np.ones(2), np.ones(3))
     assert sigma == 0 and np.isnan(y).all()
     assert np.isnan(bnfast.spectral_norm_backward(y, np.zeros((2, 3)), sigma, u, v)).all()
 
 
 @pytest.mark.parametrize("v_first", [False, True])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_spectral_norm(dtype, rng, dim, v_first):
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_spectral_norm_is_the_reference(dtype, rng, dim, v_first, steps):
+    w, dy = rng.normal(size=(2, 5, 4, 3)).astype(dtype)
+    rows = w.shape[dim]
+    u, v = rng.normal(size=rows).astype(dtype), rng.normal(size=w.size // rows).astype(dtype)
+    before = u.copy(), v.copy()
+    y, *saved = bnfast.spectral_norm_forward(w, u, v, steps, dim=dim, v_first=v_first)
+    np.testing.assert_array_equal((*u, *v), np.concatenate(before))
+    expected, *saved_wide = reference.spectral_norm_forward(
+        w, u, v, steps, dim=dim, v_first=v_first, precision=WIDE
+    )
+    close(y, expected, dtype)
+    for statistic, exact in zip(saved, saved_wide, strict=True):
+        close(statistic, np.asarray(exact, np.float64))
+    assert isinstance(saved[0], float) and saved[1].dtype == saved[2].dtype == np.float64
+    dw = bnfast.spectral_norm_backward(dy, w, *saved, dim=dim)
+    gradient = reference.spectral_norm_backward(dy, w, *saved_wide, dim=dim, precision=WIDE)
+    close_to_largest(dw, gradient, dtype)
+    sigma, *vectors = saved
+    rounded = [vector.astype(np.float32) for vector in vectors]
+    close_to_largest(
+        bnfast.spectral_norm_backward(dy, w, np.float32(sigma), *rounded, dim=dim),
+        *(gradient, np.float32),
+    )
+
+
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_spectral_norm_finds_the_largest_singular_value(dtype, rng, dim, v_first):
     w = rng.normal(size=(5, 4, 3)).astype(dtype)
     rows = w.shape[dim]
     u, v = rng.normal(size=rows), rng.normal(size=w.size // rows)
     matrix = np.moveaxis(w, dim, 0).reshape(rows, -1)
-    y, sigma, left, right = bnfast.spectral_norm(w, u, v, 300, dim=dim, v_first=v_first)
+    y, sigma, left, right = bnfast.spectral_norm_forward(w, u, v, 300, dim=dim, v_first=v_first)
     close(sigma, np.linalg.norm(matrix.astype(np.float64), 2), np.float32)
     close(y, w / sigma, dtype)
-    once = bnfast.spectral_norm(w, left, right, 0, dim=dim)
+    once = bnfast.spectral_norm_forward(w, left, right, 0, dim=dim)
     np.testing.assert_array_equal(once[0], y)
     np.testing.assert_array_equal(once[2], left)
     dw = bnfast.spectral_norm_backward(y, w, sigma, left, right, dim=dim)
@@ -306,9 +334,36 @@ def test_spectral_norm(dtype, rng, dim, v_first):
         got = bnfast.spectral_norm_backward(dy, weights, sigma, left, right, dim=dim, out=out)
         assert got is out
         np.testing.assert_array_equal(out, dw)
-    for out in (np.empty_like(w), w):
-        assert bnfast.spectral_norm(w, left, right, 0, dim=dim, out=out)[0] is out
+    for out in (np.empty_like(w), w.copy()):
+        weights = out if np.array_equal(out, w) else w
+        assert bnfast.spectral_norm_forward(weights, left, right, 0, dim=dim, out=out)[0] is out
         np.testing.assert_array_equal(out, y)
+    assert bnfast.spectral_norm(w, left, right, 0, dim=dim, out=w) is w
+    np.testing.assert_array_equal(w, y)
+
+
+@pytest.mark.parametrize("v_first", [False, True])
+def test_spectral_norm_improves_its_vectors_in_place(dtype, rng, v_first):
+    w = rng.normal(size=(5, 4, 3))
+    u, v = rng.normal(size=5).astype(dtype), rng.normal(size=24)[::2]  # v has strides
+    for steps in (1, 2):
+        y, _, *improved = bnfast.spectral_norm_forward(w, u, v, steps, v_first=v_first)
+        np.testing.assert_array_equal(bnfast.spectral_norm(w, u, v, steps, v_first=v_first), y)
+        for vector, expected in zip((u, v), improved, strict=True):
+            np.testing.assert_array_equal(vector, expected.astype(vector.dtype))
+    before = u.copy()
+    u.flags.writeable = False  # and need not be
+    bnfast.spectral_norm(w, u, v, 0)
+    np.testing.assert_array_equal(u, before)
+
+
+@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
+def test_weights_that_have_no_singular_vectors_leave_those_given(rng, bad):
+    w = np.full((3, 4), bad)
+    u, v = rng.normal(size=3), rng.normal(size=4)
+    before = u.copy(), v.copy()
+    assert not np.isfinite(bnfast.spectral_norm(w, u, v)).any()
+    np.testing.assert_array_equal((*u, *v), np.concatenate(before))
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -316,16 +371,14 @@ def test_gradient_of_spectral_norm(rng, dim):
     w, dy = rng.normal(size=(2, 3, 4, 2))
     rows = w.shape[dim]
     u, v = rng.normal(size=rows), rng.normal(size=w.size // rows)
-    _, sigma, u, v = bnfast.spectral_norm(w, u, v, 3, dim=dim)
+    _, sigma, u, v = bnfast.spectral_norm_forward(w, u, v, 3, dim=dim)
     gradient = bnfast.spectral_norm_backward(dy, w, sigma, u, v, dim=dim)
-    numeric = central_differences(
-        lambda: (bnfast.spectral_norm(w, u, v, 0, dim=dim)[0] * dy).sum(), w
-    )
+    numeric = central_differences(lambda: (bnfast.spectral_norm(w, u, v, 0, dim=dim) * dy).sum(), w)
     np.testing.assert_allclose(gradient, numeric, rtol=0, atol=FINITE_DIFFERENCES)
 
 
 W = np.arange(12, dtype=np.float32).reshape(3, 4)
-U, V = np.ones(3, np.float32), np.ones(4, np.float32)
+U, V, UNIT = np.ones(3, np.float32), np.ones(4, np.float32), np.ones(3)
 
 
 @pytest.mark.parametrize(
@@ -383,6 +436,30 @@ U, V = np.ones(3, np.float32), np.ones(4, np.float32)
         ),
         (lambda: bnfast.spectral_norm(W, U, V, dim=2), ValueError, "dim must be from -2 to 1"),
         (lambda: bnfast.spectral_norm(W, None, V), TypeError, "u must be an array of shape"),
+        (
+            lambda: bnfast.spectral_norm(W, U, [1.0] * 4),
+            *(TypeError, "v is updated in place and must be a numpy array"),
+        ),
+        (
+            lambda: bnfast.spectral_norm(np.ones((3, 3)), UNIT, UNIT),
+            *(ValueError, "u and v must not share memory"),
+        ),
+        (
+            lambda: bnfast.spectral_norm(W, U, W[1]),
+            *(ValueError, "v is updated in place and must not share memory with w"),
+        ),
+        (
+            lambda: bnfast.spectral_norm_forward(W, U, V, eps=None),
+            *(TypeError, "eps must be a real number"),
+        ),
+        (
+            lambda: bnfast.spectral_norm_backward(W, W, None, U, V),
+            *(TypeError, "sigma must be a real number"),
+        ),
+        (
+            lambda: bnfast.spectral_norm_backward(W, W, 1.0, V, U),
+            *(ValueError, "u must have one value for each of the 3"),
+        ),
     ],
 )
 def test_bad_arguments_are_refused(call, error, message):
@@ -394,7 +471,9 @@ FORWARDS = {
     "weight norm": lambda out, **bad: bnfast.weight_norm_forward(W, **{"g": U} | bad, out=out),
     "standardization": lambda out, **bad: bnfast.weight_standardization_forward(W, out=out, **bad),
     "scaled": lambda out, **bad: bnfast.scaled_weight_standardization_forward(W, out=out, **bad),
+    "spectral": lambda out, **bad: bnfast.spectral_norm(W, *VECTORS, out=out, **bad),
 }
+VECTORS = U.copy(), V.copy()
 
 
 @pytest.mark.parametrize(
@@ -408,6 +487,7 @@ FORWARDS = {
             for name in ("eps", "gain")
         ],
         ("scaled", {"gamma": None}),
+        *[("spectral", {name: "no"}) for name in ("eps", "n_power_iterations", "dim")],
     ],
 )
 def test_what_is_refused_leaves_all_as_it_was(kind, bad):
@@ -417,12 +497,13 @@ def test_what_is_refused_leaves_all_as_it_was(kind, bad):
     np.testing.assert_array_equal(out, 7)
     with pytest.raises(ValueError, match="out must have the shape"):
         FORWARDS[kind](out[:2])
+    np.testing.assert_array_equal((*VECTORS[0], *VECTORS[1]), 1)
 
 
 def test_spectral_norm_of_weights_with_nan_has_a_gradient_of_nan(dtype):
     w = np.ones((3, 4), dtype)
     w[0, 0] = np.nan
-    y, sigma, u, v = bnfast.spectral_norm(w, np.ones(3), np.ones(4))
+    y, sigma, u, v = bnfast.spectral_norm_forward(w, np.ones(3), np.ones(4))
     assert np.isnan(y).all() and np.isnan(sigma)
     assert np.isnan(bnfast.spectral_norm_backward(y, w, sigma, u, v)).all()
 
@@ -430,13 +511,13 @@ def test_spectral_norm_of_weights_with_nan_has_a_gradient_of_nan(dtype):
 @pytest.mark.parametrize("size", [3e38, 1e-45])
 def test_spectral_norm_at_the_ends_of_the_range(size):
     w = np.full((3, 3), size, np.float32)
-    y, _, _, _ = bnfast.spectral_norm(w, np.ones(3), np.ones(3), eps=0.0)
+    y = bnfast.spectral_norm(w, np.ones(3), np.ones(3), eps=0.0)
     np.testing.assert_array_equal(y, np.full((3, 3), 1 / 3, np.float32))
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
 def test_spectral_norm_of_nothing_is_nothing(shape):
-    y, sigma, _, _ = bnfast.spectral_norm(
+    y, sigma, _, _ = bnfast.spectral_norm_forward(
         np.ones(shape), np.ones(shape[0]), np.ones(shape[1] if shape[0] else 0)
     )
     assert y.shape == shape and sigma == 0

@@ -505,3 +505,58 @@ def scaled_weight_standardization_backward(
     constant = (m2 <= least) & floor
     slope = np.where(constant, 0, 1 / (divisor * precision(gamma) ** 2))
     return _standardized_backward(dy, w, mean, divisor, slope, gain, axis)
+
+
+def _as_matrix(w: Array, dim: int) -> Array:
+    return np.moveaxis(w, dim, 0).reshape(w.shape[dim], -1)
+
+
+def spectral_norm_forward(
+    w: ArrayLike,
+    u: ArrayLike,
+    v: ArrayLike,
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    *,
+    dim: int = 0,
+    v_first: bool = False,
+    precision: Any = np.float64,
+) -> tuple[Array, Any, Array, Array]:
+    """Y = w / sigma, sigma = u . W v, after u = n(W v), v = n(W.T u) so many times; and u and v.
+
+    n(z) = z / max(||z||, eps); W has a row for each index of `dim`.
+    """
+    w, u, v = (np.asarray(a, precision) for a in (w, u, v))
+    matrix = _as_matrix(w, dim)
+
+    def normalized(z: Array) -> Array:
+        unit: Array = z / np.maximum(np.sqrt((z**2).sum()), precision(eps))
+        return unit
+
+    for _ in range(n_power_iterations):
+        if v_first:
+            v = normalized(matrix.T @ u)
+        u = normalized(matrix @ v)
+        if not v_first:
+            v = normalized(matrix.T @ u)
+    sigma = u @ (matrix @ v)
+    return w / sigma, sigma, u, v
+
+
+def spectral_norm_backward(
+    dy: ArrayLike,
+    w: ArrayLike,
+    sigma: ArrayLike,
+    u: ArrayLike,
+    v: ArrayLike,
+    *,
+    dim: int = 0,
+    precision: Any = np.float64,
+) -> Array:
+    """dw, which is (dy - sum(dy * w) / sigma * u v.T) / sigma."""
+    dy, w, u, v = (np.asarray(a, precision) for a in (dy, w, u, v))
+    length = np.asarray(sigma, precision)
+    along = (dy * w).sum() / length
+    made = (_as_matrix(dy, dim) - along * np.outer(u, v)) / length
+    moved = np.moveaxis(dy, dim, 0)
+    return np.moveaxis(made.reshape(moved.shape), 0, dim)

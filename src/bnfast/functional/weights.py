@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -762,7 +763,7 @@ def spectral_norm(
     dim: int = 0,
     v_first: bool = False,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], float, NDArray[np.float64], NDArray[np.float64]]:
+) -> NDArray[Float]:
     """Divide weights by their largest singular value, as PyTorch's ``spectral_norm`` does.
 
     Parameters
@@ -771,8 +772,9 @@ def spectral_norm(
         The weights; seen as a matrix W of shape (h, k), whose rows are the indices of `dim`.
     u : array (h,) of float32 or float64
     v : array (k,) of float32 or float64
-        Approximate singular vectors, as the last call returned them; at first any vectors that are
-        not 0.
+        Approximate singular vectors, at first any that are not 0; improved in place, with
+        `n_power_iterations`. Vectors that come out as 0 or not finite, as those of weights of zero
+        do, are not kept.
     n_power_iterations : int
         How often u and v are improved: 0 in evaluation.
     eps : float
@@ -786,11 +788,7 @@ def spectral_norm(
 
     Returns
     -------
-    y : array like `w`
-    sigma : float
-        The estimate of the largest singular value; too small until u and v have converged.
-    u, v : array of float64
-        Improved, for the next call and for the backward pass.
+    array like `w`
 
     Raises
     ------
@@ -800,8 +798,8 @@ def spectral_norm(
     Notes
     -----
     ``u = n(W v), v = n(W.T u)`` so many times, where ``n(z) = z / max(||z||, eps)``; then
-    ``sigma = u . W v`` and ``y = w / sigma``. In float64 by NumPy's own matrix products, whose last
-    bits may differ from machine to machine.
+    ``sigma = u . W v``, which is too small until u and v have converged, and ``y = w / sigma``. In
+    float64 by NumPy's own matrix products, whose last bits may differ from machine to machine.
 
     References
     ----------
@@ -811,16 +809,82 @@ def spectral_norm(
     Examples
     --------
     >>> import numpy as np, bnfast
+    >>> w, u, v = np.diag([3.0, 1.0]), np.ones(2), np.ones(2)
+    >>> bnfast.spectral_norm(w, u, v, 20).round(3)
+    array([[1.   , 0.   ],
+           [0.   , 0.333]])
+    >>> u.round(3)
+    array([1., 0.])
+    """
+    array, _, rows = _validation.batch("w", w, dim, "dim")
+    steps = _validation.integer_from("n_power_iterations", n_power_iterations, 0)
+    left, right = _singular_vectors(u, v, array, rows)
+    if steps:
+        _validation.running_statistics(
+            *(u, v, array, len(left), ("u", "v"), right.shape), called="w"
+        )
+    y, _, *improved = spectral_norm_forward(
+        w, u, v, n_power_iterations, eps, dim=dim, v_first=v_first, out=out
+    )
+    if steps:
+        keep_singular_vectors((u, v), improved)
+    return y
+
+
+def spectral_norm_forward(
+    w: NDArray[Float],
+    u: Parameter,
+    v: Parameter,
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    *,
+    dim: int = 0,
+    v_first: bool = False,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], float, NDArray[np.float64], NDArray[np.float64]]:
+    """Divide weights by their largest singular value; return what the backward pass needs of it.
+
+    Parameters
+    ----------
+    w, n_power_iterations, eps, dim, v_first, out
+        As in `spectral_norm`.
+    u, v
+        As in `spectral_norm`, but left as they are.
+
+    Returns
+    -------
+    y : array like `w`
+        The divided weights.
+    sigma : float
+        The estimate of the largest singular value.
+    u, v : array of float64
+        The improved vectors, which the next call begins with.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `spectral_norm`.
+
+    Notes
+    -----
+    The formulas stand in `spectral_norm`.
+
+    References
+    ----------
+    T. Miyato et al., 2018, arXiv:1802.05957.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
     >>> w = np.diag([3.0, 1.0])
-    >>> y, sigma, u, v = bnfast.spectral_norm(w, np.ones(2), np.ones(2), 20)
+    >>> y, sigma, u, v = bnfast.spectral_norm_forward(w, np.ones(2), np.ones(2), 20)
     >>> round(sigma, 6)
     3.0
     """
     array, axis, rows = _validation.batch("w", w, dim, "dim")
     least = _validation.real("eps", eps)
     steps = _validation.integer_from("n_power_iterations", n_power_iterations, 0)
-    left = _validation.state("u", u, (rows,)).astype(np.float64)
-    right = _validation.state("v", v, (array.size // rows if rows else 0,)).astype(np.float64)
+    left, right = _singular_vectors(u, v, array, rows)
     if out is None:
         y = np.empty_like(array)
     else:
@@ -861,8 +925,9 @@ def spectral_norm_backward(
     dy : array like `w`
         The gradient of the divided weights.
     w, dim
-        As in `spectral_norm`.
-    sigma, u, v
+        As in the forward pass.
+    sigma : float
+    u, v : array of float32 or float64
         What the forward pass returned; u and v are constants to the gradient.
     out : array like `w`, optional
         Where to write: `dy` or `w` itself, or an array that shares no element with either.
@@ -889,7 +954,7 @@ def spectral_norm_backward(
     --------
     >>> import numpy as np, bnfast
     >>> w = np.diag([3.0, 1.0])
-    >>> y, sigma, u, v = bnfast.spectral_norm(w, np.ones(2), np.ones(2), 30)
+    >>> y, sigma, u, v = bnfast.spectral_norm_forward(w, np.ones(2), np.ones(2), 30)
     >>> dw = bnfast.spectral_norm_backward(w, w, sigma, u, v)
     >>> round(float(np.abs(dw).max()), 2)
     0.33
@@ -897,8 +962,7 @@ def spectral_norm_backward(
     array, axis, rows = _validation.batch("w", w, dim, "dim")
     upstream = _validation.upstream_gradient(dy, array)
     length = np.float64(_validation.estimate("sigma", sigma))
-    left = _validation.state("u", u, (rows,)).astype(np.float64)
-    right = _validation.state("v", v, (array.size // rows if rows else 0,)).astype(np.float64)
+    left, right = _singular_vectors(u, v, array, rows)
     if out is None:
         dw = np.empty_like(array)
     else:
@@ -910,6 +974,21 @@ def spectral_norm_backward(
         target = np.moveaxis(dw, axis, 0)
         target[...] = made.reshape(target.shape)
     return dw
+
+
+def keep_singular_vectors(vectors: Sequence[Array], improved: Sequence[Array]) -> None:
+    """Write the improved ones over those there were, unless there are none to be had."""
+    if all(np.isfinite(z).all() and z.any() for z in improved):
+        with np.errstate(all="ignore"):
+            for vector, z in zip(vectors, improved, strict=True):
+                vector[...] = z
+
+
+def _singular_vectors(u: object, v: object, w: Array, rows: int) -> tuple[Array, Array]:
+    """Return copies in float64."""
+    left = _validation.state("u", u, (rows,))
+    right = _validation.state("v", v, (w.size // rows if rows else 0,))
+    return left.astype(np.float64), right.astype(np.float64)
 
 
 def _as_matrix(w: Array, axis: int) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _validation, functional
-from bnfast.functional.weights import lengths_of_filters
+from bnfast.functional.weights import keep_singular_vectors, lengths_of_filters
 from bnfast.layers._layer import Gradients, Trainable
 
 Array = NDArray[Any]
@@ -452,7 +452,7 @@ class SpectralNorm(Trainable):
             (z / np.maximum(np.linalg.norm(z), self.eps)).astype(array.dtype) for z in (u, v)
         )
         _, _, u, v = self._divide(array, _POWER_ITERATIONS_AT_FIRST, None)
-        self._keep(u, v)
+        keep_singular_vectors((self.u, self.v), (u, v))
 
     def __call__(self, w: Array, *, out: Array | None = None) -> Array:
         """Divide weights by their largest singular value.
@@ -476,23 +476,19 @@ class SpectralNorm(Trainable):
         array = _validation.state("w", w, self.shape)
         y, sigma, u, v = self._divide(array, self.n_power_iterations * self.training, out)
         if self.training:
-            self._keep(u, v)
+            keep_singular_vectors((self.u, self.v), (u, v))
         self._save(array, y, sigma, u, v)
         return y
 
     def _divide(
         self, w: Array, n_power_iterations: int, out: Array | None
     ) -> tuple[Array, float, Array, Array]:
-        return functional.spectral_norm(
+        return functional.spectral_norm_forward(
             *(w, self.u, self.v, n_power_iterations, self.eps),
             dim=self.dim,
             v_first=self.v_first,
             out=out,
         )
-
-    def _keep(self, u: Array, v: Array) -> None:
-        if all(np.isfinite(z).all() and z.any() for z in (u, v)):
-            self.u[...], self.v[...] = u, v
 
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
         return (functional.spectral_norm_backward(dy, x, *saved, dim=self.dim, out=out),)
