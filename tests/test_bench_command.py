@@ -13,7 +13,7 @@ from bnfast import _cli, _core
 from bnfast import _reference as reference
 from bnfast._cli.bench import cell as cells
 from bnfast._cli.bench import limit, normalizations, rivals, timing, workloads
-from bnfast._cli.bench.normalizations import NORMALIZATIONS, exact_result, make_batch
+from bnfast._cli.bench.normalizations import NORMALIZATIONS, exact_result, make_data
 from bnfast._cli.bench.rivals import numpy_formulas
 from tolerances import CLOSE_F32, CLOSE_F64, RIVAL, ROUNDED_F32
 
@@ -66,7 +66,7 @@ def raising(error, after):
         calls.append(1)
         if len(calls) > after:
             raise error
-        return cell.batch.x
+        return cell.data.x
 
     return call
 
@@ -105,7 +105,7 @@ def test_memory_is_aligned():
 def test_exact_results_in_slices_are_the_reference(operation, axis, dtype, monkeypatch):
     monkeypatch.setattr(cells, "_SLICE_BYTES", 8 * 4 * 25 * 2)  # two channels
     layout = "nchw" if axis == 1 else "nhwc"
-    b = batch = make_batch("batch", (4, 5, 5, 5), layout, dtype, mean=3)
+    b = batch = make_data("batch", (4, 5, 5, 5), layout, dtype, mean=3)
     expected = {
         "inference": lambda: reference.scale_shift(b.x, b.mean, b.var, b.weight, b.bias, axis=axis),
         "training": lambda: reference.batch_norm_forward(b.x, b.weight, b.bias, axis=axis)[0],
@@ -127,7 +127,7 @@ def test_exact_results_in_slices_are_the_reference(operation, axis, dtype, monke
 @pytest.mark.parametrize("normalization", ["layer", "rms"])
 def test_exact_rows_in_slices_are_the_reference(normalization, operation, dtype, monkeypatch):
     monkeypatch.setattr(cells, "_SLICE_BYTES", 8 * 7 * 2)  # two rows
-    b = make_batch(normalization, (3, 5, 7), "rows", dtype, mean=3)
+    b = make_data(normalization, (3, 5, 7), "rows", dtype, mean=3)
     centred = normalization == "layer"
     y, mean, invstd = reference.layer_norm_forward(
         b.x, (2,), b.weight, b.bias if centred else None, centred=centred
@@ -152,7 +152,7 @@ def test_exact_groups_in_slices_are_the_reference(
     monkeypatch.setattr(normalizations.GroupNorm, "most", 5)  # of 6 channels, 3 groups
     monkeypatch.setattr(cells, "_SLICE_BYTES", 8 * 4 * 35 * 2)  # two channels
     layout = "nchw" if axis == 1 else "nhwc"
-    b = make_batch(normalization, (4, 6, 5, 7), layout, dtype, mean=3)
+    b = make_data(normalization, (4, 6, 5, 7), layout, dtype, mean=3)
     y, mean, invstd = reference.group_norm_forward(b.x, num_groups, b.weight, b.bias, axis=axis)
     dx, _, _ = reference.group_norm_backward(b.dy, b.x, mean, invstd, b.weight, axis=axis)
     exact = exact_result(cells.Cell(normalization, operation, b))
@@ -229,11 +229,11 @@ def test_probes_touch_what_the_operation_touches(operation, arrays, dtype, monke
     monkeypatch.setattr(
         limit._primitives, "probe_memory", lambda *arguments: probed.append(arguments)
     )
-    cell = cells.Cell("batch", operation, make_batch("batch", (8, 16, 5, 5), "nchw", dtype))
+    cell = cells.Cell("batch", operation, make_data("batch", (8, 16, 5, 5), "nchw", dtype))
     probes = limit.Probes(cell, 3)
     for call in probes.calls.values():
         call()
-    assert probes.nbytes == cell.traffic == arrays * cell.batch.x.nbytes
+    assert probes.nbytes == cell.traffic == arrays * cell.data.x.nbytes
     by_kind = {kind: (x.nbytes, y.nbytes, threads) for kind, x, y, threads in probed}
     half = cell.traffic // 2
     assert by_kind["copy"] == by_kind["streaming_copy"] == (half, half, 3)
@@ -252,7 +252,7 @@ def test_the_error_column_is_the_largest_error(run):
         for operation in NORMALIZATIONS["batch"].operations
     ]
     training = results["rows"][1]
-    b = make_batch("batch", (3, 4, 5, 5), "nchw", np.float32)
+    b = make_data("batch", (3, 4, 5, 5), "nchw", np.float32)
     exact = reference.batch_norm_forward(b.x, b.weight, b.bias)[0]
     formula = numpy_formulas.batch_norm_forward(b.x, b.weight, b.bias)[0]
     y = bnfast.batch_norm_forward(b.x, b.weight, b.bias)[0]
@@ -267,8 +267,8 @@ def test_failures_are_reported(run):
         "at once": Stub(ValueError("will not prepare")),
         "first": Stub(raising(RuntimeError("will not run"), 0)),
         "later": Stub(raising(RuntimeError("gave up"), 5)),
-        "wrong shape": Stub(lambda cell: cell.batch.x[:1]),
-        "lazy": Stub(lambda cell: cell.batch.out),  # writes nothing
+        "wrong shape": Stub(lambda cell: cell.data.x[:1]),
+        "lazy": Stub(lambda cell: cell.data.out),  # writes nothing
         "unloadable": "ImportError: no such library",
     }
     selection = run.Selection(
@@ -314,7 +314,7 @@ def test_means_and_losses(run):
 
 def test_one_value_per_channel_has_no_training(run):
     selection = run.Selection(shapes="1x64,1x64x1x1,1x64x2x1")
-    assert [operations for _, _, operations in selection.batches("batch")] == [
+    assert [operations for _, _, operations in selection.cells_of("batch")] == [
         *[("inference",)] * 2,
         *[NORMALIZATIONS["batch"].operations] * 2,
     ]
@@ -323,7 +323,7 @@ def test_one_value_per_channel_has_no_training(run):
 def test_single_values_have_no_statistics_but_in_rows(run):
     selection = run.Selection(normalizations=FAMILY, shapes="1x20,2x20,1x64x1x1,2x3x2x1")
     measured = {
-        name: [shape for shape, _, operations in selection.batches(name) if operations]
+        name: [shape for shape, _, operations in selection.cells_of(name) if operations]
         for name in FAMILY
     }
     assert measured["layer"] == measured["rms"] == [(1, 20), (2, 20), (1, 64, 1, 1), (2, 3, 2, 1)]
@@ -353,7 +353,7 @@ def test_every_normalization_measures_its_own_operations(run):
     selection = run.Selection(
         normalizations=("batch", *FAMILY), operations=("training", "forward"), shapes="4x32x2x2"
     )
-    assert {name: {ops for _, _, ops in selection.batches(name)} for name in NORMALIZATIONS} == {
+    assert {name: {ops for _, _, ops in selection.cells_of(name)} for name in NORMALIZATIONS} == {
         "batch": {("training",)},
         **{name: {("forward",)} for name in FAMILY},
     }
@@ -365,7 +365,7 @@ def test_default_shapes_are_those_of_each_normalization(run):
         selection = run.Selection(normalizations=tuple(NORMALIZATIONS), quick=quick)
         for name, norm in NORMALIZATIONS.items():
             sets = norm.quick_shapes if quick else norm.shapes
-            shapes = dict.fromkeys(shape for shape, _, _ in selection.batches(name))
+            shapes = dict.fromkeys(shape for shape, _, _ in selection.cells_of(name))
             assert tuple(shapes) == workloads.parse(sets)
 
 

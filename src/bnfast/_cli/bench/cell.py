@@ -1,11 +1,11 @@
-"""The data of one cell of the table: one operation of one normalization on one batch."""
+"""The data of one cell of the table: one operation of one normalization on arrays of one shape."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,15 +49,30 @@ class Groups(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Batch:
+class Data:
     """Arrays of one shape in one layout, for all operations; everyone reads and writes the same."""
 
-    shape: Shape  # channels second, but for rows
+    shape: Shape  # as it is written on the command line
     layout: str
-    axis: int  # of the parameters: of channels, or of the elements of a row
-    x: Array
-    dy: Array
+    x: Array  # what is normalized
+    dy: Array  # the gradient of what that gives
     out: Array
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of everything but what is exact."""
+        return self.x.dtype
+
+
+AnyData = TypeVar("AnyData", bound=Data)
+TheirData = TypeVar("TheirData", bound=Data, covariant=True)
+
+
+@dataclass(frozen=True)
+class Batch(Data):
+    """Data whose channels, samples or rows have statistics; channels second, but for rows."""
+
+    axis: int  # of the parameters: of channels, or of the elements of a row
     weight: Array
     bias: Array
     mean: Array  # of x, in its dtype, as is what follows
@@ -66,11 +81,6 @@ class Batch:
     exact_mean: Array  # in float64
     exact_var: Array
     exact_invstd: Array
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The dtype of everything but the exact statistics."""
-        return self.x.dtype
 
     @property
     def num_groups(self) -> int:
@@ -92,17 +102,17 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """An operation of a normalization on a batch."""
+class Cell(Generic[TheirData]):
+    """An operation of a normalization on data of its kind."""
 
     normalization: str
     operation: str
-    batch: Batch
+    data: TheirData
 
     @property
     def traffic(self) -> int:
         """Bytes that must be moved: each input read once, the output written once."""
-        return ARRAYS_MOVED[self.operation] * self.batch.x.nbytes
+        return ARRAYS_MOVED[self.operation] * self.data.x.nbytes
 
 
 def slices(count: int, size: int) -> Iterator[slice]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnfast._cli.bench.cell import EPS, Cell
+from bnfast._cli.bench.cell import EPS, Batch, Cell
 from bnfast._cli.bench.rivals import Contender, Rival, first
 
 Formula = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -29,8 +29,8 @@ def _scale_shift(x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Any:
     return (x - mean) * (weight * jax.lax.rsqrt(var + EPS)) + bias
 
 
-def _batch_norm(cell: Cell) -> Formula:
-    b = cell.batch
+def _batch_norm(cell: Cell[Batch]) -> Formula:
+    b = cell.data
     axes = tuple(d for d in range(b.x.ndim) if d != b.axis % b.x.ndim)
     shape = [1] * b.x.ndim
     shape[b.axis] = -1
@@ -60,8 +60,8 @@ def _batch_norm(cell: Cell) -> Formula:
     return operations[cell.operation]
 
 
-def _layer_norm(cell: Cell) -> Formula:
-    b = cell.batch
+def _layer_norm(cell: Cell[Batch]) -> Formula:
+    b = cell.data
     rows = tuple(range(b.x.ndim - 1))
 
     def forward(x: Any, weight: Any, bias: Any) -> Any:
@@ -79,8 +79,8 @@ def _layer_norm(cell: Cell) -> Formula:
     return backward, (b.dy, b.x, b.mean, b.invstd, b.weight)
 
 
-def _rms_norm(cell: Cell) -> Formula:
-    b = cell.batch
+def _rms_norm(cell: Cell[Batch]) -> Formula:
+    b = cell.data
     rows = tuple(range(b.x.ndim - 1))
 
     def forward(x: Any, weight: Any) -> Any:
@@ -98,8 +98,8 @@ def _rms_norm(cell: Cell) -> Formula:
     return backward, (b.dy, b.x, b.invstd, b.weight)
 
 
-def _group_norm(cell: Cell) -> Formula:
-    b = cell.batch
+def _group_norm(cell: Cell[Batch]) -> Formula:
+    b = cell.data
     groups = b.in_groups
 
     def mean_of_groups(values: Any) -> Any:
@@ -133,7 +133,7 @@ def _group_norm(cell: Cell) -> Formula:
     return backward, (b.dy, b.x, b.mean, b.invstd, b.weight)
 
 
-FORMULAS = {
+FORMULAS: dict[str, Callable[[Cell[Any]], Formula]] = {
     "batch": _batch_norm,
     "layer": _layer_norm,
     "rms": _rms_norm,
@@ -158,13 +158,13 @@ class JaxXla(Rival):
         """What is measured."""
         return str(jax.__version__)
 
-    def prepare(self, cell: Cell, fresh: bool) -> Contender:
+    def prepare(self, cell: Cell[Any], fresh: bool) -> Contender:
         """Return a compiled call.
 
         JAX never writes to given memory, but reuses that of an argument which is given away: each
         call gives away the output of the one before.
         """
-        jax.config.update("jax_enable_x64", cell.batch.dtype == np.float64)
+        jax.config.update("jax_enable_x64", cell.data.dtype == np.float64)
         function, arguments = FORMULAS[cell.normalization](cell)
         arrays = jax.device_put(arguments)
 

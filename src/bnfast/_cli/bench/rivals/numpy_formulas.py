@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfast._cli.bench.cell import EPS, Cell, Groups
+from bnfast._cli.bench.cell import EPS, Batch, Cell, Groups
 from bnfast._cli.bench.rivals import Contender, Rival, first
 
 Array = NDArray[Any]
@@ -211,8 +211,8 @@ def group_norm_backward(
     return dx.reshape(x.shape), of_product.sum(0).ravel(), of_dy.sum(0).ravel()
 
 
-def _batch_norm(cell: Cell) -> Callable[..., Any]:
-    b = cell.batch
+def _batch_norm(cell: Cell[Batch]) -> Callable[..., Any]:
+    b = cell.data
     if cell.operation == "inference":
         arguments = b.x, b.mean, b.var, b.weight, b.bias, EPS
         return partial(batch_norm_inference, *arguments, axis=b.axis)
@@ -221,29 +221,29 @@ def _batch_norm(cell: Cell) -> Callable[..., Any]:
     return partial(batch_norm_backward, b.dy, b.x, b.mean, b.invstd, b.weight, axis=b.axis)
 
 
-def _layer_norm(cell: Cell) -> Callable[..., Any]:
-    b = cell.batch
+def _layer_norm(cell: Cell[Batch]) -> Callable[..., Any]:
+    b = cell.data
     if cell.operation == "forward":
         return partial(layer_norm_forward, b.x, b.weight, b.bias, EPS)
     return partial(layer_norm_backward, b.dy, b.x, b.mean, b.invstd, b.weight)
 
 
-def _rms_norm(cell: Cell) -> Callable[..., Any]:
-    b = cell.batch
+def _rms_norm(cell: Cell[Batch]) -> Callable[..., Any]:
+    b = cell.data
     if cell.operation == "forward":
         return partial(rms_norm_forward, b.x, b.weight, EPS)
     return partial(rms_norm_backward, b.dy, b.x, b.invstd, b.weight)
 
 
-def _group_norm(cell: Cell) -> Callable[..., Any]:
-    b = cell.batch
+def _group_norm(cell: Cell[Batch]) -> Callable[..., Any]:
+    b = cell.data
     if cell.operation == "forward":
         return partial(group_norm_forward, b.x, b.weight, b.bias, b.in_groups, EPS)
     saved = b.mean, b.invstd, b.weight
     return partial(group_norm_backward, b.dy, b.x, *saved, b.in_groups)
 
 
-FORMULAS = {
+FORMULAS: dict[str, Callable[[Cell[Any]], Callable[..., Any]]] = {
     "batch": _batch_norm,
     "layer": _layer_norm,
     "rms": _rms_norm,
@@ -260,7 +260,7 @@ class NumPyFormulas(Rival):
         """What is measured."""
         return np.__version__
 
-    def prepare(self, cell: Cell, fresh: bool) -> Contender:
+    def prepare(self, cell: Cell[Any], fresh: bool) -> Contender:
         """Return the formula of the cell."""
         formula = FORMULAS[cell.normalization](cell)
-        return Contender(partial(formula, out=None if fresh else cell.batch.out), first)
+        return Contender(partial(formula, out=None if fresh else cell.data.out), first)

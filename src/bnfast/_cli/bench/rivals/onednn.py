@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfast._cli.bench.cell import EPS, Cell, aligned_empty
+from bnfast._cli.bench.cell import EPS, Batch, Cell, aligned_empty
 from bnfast._cli.bench.rivals import Contender, NotOffered, Rival
 from bnfast._cli.bench.rivals.onednn_library import (
     AROUND_ZERO,
@@ -48,8 +48,8 @@ class Kind(NamedTuple):
     flags: int = USE_SCALE | USE_SHIFT
 
 
-def _kind(cell: Cell, work: Work) -> Kind:
-    b = cell.batch
+def _kind(cell: Cell[Batch], work: Work) -> Kind:
+    b = cell.data
     if cell.normalization in ("layer", "rms"):
         if len(b.shape) > 5:
             raise NotOffered("no more than five dimensions")
@@ -85,9 +85,9 @@ class OneDnn(Rival):
         """What is measured."""
         return ".".join(map(str, library().version))
 
-    def prepare(self, cell: Cell, fresh: bool) -> Contender:
+    def prepare(self, cell: Cell[Any], fresh: bool) -> Contender:
         """Return the execution of a primitive."""
-        b = cell.batch
+        b: Batch = cell.data
         if b.dtype != np.float32:
             raise NotOffered("no float64")
         if self.blocked and cell.normalization != "batch":
