@@ -1,4 +1,4 @@
-"""Layer, RMS, group and instance norm: bnfast, with and without out=, and NumPy."""
+"""Layer, RMS, group, instance, weight, spectral norm: bnfast, with and without out=, and NumPy."""
 
 import numpy as np
 import pytest

@@ -17,6 +17,7 @@ Array = NDArray[Any]
 # Training, and forward where there is nothing else: y and the statistics that its gradient needs.
 OPERATIONS = ("inference", "training", "forward", "backward")
 EPS = 1e-5
+LEAST_LENGTH = 1e-12  # by which spectral norm divides a vector
 
 # Arrays of the size of x that an operation must move: read x, write y; read x and dy, write dx.
 ARRAYS_MOVED = {"inference": 2, "training": 2, "forward": 2, "backward": 3}
@@ -99,6 +100,33 @@ class Batch(Data):
             return Groups(shape, parameters, statistics, len(group) + 1, (2,) * len(one))
         shape, parameters, statistics = (n, -1, *group), (1, 1, *group), (n, 1, groups, *one)
         return Groups(shape, parameters, statistics, 1, (3,) * len(one))
+
+
+@dataclass(frozen=True)
+class Filters(Data):
+    """Weights, of which each filter along the first axis is given a length."""
+
+    g: Array  # the lengths to be given
+    norm: Array  # those there are, in the dtype of x
+    exact_norm: Array
+
+
+class Singular(NamedTuple):
+    """What is known of the largest singular value of a matrix, and of its vectors."""
+
+    sigma: Array
+    u: Array
+    v: Array
+
+
+@dataclass(frozen=True)
+class Matrix(Data):
+    """Weights, seen as a matrix with a row for each index of the first axis."""
+
+    u: Array  # what the power iteration begins with
+    v: Array
+    found: Singular  # by one iteration, in the dtype of x
+    exact: Singular
 
 
 @dataclass(frozen=True)

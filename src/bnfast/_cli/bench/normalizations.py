@@ -15,7 +15,19 @@ from numpy.typing import NDArray
 import bnfast
 from bnfast import _reference as reference
 from bnfast._cli.bench import workloads
-from bnfast._cli.bench.cell import EPS, AnyData, Batch, Cell, Data, aligned_empty, slices
+from bnfast._cli.bench.cell import (
+    EPS,
+    LEAST_LENGTH,
+    AnyData,
+    Batch,
+    Cell,
+    Data,
+    Filters,
+    Matrix,
+    Singular,
+    aligned_empty,
+    slices,
+)
 from bnfast._cli.bench.workloads import Shape
 
 Array = NDArray[Any]
@@ -316,12 +328,83 @@ class RMSNorm(LayerNorm):
         return partial(bnfast.rms_norm_backward, *saved, out=out)
 
 
+class _OfWeights(Normalization[AnyData]):
+    """Of weights rather than data: filters along the first axis, one after the other."""
+
+    shapes, quick_shapes, tracked_shapes = "weights", "quick-weights", "tracked-weights"
+
+    def operations_on(self, shape: Shape) -> tuple[str, ...]:
+        """Return both: a filter may be a single value."""
+        return self.operations
+
+    def layouts_of(self, shape: Shape, layouts: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the one that filters have."""
+        return (workloads.FILTERS,)
+
+
+class WeightNorm(_OfWeights[Filters]):
+    """Of each filter, which gets a length of its own."""
+
+    def make(self, shape: Shape, layout: str, dtype: Any, mean: float) -> Filters:
+        """Return directions and lengths, of filters whose elements are as large as those of x."""
+        rng = np.random.default_rng(0)
+        arrays = _normal_arrays(rng, shape, dtype, mean)
+        g = (rng.uniform(0.5, 1, shape[0]) * math.sqrt(math.prod(shape[1:]))).astype(dtype)
+        _, norm = reference.weight_norm_forward(arrays[0], g)
+        return Filters(shape, layout, *arrays, g, norm.astype(dtype), norm)
+
+    def exact(self, operation: str, data: Filters) -> Array:
+        """Return w or dv."""
+        if operation == "forward":
+            return reference.weight_norm_forward(data.x, data.g)[0]
+        return reference.weight_norm_backward(data.dy, data.x, data.g, data.exact_norm)[0]
+
+    def ours(self, operation: str, data: Filters, out: Array | None) -> Callable[[], Any]:
+        """Return bnfast's call."""
+        if operation == "forward":
+            return partial(bnfast.weight_norm_forward, data.x, data.g, out=out)
+        saved = data.dy, data.x, data.g, data.exact_norm
+        return partial(bnfast.weight_norm_backward, *saved, out=out)
+
+
+class SpectralNorm(_OfWeights[Matrix]):
+    """Of all weights together, by their largest singular value; after one power iteration."""
+
+    def make(self, shape: Shape, layout: str, dtype: Any, mean: float) -> Matrix:
+        """Return weights, vectors to begin with, and what is found of them."""
+        rng = np.random.default_rng(0)
+        arrays = _normal_arrays(rng, shape, dtype, mean)
+        sizes = shape[0], math.prod(shape[1:])
+        u, v = ((z / np.linalg.norm(z)).astype(dtype) for z in map(rng.standard_normal, sizes))
+        _, *exact = reference.spectral_norm_forward(arrays[0], u, v, 1, LEAST_LENGTH)
+        found = Singular(*(np.asarray(value, dtype) for value in exact))
+        return Matrix(shape, layout, *arrays, u, v, found, Singular(*exact))
+
+    def exact(self, operation: str, data: Matrix) -> Array:
+        """Return y or dw."""
+        if operation == "forward":
+            begun = data.x, data.u, data.v
+            return reference.spectral_norm_forward(*begun, 1, LEAST_LENGTH)[0]
+        return reference.spectral_norm_backward(data.dy, data.x, *data.exact)
+
+    def ours(self, operation: str, data: Matrix, out: Array | None) -> Callable[[], Any]:
+        """Return bnfast's call."""
+        if operation == "forward":
+            begun = data.x, data.u, data.v
+            return partial(bnfast.spectral_norm_forward, *begun, 1, LEAST_LENGTH, out=out)
+        sigma, u, v = data.exact
+        saved = data.dy, data.x, float(sigma), u, v
+        return partial(bnfast.spectral_norm_backward, *saved, out=out)
+
+
 NORMALIZATIONS: dict[str, Normalization[Any]] = {
     "batch": BatchNorm(),
     "layer": LayerNorm(),
     "rms": RMSNorm(),
     "group": GroupNorm(),
     "instance": InstanceNorm(),
+    "weight": WeightNorm(),
+    "spectral": SpectralNorm(),
 }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 import bnfast
 from bnfast._cli.bench import figure, limit, report
@@ -144,11 +145,13 @@ def measure(
     bnfast.set_num_threads(selection.threads)
     seconds = budget or (QUICK_BUDGET if selection.quick else BUDGET)
     rows = []
-    for cell in cells(selection):
-        what = cell.normalization, cell.operation, name_of(cell.data.shape), cell.data.layout
-        progress(" ".join(what))
-        rows.append(_measure_cell(cell, selection, rivals, seconds))
-        del cell  # or its arrays would stay while the next ones are made
+    # NumPy's matrix products, of which spectral norm is made, would have threads of their own.
+    with threadpool_limits(selection.threads, user_api="blas"):
+        for cell in cells(selection):
+            what = cell.normalization, cell.operation, name_of(cell.data.shape), cell.data.layout
+            progress(" ".join(what))
+            rows.append(_measure_cell(cell, selection, rivals, seconds))
+            del cell  # or its arrays would stay while the next ones are made
     versions = {
         title: {"version": rival.version} if isinstance(rival, Rival) else {"failed": rival}
         for title, rival in rivals.items()

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnfast._cli.bench.cell import EPS, Batch, Cell
+from bnfast._cli.bench.cell import EPS, LEAST_LENGTH, Batch, Cell, Filters, Matrix
 from bnfast._cli.bench.rivals import Contender, Rival, first
 
 Formula = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -133,12 +133,54 @@ def _group_norm(cell: Cell[Batch]) -> Formula:
     return backward, (b.dy, b.x, b.mean, b.invstd, b.weight)
 
 
+def _weight_norm(cell: Cell[Filters]) -> Formula:
+    d = cell.data
+    axes, along = tuple(range(1, d.x.ndim)), (-1, *[1] * (d.x.ndim - 1))
+
+    def forward(v: Any, g: Any) -> Any:
+        norm = jnp.sqrt(jnp.square(v).sum(axes))
+        return v * (g / norm).reshape(along), norm
+
+    def backward(dw: Any, v: Any, g: Any, norm: Any) -> Any:
+        products = (dw * v).sum(axes)
+        dv = dw - v * (products / jnp.square(norm)).reshape(along)
+        return dv * (g / norm).reshape(along), products / norm
+
+    if cell.operation == "forward":
+        return forward, (d.x, d.g)
+    return backward, (d.dy, d.x, d.g, d.norm)
+
+
+def _spectral_norm(cell: Cell[Matrix]) -> Formula:
+    d = cell.data
+
+    def normalized(z: Any) -> Any:
+        return z / jnp.maximum(jnp.linalg.norm(z), LEAST_LENGTH)
+
+    def forward(w: Any, v: Any) -> Any:
+        matrix = w.reshape(len(w), -1)
+        u = normalized(matrix @ v)
+        v = normalized(matrix.T @ u)
+        sigma = u @ (matrix @ v)
+        return w / sigma, sigma, u, v
+
+    def backward(dy: Any, w: Any, sigma: Any, u: Any, v: Any) -> Any:
+        along = (dy * w).sum() / sigma
+        return (dy - along * jnp.outer(u, v).reshape(dy.shape)) / sigma
+
+    if cell.operation == "forward":
+        return forward, (d.x, d.v)
+    return backward, (d.dy, d.x, *d.found)
+
+
 FORMULAS: dict[str, Callable[[Cell[Any]], Formula]] = {
     "batch": _batch_norm,
     "layer": _layer_norm,
     "rms": _rms_norm,
     "group": _group_norm,
     "instance": _group_norm,
+    "weight": _weight_norm,
+    "spectral": _spectral_norm,
 }
 
 

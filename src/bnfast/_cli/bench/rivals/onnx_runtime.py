@@ -40,6 +40,8 @@ class OnnxRuntime(Rival):
 
     def prepare(self, cell: Cell[Any], fresh: bool) -> Contender:
         """Return a session's run, into the cell's output through IO binding."""
+        if cell.normalization not in NODES:
+            raise NotOffered("it has no such operator")
         b: Batch = cell.data
         if cell.operation not in ("inference", "forward"):
             raise NotOffered("no gradients, nor training")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bnfast._cli.bench.cell import EPS, Batch, Cell, Data
+from bnfast._cli.bench.cell import EPS, LEAST_LENGTH, Batch, Cell, Data, Filters, Matrix
 from bnfast._cli.bench.rivals import Contender, Rival, first
 
 ALL = [True, True, True]  # gradients of x, weight and bias
@@ -185,10 +185,54 @@ def _as_batch_norm(cell: Cell[Batch], fresh: bool) -> Contender:
     return Contender(lambda: forward_out(apart(b.x), *rest, **outputs), _reader(b), note=note)
 
 
+def _weight_norm(cell: Cell[Filters], fresh: bool) -> Contender:
+    d = cell.data
+    along = (-1, *[1] * (d.x.ndim - 1))
+    v, g = shared(d.x), shared(d.g).view(along)
+    if cell.operation == "forward":
+        forward = aten._weight_norm_interface.default
+        return Contender(lambda: forward(v, g, 0), _reader(d), fresh=not fresh)
+    arguments = shared(d.dy), v, g, shared(d.norm).view(along), 0
+    backward = aten._weight_norm_interface_backward.default
+    return Contender(lambda: backward(*arguments), _reader(d), fresh=not fresh)
+
+
+def _spectral_norm(cell: Cell[Matrix], fresh: bool) -> Contender:
+    """As its parametrization has it; the gradient is autograd's, for that has no other."""
+    d = cell.data
+    w, out = shared(d.x), shared(d.out)
+    matrix = w.flatten(1)
+    if cell.operation == "forward":
+        begun = shared(d.v)
+        u, v = torch.empty_like(shared(d.u)), torch.empty_like(begun)
+        normalize, mv, vdot = torch.nn.functional.normalize, torch.mv, torch.vdot
+
+        def forward() -> Any:
+            normalize(mv(matrix, begun), dim=0, eps=LEAST_LENGTH, out=u)
+            normalize(mv(matrix.mH, u), dim=0, eps=LEAST_LENGTH, out=v)
+            sigma = vdot(u, mv(matrix, v))
+            return w / sigma if fresh else torch.div(w, sigma, out=out)
+
+        return Contender(forward, _reader(d))
+    dy, u, v = shared(d.dy), shared(d.found.u), shared(d.found.v)
+    w.requires_grad_()
+    with torch.enable_grad():
+        y = w / torch.vdot(u, torch.mv(w.flatten(1), v))
+    gradient = torch.autograd.grad
+    return Contender(
+        lambda: gradient(y, w, dy, retain_graph=True),
+        _reader(d),
+        fresh=not fresh,
+        note="autograd",
+    )
+
+
 CALLS: dict[str, Callable[[Cell[Any], bool], Contender]] = {
     "batch": _batch_norm,
     "layer": _layer_norm,
     "rms": _rms_norm,
     "group": _group_norm,
     "instance": _instance_norm,
+    "weight": _weight_norm,
+    "spectral": _spectral_norm,
 }
