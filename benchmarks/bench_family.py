@@ -1,10 +1,10 @@
-"""Layer, RMS, group and instance norm: bnfast, with and without out=, and NumPy."""
+"""Layer, RMS, group, instance, weight, spectral norm: bnfast, with and without out=, and NumPy."""
 
 import numpy as np
 import pytest
 
 from bnfast._cli.bench.cell import ARRAYS_MOVED, Cell
-from bnfast._cli.bench.normalizations import NORMALIZATIONS, exact_result, make_batch
+from bnfast._cli.bench.normalizations import NORMALIZATIONS, exact_result, make_data
 from bnfast._cli.bench.rivals import first, numpy_formulas
 from bnfast._cli.bench.workloads import LAYOUTS, SETS, name_of
 
@@ -32,7 +32,7 @@ def case(request):
 @pytest.fixture
 def data(case):
     """Arrays for one workload, the statistics of its x, and an array to write to."""
-    return make_batch(*case, np.float32, mean=1.5)
+    return make_data(*case, np.float32, mean=1.5)
 
 
 def bench(measure, cell, implementation):
@@ -40,8 +40,8 @@ def bench(measure, cell, implementation):
     if implementation == "numpy":
         compute = numpy_formulas.FORMULAS[cell.normalization](cell)
     else:
-        out = cell.batch.out if implementation == "bnfast_out" else None
-        compute = norm.ours(cell.operation, cell.batch, out)
+        out = cell.data.out if implementation == "bnfast_out" else None
+        compute = norm.ours(cell.operation, cell.data, out)
     measure(
         lambda: first(compute()),
         ARRAYS_MOVED[cell.operation],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import bnfast
-from bnfast._cli.bench.normalizations import NORMALIZATIONS, make_batch
+from bnfast._cli.bench.normalizations import NORMALIZATIONS, make_data
 from bnfast._cli.bench.workloads import SETS, layouts_of, name_of
 
 TRACKED = SETS[NORMALIZATIONS["batch"].tracked_shapes]
@@ -23,7 +23,7 @@ def threads():
 @pytest.fixture(params=CASES, ids=[f"{name_of(shape)}-{layout}" for shape, layout in CASES])
 def data(request):
     """Arrays for one workload, the statistics of its x, and an array to write to."""
-    return make_batch("batch", *request.param, np.float32, mean=1.5)
+    return make_data("batch", *request.param, np.float32, mean=1.5)
 
 
 @pytest.fixture

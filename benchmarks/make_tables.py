@@ -83,7 +83,7 @@ def write_into_readme(marker, *parts):
     README.write_text(f"{before}{begin}\n{body}\n{end}{after}", encoding="utf-8")
 
 
-def make_batch_tables(*quick):
+def make_data_tables(*quick):
     picture = DOCS / "benchmark.png"
     results = bench("--plot", str(picture), *quick)
     far = bench("--op", "training", "--shapes", "32x64x56x56", "--mean", "1e4", *quick)
@@ -119,7 +119,7 @@ def make_family_tables(*quick):
     (DOCS / "family_benchmark.md").write_text(text, encoding="utf-8")
 
 
-TABLES = {"batch": make_batch_tables, "family": make_family_tables}
+TABLES = {"batch": make_data_tables, "family": make_family_tables}
 
 
 def main():

@@ -41,8 +41,17 @@ CALLS = {
     "running_mean ": lambda p, out: bnfast.decorrelated_batch_norm(X, p, MATRIX, out=out),
     "g": lambda p, out: bnfast.weight_norm(X.T.copy(), p, out=out.T),
     "gain": lambda p, out: bnfast.weight_standardization(X, p, axis=1, out=out),
-    "gain ": lambda p, out: bnfast.scaled_weight_standardization_backward(X, X, p, axis=1, out=out),
+    "gain ": lambda p, out: bnfast.scaled_weight_standardization_backward(
+        X, X, MEAN, INVSTD, p, axis=1, out=out
+    ),
+    "mean ": lambda p, out: bnfast.weight_standardization_backward(
+        X, X, p, INVSTD, axis=1, out=out
+    ),
+    "std": lambda p, out: bnfast.scaled_weight_standardization_backward(
+        X, X, MEAN, p, axis=1, out=out
+    ),
     "v": lambda p, out: bnfast.spectral_norm(X, np.ones(3), p, out=out),
+    "v  ": lambda p, out: bnfast.spectral_norm_forward(X, np.ones(3), p, out=out),
     "v ": lambda p, out: bnfast.spectral_norm_backward(X, X, 1.0, np.ones(3), p, out=out),
 }
 

@@ -13,10 +13,11 @@ from bnfast import _cli, _core
 from bnfast import _reference as reference
 from bnfast._cli.bench import cell as cells
 from bnfast._cli.bench import limit, normalizations, rivals, timing, workloads
-from bnfast._cli.bench.normalizations import NORMALIZATIONS, exact_result, make_batch
+from bnfast._cli.bench.normalizations import NORMALIZATIONS, exact_result, make_data
 from bnfast._cli.bench.rivals import numpy_formulas
 from tolerances import CLOSE_F32, CLOSE_F64, RIVAL, ROUNDED_F32
 
+NEEDED = ("matplotlib", "rich", "threadpoolctl")
 FAMILY = tuple(name for name in NORMALIZATIONS if name != "batch")
 
 
@@ -33,7 +34,7 @@ def bench(*arguments, **keywords):
 @pytest.fixture
 def run():
     """The module of a run, which needs what draws its results."""
-    for package in ("rich", "matplotlib"):
+    for package in NEEDED:
         pytest.importorskip(package)
     from bnfast._cli.bench import run
 
@@ -66,7 +67,7 @@ def raising(error, after):
         calls.append(1)
         if len(calls) > after:
             raise error
-        return cell.batch.x
+        return cell.data.x
 
     return call
 
@@ -105,7 +106,7 @@ def test_memory_is_aligned():
 def test_exact_results_in_slices_are_the_reference(operation, axis, dtype, monkeypatch):
     monkeypatch.setattr(cells, "_SLICE_BYTES", 8 * 4 * 25 * 2)  # two channels
     layout = "nchw" if axis == 1 else "nhwc"
-    b = batch = make_batch("batch", (4, 5, 5, 5), layout, dtype, mean=3)
+    b = batch = make_data("batch", (4, 5, 5, 5), layout, dtype, mean=3)
     expected = {
         "inference": lambda: reference.scale_shift(b.x, b.mean, b.var, b.weight, b.bias, axis=axis),
         "training": lambda: reference.batch_norm_forward(b.x, b.weight, b.bias, axis=axis)[0],
@@ -127,7 +128,7 @@ def test_exact_results_in_slices_are_the_reference(operation, axis, dtype, monke
 @pytest.mark.parametrize("normalization", ["layer", "rms"])
 def test_exact_rows_in_slices_are_the_reference(normalization, operation, dtype, monkeypatch):
     monkeypatch.setattr(cells, "_SLICE_BYTES", 8 * 7 * 2)  # two rows
-    b = make_batch(normalization, (3, 5, 7), "rows", dtype, mean=3)
+    b = make_data(normalization, (3, 5, 7), "rows", dtype, mean=3)
     centred = normalization == "layer"
     y, mean, invstd = reference.layer_norm_forward(
         b.x, (2,), b.weight, b.bias if centred else None, centred=centred
@@ -152,7 +153,7 @@ def test_exact_groups_in_slices_are_the_reference(
     monkeypatch.setattr(normalizations.GroupNorm, "most", 5)  # of 6 channels, 3 groups
     monkeypatch.setattr(cells, "_SLICE_BYTES", 8 * 4 * 35 * 2)  # two channels
     layout = "nchw" if axis == 1 else "nhwc"
-    b = make_batch(normalization, (4, 6, 5, 7), layout, dtype, mean=3)
+    b = make_data(normalization, (4, 6, 5, 7), layout, dtype, mean=3)
     y, mean, invstd = reference.group_norm_forward(b.x, num_groups, b.weight, b.bias, axis=axis)
     dx, _, _ = reference.group_norm_backward(b.dy, b.x, mean, invstd, b.weight, axis=axis)
     exact = exact_result(cells.Cell(normalization, operation, b))
@@ -167,6 +168,50 @@ def test_exact_groups_in_slices_are_the_reference(
     assert together.shape == grouped.statistics
     np.testing.assert_allclose(together.ravel(), mean.ravel(), rtol=CLOSE_F32)
     assert np.broadcast_shapes(grouped.parameters, together.shape)
+
+
+def test_exact_weights_are_the_reference(dtype):
+    d = make_data("weight", (6, 5, 3, 2), "filters", dtype, mean=3)
+    w, norm = reference.weight_norm_forward(d.x, d.g)
+    dv, _ = reference.weight_norm_backward(d.dy, d.x, d.g, norm)
+    np.testing.assert_array_equal(d.exact_norm, norm)
+    np.testing.assert_allclose(d.norm, norm, rtol=ROUNDED_F32)
+    for operation, expected in (("forward", w), ("backward", dv)):
+        exact = exact_result(cells.Cell("weight", operation, d))
+        np.testing.assert_array_equal(exact, expected)
+        assert exact.dtype == np.float64
+    assert {a.dtype for a in (d.x, d.dy, d.out, d.g, d.norm)} == {np.dtype(dtype)}
+
+
+def test_exact_spectra_are_the_reference(dtype):
+    d = make_data("spectral", (6, 5, 3, 2), "filters", dtype, mean=3)
+    y, *saved = reference.spectral_norm_forward(d.x, d.u, d.v, 1, cells.LEAST_LENGTH)
+    for exact, found, expected in zip(d.exact, d.found, saved, strict=True):
+        np.testing.assert_array_equal(exact, expected)
+        np.testing.assert_allclose(found, expected, rtol=ROUNDED_F32, atol=ROUNDED_F32)
+        assert found.dtype == dtype
+    dw = reference.spectral_norm_backward(d.dy, d.x, *saved)
+    for operation, expected in (("forward", y), ("backward", dw)):
+        exact = exact_result(cells.Cell("spectral", operation, d))
+        np.testing.assert_array_equal(exact, expected)
+        assert exact.dtype == np.float64
+
+
+@pytest.mark.parametrize("normalization", ["weight", "spectral"])
+@pytest.mark.parametrize("operation", ["forward", "backward"])
+def test_calls_on_weights_can_be_repeated(normalization, operation, dtype):
+    """What power iterations find must not be where the next call begins."""
+    data = make_data(normalization, (6, 5, 3, 2), "filters", dtype)
+    cell = cells.Cell(normalization, operation, data)
+    exact = exact_result(cell)
+    for call in (
+        NORMALIZATIONS[normalization].ours(operation, data, data.out),
+        numpy_formulas.NumPyFormulas(1).prepare(cell, False).call,
+    ):
+        for _ in range(3):
+            data.out.fill(np.nan)
+            call()
+            assert cells.largest_error(data.out, exact) < RIVAL[np.dtype(dtype).name]
 
 
 @pytest.mark.parametrize(
@@ -229,11 +274,11 @@ def test_probes_touch_what_the_operation_touches(operation, arrays, dtype, monke
     monkeypatch.setattr(
         limit._primitives, "probe_memory", lambda *arguments: probed.append(arguments)
     )
-    cell = cells.Cell("batch", operation, make_batch("batch", (8, 16, 5, 5), "nchw", dtype))
+    cell = cells.Cell("batch", operation, make_data("batch", (8, 16, 5, 5), "nchw", dtype))
     probes = limit.Probes(cell, 3)
     for call in probes.calls.values():
         call()
-    assert probes.nbytes == cell.traffic == arrays * cell.batch.x.nbytes
+    assert probes.nbytes == cell.traffic == arrays * cell.data.x.nbytes
     by_kind = {kind: (x.nbytes, y.nbytes, threads) for kind, x, y, threads in probed}
     half = cell.traffic // 2
     assert by_kind["copy"] == by_kind["streaming_copy"] == (half, half, 3)
@@ -252,7 +297,7 @@ def test_the_error_column_is_the_largest_error(run):
         for operation in NORMALIZATIONS["batch"].operations
     ]
     training = results["rows"][1]
-    b = make_batch("batch", (3, 4, 5, 5), "nchw", np.float32)
+    b = make_data("batch", (3, 4, 5, 5), "nchw", np.float32)
     exact = reference.batch_norm_forward(b.x, b.weight, b.bias)[0]
     formula = numpy_formulas.batch_norm_forward(b.x, b.weight, b.bias)[0]
     y = bnfast.batch_norm_forward(b.x, b.weight, b.bias)[0]
@@ -267,8 +312,8 @@ def test_failures_are_reported(run):
         "at once": Stub(ValueError("will not prepare")),
         "first": Stub(raising(RuntimeError("will not run"), 0)),
         "later": Stub(raising(RuntimeError("gave up"), 5)),
-        "wrong shape": Stub(lambda cell: cell.batch.x[:1]),
-        "lazy": Stub(lambda cell: cell.batch.out),  # writes nothing
+        "wrong shape": Stub(lambda cell: cell.data.x[:1]),
+        "lazy": Stub(lambda cell: cell.data.out),  # writes nothing
         "unloadable": "ImportError: no such library",
     }
     selection = run.Selection(
@@ -314,7 +359,7 @@ def test_means_and_losses(run):
 
 def test_one_value_per_channel_has_no_training(run):
     selection = run.Selection(shapes="1x64,1x64x1x1,1x64x2x1")
-    assert [operations for _, _, operations in selection.batches("batch")] == [
+    assert [operations for _, _, operations in selection.cells_of("batch")] == [
         *[("inference",)] * 2,
         *[NORMALIZATIONS["batch"].operations] * 2,
     ]
@@ -323,12 +368,13 @@ def test_one_value_per_channel_has_no_training(run):
 def test_single_values_have_no_statistics_but_in_rows(run):
     selection = run.Selection(normalizations=FAMILY, shapes="1x20,2x20,1x64x1x1,2x3x2x1")
     measured = {
-        name: [shape for shape, _, operations in selection.batches(name) if operations]
+        name: [shape for shape, _, operations in selection.cells_of(name) if operations]
         for name in FAMILY
     }
     assert measured["layer"] == measured["rms"] == [(1, 20), (2, 20), (1, 64, 1, 1), (2, 3, 2, 1)]
     assert measured["group"] == [(2, 20), (1, 64, 1, 1), *[(2, 3, 2, 1)] * 2]
     assert measured["instance"] == [(2, 3, 2, 1)] * 2
+    assert measured["weight"] == measured["spectral"] == measured["layer"]
 
 
 @pytest.mark.parametrize(
@@ -353,11 +399,44 @@ def test_every_normalization_measures_its_own_operations(run):
     selection = run.Selection(
         normalizations=("batch", *FAMILY), operations=("training", "forward"), shapes="4x32x2x2"
     )
-    assert {name: {ops for _, _, ops in selection.batches(name)} for name in NORMALIZATIONS} == {
+    assert {name: {ops for _, _, ops in selection.cells_of(name)} for name in NORMALIZATIONS} == {
         "batch": {("training",)},
         **{name: {("forward",)} for name in FAMILY},
     }
-    assert selection.count_cells() == 2 * 3 + 2  # rows have one layout
+    assert selection.count_cells() == 2 * 3 + 4  # rows and weights have one layout
+
+
+def test_matrix_products_have_as_many_threads_as_the_rest(run):
+    from threadpoolctl import threadpool_info
+
+    def threads():
+        return [lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"]
+
+    before, seen = threads(), []
+    selection = run.Selection(
+        normalizations=("spectral",), operations=("forward",), shapes="6x8", quick=True
+    )
+    watching = {"watching": Stub(lambda cell: seen.append(threads()) or cell.data.out)}
+    run.measure(selection, watching, budget=1e-9)
+    assert seen[0] == [1] * len(before)
+    assert threads() == before
+
+
+def test_who_has_nothing_of_weights_says_so(run):
+    names = [
+        name for name in ("onednn", "onnxruntime", "numba") if not rivals.PEERS[name].missing()
+    ]
+    if not names:
+        pytest.skip("none of them is installed")
+    choice = {"normalizations": ["weight", "spectral"], "shapes": "6x8", "peers": names}
+    child = [sys.executable, "-c", REPORT, json.dumps(choice)]
+    done = subprocess.run(child, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    for name in names:
+        title = rivals.PEERS[name].title
+        assert f"{title} has nothing of weight, spectral norm: " in done.stdout
+        assert f"| {title} |" not in done.stdout
+    assert "failed" not in done.stdout
 
 
 def test_default_shapes_are_those_of_each_normalization(run):
@@ -365,7 +444,7 @@ def test_default_shapes_are_those_of_each_normalization(run):
         selection = run.Selection(normalizations=tuple(NORMALIZATIONS), quick=quick)
         for name, norm in NORMALIZATIONS.items():
             sets = norm.quick_shapes if quick else norm.shapes
-            shapes = dict.fromkeys(shape for shape, _, _ in selection.batches(name))
+            shapes = dict.fromkeys(shape for shape, _, _ in selection.cells_of(name))
             assert tuple(shapes) == workloads.parse(sets)
 
 
@@ -450,34 +529,38 @@ def test_normalizations_are_words_or_lists():
 
 
 def test_several_normalizations_are_told_apart_in_every_form(run, tmp_path):
-    arguments = "--norm rms batch --peers numpy,numba --shapes 6x8 --quick".split()
+    arguments = "--norm rms batch spectral --peers numpy,numba --shapes 6x8 --quick".split()
     if rivals.PEERS["numba"].missing():
         arguments[arguments.index("numpy,numba")] = "numpy"
     done = bench(*arguments, "--json", "j", "--markdown", "m", "--plot", "p.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "j").read_text(encoding="utf-8"))
-    assert results["command"].split()[4:7] == ["--norm", "rms", "batch"]
-    assert results["normalizations"] == ["rms", "batch"]
+    assert results["command"].split()[4:8] == ["--norm", "rms", "batch", "spectral"]
+    assert results["normalizations"] == ["rms", "batch", "spectral"]
     measured = [(row["normalization"], row["operation"]) for row in results["rows"]]
     assert measured == [
         *(("rms", operation) for operation in ("forward", "backward")),
         *(("batch", operation) for operation in ("inference", "training", "backward")),
+        *(("spectral", operation) for operation in ("forward", "backward")),
     ]
     means = results["geometric means"]
     assert [(m["normalization"], m["operation"], m["layout"]) for m in means] == [
         *(("batch", operation, "nchw") for operation in ("inference", "training", "backward")),
         *(("rms", operation, "rows") for operation in ("forward", "backward")),
+        *(("spectral", operation, "filters") for operation in ("forward", "backward")),
     ]
     text = (tmp_path / "m").read_text(encoding="utf-8")
     assert "| normalization | operation | shape | layout | bnfast |" in text
     assert "| rms | backward | 6x8 | ROWS |" in text
     assert "| batch | backward | 6x8 | NCHW |" in text
-    assert ("Numba has nothing of rms norm: " in text) == ("numba" in arguments[4])
+    assert "| spectral | forward | 6x8 | FILTERS |" in text
+    numba = "Numba has nothing of rms, spectral norm: "
+    assert (numba in text) == ("numba" in arguments[arguments.index("--peers") + 1])
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_nothing_to_measure_is_said_before_anything_is_loaded(tmp_path):
-    for package in ("matplotlib", "rich"):
+    for package in NEEDED:
         pytest.importorskip(package)
     done = bench("--norm", "layer", "--op", "training", cwd=tmp_path)
     assert done.returncode == 1
@@ -488,7 +571,7 @@ def test_nothing_to_measure_is_said_before_anything_is_loaded(tmp_path):
     "arguments",
     [
         *(("--op", "nonsense"), ("--layout", "chwn"), ("--dtype", "float16")),
-        ("--norm", "weight"),
+        ("--norm", "weights"),
         *(("--shapes", "3"), ("--threads", "0"), ("--threads", "1000000")),
         *(("--peers", "nobody"), ("--json", "no/such/folder/f"), ("--plot", "plot.xyz")),
         ("--markdown", "no/such/folder/f"),
@@ -506,7 +589,7 @@ def test_it_says_what_is_missing(tmp_path):
     (tmp_path / "rich.py").write_text("raise ImportError('no rich here')")
     done = bench(cwd=tmp_path)
     assert done.returncode == 1
-    assert "python -m pip install matplotlib rich" in done.stderr
+    assert "python -m pip install matplotlib rich threadpoolctl" in done.stderr
     assert '".[bench]"' in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -515,6 +598,8 @@ def not_offered(peer, dtype, normalization, operation, layout):
     """What a rival has not, as it is installed here."""
     if peer == "numba":
         return normalization != "batch"
+    if normalization in ("weight", "spectral"):
+        return peer == "onnxruntime" or peer.startswith("onednn")
     if peer == "onnxruntime":
         training = operation in ("training", "backward")
         return training or layout == "nhwc" or (normalization, dtype) == ("instance", "float64")
@@ -534,6 +619,14 @@ from bnfast._cli.bench import run, timing
 timing.TURN = timing.WARM_UP = 0  # every call once a round
 selection = run.Selection(**json.loads(sys.argv[1]))
 json.dump(run.measure(selection, run.ready(selection), budget=1e-9)["rows"], sys.stdout)
+"""
+
+
+REPORT = """
+import json, sys
+from bnfast._cli.bench import run
+selection = run.Selection(**json.loads(sys.argv[1]))
+print(run.report.markdown(run.measure(selection, run.ready(selection), budget=1e-9)))
 """
 
 

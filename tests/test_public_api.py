@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import bnfast
-from bnfast import _core
+from bnfast import _core, functional
 
 MODULES = [
     "bnfast._configuration",
@@ -91,6 +91,30 @@ def test_all_names_are_there_and_documented():
             "momentum=0.1, eps=1e-05, *, iterations=5, num_groups=1, averaged='whitening', axis=1, "
             "out=None",
         ),
+        (bnfast.weight_norm_forward, "v, g, dim=0, *, out=None"),
+        (bnfast.weight_norm_backward, "dw, v, g, norm, dim=0, *, out=None"),
+        (
+            bnfast.weight_standardization_forward,
+            "w, gain=None, eps=1e-05, *, axis=0, eps_inside=True, unbiased=False, out=None",
+        ),
+        (
+            bnfast.weight_standardization_backward,
+            "dy, w, mean, std, gain=None, eps=1e-05, *, axis=0, eps_inside=True, unbiased=False, "
+            "out=None",
+        ),
+        (
+            bnfast.scaled_weight_standardization_forward,
+            "w, gain=None, gamma=1.0, eps=0.0001, *, axis=0, floor=True, out=None",
+        ),
+        (
+            bnfast.scaled_weight_standardization_backward,
+            "dy, w, mean, std, gain=None, gamma=1.0, eps=0.0001, *, axis=0, floor=True, out=None",
+        ),
+        (
+            bnfast.spectral_norm_forward,
+            "w, u, v, n_power_iterations=1, eps=1e-12, *, dim=0, v_first=False, out=None",
+        ),
+        (bnfast.spectral_norm_backward, "dy, w, sigma, u, v, *, dim=0, out=None"),
         (bnfast.set_num_threads, "num_threads"),
         (bnfast.get_num_threads, ""),
         (bnfast.set_output_pool_limit, "limit"),
@@ -103,6 +127,21 @@ def test_signatures(function, signature):
     parameters = inspect.signature(function).parameters.values()
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
     assert str(inspect.Signature(bare)) == f"({signature})"
+
+
+def test_every_operation_has_a_forward_and_a_backward():
+    functions = [name for name in functional.__all__ if name[0].islower() and name != "moments"]
+    assert set(functions) <= set(bnfast.__all__)
+    operations = {re.sub("_(forward|backward)$", "", name) for name in functions}
+    forms = {f"{name}{form}" for name in operations for form in ("", "_forward", "_backward")}
+    assert set(functions) == forms
+    for name in operations:
+        plain, forward = (
+            list(inspect.signature(getattr(bnfast, f"{name}{form}")).parameters)
+            for form in ("", "_forward")
+        )
+        assert set(forward) <= set(plain)
+        assert "out" in forward
 
 
 def test_the_stub_names_what_the_core_has():

@@ -222,8 +222,13 @@ def test_spectral_norm_is_pytorchs(rng, dim):
     (parametrization,) = module.parametrizations.weight
     w = module.parametrizations.weight.original
     u, v = (to_numpy(getattr(parametrization, name)) for name in ("_u", "_v"))
-    y, _, u, v = bnfast.spectral_norm(to_numpy(w), u, v, 2, dim=dim)
-    np.testing.assert_allclose(y, to_numpy(module.weight), rtol=1e-12)
+    dw = rng.normal(size=tuple(w.shape))
+    expected = module.weight
+    expected.backward(torch.from_numpy(dw))
+    y, sigma, u, v = bnfast.spectral_norm_forward(to_numpy(w), u, v, 2, dim=dim)
+    np.testing.assert_allclose(y, to_numpy(expected), rtol=1e-12)
+    gradient = bnfast.spectral_norm_backward(dw, to_numpy(w), sigma, u, v, dim=dim)
+    np.testing.assert_allclose(gradient, w.grad.numpy(), rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(u, to_numpy(parametrization._u), rtol=1e-10)
     np.testing.assert_allclose(v, to_numpy(parametrization._v), rtol=1e-10)
 

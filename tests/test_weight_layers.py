@@ -12,6 +12,7 @@ from bnfast import (
     SpectralNorm,
     WeightNorm,
     WeightStandardization,
+    _primitives,
 )
 from oracle import central_differences
 from tolerances import FINITE_DIFFERENCES, OUTPUT, eps_of
@@ -79,7 +80,7 @@ def function_of(layer, w, dy):
         return y, *bnfast.weight_norm_backward(dy, layer.v, layer.g, norm, layer.dim)
     if isinstance(layer, SpectralNorm):
         options = {"dim": layer.dim, "v_first": layer.v_first}
-        y, sigma, u, v = bnfast.spectral_norm(
+        y, sigma, u, v = bnfast.spectral_norm_forward(
             w, layer.u, layer.v, layer.n_power_iterations * layer.training, layer.eps, **options
         )
         return y, bnfast.spectral_norm_backward(dy, w, sigma, u, v, dim=layer.dim), None
@@ -89,9 +90,9 @@ def function_of(layer, w, dy):
     else:
         name, given = "scaled_weight_standardization", (layer.gain, layer.gamma, layer.eps)
         options = {"floor": layer.floor}
-    y = getattr(bnfast, name)(w, *given, axis=layer.axis, **options)
-    backward = getattr(bnfast, f"{name}_backward")
-    return y, *backward(dy, w, *given, axis=layer.axis, **options)
+    forward, backward = (getattr(bnfast, f"{name}_{pass_}") for pass_ in ("forward", "backward"))
+    y, *saved = forward(w, *given, axis=layer.axis, **options)
+    return y, *backward(dy, w, *saved, *given, axis=layer.axis, **options)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -138,6 +139,16 @@ def test_parameters_as_they_were_at_the_call_make_the_gradient(make, rng):
         if getattr(layer, name, None) is not None:
             getattr(layer, name)[...] *= 2
     np.testing.assert_array_equal(layer.backward(dy), other.backward(dy))
+
+
+def test_backward_has_its_statistics_from_the_call(make_given, rng, monkeypatch):
+    w, dy = weights(rng), weights(rng)
+    layer, other = make_given(w), make_given(w)
+    layer(w), other(w)
+    expected = other.backward(dy)
+    for name in ("moments", "normalize", "normalize_rows"):
+        monkeypatch.delattr(_primitives, name)
+    np.testing.assert_array_equal(layer.backward(dy), expected)
 
 
 def test_outputs_may_have_a_place(make_given, dtype, rng):

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 import bnfast
+from bnfast import _reference as reference
 from cases import BUFFERS
-from oracle import central_differences
-from tolerances import CLOSE_F64, FINITE_DIFFERENCES, ROUNDED_F32
+from oracle import WIDE, central_differences
+from tolerances import CLOSE_F32, CLOSE_F64, FINITE_DIFFERENCES, ROUNDED_F32
 
 SHAPES = [(4, 3, 3, 3), (5, 7), (1, 40), (6, 1), (3, 2, 900)]
 
@@ -16,12 +17,14 @@ def close(a, b, dtype=np.float64):
     np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
+def close_to_largest(gradient, expected, dtype):
+    """Within a rounding of the largest value: gradients are sums of what may cancel."""
+    size = max(1, np.abs(expected).max(initial=0))
+    close(gradient / size, np.asarray(expected, np.float64) / float(size), dtype)
+
+
 def others(w, axis):
     return tuple(d for d in range(w.ndim) if d != axis % w.ndim)
-
-
-def along(values, w, axis):
-    return np.expand_dims(values, others(w, axis))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -30,15 +33,17 @@ def test_weight_norm_gives_every_filter_its_length(isa, dtype, rng, shape, dim):
     v = rng.normal(3, 2, shape).astype(dtype)
     g = rng.normal(size=shape[dim]).astype(dtype)
     w, norm = bnfast.weight_norm_forward(v, g, dim)
-    wide = v.astype(np.longdouble)
-    lengths = np.sqrt((wide**2).sum(others(v, dim)))
-    close(norm, lengths.astype(np.float64), dtype)
-    close(w, (along(g / lengths, v, dim) * wide).astype(np.float64), dtype)
-    kept = along(g, v, dim)
+    expected, lengths = reference.weight_norm_forward(v, g, dim, precision=WIDE)
+    close(norm, lengths, dtype)
+    close(w, expected, dtype)
+    kept = np.expand_dims(g, others(v, dim))
     np.testing.assert_array_equal(bnfast.weight_norm(v, kept, dim), w)
     dw = rng.normal(size=shape).astype(dtype)
     dv, dg = bnfast.weight_norm_backward(dw, v, kept, norm, dim)
     assert dg.shape == kept.shape and dg.dtype == dtype and dv.dtype == dtype
+    gradients = reference.weight_norm_backward(dw, v, g, lengths, dim, precision=WIDE)
+    for gradient, wide in zip((dv, dg.ravel()), gradients, strict=True):
+        close_to_largest(gradient, wide, dtype)
     total = np.abs(dv.astype(np.float64) * v).sum(others(v, dim))
     assert (np.abs((dv.astype(np.float64) * v).sum(others(v, dim))) <= 1e-6 * total + 1e-5).all()
 
@@ -141,87 +146,186 @@ def test_a_filter_that_is_not_finite_changes_no_other(rng, value):
 
 
 STANDARDIZATIONS = {
-    "inside": (bnfast.weight_standardization, {}),
-    "inside, unbiased": (bnfast.weight_standardization, {"unbiased": True}),
-    "outside": (bnfast.weight_standardization, {"eps_inside": False}),
-    "outside, unbiased": (bnfast.weight_standardization, {"eps_inside": False, "unbiased": True}),
-    "scaled": (bnfast.scaled_weight_standardization, {"gamma": 1.7}),
-    "scaled, reversed": (bnfast.scaled_weight_standardization, {"gamma": -1.7}),
-    "scaled, floored": (bnfast.scaled_weight_standardization, {"eps": 1e3}),
-    "scaled, added": (bnfast.scaled_weight_standardization, {"floor": False, "eps": 0.1}),
+    "inside": ("weight_standardization", {}),
+    "inside, unbiased": ("weight_standardization", {"unbiased": True}),
+    "outside": ("weight_standardization", {"eps_inside": False}),
+    "outside, unbiased": ("weight_standardization", {"eps_inside": False, "unbiased": True}),
+    "scaled": ("scaled_weight_standardization", {"gamma": 1.7}),
+    "scaled, reversed": ("scaled_weight_standardization", {"gamma": -1.7}),
+    "scaled, floored": ("scaled_weight_standardization", {"eps": 1e3}),
+    "scaled, added": ("scaled_weight_standardization", {"floor": False, "eps": 0.1}),
 }
 
 
-def definition(
-    w, gain, function, axis, eps=None, eps_inside=True, unbiased=False, gamma=1.0, floor=True
-):
-    """The definition, in long double."""
-    w = w.astype(np.longdouble)
-    centred = w - w.mean(others(w, axis), keepdims=True)
-    count = w.size // w.shape[axis]
-    squares = (centred**2).sum(others(w, axis), keepdims=True)
-    if function is bnfast.weight_standardization:
-        eps = 1e-5 if eps is None else eps
-        var = squares / (count - unbiased)
-        divisor = np.sqrt(var + eps) if eps_inside else np.sqrt(var) + eps
-    else:
-        eps = 1e-4 if eps is None else eps
-        added = squares + count * eps
-        divisor = np.sqrt(np.maximum(squares, eps) if floor else added) / gamma
-    return (centred / divisor * along(gain, w, axis)).astype(np.float64)
+@pytest.fixture(params=STANDARDIZATIONS)
+def standardization(request):
+    """The name of one, and options."""
+    return STANDARDIZATIONS[request.param]
 
 
+def forms(name):
+    """The function, its forward and its backward; and the latter two of the reference."""
+    names = [f"{name}_forward", f"{name}_backward"]
+    ours = [getattr(bnfast, one) for one in (name, *names)]
+    return *ours, *(getattr(reference, one) for one in names)
+
+
+@pytest.mark.parametrize("with_gain", [True, False])
 @pytest.mark.parametrize("axis", [0, -1])
-@pytest.mark.parametrize("kind", STANDARDIZATIONS)
-def test_standardizations(isa, dtype, rng, kind, axis):
-    function, options = STANDARDIZATIONS[kind]
+def test_standardizations(isa, dtype, rng, standardization, axis, with_gain):
+    name, options = standardization
+    function, forward, backward, expected, gradients = forms(name)
     w = rng.normal(3, 2, (4, 3, 3, 5)).astype(dtype)
-    gain = rng.normal(size=w.shape[axis]).astype(dtype)
-    expected = definition(w, gain, function, axis, **options)
-    close(function(w, gain, axis=axis, **options), expected, dtype)
-    ones = np.ones(w.shape[axis])
-    close(function(w, axis=axis, **options), definition(w, ones, function, axis, **options), dtype)
+    dy = rng.normal(size=w.shape).astype(dtype)
+    gain = rng.normal(size=w.shape[axis]).astype(dtype) if with_gain else None
+    wide = {"axis": axis, "precision": WIDE, **options}
+    y, *saved = forward(w, gain, axis=axis, **options)
+    y_wide, *saved_wide = expected(w, gain, **wide)
+    assert y.dtype == dtype
+    close(y, y_wide, dtype)
+    for statistic, exact in zip(saved, saved_wide, strict=True):
+        assert statistic.dtype == np.float64
+        close(statistic, exact, dtype)
+    np.testing.assert_array_equal(function(w, gain, axis=axis, **options), y)
+    got = backward(dy, w, *saved, gain, axis=axis, **options)
+    for gradient, exact in zip(got, gradients(dy, w, *saved_wide, gain, **wide), strict=True):
+        assert gradient.dtype == dtype
+        close_to_largest(gradient, exact, dtype)
 
 
-@pytest.mark.parametrize("kind", STANDARDIZATIONS)
-def test_gradients_of_standardizations(rng, kind):
-    function, options = STANDARDIZATIONS[kind]
-    backward = getattr(bnfast, f"{function.__name__}_backward")
+def test_gradients_of_standardizations(rng, standardization):
+    name, options = standardization
+    function, forward, backward, *_ = forms(name)
     w, dy = rng.normal(size=(2, 3, 4, 2))
     gain = rng.normal(size=3)
-    gradients = backward(dy, w, gain, **options)
+    _, *saved = forward(w, gain, **options)
+    gradients = backward(dy, w, *saved, gain, **options)
     for array, gradient in zip((w, gain), gradients, strict=True):
         numeric = central_differences(lambda: (function(w, gain, **options) * dy).sum(), array)
         np.testing.assert_allclose(gradient, numeric, rtol=0, atol=5 * FINITE_DIFFERENCES)
-    dw, dgain = backward(dy.astype(np.float32), w.astype(np.float32), None, **options)
-    assert dw.dtype == dgain.dtype == np.float32
+
+
+def test_backward_takes_statistics_that_were_rounded(dtype, rng, standardization):
+    name, options = standardization
+    _, forward, backward, *_ = forms(name)
+    w, dy = rng.normal(3, 2, (2, 4, 3, 5)).astype(dtype)
+    _, *saved = forward(w, **options)
+    exact = backward(dy, w, *saved, **options)
+    rounded = [statistic.astype(np.float32) for statistic in saved]
+    for gradient, expected in zip(backward(dy, w, *rounded, **options), exact, strict=True):
+        np.testing.assert_allclose(
+            gradient, expected, rtol=0, atol=CLOSE_F32 * np.abs(expected).max()
+        )
+
+
+def test_backward_takes_the_statistics_it_is_given(rng, standardization):
+    name, options = standardization
+    _, forward, backward, _, expected = forms(name)
+    w, dy = rng.normal(3, 2, (2, 4, 3, 5))
+    _, mean, std = forward(w, **options)
+    saved = mean + 0.5, 2 * std
+    got = backward(dy, w, *saved, **options)
+    _, dgain = expected(dy, w, *saved, **options)
+    close(got[1], dgain)
+    assert (np.abs(got[1] - backward(dy, w, mean, std, **options)[1]) > 1e-3).all()
+
+
+@pytest.mark.parametrize("buffer", BUFFERS)
+def test_standardizations_of_any_strides(dtype, rng, standardization, buffer):
+    name, options = standardization
+    function, forward, backward, *_ = forms(name)
+    w, dy = rng.normal(3, 2, (2, 4, 3, 5)).astype(dtype)
+    gain = rng.normal(size=4).astype(dtype)
+    make = BUFFERS[buffer]
+    y, *saved = forward(w, gain, **options)
+    dw, dgain = backward(dy, w, *saved, gain, **options)
+    out = make(np.zeros_like(w))
+    for call in (function, lambda *a, **k: forward(*a, **k)[0]):
+        assert call(make(w), gain, out=out, **options) is out
+        close(out, y, dtype)
+    for out in (make(np.zeros_like(w)), make(dy)):
+        given = out if np.array_equal(out, dy) else make(dy)
+        got, of_gain = backward(given, make(w), *saved, gain, out=out, **options)
+        assert got is out
+        close_to_largest(out, dw, dtype)
+        close_to_largest(of_gain, dgain, dtype)
 
 
 def test_a_constant_filter_has_the_gradient_of_pytorch():
+    w = np.zeros((1, 3))
+    y, mean, std = bnfast.weight_standardization_forward(w, eps_inside=False)
+    for zeros in (y, mean, std):
+        np.testing.assert_array_equal(zeros, 0)
     dw, dgain = bnfast.weight_standardization_backward(
-        np.array([[1.0, 0.0, 0.0]]), np.zeros((1, 3)), eps_inside=False
+        np.array([[1.0, 0.0, 0.0]]), w, mean, std, eps_inside=False
     )
     np.testing.assert_allclose(dw, [[2e5 / 3, -1e5 / 3, -1e5 / 3]])
     np.testing.assert_array_equal(dgain, 0)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_filter_that_is_not_finite_is_standardized_alone(rng, standardization, value):
+    name, options = standardization
+    _, forward, backward, *_ = forms(name)
+    w, dy = rng.normal(size=(2, 3, 4))
+
+    def all_of_it():
+        y, *saved = forward(w, **options)
+        return y, *saved, *backward(dy, w, *saved, **options)
+
+    before = all_of_it()
+    w[1, 2] = value
+    after = all_of_it()
+    assert not np.isfinite(after[0][1]).any()
+    for a, b in zip(after, before, strict=True):
+        np.testing.assert_array_equal(a[::2], b[::2])
+
+
 def test_weights_of_zero_have_no_spectral_norm():
-    y, sigma, u, v = bnfast.spectral_norm(np.zeros((2, 3)), np.ones(2), np.ones(3))
+    y, sigma, u, v = bnfast.spectral_norm_forward(np.zeros((2, 3)), np.ones(2), np.ones(3))
     assert sigma == 0 and np.isnan(y).all()
     assert np.isnan(bnfast.spectral_norm_backward(y, np.zeros((2, 3)), sigma, u, v)).all()
 
 
 @pytest.mark.parametrize("v_first", [False, True])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_spectral_norm(dtype, rng, dim, v_first):
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_spectral_norm_is_the_reference(dtype, rng, dim, v_first, steps):
+    w, dy = rng.normal(size=(2, 5, 4, 3)).astype(dtype)
+    rows = w.shape[dim]
+    u, v = rng.normal(size=rows).astype(dtype), rng.normal(size=w.size // rows).astype(dtype)
+    before = u.copy(), v.copy()
+    y, *saved = bnfast.spectral_norm_forward(w, u, v, steps, dim=dim, v_first=v_first)
+    np.testing.assert_array_equal((*u, *v), np.concatenate(before))
+    expected, *saved_wide = reference.spectral_norm_forward(
+        w, u, v, steps, dim=dim, v_first=v_first, precision=WIDE
+    )
+    close(y, expected, dtype)
+    for statistic, exact in zip(saved, saved_wide, strict=True):
+        close(statistic, np.asarray(exact, np.float64))
+    assert isinstance(saved[0], float) and saved[1].dtype == saved[2].dtype == np.float64
+    dw = bnfast.spectral_norm_backward(dy, w, *saved, dim=dim)
+    gradient = reference.spectral_norm_backward(dy, w, *saved_wide, dim=dim, precision=WIDE)
+    close_to_largest(dw, gradient, dtype)
+    sigma, *vectors = saved
+    rounded = [vector.astype(np.float32) for vector in vectors]
+    close_to_largest(
+        bnfast.spectral_norm_backward(dy, w, np.float32(sigma), *rounded, dim=dim),
+        *(gradient, np.float32),
+    )
+
+
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_spectral_norm_finds_the_largest_singular_value(dtype, rng, dim, v_first):
     w = rng.normal(size=(5, 4, 3)).astype(dtype)
     rows = w.shape[dim]
     u, v = rng.normal(size=rows), rng.normal(size=w.size // rows)
     matrix = np.moveaxis(w, dim, 0).reshape(rows, -1)
-    y, sigma, left, right = bnfast.spectral_norm(w, u, v, 300, dim=dim, v_first=v_first)
+    y, sigma, left, right = bnfast.spectral_norm_forward(w, u, v, 300, dim=dim, v_first=v_first)
     close(sigma, np.linalg.norm(matrix.astype(np.float64), 2), np.float32)
     close(y, w / sigma, dtype)
-    once = bnfast.spectral_norm(w, left, right, 0, dim=dim)
+    once = bnfast.spectral_norm_forward(w, left, right, 0, dim=dim)
     np.testing.assert_array_equal(once[0], y)
     np.testing.assert_array_equal(once[2], left)
     dw = bnfast.spectral_norm_backward(y, w, sigma, left, right, dim=dim)
@@ -230,9 +334,36 @@ def test_spectral_norm(dtype, rng, dim, v_first):
         got = bnfast.spectral_norm_backward(dy, weights, sigma, left, right, dim=dim, out=out)
         assert got is out
         np.testing.assert_array_equal(out, dw)
-    for out in (np.empty_like(w), w):
-        assert bnfast.spectral_norm(w, left, right, 0, dim=dim, out=out)[0] is out
+    for out in (np.empty_like(w), w.copy()):
+        weights = out if np.array_equal(out, w) else w
+        assert bnfast.spectral_norm_forward(weights, left, right, 0, dim=dim, out=out)[0] is out
         np.testing.assert_array_equal(out, y)
+    assert bnfast.spectral_norm(w, left, right, 0, dim=dim, out=w) is w
+    np.testing.assert_array_equal(w, y)
+
+
+@pytest.mark.parametrize("v_first", [False, True])
+def test_spectral_norm_improves_its_vectors_in_place(dtype, rng, v_first):
+    w = rng.normal(size=(5, 4, 3))
+    u, v = rng.normal(size=5).astype(dtype), rng.normal(size=24)[::2]  # v has strides
+    for steps in (1, 2):
+        y, _, *improved = bnfast.spectral_norm_forward(w, u, v, steps, v_first=v_first)
+        np.testing.assert_array_equal(bnfast.spectral_norm(w, u, v, steps, v_first=v_first), y)
+        for vector, expected in zip((u, v), improved, strict=True):
+            np.testing.assert_array_equal(vector, expected.astype(vector.dtype))
+    before = u.copy()
+    u.flags.writeable = False  # and need not be
+    bnfast.spectral_norm(w, u, v, 0)
+    np.testing.assert_array_equal(u, before)
+
+
+@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
+def test_weights_that_have_no_singular_vectors_leave_those_given(rng, bad):
+    w = np.full((3, 4), bad)
+    u, v = rng.normal(size=3), rng.normal(size=4)
+    before = u.copy(), v.copy()
+    assert not np.isfinite(bnfast.spectral_norm(w, u, v)).any()
+    np.testing.assert_array_equal((*u, *v), np.concatenate(before))
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -240,16 +371,14 @@ def test_gradient_of_spectral_norm(rng, dim):
     w, dy = rng.normal(size=(2, 3, 4, 2))
     rows = w.shape[dim]
     u, v = rng.normal(size=rows), rng.normal(size=w.size // rows)
-    _, sigma, u, v = bnfast.spectral_norm(w, u, v, 3, dim=dim)
+    _, sigma, u, v = bnfast.spectral_norm_forward(w, u, v, 3, dim=dim)
     gradient = bnfast.spectral_norm_backward(dy, w, sigma, u, v, dim=dim)
-    numeric = central_differences(
-        lambda: (bnfast.spectral_norm(w, u, v, 0, dim=dim)[0] * dy).sum(), w
-    )
+    numeric = central_differences(lambda: (bnfast.spectral_norm(w, u, v, 0, dim=dim) * dy).sum(), w)
     np.testing.assert_allclose(gradient, numeric, rtol=0, atol=FINITE_DIFFERENCES)
 
 
 W = np.arange(12, dtype=np.float32).reshape(3, 4)
-U, V = np.ones(3, np.float32), np.ones(4, np.float32)
+U, V, UNIT = np.ones(3, np.float32), np.ones(4, np.float32), np.ones(3)
 
 
 @pytest.mark.parametrize(
@@ -277,8 +406,28 @@ U, V = np.ones(3, np.float32), np.ones(4, np.float32)
             *(TypeError, "gamma must be a real number"),
         ),
         (
-            lambda: bnfast.weight_standardization_backward(W[:2], W),
+            lambda: bnfast.weight_standardization_backward(W[:2], W, U, U),
             *(ValueError, "dy must have the shape and dtype"),
+        ),
+        (
+            lambda: bnfast.weight_standardization_forward(W, axis=2),
+            *(ValueError, "axis must be from -2 to 1 for w of shape"),
+        ),
+        (
+            lambda: bnfast.weight_standardization_backward(W, W, None, U),
+            *(TypeError, r"mean must be an array of shape \(3,\), got None"),
+        ),
+        (
+            lambda: bnfast.scaled_weight_standardization_backward(W, W, U, V),
+            *(ValueError, "std must have one value for each of the 3"),
+        ),
+        (
+            lambda: bnfast.scaled_weight_standardization_backward(W, W, U, U.astype(int)),
+            *(TypeError, "std must be float32 or float64"),
+        ),
+        (
+            lambda: bnfast.scaled_weight_standardization_forward(W, eps=np.nan),
+            *(ValueError, "eps must be finite"),
         ),
         (lambda: bnfast.spectral_norm(W, V, U), ValueError, "u must have one value for each of"),
         (
@@ -287,6 +436,30 @@ U, V = np.ones(3, np.float32), np.ones(4, np.float32)
         ),
         (lambda: bnfast.spectral_norm(W, U, V, dim=2), ValueError, "dim must be from -2 to 1"),
         (lambda: bnfast.spectral_norm(W, None, V), TypeError, "u must be an array of shape"),
+        (
+            lambda: bnfast.spectral_norm(W, U, [1.0] * 4),
+            *(TypeError, "v is updated in place and must be a numpy array"),
+        ),
+        (
+            lambda: bnfast.spectral_norm(np.ones((3, 3)), UNIT, UNIT),
+            *(ValueError, "u and v must not share memory"),
+        ),
+        (
+            lambda: bnfast.spectral_norm(W, U, W[1]),
+            *(ValueError, "v is updated in place and must not share memory with w"),
+        ),
+        (
+            lambda: bnfast.spectral_norm_forward(W, U, V, eps=None),
+            *(TypeError, "eps must be a real number"),
+        ),
+        (
+            lambda: bnfast.spectral_norm_backward(W, W, None, U, V),
+            *(TypeError, "sigma must be a real number"),
+        ),
+        (
+            lambda: bnfast.spectral_norm_backward(W, W, 1.0, V, U),
+            *(ValueError, "u must have one value for each of the 3"),
+        ),
     ],
 )
 def test_bad_arguments_are_refused(call, error, message):
@@ -294,10 +467,43 @@ def test_bad_arguments_are_refused(call, error, message):
         call()
 
 
+FORWARDS = {
+    "weight norm": lambda out, **bad: bnfast.weight_norm_forward(W, **{"g": U} | bad, out=out),
+    "standardization": lambda out, **bad: bnfast.weight_standardization_forward(W, out=out, **bad),
+    "scaled": lambda out, **bad: bnfast.scaled_weight_standardization_forward(W, out=out, **bad),
+    "spectral": lambda out, **bad: bnfast.spectral_norm(W, *VECTORS, out=out, **bad),
+}
+VECTORS = U.copy(), V.copy()
+
+
+@pytest.mark.parametrize(
+    ("kind", "bad"),
+    [
+        ("weight norm", {"g": V}),
+        ("weight norm", {"dim": 5}),
+        *[
+            (kind, {name: "no"})
+            for kind in ("standardization", "scaled")
+            for name in ("eps", "gain")
+        ],
+        ("scaled", {"gamma": None}),
+        *[("spectral", {name: "no"}) for name in ("eps", "n_power_iterations", "dim")],
+    ],
+)
+def test_what_is_refused_leaves_all_as_it_was(kind, bad):
+    out = np.full_like(W, 7)
+    with pytest.raises((TypeError, ValueError), match=f"{next(iter(bad))} must"):
+        FORWARDS[kind](out, **bad)
+    np.testing.assert_array_equal(out, 7)
+    with pytest.raises(ValueError, match="out must have the shape"):
+        FORWARDS[kind](out[:2])
+    np.testing.assert_array_equal((*VECTORS[0], *VECTORS[1]), 1)
+
+
 def test_spectral_norm_of_weights_with_nan_has_a_gradient_of_nan(dtype):
     w = np.ones((3, 4), dtype)
     w[0, 0] = np.nan
-    y, sigma, u, v = bnfast.spectral_norm(w, np.ones(3), np.ones(4))
+    y, sigma, u, v = bnfast.spectral_norm_forward(w, np.ones(3), np.ones(4))
     assert np.isnan(y).all() and np.isnan(sigma)
     assert np.isnan(bnfast.spectral_norm_backward(y, w, sigma, u, v)).all()
 
@@ -305,13 +511,13 @@ def test_spectral_norm_of_weights_with_nan_has_a_gradient_of_nan(dtype):
 @pytest.mark.parametrize("size", [3e38, 1e-45])
 def test_spectral_norm_at_the_ends_of_the_range(size):
     w = np.full((3, 3), size, np.float32)
-    y, _, _, _ = bnfast.spectral_norm(w, np.ones(3), np.ones(3), eps=0.0)
+    y = bnfast.spectral_norm(w, np.ones(3), np.ones(3), eps=0.0)
     np.testing.assert_array_equal(y, np.full((3, 3), 1 / 3, np.float32))
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
 def test_spectral_norm_of_nothing_is_nothing(shape):
-    y, sigma, _, _ = bnfast.spectral_norm(
+    y, sigma, _, _ = bnfast.spectral_norm_forward(
         np.ones(shape), np.ones(shape[0]), np.ones(shape[1] if shape[0] else 0)
     )
     assert y.shape == shape and sigma == 0

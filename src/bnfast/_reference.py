@@ -358,3 +358,205 @@ def whitening_forward(
     beta = _along(axis, x.ndim, _per_channel(bias, 0.0, channels, np.float64))
     y: Array = gamma * np.moveaxis(whitened, 0, axis) + beta
     return y, mean.reshape(-1), matrix, covariance
+
+
+def _over_filters(w: Array, axis: int | None) -> tuple[int, ...]:
+    return tuple(range(w.ndim)) if axis is None else _other_axes(axis, w.ndim)
+
+
+def weight_norm_forward(
+    v: ArrayLike, g: ArrayLike, dim: int | None = 0, *, precision: Any = np.float64
+) -> tuple[Array, Array]:
+    """W = g * v / norm, norm = sqrt(sum(v**2)) over all axes but `dim`: over all for None."""
+    v = np.asarray(v, precision)
+    norm = np.sqrt((v**2).sum(_over_filters(v, dim), keepdims=True))
+    w = np.asarray(g, precision).reshape(norm.shape) * v / norm
+    return w, norm.ravel()
+
+
+def weight_norm_backward(
+    dw: ArrayLike,
+    v: ArrayLike,
+    g: ArrayLike,
+    norm: ArrayLike,
+    dim: int | None = 0,
+    *,
+    precision: Any = np.float64,
+) -> tuple[Array, Array]:
+    """dv, dg = g / norm * (dw - v * sum(dw * v) / norm**2), sum(dw * v) / norm."""
+    dw, v = np.asarray(dw, precision), np.asarray(v, precision)
+    products = (dw * v).sum(_over_filters(v, dim), keepdims=True)
+    length = np.asarray(norm, precision).reshape(products.shape)
+    scale = np.asarray(g, precision).reshape(products.shape) / length
+    return scale * (dw - v * products / length**2), (products / length).ravel()
+
+
+def _standardized(
+    w: Array, mean: Array, divisor: Array, gain: ArrayLike | None, axis: int
+) -> Array:
+    weight = _per_channel(gain, 1.0, mean.size, w.dtype)
+    y: Array = _along(axis, w.ndim, weight / divisor) * (w - _along(axis, w.ndim, mean))
+    return y
+
+
+def _standardized_backward(
+    dy: ArrayLike,
+    w: Array,
+    mean: ArrayLike,
+    divisor: Array,
+    slope: Array,
+    gain: ArrayLike | None,
+    axis: int,
+) -> tuple[Array, Array]:
+    """(dw, dgain); the derivative of the divisor is `slope` times w - mean."""
+    dy = np.asarray(dy, w.dtype)
+    axes = _other_axes(axis, w.ndim)
+    centred = w - _along(axis, w.ndim, np.asarray(mean, w.dtype))
+    products = (dy * centred).sum(axes)
+    weight = _per_channel(gain, 1.0, products.size, w.dtype)
+    pulled = centred * _along(axis, w.ndim, products * slope / divisor)
+    dw = dy - dy.mean(axes, keepdims=True) - pulled
+    return _along(axis, w.ndim, weight / divisor) * dw, products / divisor
+
+
+def weight_standardization_forward(
+    w: ArrayLike,
+    gain: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 0,
+    eps_inside: bool = True,
+    unbiased: bool = False,
+    precision: Any = np.float64,
+) -> tuple[Array, Array, Array]:
+    """Y = gain * (w - mean) / sqrt(std**2 + eps), or / (std + eps); std**2 = m2 / (K or K - 1)."""
+    w = np.asarray(w, precision)
+    count, mean, m2 = moments(w, axis, precision)
+    std = np.sqrt(m2 / precision(count - unbiased))
+    divisor = np.sqrt(std**2 + precision(eps)) if eps_inside else std + precision(eps)
+    return _standardized(w, mean, divisor, gain, axis), mean, std
+
+
+def weight_standardization_backward(
+    dy: ArrayLike,
+    w: ArrayLike,
+    mean: ArrayLike,
+    std: ArrayLike,
+    gain: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 0,
+    eps_inside: bool = True,
+    unbiased: bool = False,
+    precision: Any = np.float64,
+) -> tuple[Array, Array]:
+    """dw, dgain = gain / D * (dy - mean(dy) - c * sum(dy * c) * d / D), sum(dy * c) / D.
+
+    c = w - mean, D = sqrt(std**2 + eps) or std + eps, and d * c is the derivative of D.
+    """
+    w, std = np.asarray(w, precision), np.asarray(std, precision)
+    counted = precision(w.size // std.size - unbiased)
+    divisor = np.sqrt(std**2 + precision(eps)) if eps_inside else std + precision(eps)
+    slope = 1 / (counted * (divisor if eps_inside else std))
+    return _standardized_backward(dy, w, mean, divisor, slope, gain, axis)
+
+
+def scaled_weight_standardization_forward(
+    w: ArrayLike,
+    gain: ArrayLike | None = None,
+    gamma: float = 1.0,
+    eps: float = 1e-4,
+    *,
+    axis: int = 0,
+    floor: bool = True,
+    precision: Any = np.float64,
+) -> tuple[Array, Array, Array]:
+    """Y = gain * gamma * (w - mean) / sqrt(max(K std**2, eps)), or / sqrt(K (std**2 + eps))."""
+    w = np.asarray(w, precision)
+    count, mean, m2 = moments(w, axis, precision)
+    least = precision(eps)
+    squares = np.maximum(m2, least) if floor else m2 + precision(count) * least
+    divisor = np.sqrt(squares) / precision(gamma)
+    return _standardized(w, mean, divisor, gain, axis), mean, np.sqrt(m2 / precision(count))
+
+
+def scaled_weight_standardization_backward(
+    dy: ArrayLike,
+    w: ArrayLike,
+    mean: ArrayLike,
+    std: ArrayLike,
+    gain: ArrayLike | None = None,
+    gamma: float = 1.0,
+    eps: float = 1e-4,
+    *,
+    axis: int = 0,
+    floor: bool = True,
+    precision: Any = np.float64,
+) -> tuple[Array, Array]:
+    """As `weight_standardization_backward`, D = sqrt(max(K std**2, eps)) / gamma and so on.
+
+    Where eps is the larger, D is a constant: d = 0.
+    """
+    w, least = np.asarray(w, precision), precision(eps)
+    count = precision(w.size // np.size(std))
+    m2 = count * np.asarray(std, precision) ** 2
+    squares = np.maximum(m2, least) if floor else m2 + count * least
+    divisor = np.sqrt(squares) / precision(gamma)
+    constant = (m2 <= least) & floor
+    slope = np.where(constant, 0, 1 / (divisor * precision(gamma) ** 2))
+    return _standardized_backward(dy, w, mean, divisor, slope, gain, axis)
+
+
+def _as_matrix(w: Array, dim: int) -> Array:
+    return np.moveaxis(w, dim, 0).reshape(w.shape[dim], -1)
+
+
+def spectral_norm_forward(
+    w: ArrayLike,
+    u: ArrayLike,
+    v: ArrayLike,
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    *,
+    dim: int = 0,
+    v_first: bool = False,
+    precision: Any = np.float64,
+) -> tuple[Array, Any, Array, Array]:
+    """Y = w / sigma, sigma = u . W v, after u = n(W v), v = n(W.T u) so many times; and u and v.
+
+    n(z) = z / max(||z||, eps); W has a row for each index of `dim`.
+    """
+    w, u, v = (np.asarray(a, precision) for a in (w, u, v))
+    matrix = _as_matrix(w, dim)
+
+    def normalized(z: Array) -> Array:
+        unit: Array = z / np.maximum(np.sqrt((z**2).sum()), precision(eps))
+        return unit
+
+    for _ in range(n_power_iterations):
+        if v_first:
+            v = normalized(matrix.T @ u)
+        u = normalized(matrix @ v)
+        if not v_first:
+            v = normalized(matrix.T @ u)
+    sigma = u @ (matrix @ v)
+    return w / sigma, sigma, u, v
+
+
+def spectral_norm_backward(
+    dy: ArrayLike,
+    w: ArrayLike,
+    sigma: ArrayLike,
+    u: ArrayLike,
+    v: ArrayLike,
+    *,
+    dim: int = 0,
+    precision: Any = np.float64,
+) -> Array:
+    """dw, which is (dy - sum(dy * w) / sigma * u v.T) / sigma."""
+    dy, w, u, v = (np.asarray(a, precision) for a in (dy, w, u, v))
+    length = np.asarray(sigma, precision)
+    along = (dy * w).sum() / length
+    made = (_as_matrix(dy, dim) - along * np.outer(u, v)) / length
+    moved = np.moveaxis(dy, dim, 0)
+    return np.moveaxis(made.reshape(moved.shape), 0, dim)

@@ -292,10 +292,12 @@ def running_statistics(
     channels: int,
     names: tuple[str, str] = ("running_mean", "running_var"),
     shape: tuple[int, ...] | None = None,
+    called: str = "x",
 ) -> tuple[Array, Array] | None:
     """Return the memory that came, to be updated in place, or None for none.
 
-    `shape` is that of the second, where it has not one value for each channel.
+    `shape` is that of the second, where it has not one value for each channel; x may be `called`
+    something else.
     """
     if mean is None and var is None:
         return None
@@ -311,7 +313,7 @@ def running_statistics(
         raise ValueError(f"{both} must not share memory")
     for name, array in zip(names, (mean_array, var_array), strict=True):
         if shares_memory(array, x):
-            raise ValueError(f"{name} is updated in place and must not share memory with x")
+            raise ValueError(f"{name} is updated in place and must not share memory with {called}")
     return mean_array, var_array
 
 

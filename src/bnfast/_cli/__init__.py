@@ -126,7 +126,7 @@ def _add_bench(commands: Any) -> None:
         type=_of(workloads.LAYOUTS),
         default=[workloads.LAYOUTS],
         metavar="NAME",
-        help=f"of {', '.join(workloads.LAYOUTS)} (default: both); rows have but one",
+        help=f"of {', '.join(workloads.LAYOUTS)} (default: both); rows and weights have but one",
     )
     bench.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     bench.add_argument(
@@ -194,8 +194,8 @@ def _bench(options: argparse.Namespace) -> int:
         from bnfast._cli.bench import run
     except ImportError as error:
         print(
-            f"python -m bnfast bench needs matplotlib and rich ({error}).\n"
-            "Install them with: python -m pip install matplotlib rich\n"
+            f"python -m bnfast bench needs matplotlib, rich and threadpoolctl ({error}).\n"
+            "Install them with: python -m pip install matplotlib rich threadpoolctl\n"
             'or, with every rival, in a clone: python -m pip install ".[bench]"',
             file=sys.stderr,
         )

@@ -38,13 +38,16 @@ from bnfast.functional.small_batches import (
 from bnfast.functional.weights import (
     scaled_weight_standardization,
     scaled_weight_standardization_backward,
+    scaled_weight_standardization_forward,
     spectral_norm,
     spectral_norm_backward,
+    spectral_norm_forward,
     weight_norm,
     weight_norm_backward,
     weight_norm_forward,
     weight_standardization,
     weight_standardization_backward,
+    weight_standardization_forward,
 )
 from bnfast.functional.whitening import (
     IterativelyWhitened,
@@ -95,11 +98,14 @@ __all__ = [
     "rms_norm_forward",
     "scaled_weight_standardization",
     "scaled_weight_standardization_backward",
+    "scaled_weight_standardization_forward",
     "spectral_norm",
     "spectral_norm_backward",
+    "spectral_norm_forward",
     "weight_norm",
     "weight_norm_backward",
     "weight_norm_forward",
     "weight_standardization",
     "weight_standardization_backward",
+    "weight_standardization_forward",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -361,12 +362,65 @@ def weight_standardization(
     array([[-1.,  1.],
            [-1.,  1.]])
     """
-    return _forward(w, gain, _deviation(w, axis, eps, eps_inside, unbiased), axis, out)
+    y, _, _ = weight_standardization_forward(
+        w, gain, eps, axis=axis, eps_inside=eps_inside, unbiased=unbiased, out=out
+    )
+    return y
+
+
+def weight_standardization_forward(
+    w: NDArray[Float],
+    gain: Parameter | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 0,
+    eps_inside: bool = True,
+    unbiased: bool = False,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
+    """Standardize every filter; return the statistics it had for the backward pass.
+
+    Parameters
+    ----------
+    w, gain, eps, axis, eps_inside, unbiased, out
+        As in `weight_standardization`.
+
+    Returns
+    -------
+    y : array like `w`
+        The standardized weights.
+    mean, std : array (D,) of float64
+        mu and sqrt(var), without `eps`: what the latter is added to is an option of backward too.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `weight_standardization`.
+
+    Notes
+    -----
+    The formulas stand in `weight_standardization`.
+
+    References
+    ----------
+    S. Qiao et al., 2019, arXiv:1903.10520.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> y, mean, std = bnfast.weight_standardization_forward(np.array([[1.0, 3.0], [10.0, 30.0]]))
+    >>> mean, std
+    (array([ 2., 20.]), array([ 1., 10.]))
+    """
+    deviation = _Deviation(_validation.epsilon(eps, training=False), bool(eps_inside))
+    return _forward(w, gain, deviation, int(bool(unbiased)), axis, out)
 
 
 def weight_standardization_backward(
     dy: NDArray[Float],
     w: NDArray[Float],
+    mean: Parameter,
+    std: Parameter,
     gain: Parameter | None = None,
     eps: float = 1e-5,
     *,
@@ -382,7 +436,9 @@ def weight_standardization_backward(
     dy : array like `w`
         The gradient of the standardized weights.
     w, gain, eps, axis, eps_inside, unbiased
-        As in `weight_standardization`; the statistics are made again, in the same pass.
+        As in the forward pass.
+    mean, std : array (D,) of float32 or float64
+        What the forward pass returned.
     out : array like `w`, optional
         Where to write dw: `dy` or `w` itself, or an array that shares no element with either.
 
@@ -396,7 +452,7 @@ def weight_standardization_backward(
     Raises
     ------
     TypeError, ValueError
-        As `weight_standardization`.
+        For an argument of the wrong type, dtype, shape or value; before anything is written.
 
     Notes
     -----
@@ -414,12 +470,14 @@ def weight_standardization_backward(
     Examples
     --------
     >>> import numpy as np, bnfast
-    >>> w = np.array([[1.0, 3.0, 5.0]])
-    >>> dw, dgain = bnfast.weight_standardization_backward(np.array([[1.0, 0.0, 0.0]]), w)
+    >>> w, dy = np.array([[1.0, 3.0, 5.0]]), np.array([[1.0, 0.0, 0.0]])
+    >>> y, mean, std = bnfast.weight_standardization_forward(w)
+    >>> dw, dgain = bnfast.weight_standardization_backward(dy, w, mean, std)
     >>> bool(abs(dw.sum()) < 1e-12), dgain.round(3)
     (True, array([-1.225]))
     """
-    return _backward(dy, w, gain, _deviation(w, axis, eps, eps_inside, unbiased), axis, out)
+    deviation = _Deviation(_validation.epsilon(eps, training=False), bool(eps_inside))
+    return _backward(dy, w, mean, std, gain, deviation, int(bool(unbiased)), axis, out)
 
 
 def scaled_weight_standardization(
@@ -478,12 +536,64 @@ def scaled_weight_standardization(
     >>> bnfast.scaled_weight_standardization(np.array([[1.0, 3.0]])).round(3)
     array([[-0.707,  0.707]])
     """
-    return _forward(w, gain, _scaled_deviation(w, axis, gamma, eps, floor), axis, out)
+    y, _, _ = scaled_weight_standardization_forward(
+        w, gain, gamma, eps, axis=axis, floor=floor, out=out
+    )
+    return y
+
+
+def scaled_weight_standardization_forward(
+    w: NDArray[Float],
+    gain: Parameter | None = None,
+    gamma: float = 1.0,
+    eps: float = 1e-4,
+    *,
+    axis: int = 0,
+    floor: bool = True,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
+    """Give every filter the length `gamma`; return the statistics it had for the backward pass.
+
+    Parameters
+    ----------
+    w, gain, gamma, eps, axis, floor, out
+        As in `scaled_weight_standardization`.
+
+    Returns
+    -------
+    y : array like `w`
+        The standardized weights.
+    mean, std : array (D,) of float64
+        mu and sqrt(var), as they were: neither floored nor with `eps` added.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `scaled_weight_standardization`.
+
+    Notes
+    -----
+    The formulas stand in `scaled_weight_standardization`.
+
+    References
+    ----------
+    A. Brock, S. De, S. L. Smith, 2021, arXiv:2101.08692.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> y, mean, std = bnfast.scaled_weight_standardization_forward(np.array([[1.0, 3.0]]))
+    >>> mean, std
+    (array([2.]), array([1.]))
+    """
+    return _forward(w, gain, _scaled(gamma, eps, floor), 0, axis, out)
 
 
 def scaled_weight_standardization_backward(
     dy: NDArray[Float],
     w: NDArray[Float],
+    mean: Parameter,
+    std: Parameter,
     gain: Parameter | None = None,
     gamma: float = 1.0,
     eps: float = 1e-4,
@@ -499,7 +609,9 @@ def scaled_weight_standardization_backward(
     dy : array like `w`
         The gradient of the standardized weights.
     w, gain, gamma, eps, axis, floor
-        As in `scaled_weight_standardization`.
+        As in the forward pass.
+    mean, std : array (D,) of float32 or float64
+        What the forward pass returned.
     out : array like `w`, optional
         Where to write dw: `dy` or `w` itself, or an array that shares no element with either.
 
@@ -513,7 +625,7 @@ def scaled_weight_standardization_backward(
     Raises
     ------
     TypeError, ValueError
-        As `scaled_weight_standardization`.
+        For an argument of the wrong type, dtype, shape or value; before anything is written.
 
     Notes
     -----
@@ -528,74 +640,91 @@ def scaled_weight_standardization_backward(
     --------
     >>> import numpy as np, bnfast
     >>> w = np.array([[1.0, 3.0, 5.0]])
-    >>> dw, dgain = bnfast.scaled_weight_standardization_backward(np.ones_like(w), w)
+    >>> y, mean, std = bnfast.scaled_weight_standardization_forward(w)
+    >>> dw, dgain = bnfast.scaled_weight_standardization_backward(np.ones_like(w), w, mean, std)
     >>> bool(np.abs(dw).max() < 1e-12)
     True
     """
-    return _backward(dy, w, gain, _scaled_deviation(w, axis, gamma, eps, floor), axis, out)
+    return _backward(dy, w, mean, std, gain, _scaled(gamma, eps, floor), 0, axis, out)
+
+
+class _Divisor(NamedTuple):
+    """Of every filter (float64): y = (w - mean) / value, and what the value's gradient is."""
+
+    value: Array
+    pull: Array  # -d(1 / value) / dw = pull / value * (w - mean)
 
 
 class _Deviation(NamedTuple):
-    """Of every filter (float64): y = (w - mean) / divisor, and what the divisor's gradient is."""
+    """Weight standardization divides by the deviation, with eps under the root or added to it."""
 
-    mean: Array
-    divisor: Array
-    pull: Array  # -d(1 / divisor) / dw = pull / divisor * (w - mean)
+    eps: float
+    inside: bool
 
-
-def _deviation(
-    w: object, axis: object, eps: object, eps_inside: bool, unbiased: bool
-) -> _Deviation:
-    epsilon = _validation.epsilon(eps, training=False)
-    array, _, _ = _validation.batch("w", w, axis)
-    count, mean, m2 = _primitives.moments(array, axis)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        counted = np.float64(count - bool(unbiased))
-        var = m2 / counted
-        if eps_inside:
-            divisor = np.sqrt(var + epsilon)
-            return _Deviation(mean, divisor, 1 / (counted * divisor**2))
-        std = np.sqrt(var)
-        divisor = std + epsilon
-        pull = np.where(std == 0, 0.0, 1 / (counted * divisor * std))  # as PyTorch has it at 0
-        return _Deviation(mean, divisor, pull)
+    def divisor(self, std: Array, counted: float) -> _Divisor:
+        """Return it, where the variance is a sum of squares divided by `counted`."""
+        if self.inside:
+            value = np.sqrt(std**2 + self.eps)
+            return _Divisor(value, 1 / (counted * value**2))
+        value = std + self.eps
+        pull = np.where(std == 0, 0.0, 1 / (counted * value * std))  # as PyTorch has it at 0
+        return _Divisor(value, pull)
 
 
-def _scaled_deviation(
-    w: object, axis: object, gamma: object, eps: object, floor: bool
-) -> _Deviation:
-    scale, epsilon = _validation.real("gamma", gamma), _validation.epsilon(eps, training=False)
-    array, _, _ = _validation.batch("w", w, axis)
-    count, mean, m2 = _primitives.moments(array, axis)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        if floor:
-            squares = np.maximum(m2, epsilon)
-            return _Deviation(mean, np.sqrt(squares) / scale, np.where(m2 > epsilon, 1 / m2, 0.0))
-        squares = m2 + count * epsilon
-        return _Deviation(mean, np.sqrt(squares) / scale, 1 / squares)
+class _ScaledLength(NamedTuple):
+    """Scaled weight standardization divides by the length, which has a floor or eps added."""
+
+    gamma: float
+    eps: float
+    floor: bool
+
+    def divisor(self, std: Array, counted: float) -> _Divisor:
+        """Return it, where the squares of a filter add up to ``counted * std**2``."""
+        squares = counted * std**2
+        if not self.floor:
+            squares = squares + counted * self.eps
+            return _Divisor(np.sqrt(squares) / self.gamma, 1 / squares)
+        length = np.sqrt(np.maximum(squares, self.eps))
+        return _Divisor(length / self.gamma, np.where(squares > self.eps, 1 / squares, 0.0))
+
+
+def _scaled(gamma: object, eps: object, floor: object) -> _ScaledLength:
+    scale = _validation.real("gamma", gamma)
+    return _ScaledLength(scale, _validation.epsilon(eps, training=False), bool(floor))
 
 
 def _forward(
     w: NDArray[Float],
     gain: Parameter | None,
-    deviation: _Deviation,
+    by: _Deviation | _ScaledLength,
+    lost: int,
     axis: int,
     out: NDArray[Float] | None,
-) -> NDArray[Float]:
+) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
+    """Return y, and mean and std, in whose variance `lost` of the values do not count."""
     array, _, filters = _validation.batch("w", w, axis)
     own = _validation.channel_parameter("gain", gain, filters)
     if out is not None:
         _validation.output(out, array, {"w": array, "gain": gain})
-    variance, sign = deviation.divisor**2, np.sign(deviation.divisor)
+    count, mean, m2 = _primitives.moments(array, axis)
+    counted = np.float64(count - lost)
+    with np.errstate(all="ignore"):
+        std = np.sqrt(m2 / counted)
+        divisor = by.divisor(std, counted).value
+        variance, sign = divisor**2, np.sign(divisor)
     own = sign if own is None else own * sign
-    return _primitives.scale_shift(array, axis, deviation.mean, variance, own, None, 0.0, None, out)
+    y = _primitives.scale_shift(array, axis, mean, variance, own, None, 0.0, None, out)
+    return y, mean, std
 
 
 def _backward(
     dy: NDArray[Float],
     w: NDArray[Float],
+    mean: Parameter,
+    std: Parameter,
     gain: Parameter | None,
-    deviation: _Deviation,
+    by: _Deviation | _ScaledLength,
+    lost: int,
     axis: int,
     out: NDArray[Float] | None,
 ) -> tuple[NDArray[Float], Parameter]:
@@ -604,17 +733,21 @@ def _backward(
     The gradient of a normalization whose invstd**2 / K is `pull`; where that is 0, next to nothing.
     """
     array, _, filters = _validation.batch("w", w, axis)
+    upstream = _validation.upstream_gradient(dy, array)
+    centre = _validation.saved_statistic("mean", mean, (filters,))
+    deviation = _validation.saved_statistic("std", std, (filters,)).astype(np.float64)
     own = _validation.channel_parameter("gain", gain, filters)
     if out is not None:
-        _validation.output(out, array, {"dy": dy, "w": array, "gain": gain})
-    mean, divisor, pull = deviation
+        others = {"dy": upstream, "w": array, "gain": gain, "mean": mean, "std": std}
+        _validation.output(out, array, others)
     each = array.size // filters if filters else 0
     with np.errstate(all="ignore"):
+        divisor, pull = by.divisor(deviation, np.float64(each - lost))
         strength = np.where(pull > 0, np.sqrt(pull * each), _NEXT_TO_NOTHING)
         ratio = 1.0 / (divisor * strength)
         weight = ratio if own is None else own * ratio
         dw, dweight, _ = _primitives.gradient(
-            dy, array, axis, mean, strength, weight, False, out, _DEVIATION
+            upstream, array, axis, centre, strength, weight, False, out, _DEVIATION
         )
         dgain = (dweight * ratio).astype(array.dtype if own is None else own.dtype)
     return dw, dgain
@@ -630,7 +763,7 @@ def spectral_norm(
     dim: int = 0,
     v_first: bool = False,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], float, NDArray[np.float64], NDArray[np.float64]]:
+) -> NDArray[Float]:
     """Divide weights by their largest singular value, as PyTorch's ``spectral_norm`` does.
 
     Parameters
@@ -639,8 +772,9 @@ def spectral_norm(
         The weights; seen as a matrix W of shape (h, k), whose rows are the indices of `dim`.
     u : array (h,) of float32 or float64
     v : array (k,) of float32 or float64
-        Approximate singular vectors, as the last call returned them; at first any vectors that are
-        not 0.
+        Approximate singular vectors, at first any that are not 0; improved in place, with
+        `n_power_iterations`. Vectors that come out as 0 or not finite, as those of weights of zero
+        do, are not kept.
     n_power_iterations : int
         How often u and v are improved: 0 in evaluation.
     eps : float
@@ -654,11 +788,7 @@ def spectral_norm(
 
     Returns
     -------
-    y : array like `w`
-    sigma : float
-        The estimate of the largest singular value; too small until u and v have converged.
-    u, v : array of float64
-        Improved, for the next call and for the backward pass.
+    array like `w`
 
     Raises
     ------
@@ -668,8 +798,8 @@ def spectral_norm(
     Notes
     -----
     ``u = n(W v), v = n(W.T u)`` so many times, where ``n(z) = z / max(||z||, eps)``; then
-    ``sigma = u . W v`` and ``y = w / sigma``. In float64 by NumPy's own matrix products, whose last
-    bits may differ from machine to machine.
+    ``sigma = u . W v``, which is too small until u and v have converged, and ``y = w / sigma``. In
+    float64 by NumPy's own matrix products, whose last bits may differ from machine to machine.
 
     References
     ----------
@@ -679,16 +809,82 @@ def spectral_norm(
     Examples
     --------
     >>> import numpy as np, bnfast
+    >>> w, u, v = np.diag([3.0, 1.0]), np.ones(2), np.ones(2)
+    >>> bnfast.spectral_norm(w, u, v, 20).round(3)
+    array([[1.   , 0.   ],
+           [0.   , 0.333]])
+    >>> u.round(3)
+    array([1., 0.])
+    """
+    array, _, rows = _validation.batch("w", w, dim, "dim")
+    steps = _validation.integer_from("n_power_iterations", n_power_iterations, 0)
+    left, right = _singular_vectors(u, v, array, rows)
+    if steps:
+        _validation.running_statistics(
+            *(u, v, array, len(left), ("u", "v"), right.shape), called="w"
+        )
+    y, _, *improved = spectral_norm_forward(
+        w, u, v, n_power_iterations, eps, dim=dim, v_first=v_first, out=out
+    )
+    if steps:
+        keep_singular_vectors((u, v), improved)
+    return y
+
+
+def spectral_norm_forward(
+    w: NDArray[Float],
+    u: Parameter,
+    v: Parameter,
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    *,
+    dim: int = 0,
+    v_first: bool = False,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], float, NDArray[np.float64], NDArray[np.float64]]:
+    """Divide weights by their largest singular value; return what the backward pass needs of it.
+
+    Parameters
+    ----------
+    w, n_power_iterations, eps, dim, v_first, out
+        As in `spectral_norm`.
+    u, v
+        As in `spectral_norm`, but left as they are.
+
+    Returns
+    -------
+    y : array like `w`
+        The divided weights.
+    sigma : float
+        The estimate of the largest singular value.
+    u, v : array of float64
+        The improved vectors, which the next call begins with.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `spectral_norm`.
+
+    Notes
+    -----
+    The formulas stand in `spectral_norm`.
+
+    References
+    ----------
+    T. Miyato et al., 2018, arXiv:1802.05957.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
     >>> w = np.diag([3.0, 1.0])
-    >>> y, sigma, u, v = bnfast.spectral_norm(w, np.ones(2), np.ones(2), 20)
+    >>> y, sigma, u, v = bnfast.spectral_norm_forward(w, np.ones(2), np.ones(2), 20)
     >>> round(sigma, 6)
     3.0
     """
     array, axis, rows = _validation.batch("w", w, dim, "dim")
     least = _validation.real("eps", eps)
     steps = _validation.integer_from("n_power_iterations", n_power_iterations, 0)
-    left = _validation.state("u", u, (rows,)).astype(np.float64)
-    right = _validation.state("v", v, (array.size // rows if rows else 0,)).astype(np.float64)
+    left, right = _singular_vectors(u, v, array, rows)
     if out is None:
         y = np.empty_like(array)
     else:
@@ -729,8 +925,9 @@ def spectral_norm_backward(
     dy : array like `w`
         The gradient of the divided weights.
     w, dim
-        As in `spectral_norm`.
-    sigma, u, v
+        As in the forward pass.
+    sigma : float
+    u, v : array of float32 or float64
         What the forward pass returned; u and v are constants to the gradient.
     out : array like `w`, optional
         Where to write: `dy` or `w` itself, or an array that shares no element with either.
@@ -757,7 +954,7 @@ def spectral_norm_backward(
     --------
     >>> import numpy as np, bnfast
     >>> w = np.diag([3.0, 1.0])
-    >>> y, sigma, u, v = bnfast.spectral_norm(w, np.ones(2), np.ones(2), 30)
+    >>> y, sigma, u, v = bnfast.spectral_norm_forward(w, np.ones(2), np.ones(2), 30)
     >>> dw = bnfast.spectral_norm_backward(w, w, sigma, u, v)
     >>> round(float(np.abs(dw).max()), 2)
     0.33
@@ -765,8 +962,7 @@ def spectral_norm_backward(
     array, axis, rows = _validation.batch("w", w, dim, "dim")
     upstream = _validation.upstream_gradient(dy, array)
     length = np.float64(_validation.estimate("sigma", sigma))
-    left = _validation.state("u", u, (rows,)).astype(np.float64)
-    right = _validation.state("v", v, (array.size // rows if rows else 0,)).astype(np.float64)
+    left, right = _singular_vectors(u, v, array, rows)
     if out is None:
         dw = np.empty_like(array)
     else:
@@ -778,6 +974,21 @@ def spectral_norm_backward(
         target = np.moveaxis(dw, axis, 0)
         target[...] = made.reshape(target.shape)
     return dw
+
+
+def keep_singular_vectors(vectors: Sequence[Array], improved: Sequence[Array]) -> None:
+    """Write the improved ones over those there were, unless there are none to be had."""
+    if all(np.isfinite(z).all() and z.any() for z in improved):
+        with np.errstate(all="ignore"):
+            for vector, z in zip(vectors, improved, strict=True):
+                vector[...] = z
+
+
+def _singular_vectors(u: object, v: object, w: Array, rows: int) -> tuple[Array, Array]:
+    """Return copies in float64."""
+    left = _validation.state("u", u, (rows,))
+    right = _validation.state("v", v, (w.size // rows if rows else 0,))
+    return left.astype(np.float64), right.astype(np.float64)
 
 
 def _as_matrix(w: Array, axis: int) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _validation, functional
-from bnfast.functional.weights import lengths_of_filters
+from bnfast.functional.weights import keep_singular_vectors, lengths_of_filters
 from bnfast.layers._layer import Gradients, Trainable
 
 Array = NDArray[Any]
@@ -160,13 +160,15 @@ class _Standardization(Trainable):
         array, axis, _ = _validation.batch("w", w, self.axis)
         _validation.same_channels("w", array, axis, self.num_filters, "filters")
         gain = None if self.gain is None else self.gain.copy()
-        y = self._standardize(array, gain, out)
-        self._save(array, y, gain)
+        y, mean, std = self._standardize(array, gain, out)
+        self._save(array, y, mean, std, gain)
         return y
 
     @abstractmethod
-    def _standardize(self, w: Array, gain: Array | None, out: Array | None) -> Array:
-        """Return the standardized weights."""
+    def _standardize(
+        self, w: Array, gain: Array | None, out: Array | None
+    ) -> tuple[Array, Array, Array]:
+        """Return the standardized weights, and mean and std."""
 
     def __repr__(self) -> str:
         first, *others = self._shown
@@ -247,8 +249,10 @@ class WeightStandardization(_Standardization):
         super().__init__(num_filters, eps, gain, axis, dtype)
         self.eps_inside, self.unbiased = bool(eps_inside), bool(unbiased)
 
-    def _standardize(self, w: Array, gain: Array | None, out: Array | None) -> Array:
-        return functional.weight_standardization(
+    def _standardize(
+        self, w: Array, gain: Array | None, out: Array | None
+    ) -> tuple[Array, Array, Array]:
+        return functional.weight_standardization_forward(
             *(w, gain, self.eps),
             axis=self.axis,
             eps_inside=self.eps_inside,
@@ -257,9 +261,9 @@ class WeightStandardization(_Standardization):
         )
 
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        (gain,) = saved
+        *_, gain = saved
         dw, dgain = functional.weight_standardization_backward(
-            *(dy, x, gain, self.eps),
+            *(dy, x, *saved, self.eps),
             axis=self.axis,
             eps_inside=self.eps_inside,
             unbiased=self.unbiased,
@@ -339,15 +343,17 @@ class ScaledWeightStandardization(_Standardization):
         self.gamma = _validation.real("gamma", gamma)
         self.floor = bool(floor)
 
-    def _standardize(self, w: Array, gain: Array | None, out: Array | None) -> Array:
-        return functional.scaled_weight_standardization(
+    def _standardize(
+        self, w: Array, gain: Array | None, out: Array | None
+    ) -> tuple[Array, Array, Array]:
+        return functional.scaled_weight_standardization_forward(
             *(w, gain, self.gamma, self.eps), axis=self.axis, floor=self.floor, out=out
         )
 
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        (gain,) = saved
+        *_, gain = saved
         dw, dgain = functional.scaled_weight_standardization_backward(
-            *(dy, x, gain, self.gamma, self.eps), axis=self.axis, floor=self.floor, out=out
+            *(dy, x, *saved, self.gamma, self.eps), axis=self.axis, floor=self.floor, out=out
         )
         return dw, None if gain is None else dgain
 
@@ -446,7 +452,7 @@ class SpectralNorm(Trainable):
             (z / np.maximum(np.linalg.norm(z), self.eps)).astype(array.dtype) for z in (u, v)
         )
         _, _, u, v = self._divide(array, _POWER_ITERATIONS_AT_FIRST, None)
-        self._keep(u, v)
+        keep_singular_vectors((self.u, self.v), (u, v))
 
     def __call__(self, w: Array, *, out: Array | None = None) -> Array:
         """Divide weights by their largest singular value.
@@ -470,23 +476,19 @@ class SpectralNorm(Trainable):
         array = _validation.state("w", w, self.shape)
         y, sigma, u, v = self._divide(array, self.n_power_iterations * self.training, out)
         if self.training:
-            self._keep(u, v)
+            keep_singular_vectors((self.u, self.v), (u, v))
         self._save(array, y, sigma, u, v)
         return y
 
     def _divide(
         self, w: Array, n_power_iterations: int, out: Array | None
     ) -> tuple[Array, float, Array, Array]:
-        return functional.spectral_norm(
+        return functional.spectral_norm_forward(
             *(w, self.u, self.v, n_power_iterations, self.eps),
             dim=self.dim,
             v_first=self.v_first,
             out=out,
         )
-
-    def _keep(self, u: Array, v: Array) -> None:
-        if all(np.isfinite(z).all() and z.any() for z in (u, v)):
-            self.u[...], self.v[...] = u, v
 
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
         return (functional.spectral_norm_backward(dy, x, *saved, dim=self.dim, out=out),)

@@ -1,11 +1,11 @@
-"""The data of one cell of the table: one operation of one normalization on one batch."""
+"""The data of one cell of the table: one operation of one normalization on arrays of one shape."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ Array = NDArray[Any]
 # Training, and forward where there is nothing else: y and the statistics that its gradient needs.
 OPERATIONS = ("inference", "training", "forward", "backward")
 EPS = 1e-5
+LEAST_LENGTH = 1e-12  # by which spectral norm divides a vector
 
 # Arrays of the size of x that an operation must move: read x, write y; read x and dy, write dx.
 ARRAYS_MOVED = {"inference": 2, "training": 2, "forward": 2, "backward": 3}
@@ -49,15 +50,30 @@ class Groups(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Batch:
+class Data:
     """Arrays of one shape in one layout, for all operations; everyone reads and writes the same."""
 
-    shape: Shape  # channels second, but for rows
+    shape: Shape  # as it is written on the command line
     layout: str
-    axis: int  # of the parameters: of channels, or of the elements of a row
-    x: Array
-    dy: Array
+    x: Array  # what is normalized
+    dy: Array  # the gradient of what that gives
     out: Array
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of everything but what is exact."""
+        return self.x.dtype
+
+
+AnyData = TypeVar("AnyData", bound=Data)
+TheirData = TypeVar("TheirData", bound=Data, covariant=True)
+
+
+@dataclass(frozen=True)
+class Batch(Data):
+    """Data whose channels, samples or rows have statistics; channels second, but for rows."""
+
+    axis: int  # of the parameters: of channels, or of the elements of a row
     weight: Array
     bias: Array
     mean: Array  # of x, in its dtype, as is what follows
@@ -66,11 +82,6 @@ class Batch:
     exact_mean: Array  # in float64
     exact_var: Array
     exact_invstd: Array
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The dtype of everything but the exact statistics."""
-        return self.x.dtype
 
     @property
     def num_groups(self) -> int:
@@ -92,17 +103,44 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """An operation of a normalization on a batch."""
+class Filters(Data):
+    """Weights, of which each filter along the first axis is given a length."""
+
+    g: Array  # the lengths to be given
+    norm: Array  # those there are, in the dtype of x
+    exact_norm: Array
+
+
+class Singular(NamedTuple):
+    """What is known of the largest singular value of a matrix, and of its vectors."""
+
+    sigma: Array
+    u: Array
+    v: Array
+
+
+@dataclass(frozen=True)
+class Matrix(Data):
+    """Weights, seen as a matrix with a row for each index of the first axis."""
+
+    u: Array  # what the power iteration begins with
+    v: Array
+    found: Singular  # by one iteration, in the dtype of x
+    exact: Singular
+
+
+@dataclass(frozen=True)
+class Cell(Generic[TheirData]):
+    """An operation of a normalization on data of its kind."""
 
     normalization: str
     operation: str
-    batch: Batch
+    data: TheirData
 
     @property
     def traffic(self) -> int:
         """Bytes that must be moved: each input read once, the output written once."""
-        return ARRAYS_MOVED[self.operation] * self.batch.x.nbytes
+        return ARRAYS_MOVED[self.operation] * self.data.x.nbytes
 
 
 def slices(count: int, size: int) -> Iterator[slice]:

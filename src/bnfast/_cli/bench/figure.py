@@ -16,7 +16,7 @@ from bnfast._cli.bench.report import name, names
 
 Row = dict[str, Any]
 
-MARKERS = {"nchw": "o", "nhwc": "s", "rows": "o"}
+MARKERS = {"nchw": "o", "nhwc": "s", "rows": "o", "filters": "D"}
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

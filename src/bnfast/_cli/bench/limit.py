@@ -12,7 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from bnfast import _primitives
-from bnfast._cli.bench.cell import Cell, aligned_empty
+from bnfast._cli.bench.cell import Cell, Data, aligned_empty
 
 Array = NDArray[Any]
 
@@ -26,8 +26,8 @@ MOST_BYTES = 512 << 20
 class Probes:
     """What moves memory and does nothing else, for one cell."""
 
-    def __init__(self, cell: Cell, threads: int) -> None:
-        dtype = cell.batch.dtype
+    def __init__(self, cell: Cell[Data], threads: int) -> None:
+        dtype = cell.data.dtype
         line = 64 // dtype.itemsize
         half = max(line, min(cell.traffic, MOST_BYTES) // (2 * dtype.itemsize) // line * line)
         memory = aligned_empty((2 * half,), dtype)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +15,25 @@ from numpy.typing import NDArray
 import bnfast
 from bnfast import _reference as reference
 from bnfast._cli.bench import workloads
-from bnfast._cli.bench.cell import EPS, Batch, Cell, aligned_empty, slices
+from bnfast._cli.bench.cell import (
+    EPS,
+    LEAST_LENGTH,
+    AnyData,
+    Batch,
+    Cell,
+    Data,
+    Filters,
+    Matrix,
+    Singular,
+    aligned_empty,
+    slices,
+)
 from bnfast._cli.bench.workloads import Shape
 
 Array = NDArray[Any]
 
 
-class Normalization(ABC):
+class Normalization(ABC, Generic[AnyData]):
     """One of the family, as the benchmark knows it."""
 
     operations: tuple[str, ...] = ("forward", "backward")
@@ -38,24 +50,27 @@ class Normalization(ABC):
         """Return the layouts in which a shape is measured, where these were asked for."""
 
     @abstractmethod
-    def shape_of_statistics(self, shape: Shape) -> Shape:
-        """Return the shape of mean, var and invstd."""
+    def make(self, shape: Shape, layout: str, dtype: Any, mean: float) -> AnyData:
+        """Return normal values of standard deviation 1 around `mean`, and what goes with them."""
 
     @abstractmethod
-    def pieces(self, batch: Batch) -> Iterator[Batch]:
-        """Cut a batch where no statistics are shared, into views that are small in float64."""
+    def exact(self, operation: str, data: AnyData) -> Array:
+        """Return y or dx in float64."""
 
     @abstractmethod
-    def moments(self, b: Batch) -> tuple[Array, Array]:
-        """Return mean and var of a piece in float64."""
-
-    @abstractmethod
-    def exact(self, operation: str, b: Batch) -> Array:
-        """Return y or dx of a piece in float64."""
-
-    @abstractmethod
-    def ours(self, operation: str, b: Batch, out: Array | None) -> Callable[[], Any]:
+    def ours(self, operation: str, data: AnyData, out: Array | None) -> Callable[[], Any]:
         """Return bnfast's call: it returns y or dx, or that and more."""
+
+
+def _normal_arrays(
+    rng: np.random.Generator, shape: Shape, dtype: Any, mean: float
+) -> tuple[Array, Array, Array]:
+    """Return x around `mean` and dy around 0, of standard deviation 1, and memory for an output."""
+    x, dy, out = (aligned_empty(shape, dtype) for _ in range(3))
+    rng.standard_normal(dtype=dtype.type, out=x)
+    x += dtype.type(mean)
+    rng.standard_normal(dtype=dtype.type, out=dy)
+    return x, dy, out
 
 
 def _piece(batch: Batch, of_x: Any, of_statistics: Any, of_parameters: Any) -> Batch:
@@ -69,7 +84,54 @@ def _piece(batch: Batch, of_x: Any, of_statistics: Any, of_parameters: Any) -> B
     return replace(batch, **{name: getattr(batch, name)[part] for name, part in parts.items()})
 
 
-class _OfChannels(Normalization):
+class _OfBatches(Normalization[Batch]):
+    """Of data, with the mean and the variance of what has them together."""
+
+    @abstractmethod
+    def shape_of_statistics(self, shape: Shape) -> Shape:
+        """Return the shape of mean, var and invstd."""
+
+    @abstractmethod
+    def pieces(self, batch: Batch) -> Iterator[Batch]:
+        """Cut a batch where no statistics are shared, into views that are small in float64."""
+
+    @abstractmethod
+    def moments(self, b: Batch) -> tuple[Array, Array]:
+        """Return mean and var of a piece in float64."""
+
+    @abstractmethod
+    def exact_piece(self, operation: str, b: Batch) -> Array:
+        """Return y or dx of a piece in float64."""
+
+    def make(self, shape: Shape, layout: str, dtype: Any, mean: float) -> Batch:
+        """Return values, parameters and statistics."""
+        in_memory, axis = workloads.in_layout(shape, layout)
+        rng = np.random.default_rng(0)
+        arrays = _normal_arrays(rng, in_memory, dtype, mean)
+        weight, bias = rng.uniform(0.5, 1, (2, in_memory[axis])).astype(dtype)
+        statistics = exact_mean, exact_var, exact_invstd = np.empty(
+            (3, *self.shape_of_statistics(shape))
+        )
+        batch = Batch(shape, layout, *arrays, axis, weight, bias, *statistics, *statistics)
+        for piece in self.pieces(batch):
+            piece.exact_mean[...], piece.exact_var[...] = self.moments(piece)
+        np.divide(1, np.sqrt(exact_var + EPS), out=exact_invstd)
+        return replace(
+            batch,
+            mean=exact_mean.astype(dtype),
+            var=exact_var.astype(dtype),
+            invstd=exact_invstd.astype(dtype),
+        )
+
+    def exact(self, operation: str, data: Batch) -> Array:
+        """Return y or dx, made piece by piece."""
+        exact = np.empty(data.x.shape)
+        for piece in self.pieces(replace(data, out=exact)):
+            piece.out[...] = self.exact_piece(operation, piece)
+        return exact
+
+
+class _OfChannels(_OfBatches):
     """With a weight and a bias for each channel."""
 
     def layouts_of(self, shape: Shape, layouts: tuple[str, ...]) -> tuple[str, ...]:
@@ -114,7 +176,7 @@ class BatchNorm(_OfChannels):
         count, mean, m2 = reference.moments(b.x, b.axis)
         return mean, m2 / count
 
-    def exact(self, operation: str, b: Batch) -> Array:
+    def exact_piece(self, operation: str, b: Batch) -> Array:
         """Return y or dx."""
         if operation == "inference":
             statistics = b.mean, b.var
@@ -160,7 +222,7 @@ class GroupNorm(_OfChannels):
         _, mean, invstd = reference.group_norm_forward(b.x, b.num_groups, eps=EPS, axis=b.axis)
         return mean, invstd**-2 - EPS
 
-    def exact(self, operation: str, b: Batch) -> Array:
+    def exact_piece(self, operation: str, b: Batch) -> Array:
         """Return y or dx."""
         if operation == "forward":
             arguments = b.x, b.num_groups, b.weight, b.bias, EPS
@@ -199,7 +261,7 @@ class InstanceNorm(GroupNorm):
         return partial(bnfast.instance_norm_backward, *saved, axis=b.axis, out=out)
 
 
-class LayerNorm(Normalization):
+class LayerNorm(_OfBatches):
     """Of each row, around its mean; with a weight and a bias for each of its elements."""
 
     shapes, quick_shapes, tracked_shapes = "rows", "quick-rows", "tracked-rows"
@@ -234,7 +296,7 @@ class LayerNorm(Normalization):
         _, mean, invstd = reference.layer_norm_forward(*arguments, centred=self.centred)
         return mean, invstd**-2 - EPS
 
-    def exact(self, operation: str, b: Batch) -> Array:
+    def exact_piece(self, operation: str, b: Batch) -> Array:
         """Return y or dx."""
         if operation == "forward":
             arguments = b.x, (1,), b.weight, b.bias if self.centred else None, EPS
@@ -266,48 +328,91 @@ class RMSNorm(LayerNorm):
         return partial(bnfast.rms_norm_backward, *saved, out=out)
 
 
-NORMALIZATIONS: dict[str, Normalization] = {
+class _OfWeights(Normalization[AnyData]):
+    """Of weights rather than data: filters along the first axis, one after the other."""
+
+    shapes, quick_shapes, tracked_shapes = "weights", "quick-weights", "tracked-weights"
+
+    def operations_on(self, shape: Shape) -> tuple[str, ...]:
+        """Return both: a filter may be a single value."""
+        return self.operations
+
+    def layouts_of(self, shape: Shape, layouts: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the one that filters have."""
+        return (workloads.FILTERS,)
+
+
+class WeightNorm(_OfWeights[Filters]):
+    """Of each filter, which gets a length of its own."""
+
+    def make(self, shape: Shape, layout: str, dtype: Any, mean: float) -> Filters:
+        """Return directions and lengths, of filters whose elements are as large as those of x."""
+        rng = np.random.default_rng(0)
+        arrays = _normal_arrays(rng, shape, dtype, mean)
+        g = (rng.uniform(0.5, 1, shape[0]) * math.sqrt(math.prod(shape[1:]))).astype(dtype)
+        _, norm = reference.weight_norm_forward(arrays[0], g)
+        return Filters(shape, layout, *arrays, g, norm.astype(dtype), norm)
+
+    def exact(self, operation: str, data: Filters) -> Array:
+        """Return w or dv."""
+        if operation == "forward":
+            return reference.weight_norm_forward(data.x, data.g)[0]
+        return reference.weight_norm_backward(data.dy, data.x, data.g, data.exact_norm)[0]
+
+    def ours(self, operation: str, data: Filters, out: Array | None) -> Callable[[], Any]:
+        """Return bnfast's call."""
+        if operation == "forward":
+            return partial(bnfast.weight_norm_forward, data.x, data.g, out=out)
+        saved = data.dy, data.x, data.g, data.exact_norm
+        return partial(bnfast.weight_norm_backward, *saved, out=out)
+
+
+class SpectralNorm(_OfWeights[Matrix]):
+    """Of all weights together, by their largest singular value; after one power iteration."""
+
+    def make(self, shape: Shape, layout: str, dtype: Any, mean: float) -> Matrix:
+        """Return weights, vectors to begin with, and what is found of them."""
+        rng = np.random.default_rng(0)
+        arrays = _normal_arrays(rng, shape, dtype, mean)
+        sizes = shape[0], math.prod(shape[1:])
+        u, v = ((z / np.linalg.norm(z)).astype(dtype) for z in map(rng.standard_normal, sizes))
+        _, *exact = reference.spectral_norm_forward(arrays[0], u, v, 1, LEAST_LENGTH)
+        found = Singular(*(np.asarray(value, dtype) for value in exact))
+        return Matrix(shape, layout, *arrays, u, v, found, Singular(*exact))
+
+    def exact(self, operation: str, data: Matrix) -> Array:
+        """Return y or dw."""
+        if operation == "forward":
+            begun = data.x, data.u, data.v
+            return reference.spectral_norm_forward(*begun, 1, LEAST_LENGTH)[0]
+        return reference.spectral_norm_backward(data.dy, data.x, *data.exact)
+
+    def ours(self, operation: str, data: Matrix, out: Array | None) -> Callable[[], Any]:
+        """Return bnfast's call."""
+        if operation == "forward":
+            begun = data.x, data.u, data.v
+            return partial(bnfast.spectral_norm_forward, *begun, 1, LEAST_LENGTH, out=out)
+        sigma, u, v = data.exact
+        saved = data.dy, data.x, float(sigma), u, v
+        return partial(bnfast.spectral_norm_backward, *saved, out=out)
+
+
+NORMALIZATIONS: dict[str, Normalization[Any]] = {
     "batch": BatchNorm(),
     "layer": LayerNorm(),
     "rms": RMSNorm(),
     "group": GroupNorm(),
     "instance": InstanceNorm(),
+    "weight": WeightNorm(),
+    "spectral": SpectralNorm(),
 }
 
 
-def make_batch(
-    normalization: str, shape: Shape, layout: str, dtype: Any, mean: float = 0.0
-) -> Batch:
-    """Return normal values of standard deviation 1 around `mean`, and their statistics."""
-    dtype = np.dtype(dtype)
-    in_memory, axis = workloads.in_layout(shape, layout)
-    rng = np.random.default_rng(0)
-    x, dy, out = (aligned_empty(in_memory, dtype) for _ in range(3))
-    rng.standard_normal(dtype=dtype.type, out=x)
-    x += dtype.type(mean)
-    rng.standard_normal(dtype=dtype.type, out=dy)
-    weight, bias = rng.uniform(0.5, 1, (2, in_memory[axis])).astype(dtype)
-    norm = NORMALIZATIONS[normalization]
-    statistics = exact_mean, exact_var, exact_invstd = np.empty(
-        (3, *norm.shape_of_statistics(shape))
-    )
-    arrays = x, dy, out, weight, bias
-    batch = Batch(shape, layout, axis, *arrays, *statistics, *statistics)
-    for piece in norm.pieces(batch):
-        piece.exact_mean[...], piece.exact_var[...] = norm.moments(piece)
-    np.divide(1, np.sqrt(exact_var + EPS), out=exact_invstd)
-    return replace(
-        batch,
-        mean=exact_mean.astype(dtype),
-        var=exact_var.astype(dtype),
-        invstd=exact_invstd.astype(dtype),
-    )
+def make_data(normalization: str, shape: Shape, layout: str, dtype: Any, mean: float = 0.0) -> Any:
+    """Return the data that a normalization is measured on: a `Batch`, or what is of its kind."""
+    return NORMALIZATIONS[normalization].make(shape, layout, np.dtype(dtype), mean)
 
 
-def exact_result(cell: Cell) -> Array:
+def exact_result(cell: Cell[Data]) -> Array:
     """Return y or dx in float64."""
-    norm = NORMALIZATIONS[cell.normalization]
-    exact = np.empty(cell.batch.x.shape)
-    for piece in norm.pieces(replace(cell.batch, out=exact)):
-        piece.out[...] = norm.exact(cell.operation, piece)
-    return exact
+    return NORMALIZATIONS[cell.normalization].exact(cell.operation, cell.data)

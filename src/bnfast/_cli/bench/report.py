@@ -28,7 +28,7 @@ from rich.table import Table
 
 from bnfast._cli.bench.cell import OPERATIONS
 from bnfast._cli.bench.normalizations import NORMALIZATIONS
-from bnfast._cli.bench.workloads import LAYOUTS, ROWS, name_of
+from bnfast._cli.bench.workloads import ALL_LAYOUTS, name_of
 
 Results = dict[str, Any]
 Row = dict[str, Any]
@@ -54,7 +54,7 @@ def geometric_means(rows: list[Row]) -> list[Row]:
     """Return the mean ratio and largest error for each normalization, operation, layout, rival."""
     means = []
     keys = "normalization", "operation", "layout"
-    for values in product(NORMALIZATIONS, OPERATIONS, (*LAYOUTS, ROWS)):
+    for values in product(NORMALIZATIONS, OPERATIONS, ALL_LAYOUTS):
         group = [row for row in rows if tuple(row[key] for key in keys) == values]
         if not group:
             continue

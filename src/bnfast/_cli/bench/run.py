@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 import bnfast
 from bnfast._cli.bench import figure, limit, report
-from bnfast._cli.bench.cell import OPERATIONS, Batch, Cell, largest_error
-from bnfast._cli.bench.normalizations import NORMALIZATIONS, exact_result, make_batch
+from bnfast._cli.bench.cell import OPERATIONS, Cell, Data, largest_error
+from bnfast._cli.bench.normalizations import NORMALIZATIONS, exact_result, make_data
 from bnfast._cli.bench.rivals import (
     PEERS,
     Contender,
@@ -70,7 +71,7 @@ class Selection:
             words += ["--peers", ",".join(self.peers)]
         return shlex.join(words + ["--quick"] * self.quick)
 
-    def batches(self, name: str) -> Iterator[tuple[Shape, str, tuple[str, ...]]]:
+    def cells_of(self, name: str) -> Iterator[tuple[Shape, str, tuple[str, ...]]]:
         """Return every shape in every layout, with the operations on it, of one normalization."""
         norm = NORMALIZATIONS[name]
         for shape in parse(self.shapes or (norm.quick_shapes if self.quick else norm.shapes)):
@@ -87,7 +88,7 @@ class Selection:
             if not set(offered) & set(self.operations):
                 asked = " or ".join(self.operations)
                 raise NothingToMeasure(f"{name} norm has no {asked}, but {', '.join(offered)}")
-            of_it = sum(len(operations) for _, _, operations in self.batches(name))
+            of_it = sum(len(operations) for _, _, operations in self.cells_of(name))
             if not of_it:
                 raise NothingToMeasure(
                     f"{name} norm of {self.shapes}: nothing to measure, its statistics would be "
@@ -97,11 +98,11 @@ class Selection:
         return cells
 
 
-def ours(cell: Cell, fresh: bool) -> Contender:
+def ours(cell: Cell[Data], fresh: bool) -> Contender:
     """Return bnfast's call on a cell."""
-    b = cell.batch
     norm = NORMALIZATIONS[cell.normalization]
-    return Contender(norm.ours(cell.operation, b, None if fresh else b.out), first)
+    out = None if fresh else cell.data.out
+    return Contender(norm.ours(cell.operation, cell.data, out), first)
 
 
 def _reason(error: Exception) -> str:
@@ -144,11 +145,13 @@ def measure(
     bnfast.set_num_threads(selection.threads)
     seconds = budget or (QUICK_BUDGET if selection.quick else BUDGET)
     rows = []
-    for cell in cells(selection):
-        what = cell.normalization, cell.operation, name_of(cell.batch.shape), cell.batch.layout
-        progress(" ".join(what))
-        rows.append(_measure_cell(cell, selection, rivals, seconds))
-        del cell  # or its arrays would stay while the next ones are made
+    # NumPy's matrix products, of which spectral norm is made, would have threads of their own.
+    with threadpool_limits(selection.threads, user_api="blas"):
+        for cell in cells(selection):
+            what = cell.normalization, cell.operation, name_of(cell.data.shape), cell.data.layout
+            progress(" ".join(what))
+            rows.append(_measure_cell(cell, selection, rivals, seconds))
+            del cell  # or its arrays would stay while the next ones are made
     versions = {
         title: {"version": rival.version} if isinstance(rival, Rival) else {"failed": rival}
         for title, rival in rivals.items()
@@ -169,18 +172,18 @@ def measure(
     }
 
 
-def cells(selection: Selection) -> Iterator[Cell]:
+def cells(selection: Selection) -> Iterator[Cell[Data]]:
     """Make the data of one shape and layout after the other, and yield its operations."""
     for name in selection.normalizations:
-        for shape, layout, operations in selection.batches(name):
-            batch: Batch | None = None
+        for shape, layout, operations in selection.cells_of(name):
+            data: Data | None = None
             for operation in operations:
-                batch = batch or make_batch(name, shape, layout, selection.dtype, selection.mean)
-                yield Cell(name, operation, batch)
+                data = data or make_data(name, shape, layout, selection.dtype, selection.mean)
+                yield Cell(name, operation, data)
 
 
 def _enter_all(
-    cell: Cell, fresh: bool, rivals: dict[str, Rival | str]
+    cell: Cell[Data], fresh: bool, rivals: dict[str, Rival | str]
 ) -> tuple[dict[str, Contender], dict[str, dict[str, Any]]]:
     """Prepare everyone, and judge each one's first result before the next one overwrites it."""
     exact = exact_result(cell)
@@ -192,7 +195,7 @@ def _enter_all(
             continue
         try:
             contender = ours(cell, fresh) if rival is None else rival.prepare(cell, fresh)
-            cell.batch.out.fill(np.nan)  # whoever writes nothing is found out
+            cell.data.out.fill(np.nan)  # whoever writes nothing is found out
             outcome: dict[str, Any] = {
                 "error": largest_error(contender.read(contender.call()), exact)
             }
@@ -213,14 +216,13 @@ def _enter_all(
 
 
 def _measure_cell(
-    cell: Cell,
+    cell: Cell[Data],
     selection: Selection,
     rivals: dict[str, Rival | str],
     seconds: float,
 ) -> dict[str, Any]:
     fresh = selection.regime == "fresh"
     contenders, outcomes = _enter_all(cell, fresh, rivals)
-    b = cell.batch
     probes = limit.Probes(cell, selection.threads)
     calls = {name: contender.call for name, contender in contenders.items()}
     results = take_turns(
@@ -252,8 +254,8 @@ def _measure_cell(
     return {
         "normalization": cell.normalization,
         "operation": cell.operation,
-        "shape": list(b.shape),
-        "layout": b.layout,
+        "shape": list(cell.data.shape),
+        "layout": cell.data.layout,
         "traffic": cell.traffic,
         "bnfast": {**mine, "GB/s": achieved / 1e9, "fraction of limit": achieved / rate},
         "limit": {

@@ -1,13 +1,13 @@
-"""The shapes that are measured: (batch, channels, height, width), (batch, channels), or rows.
+"""The shapes that are measured: (batch, channels, height, width), (batch, channels), rows, weights.
 
-Rows are arrays of any rank whose last axis is normalized.
+Rows are arrays of any rank whose last axis is normalized; weights have their filters first.
 """
 
 from __future__ import annotations
 
 import math
 
-Shape = tuple[int, ...]  # channels second, however the layout has it; rows as they are
+Shape = tuple[int, ...]  # channels second, however the layout has it; rows, weights as they are
 
 SETS: dict[str, tuple[Shape, ...]] = {
     # Every normalization of ResNet-50, a batch of 50 images of 224 by 224.
@@ -53,10 +53,19 @@ SETS: dict[str, tuple[Shape, ...]] = {
     "tracked-groups": ((2, 320, 96, 96), (2, 1280, 24, 24), (50, 512, 7, 7), (8, 54, 21, 21)),
     "quick-rows": ((256, 768), (64, 30, 512), (31, 301)),
     "quick-groups": ((2, 1280, 24, 24), (50, 128, 28, 28), (50, 512, 7, 7)),
+    # Of ResNet-50 (its first, two of 3x3, two of 1x1, its last) and of transformers.
+    "weights": (
+        *((64, 3, 7, 7), (64, 64, 3, 3), (512, 512, 3, 3), (512, 2048, 1, 1), (2048, 512, 1, 1)),
+        *((1000, 2048), (768, 768), (768, 3072), (4096, 1024)),
+    ),
+    "tracked-weights": ((64, 3, 7, 7), (512, 512, 3, 3), (768, 3072)),
+    "quick-weights": ((64, 3, 7, 7), (512, 512, 3, 3), (768, 768)),
 }
 
 LAYOUTS = ("nchw", "nhwc")
 ROWS = "rows"  # the one layout that rows have
+FILTERS = "filters"  # and that weights have, one filter after the other
+ALL_LAYOUTS = (*LAYOUTS, ROWS, FILTERS)
 
 
 def name_of(shape: Shape) -> str:

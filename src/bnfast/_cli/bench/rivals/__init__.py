@@ -48,11 +48,11 @@ class Rival(ABC):
         """What is measured."""
 
     @abstractmethod
-    def prepare(self, cell: Cell, fresh: bool) -> Contender:
+    def prepare(self, cell: Cell[Any], fresh: bool) -> Contender:
         """Return the cell with its inputs where this rival likes them best, or raise NotOffered.
 
         With `fresh` every call makes its output anew; without, it writes to memory that is there,
-        to ``cell.batch.out`` where the layout is the same.
+        to ``cell.data.out`` where the layout is the same.
         """
 
 

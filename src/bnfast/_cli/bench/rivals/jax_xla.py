@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnfast._cli.bench.cell import EPS, Cell
+from bnfast._cli.bench.cell import EPS, LEAST_LENGTH, Batch, Cell, Filters, Matrix
 from bnfast._cli.bench.rivals import Contender, Rival, first
 
 Formula = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -29,8 +29,8 @@ def _scale_shift(x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Any:
     return (x - mean) * (weight * jax.lax.rsqrt(var + EPS)) + bias
 
 
-def _batch_norm(cell: Cell) -> Formula:
-    b = cell.batch
+def _batch_norm(cell: Cell[Batch]) -> Formula:
+    b = cell.data
     axes = tuple(d for d in range(b.x.ndim) if d != b.axis % b.x.ndim)
     shape = [1] * b.x.ndim
     shape[b.axis] = -1
@@ -60,8 +60,8 @@ def _batch_norm(cell: Cell) -> Formula:
     return operations[cell.operation]
 
 
-def _layer_norm(cell: Cell) -> Formula:
-    b = cell.batch
+def _layer_norm(cell: Cell[Batch]) -> Formula:
+    b = cell.data
     rows = tuple(range(b.x.ndim - 1))
 
     def forward(x: Any, weight: Any, bias: Any) -> Any:
@@ -79,8 +79,8 @@ def _layer_norm(cell: Cell) -> Formula:
     return backward, (b.dy, b.x, b.mean, b.invstd, b.weight)
 
 
-def _rms_norm(cell: Cell) -> Formula:
-    b = cell.batch
+def _rms_norm(cell: Cell[Batch]) -> Formula:
+    b = cell.data
     rows = tuple(range(b.x.ndim - 1))
 
     def forward(x: Any, weight: Any) -> Any:
@@ -98,8 +98,8 @@ def _rms_norm(cell: Cell) -> Formula:
     return backward, (b.dy, b.x, b.invstd, b.weight)
 
 
-def _group_norm(cell: Cell) -> Formula:
-    b = cell.batch
+def _group_norm(cell: Cell[Batch]) -> Formula:
+    b = cell.data
     groups = b.in_groups
 
     def mean_of_groups(values: Any) -> Any:
@@ -133,12 +133,54 @@ def _group_norm(cell: Cell) -> Formula:
     return backward, (b.dy, b.x, b.mean, b.invstd, b.weight)
 
 
-FORMULAS = {
+def _weight_norm(cell: Cell[Filters]) -> Formula:
+    d = cell.data
+    axes, along = tuple(range(1, d.x.ndim)), (-1, *[1] * (d.x.ndim - 1))
+
+    def forward(v: Any, g: Any) -> Any:
+        norm = jnp.sqrt(jnp.square(v).sum(axes))
+        return v * (g / norm).reshape(along), norm
+
+    def backward(dw: Any, v: Any, g: Any, norm: Any) -> Any:
+        products = (dw * v).sum(axes)
+        dv = dw - v * (products / jnp.square(norm)).reshape(along)
+        return dv * (g / norm).reshape(along), products / norm
+
+    if cell.operation == "forward":
+        return forward, (d.x, d.g)
+    return backward, (d.dy, d.x, d.g, d.norm)
+
+
+def _spectral_norm(cell: Cell[Matrix]) -> Formula:
+    d = cell.data
+
+    def normalized(z: Any) -> Any:
+        return z / jnp.maximum(jnp.linalg.norm(z), LEAST_LENGTH)
+
+    def forward(w: Any, v: Any) -> Any:
+        matrix = w.reshape(len(w), -1)
+        u = normalized(matrix @ v)
+        v = normalized(matrix.T @ u)
+        sigma = u @ (matrix @ v)
+        return w / sigma, sigma, u, v
+
+    def backward(dy: Any, w: Any, sigma: Any, u: Any, v: Any) -> Any:
+        along = (dy * w).sum() / sigma
+        return (dy - along * jnp.outer(u, v).reshape(dy.shape)) / sigma
+
+    if cell.operation == "forward":
+        return forward, (d.x, d.v)
+    return backward, (d.dy, d.x, *d.found)
+
+
+FORMULAS: dict[str, Callable[[Cell[Any]], Formula]] = {
     "batch": _batch_norm,
     "layer": _layer_norm,
     "rms": _rms_norm,
     "group": _group_norm,
     "instance": _group_norm,
+    "weight": _weight_norm,
+    "spectral": _spectral_norm,
 }
 
 
@@ -158,13 +200,13 @@ class JaxXla(Rival):
         """What is measured."""
         return str(jax.__version__)
 
-    def prepare(self, cell: Cell, fresh: bool) -> Contender:
+    def prepare(self, cell: Cell[Any], fresh: bool) -> Contender:
         """Return a compiled call.
 
         JAX never writes to given memory, but reuses that of an argument which is given away: each
         call gives away the output of the one before.
         """
-        jax.config.update("jax_enable_x64", cell.batch.dtype == np.float64)
+        jax.config.update("jax_enable_x64", cell.data.dtype == np.float64)
         function, arguments = FORMULAS[cell.normalization](cell)
         arrays = jax.device_put(arguments)
 

@@ -12,7 +12,7 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from bnfast._cli.bench.cell import EPS, Cell
+from bnfast._cli.bench.cell import EPS, Batch, Cell
 from bnfast._cli.bench.rivals import Contender, NotOffered, Rival
 
 Array = NDArray[Any]
@@ -226,11 +226,11 @@ class NumbaKernels(Rival):
         """What is measured."""
         return str(numba.__version__)
 
-    def prepare(self, cell: Cell, fresh: bool) -> Contender:
+    def prepare(self, cell: Cell[Any], fresh: bool) -> Contender:
         """Return a loop's call, on arrays of as few dimensions as it needs."""
         if cell.normalization != "batch":
             raise NotOffered("batch norm's loops alone are written")
-        b = cell.batch
+        b: Batch = cell.data
         n, c, *_ = b.shape
         # Channels that are neighbours, also in NC, are what the NHWC loops are for.
         runs = b.axis == 1 and b.x.size > n * c

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfast._cli.bench.cell import EPS, Cell, Groups
+from bnfast._cli.bench.cell import EPS, LEAST_LENGTH, Batch, Cell, Filters, Groups, Matrix
 from bnfast._cli.bench.rivals import Contender, Rival, first
 
 Array = NDArray[Any]
@@ -211,8 +211,55 @@ def group_norm_backward(
     return dx.reshape(x.shape), of_product.sum(0).ravel(), of_dy.sum(0).ravel()
 
 
-def _batch_norm(cell: Cell) -> Callable[..., Any]:
-    b = cell.batch
+def weight_norm_forward(v: Array, g: Array, *, out: Array | None = None) -> tuple[Array, Array]:
+    """Return w, and the norms of the filters along the first axis."""
+    filters = v.reshape(len(v), -1)
+    norm = np.sqrt(np.einsum("ij,ij->i", filters, filters))
+    given = None if out is None else out.reshape(filters.shape)
+    w: Array = np.multiply(filters, (g / norm)[:, None], out=given)
+    return w.reshape(v.shape), norm
+
+
+def weight_norm_backward(
+    dw: Array, v: Array, g: Array, norm: Array, *, out: Array | None = None
+) -> tuple[Array, Array]:
+    """Return dv and dg."""
+    filters, upstream = v.reshape(len(v), -1), dw.reshape(len(v), -1)
+    products = np.einsum("ij,ij->i", upstream, filters)
+    given = None if out is None else out.reshape(filters.shape)
+    dv: Array = np.multiply(filters, (products / norm**2)[:, None], out=given)
+    np.subtract(upstream, dv, out=dv)
+    dv *= (g / norm)[:, None]
+    return dv.reshape(v.shape), products / norm
+
+
+def spectral_norm_forward(
+    w: Array, v: Array, *, out: Array | None = None
+) -> tuple[Array, Any, Array, Array]:
+    """Return y, sigma, u and v, after one power iteration."""
+    matrix = w.reshape(len(w), -1)
+    u = matrix @ v
+    u /= max(np.linalg.norm(u), LEAST_LENGTH)
+    v = matrix.T @ u
+    v /= max(np.linalg.norm(v), LEAST_LENGTH)
+    sigma = u @ (matrix @ v)
+    return np.divide(w, sigma, out=out), sigma, u, v
+
+
+def spectral_norm_backward(
+    dy: Array, w: Array, sigma: Array, u: Array, v: Array, *, out: Array | None = None
+) -> Array:
+    """Return dw."""
+    along = np.vdot(dy, w) / sigma
+    given = None if out is None else out.reshape(len(u), -1)
+    dw: Array = np.outer(along * u, v, out=given)
+    np.subtract(dy.reshape(dw.shape), dw, out=dw)
+    dw /= sigma
+    return dw.reshape(w.shape)
+
+
+def _batch_norm(cell: Cell[Batch]) -> Callable[..., Any]:
+    b = cell.data
     if cell.operation == "inference":
         arguments = b.x, b.mean, b.var, b.weight, b.bias, EPS
         return partial(batch_norm_inference, *arguments, axis=b.axis)
@@ -221,46 +268,62 @@ def _batch_norm(cell: Cell) -> Callable[..., Any]:
     return partial(batch_norm_backward, b.dy, b.x, b.mean, b.invstd, b.weight, axis=b.axis)
 
 
-def _layer_norm(cell: Cell) -> Callable[..., Any]:
-    b = cell.batch
+def _layer_norm(cell: Cell[Batch]) -> Callable[..., Any]:
+    b = cell.data
     if cell.operation == "forward":
         return partial(layer_norm_forward, b.x, b.weight, b.bias, EPS)
     return partial(layer_norm_backward, b.dy, b.x, b.mean, b.invstd, b.weight)
 
 
-def _rms_norm(cell: Cell) -> Callable[..., Any]:
-    b = cell.batch
+def _rms_norm(cell: Cell[Batch]) -> Callable[..., Any]:
+    b = cell.data
     if cell.operation == "forward":
         return partial(rms_norm_forward, b.x, b.weight, EPS)
     return partial(rms_norm_backward, b.dy, b.x, b.invstd, b.weight)
 
 
-def _group_norm(cell: Cell) -> Callable[..., Any]:
-    b = cell.batch
+def _group_norm(cell: Cell[Batch]) -> Callable[..., Any]:
+    b = cell.data
     if cell.operation == "forward":
         return partial(group_norm_forward, b.x, b.weight, b.bias, b.in_groups, EPS)
     saved = b.mean, b.invstd, b.weight
     return partial(group_norm_backward, b.dy, b.x, *saved, b.in_groups)
 
 
-FORMULAS = {
+def _weight_norm(cell: Cell[Filters]) -> Callable[..., Any]:
+    d = cell.data
+    if cell.operation == "forward":
+        return partial(weight_norm_forward, d.x, d.g)
+    return partial(weight_norm_backward, d.dy, d.x, d.g, d.norm)
+
+
+def _spectral_norm(cell: Cell[Matrix]) -> Callable[..., Any]:
+    d = cell.data
+    if cell.operation == "forward":
+        return partial(spectral_norm_forward, d.x, d.v)
+    return partial(spectral_norm_backward, d.dy, d.x, *d.found)
+
+
+FORMULAS: dict[str, Callable[[Cell[Any]], Callable[..., Any]]] = {
     "batch": _batch_norm,
     "layer": _layer_norm,
     "rms": _rms_norm,
     "group": _group_norm,
     "instance": _group_norm,
+    "weight": _weight_norm,
+    "spectral": _spectral_norm,
 }
 
 
 class NumPyFormulas(Rival):
-    """The formulas above, which are serial."""
+    """The formulas above, which are serial but for matrix products."""
 
     @property
     def version(self) -> str:
         """What is measured."""
         return np.__version__
 
-    def prepare(self, cell: Cell, fresh: bool) -> Contender:
+    def prepare(self, cell: Cell[Any], fresh: bool) -> Contender:
         """Return the formula of the cell."""
         formula = FORMULAS[cell.normalization](cell)
-        return Contender(partial(formula, out=None if fresh else cell.batch.out), first)
+        return Contender(partial(formula, out=None if fresh else cell.data.out), first)

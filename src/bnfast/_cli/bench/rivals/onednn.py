@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfast._cli.bench.cell import EPS, Cell, aligned_empty
+from bnfast._cli.bench.cell import EPS, Batch, Cell, aligned_empty
 from bnfast._cli.bench.rivals import Contender, NotOffered, Rival
 from bnfast._cli.bench.rivals.onednn_library import (
     AROUND_ZERO,
@@ -48,9 +48,20 @@ class Kind(NamedTuple):
     flags: int = USE_SCALE | USE_SHIFT
 
 
-def _kind(cell: Cell, work: Work) -> Kind:
-    b = cell.batch
-    if cell.normalization in ("layer", "rms"):
+# The primitives of the normalizations.
+PRIMITIVES = {
+    "batch": "batch_normalization",
+    "layer": "layer_normalization",
+    "rms": "layer_normalization",
+    "group": "group_normalization",
+    "instance": "group_normalization",
+}
+
+
+def _kind(cell: Cell[Batch], work: Work) -> Kind:
+    b = cell.data
+    name = PRIMITIVES[cell.normalization]
+    if name == "layer_normalization":
         if len(b.shape) > 5:
             raise NotOffered("no more than five dimensions")
         around_zero = cell.normalization == "rms"
@@ -59,16 +70,16 @@ def _kind(cell: Cell, work: Work) -> Kind:
             raise NotOffered("RMS norm came with 3.9")
         statistics = work.described(b.mean.shape, None)
         flags = USE_SCALE | (AROUND_ZERO if around_zero else USE_SHIFT)
-        return Kind("layer_normalization", b.shape, None, (statistics,), flags)
+        return Kind(name, b.shape, None, (statistics,), flags)
     n, c, *plane = b.shape
     if len(plane) > 2:
         raise NotOffered("only NCHW and NHWC are driven here")
     shape, last = (n, c, *(*plane, 1, 1)[:2]), None if b.axis == 1 else 1
     if cell.normalization == "batch":
-        return Kind("batch_normalization", shape, last)
+        return Kind(name, shape, last)
     if "group" not in library().normalizations:
         raise NotOffered("group norm came with 3.3")
-    return Kind("group_normalization", shape, last, (b.num_groups,))
+    return Kind(name, shape, last, (b.num_groups,))
 
 
 class OneDnn(Rival):
@@ -85,9 +96,11 @@ class OneDnn(Rival):
         """What is measured."""
         return ".".join(map(str, library().version))
 
-    def prepare(self, cell: Cell, fresh: bool) -> Contender:
+    def prepare(self, cell: Cell[Any], fresh: bool) -> Contender:
         """Return the execution of a primitive."""
-        b = cell.batch
+        if cell.normalization not in PRIMITIVES:
+            raise NotOffered("it has no such primitive")
+        b: Batch = cell.data
         if b.dtype != np.float32:
             raise NotOffered("no float64")
         if self.blocked and cell.normalization != "batch":

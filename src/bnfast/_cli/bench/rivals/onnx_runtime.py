@@ -9,7 +9,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import helper
 
-from bnfast._cli.bench.cell import EPS, Cell
+from bnfast._cli.bench.cell import EPS, Batch, Cell
 from bnfast._cli.bench.rivals import Contender, NotOffered, Rival
 
 
@@ -38,9 +38,11 @@ class OnnxRuntime(Rival):
         """What is measured."""
         return str(onnxruntime.__version__)
 
-    def prepare(self, cell: Cell, fresh: bool) -> Contender:
+    def prepare(self, cell: Cell[Any], fresh: bool) -> Contender:
         """Return a session's run, into the cell's output through IO binding."""
-        b = cell.batch
+        if cell.normalization not in NODES:
+            raise NotOffered("it has no such operator")
+        b: Batch = cell.data
         if cell.operation not in ("inference", "forward"):
             raise NotOffered("no gradients, nor training")
         if b.layout == "nhwc":

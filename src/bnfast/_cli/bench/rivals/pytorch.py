@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bnfast._cli.bench.cell import EPS, Batch, Cell
+from bnfast._cli.bench.cell import EPS, LEAST_LENGTH, Batch, Cell, Data, Filters, Matrix
 from bnfast._cli.bench.rivals import Contender, Rival, first
 
 ALL = [True, True, True]  # gradients of x, weight and bias
@@ -33,17 +33,17 @@ class PyTorch(Rival):
         """What is measured."""
         return str(torch.__version__)
 
-    def prepare(self, cell: Cell, fresh: bool) -> Contender:
+    def prepare(self, cell: Cell[Any], fresh: bool) -> Contender:
         """Return a call on tensors that share the memory of the cell's arrays."""
         return CALLS[cell.normalization](cell, fresh)
 
 
-def _tensor(b: Batch, array: NDArray[Any]) -> Any:
+def _tensor(b: Data, array: NDArray[Any]) -> Any:
     """Return x, y, dy or dx as PyTorch has it: channels second, whatever the strides."""
     return shared(array) if b.layout != "nhwc" else shared(array).movedim(-1, 1)
 
 
-def _reader(b: Batch) -> Callable[[Any], NDArray[Any]]:
+def _reader(b: Data) -> Callable[[Any], NDArray[Any]]:
     """Return what makes an array like ``b.x`` of y or dx."""
 
     def read(results: Any) -> NDArray[Any]:
@@ -54,8 +54,8 @@ def _reader(b: Batch) -> Callable[[Any], NDArray[Any]]:
     return read
 
 
-def _batch_norm(cell: Cell, fresh: bool) -> Contender:
-    b = cell.batch
+def _batch_norm(cell: Cell[Batch], fresh: bool) -> Contender:
+    b = cell.data
     read = _reader(b)
     x, weight, bias = _tensor(b, b.x), shared(b.weight), shared(b.bias)
     if cell.operation == "backward":
@@ -84,8 +84,8 @@ def _batch_norm(cell: Cell, fresh: bool) -> Contender:
 # and copies that: slower, so not used.
 
 
-def _layer_norm(cell: Cell, fresh: bool) -> Contender:
-    b = cell.batch
+def _layer_norm(cell: Cell[Batch], fresh: bool) -> Contender:
+    b = cell.data
     x, row, weight, bias = shared(b.x), b.x.shape[-1:], shared(b.weight), shared(b.bias)
     if cell.operation == "forward":
         forward = aten.native_layer_norm.default
@@ -96,9 +96,9 @@ def _layer_norm(cell: Cell, fresh: bool) -> Contender:
     return Contender(lambda: backward(*arguments), _reader(b), fresh=not fresh)
 
 
-def _rms_norm(cell: Cell, fresh: bool) -> Contender:
+def _rms_norm(cell: Cell[Batch], fresh: bool) -> Contender:
     """For CPUs it is made of others, and has no gradient but autograd's."""
-    b = cell.batch
+    b = cell.data
     x, row, weight = shared(b.x), b.x.shape[-1:], shared(b.weight)
     if cell.operation == "forward":
         forward = aten.rms_norm.default
@@ -115,8 +115,8 @@ def _rms_norm(cell: Cell, fresh: bool) -> Contender:
     )
 
 
-def _group_norm(cell: Cell, fresh: bool) -> Contender:
-    b = cell.batch
+def _group_norm(cell: Cell[Batch], fresh: bool) -> Contender:
+    b = cell.data
     n, channels, *plane = b.shape
     sizes = n, channels, math.prod(plane), b.num_groups
 
@@ -137,7 +137,7 @@ def _group_norm(cell: Cell, fresh: bool) -> Contender:
     return Contender(lambda: backward(*gradient), _reader(b), fresh=not fresh)
 
 
-def _instance_norm(cell: Cell, fresh: bool) -> Contender:
+def _instance_norm(cell: Cell[Batch], fresh: bool) -> Contender:
     """As its layer has it, a batch norm of N * C channels, or as a group norm: what is faster."""
     return min(_as_batch_norm(cell, fresh), _group_norm(cell, fresh), key=_seconds)
 
@@ -152,9 +152,9 @@ def _seconds(contender: Contender) -> float:
     return min(times[1:])
 
 
-def _as_batch_norm(cell: Cell, fresh: bool) -> Contender:
+def _as_batch_norm(cell: Cell[Batch], fresh: bool) -> Contender:
     """In NCHW, to which its layer copies other layouts, and in which it returns them."""
-    b = cell.batch
+    b = cell.data
     n, channels, *plane = b.shape
     size = 1, n * channels, *plane
 
@@ -185,10 +185,54 @@ def _as_batch_norm(cell: Cell, fresh: bool) -> Contender:
     return Contender(lambda: forward_out(apart(b.x), *rest, **outputs), _reader(b), note=note)
 
 
-CALLS = {
+def _weight_norm(cell: Cell[Filters], fresh: bool) -> Contender:
+    d = cell.data
+    along = (-1, *[1] * (d.x.ndim - 1))
+    v, g = shared(d.x), shared(d.g).view(along)
+    if cell.operation == "forward":
+        forward = aten._weight_norm_interface.default
+        return Contender(lambda: forward(v, g, 0), _reader(d), fresh=not fresh)
+    arguments = shared(d.dy), v, g, shared(d.norm).view(along), 0
+    backward = aten._weight_norm_interface_backward.default
+    return Contender(lambda: backward(*arguments), _reader(d), fresh=not fresh)
+
+
+def _spectral_norm(cell: Cell[Matrix], fresh: bool) -> Contender:
+    """As its parametrization has it; the gradient is autograd's, for that has no other."""
+    d = cell.data
+    w, out = shared(d.x), shared(d.out)
+    matrix = w.flatten(1)
+    if cell.operation == "forward":
+        begun = shared(d.v)
+        u, v = torch.empty_like(shared(d.u)), torch.empty_like(begun)
+        normalize, mv, vdot = torch.nn.functional.normalize, torch.mv, torch.vdot
+
+        def forward() -> Any:
+            normalize(mv(matrix, begun), dim=0, eps=LEAST_LENGTH, out=u)
+            normalize(mv(matrix.mH, u), dim=0, eps=LEAST_LENGTH, out=v)
+            sigma = vdot(u, mv(matrix, v))
+            return w / sigma if fresh else torch.div(w, sigma, out=out)
+
+        return Contender(forward, _reader(d))
+    dy, u, v = shared(d.dy), shared(d.found.u), shared(d.found.v)
+    w.requires_grad_()
+    with torch.enable_grad():
+        y = w / torch.vdot(u, torch.mv(w.flatten(1), v))
+    gradient = torch.autograd.grad
+    return Contender(
+        lambda: gradient(y, w, dy, retain_graph=True),
+        _reader(d),
+        fresh=not fresh,
+        note="autograd",
+    )
+
+
+CALLS: dict[str, Callable[[Cell[Any], bool], Contender]] = {
     "batch": _batch_norm,
     "layer": _layer_norm,
     "rms": _rms_norm,
     "group": _group_norm,
     "instance": _instance_norm,
+    "weight": _weight_norm,
+    "spectral": _spectral_norm,
 }
