@@ -67,7 +67,7 @@ def reached_from(variant, kernel):
     return [instruction for address in seen for instruction in ours[address][1]]
 
 
-# Eight float64 at a time, and their eight float32: vectors of half the width where those are the widest.
+# Eight float64 at a time, and their eight float32, which fill half of the widest vectors.
 EIGHTS = ("scale_shift_coefficients", "gradient_coefficients", "recentre", "invstd")
 
 # They convert and choose.
