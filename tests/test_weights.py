@@ -317,6 +317,20 @@ def test_spectral_norm_is_the_reference(dtype, rng, dim, v_first, steps):
 
 @pytest.mark.parametrize("v_first", [False, True])
 @pytest.mark.parametrize("dim", [0, 1])
+def test_spectral_norm_of_weights_larger_than_a_piece(dtype, rng, monkeypatch, dim, v_first):
+    monkeypatch.setattr("bnfast.functional.weights._PIECE_ELEMENTS", 30)
+    w = rng.normal(size=(7, 5, 3)).astype(dtype)[::-1]
+    dy = rng.normal(size=w.shape).astype(dtype)
+    u, v = rng.normal(size=w.shape[dim]), rng.normal(size=w.size // w.shape[dim])
+    y, *saved = bnfast.spectral_norm_forward(w, u, v, 2, dim=dim, v_first=v_first)
+    expected, *saved_wide = reference.spectral_norm_forward(w, u, v, 2, dim=dim, v_first=v_first)
+    close(y, expected, dtype)
+    dw = bnfast.spectral_norm_backward(dy, w, *saved, dim=dim)
+    close(dw, reference.spectral_norm_backward(dy, w, *saved_wide, dim=dim), dtype)
+
+
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize("dim", [0, 1])
 def test_spectral_norm_finds_the_largest_singular_value(dtype, rng, dim, v_first):
     w = rng.normal(size=(5, 4, 3)).astype(dtype)
     rows = w.shape[dim]
@@ -325,7 +339,7 @@ def test_spectral_norm_finds_the_largest_singular_value(dtype, rng, dim, v_first
     y, sigma, left, right = bnfast.spectral_norm_forward(w, u, v, 300, dim=dim, v_first=v_first)
     close(sigma, np.linalg.norm(matrix.astype(np.float64), 2), np.float32)
     close(y, w / sigma, dtype)
-    once = bnfast.spectral_norm_forward(w, left, right, 0, dim=dim)
+    once = bnfast.spectral_norm_forward(w, left, right, 0, dim=dim, v_first=v_first)
     np.testing.assert_array_equal(once[0], y)
     np.testing.assert_array_equal(once[2], left)
     dw = bnfast.spectral_norm_backward(y, w, sigma, left, right, dim=dim)
@@ -336,9 +350,14 @@ def test_spectral_norm_finds_the_largest_singular_value(dtype, rng, dim, v_first
         np.testing.assert_array_equal(out, dw)
     for out in (np.empty_like(w), w.copy()):
         weights = out if np.array_equal(out, w) else w
-        assert bnfast.spectral_norm_forward(weights, left, right, 0, dim=dim, out=out)[0] is out
+        assert (
+            bnfast.spectral_norm_forward(
+                weights, left, right, 0, dim=dim, v_first=v_first, out=out
+            )[0]
+            is out
+        )
         np.testing.assert_array_equal(out, y)
-    assert bnfast.spectral_norm(w, left, right, 0, dim=dim, out=w) is w
+    assert bnfast.spectral_norm(w, left, right, 0, dim=dim, v_first=v_first, out=w) is w
     np.testing.assert_array_equal(w, y)
 
 

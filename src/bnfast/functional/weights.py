@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -889,22 +889,28 @@ def spectral_norm_forward(
         y = np.empty_like(array)
     else:
         y = _validation.output(out, array, {"w": array, "u": u, "v": v})
-    matrix = _as_matrix(array, axis)
+    matrix = _Matrix(array, axis)
 
     def normalized(z: Array) -> Array:
         unit: Array = z / np.maximum(np.linalg.norm(z), least)
         return unit
 
     with np.errstate(all="ignore"):
+        # sigma is made of a step's last product, W v or W.T u: without a step, of the same.
+        product = None
         for _ in range(steps):
             if v_first:
-                right = normalized(matrix.T @ left)
-                left = normalized(matrix @ right)
+                right = normalized(matrix.transposed_times(left))
+                product = matrix.times(right)
+                left = normalized(product)
             else:
-                left = normalized(matrix @ right)
-                right = normalized(matrix.T @ left)
-        sigma = float(left @ (matrix @ right))
-        np.divide(array, sigma, out=y, dtype=np.float64, casting="same_kind")
+                left = normalized(matrix.times(right))
+                product = matrix.transposed_times(left)
+                right = normalized(product)
+        if product is None:
+            product = matrix.times(right) if v_first else matrix.transposed_times(left)
+        sigma = float(product @ (left if v_first else right))
+        _divide(array, sigma, y)
     return y, sigma, left, right
 
 
@@ -967,12 +973,16 @@ def spectral_norm_backward(
         dw = np.empty_like(array)
     else:
         dw = _validation.output(out, array, {"dy": upstream, "w": array, "u": u, "v": v})
-    gradient, matrix = _as_matrix(upstream, axis), _as_matrix(array, axis)
+    gradient, matrix = _Matrix(upstream, axis), _Matrix(array, axis)
+    target = np.moveaxis(dw, axis, 0)
     with np.errstate(all="ignore"):
-        along = (gradient * matrix).sum() / length
-        made = (gradient - along * np.outer(left, right)) / length
-        target = np.moveaxis(dw, axis, 0)
-        target[...] = made.reshape(target.shape)
+        along = gradient.inner(matrix) / length
+        shares = left * (-along)
+        for rows_, piece in gradient.pieces():
+            made = np.multiply.outer(shares[rows_], right)
+            made += piece
+            made /= length
+            target[rows_] = made.reshape(target[rows_].shape)
     return dw
 
 
@@ -991,7 +1001,52 @@ def _singular_vectors(u: object, v: object, w: Array, rows: int) -> tuple[Array,
     return left.astype(np.float64), right.astype(np.float64)
 
 
-def _as_matrix(w: Array, axis: int) -> Array:
-    """Return the weights as float64 rows, one for each index of the axis."""
-    rows = w.shape[axis]
-    return np.moveaxis(w, axis, 0).reshape(rows, w.size // max(rows, 1)).astype(np.float64)
+def _divide(w: Array, sigma: float, y: Array) -> None:
+    """Write w / sigma: in its own type, as long as that holds sigma to its last bit."""
+    own = w.dtype.type(sigma)
+    if np.finfo(w.dtype).tiny <= abs(own) < np.inf:
+        np.divide(w, own, out=y)
+    else:
+        np.divide(w, sigma, out=y, dtype=np.float64, casting="same_kind")
+
+
+# In float64: what stays in a cache from its conversion to its product.
+_PIECE_ELEMENTS = 1 << 17
+
+
+class _Matrix:
+    """Weights as rows, one for each index of an axis, in float64 a few at a time."""
+
+    def __init__(self, w: Array, axis: int) -> None:
+        self._rows = np.moveaxis(w, axis, 0)
+        self.shape = (len(self._rows), w.size // max(1, len(self._rows)))
+
+    def pieces(self) -> Iterator[tuple[slice, Array]]:
+        """Give some rows after the other, and which they are."""
+        rows, columns = self.shape
+        step = max(1, _PIECE_ELEMENTS // max(1, columns))
+        for first in range(0, rows, step):
+            which = slice(first, min(first + step, rows))
+            some = self._rows[which].reshape(which.stop - first, columns)
+            yield which, some.astype(np.float64, copy=False)
+
+    def times(self, right: Array) -> Array:
+        """Return W v."""
+        made = np.empty(self.shape[0])
+        for rows, piece in self.pieces():
+            made[rows] = piece @ right
+        return made
+
+    def transposed_times(self, left: Array) -> Array:
+        """Return W.T u."""
+        made = np.zeros(self.shape[1])
+        for rows, piece in self.pieces():
+            made += left[rows] @ piece
+        return made
+
+    def inner(self, other: _Matrix) -> float:
+        """Return the sum of the products of all elements with those of another."""
+        made = 0.0
+        for (_, ours), (_, theirs) in zip(self.pieces(), other.pieces(), strict=True):
+            made += float(np.vdot(ours, theirs))
+        return made
