@@ -297,7 +297,14 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     CALL(pool_moments)(c / together, together, n, mean, mean_low, m2);
     add_doubles(mean, c);
     add_doubles(m2, c);
-    CALL(mean_squares)(c, n, mean, mean_low, m2);
+    CALL(square_sums)[layout][dtype](extent, x, strides, near, m2);
+    double *far_squares = zeros(c), *near_squares = zeros(c);
+    CALL(square_sums)[layout][dtype](extent, x, strides, near, near_squares);
+    CALL(square_sums)[layout][dtype](extent, x, strides, far, far_squares);
+    expect_same(near_squares, far_squares, c, BN_f64);
+    add_doubles(near_squares, c);
+    free(far_squares);
+    free(near_squares);
     add_doubles(m2, c);
 
     CALL(update_running)[dtype](c, 1, 0.1, m2, (double)n, forward.array[0]);

@@ -130,7 +130,7 @@ static int are_joined(const bn_job *job)
 {
     const bn_geometry *geometry = job->geometry;
     const bn_operand *x = &geometry->operand[X];
-    return job->shared > 1 && geometry->layout == BN_contiguous && geometry->chunks == 1 &&
+    return job->shared > 1 && !job->uncentred && geometry->layout == BN_contiguous && geometry->chunks == 1 &&
            geometry->outer == 1 && !x->packed && x->channel_stride == (ptrdiff_t)geometry->inner;
 }
 
@@ -140,6 +140,12 @@ static void moments_of_box(const bn_job *job, const bn_box *box, size_t block, s
     _Alignas(64) char x_scratch[BN_SCRATCH_BYTES];
     bn_view x = bn_view_to_read(geometry, X, job->x, box, x_scratch);
     bn_extent extent = box->extent;
+    if (job->uncentred) { /* the mean remains 0 */
+        job->kernels->square_sums[geometry->layout][geometry->dtype](
+            extent, x.data, x.strides, input_of(job),
+            sums_of_block(job, job->m2, 2, block) + box->channel);
+        return;
+    }
     if (are_joined(job)) {
         extent.channels /= job->shared;
         extent.inner *= job->shared;
@@ -516,10 +522,6 @@ static void finish_normalize(const bn_job *job, range channels)
         spread_moments(channels.count, job->shared, job->m2 + c);
     } else if (job->shared > 1) {
         job->kernels->pool_moments(channels.count / job->shared, job->shared, each, job->mean + c,
-                                   job->mean_low + c, job->m2 + c);
-    }
-    if (job->uncentred) {
-        job->kernels->mean_squares(channels.count, each * job->shared, job->mean + c,
                                    job->mean_low + c, job->m2 + c);
     }
     job->kernels->invstd(channels.count, job->m2 + c, (double)(each * job->shared), job->eps,

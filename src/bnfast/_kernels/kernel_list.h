@@ -9,6 +9,7 @@
 
 #define BN_FOR_EACH_ELEMENT_OPERATION(X) \
     X(moments)                           \
+    X(square_sums)                       \
     X(scale_shift)                       \
     X(gradient_sums)                     \
     X(input_gradient)                    \
@@ -35,7 +36,6 @@
 #define BN_FOR_EACH_CHANNEL_OPERATION(X) \
     X(merge_moments)                     \
     X(pool_moments)                      \
-    X(mean_squares)                      \
     X(merge_sums)                        \
     X(invstd)                            \
     X(widen)

@@ -64,6 +64,10 @@ typedef void bn_moments_kernel(bn_extent extent, const void *x, bn_strides x_str
                                bn_input input, size_t count, double *mean, double *mean_low,
                                double *m2);
 
+/* square_sums: adds sum(x^2) of the box to an array of [channels]. */
+typedef void bn_square_sums_kernel(bn_extent extent, const void *x, bn_strides x_strides,
+                                   bn_input input, double *m2);
+
 /* Whether an output may stay in the caches, or had better go around them. */
 typedef enum { BN_stored, BN_streamed } bn_stores;
 
@@ -173,10 +177,6 @@ typedef void bn_merge_moments_kernel(size_t channels, size_t count_a, double *me
    them. */
 typedef void bn_pool_moments_kernel(size_t groups, size_t shared, size_t count, double *mean,
                                     double *mean_low, double *m2);
-
-/* Moments around 0 of those around the mean: m2 becomes the sum of squares, and the mean 0. */
-typedef void bn_mean_squares_kernel(size_t channels, size_t count, double *mean, double *mean_low,
-                                    double *m2);
 
 /* sums += more */
 typedef void bn_merge_sums_kernel(size_t channels, double *sums, const double *more);
