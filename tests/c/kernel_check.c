@@ -276,8 +276,6 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
                                                 other_low);
     add_doubles(other_mean, c);
     add_doubles(other_low, c);
-    free(weights);
-    free(biases);
     const size_t rows = c < 16 ? c : 16;
     const bn_extent few = {extent.outer, rows, extent.inner};
     double *products = zeros(extent.outer * extent.inner);
@@ -290,7 +288,29 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
         CALL(column_sums)[layout][dtype](few, both, unshifted, products, sums);
         add_doubles(products, extent.outer * extent.inner);
         add_doubles(sums, extent.outer * extent.inner);
+        /* Sums and gradients are those of two passes. */
+        double *both_products = zeros(extent.outer * extent.inner);
+        double *both_sums = zeros(extent.outer * extent.inner);
+        const bn_view once = {allocate(all * itemsize), strides};
+        memcpy(once.data, dx, all * itemsize);
+        unshifted.array[BN_SLOPE] = backward.array[BN_SLOPE];
+        unshifted.array[BN_OFFSET] = backward.array[BN_OFFSET];
+        memset(products, 0, extent.outer * extent.inner * sizeof *products);
+        memset(sums, 0, extent.outer * extent.inner * sizeof *sums);
+        CALL(column_sums)[layout][dtype](few, both, unshifted, products, sums);
+        CALL(weighted_input_gradient)[layout][dtype](few, weighted, unshifted, dx_view,
+                                                     (bn_manner){BN_stored, 0});
+        CALL(columns_and_gradient)[layout][dtype](few, weighted, unshifted, once, both_products,
+                                                  both_sums);
+        expect_same(products, both_products, extent.outer * extent.inner, BN_f64);
+        expect_same(sums, both_sums, extent.outer * extent.inner, BN_f64);
+        expect_same(dx, once.data, all, dtype);
+        free(once.data);
+        free(both_products);
+        free(both_sums);
     }
+    free(weights);
+    free(biases);
     free(products);
     free(sums);
 

@@ -729,6 +729,30 @@ static void add_columns(const bn_job *job, range rows, double *sums)
     }
 }
 
+/* Whether elements can be read once for the sums of columns and for dx: of plain rows, where dx stays in
+   the cache (streams want their lines in order) and nothing that may be read again is overwritten. */
+static int may_write_with_columns(const bn_job *job)
+{
+    const bn_geometry *geometry = job->geometry;
+    return job->element_weight && geometry->layout == BN_contiguous && geometry->outer == 1 &&
+           !geometry->any_packed && job->manner.stores == BN_stored && job->dx != job->x &&
+           job->dx != job->dy;
+}
+
+static void add_columns_and_write(const bn_job *job, range rows, double *sums)
+{
+    const bn_geometry *geometry = job->geometry;
+    const bn_box box = {.channel = rows.first, .extent = {1, rows.count, geometry->inner}};
+    const bn_view inputs[] = {
+        bn_view_to_read(geometry, DY, job->dy, &box, NULL),
+        bn_view_to_read(geometry, X, job->x, &box, NULL),
+        bn_view_to_read(geometry, ELEMENT_WEIGHT, job->element_weight, &box, NULL),
+    };
+    job->kernels->columns_and_gradient[geometry->layout][geometry->dtype](
+        box.extent, inputs, coefficients_from(job, box.channel),
+        bn_view_to_write(geometry, DX, job->dx, &box, NULL), sums, sums + geometry->inner);
+}
+
 /* Some rows in one go, while they are in the cache. */
 static void row_gradient(const bn_job *job, range rows, double *column_sums)
 {
@@ -738,6 +762,10 @@ static void row_gradient(const bn_job *job, range rows, double *column_sums)
         sum_gradient(job, block, rows);
     }
     finish_gradient(job, rows);
+    if (may_write_with_columns(job)) {
+        add_columns_and_write(job, rows, column_sums);
+        return;
+    }
     add_columns(job, rows, column_sums);
     for (size_t block = blocks; block-- > 0;) {
         write_block(job, block, rows, input_gradient_of_box);

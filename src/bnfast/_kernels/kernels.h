@@ -123,6 +123,13 @@ typedef void bn_weighted_gradient_sums_kernel(bn_extent extent, const bn_view *i
 typedef void bn_column_sums_kernel(bn_extent extent, const bn_view *inputs,
                                    bn_coefficients coefficients, double *products, double *sums);
 
+/* columns_and_gradient: column_sums, and weighted_input_gradient of the same elements, which are read once
+   for both. The inputs are dy, x and weight; the weights of a row are neighbours, the same for all rows,
+   and the output is no input. */
+typedef void bn_columns_and_gradient_kernel(bn_extent extent, const bn_view *inputs,
+                                            bn_coefficients coefficients, bn_view dx,
+                                            double *products, double *sums);
+
 /* Arithmetic on [channels] arrays: float64 in, coefficients in the element type out.
    A NULL weight is 1; a NULL mean, mean_low or bias is 0. `plain` channels do without what their rounded
    mean leaves, where nobody would notice: without a bias the shift is then -0, which adds nothing. */
