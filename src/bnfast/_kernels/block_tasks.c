@@ -118,9 +118,17 @@ static void clear(double *array, range channels)
 /* `count` is the number of values that the block has summed before this box. */
 typedef void visit(const bn_job *job, const bn_box *box, size_t block, size_t count);
 
-static bn_input input_of(const bn_job *job)
+/* The last channels have nothing after them that could be fetched ahead. */
+static ptrdiff_t ahead_of(const bn_job *job, const bn_box *box)
 {
-    return (bn_input){job->geometry->phases, job->far};
+    const size_t at = box->outer * job->geometry->inner + box->inner;
+    const int last = box->channel + job->group >= job->geometry->channels;
+    return last || at >= job->fetched ? 0 : job->ahead;
+}
+
+static bn_input input_of(const bn_job *job, const bn_box *box)
+{
+    return (bn_input){job->geometry->phases, job->far, job->sums_fetch ? ahead_of(job, box) : 0};
 }
 
 /* Whether the channels that share their statistics follow each other as one run, of a single chunk each:
@@ -142,7 +150,7 @@ static void moments_of_box(const bn_job *job, const bn_box *box, size_t block, s
     bn_extent extent = box->extent;
     if (job->uncentred) { /* the mean remains 0 */
         job->kernels->square_sums[geometry->layout][geometry->dtype](
-            extent, x.data, x.strides, input_of(job),
+            extent, x.data, x.strides, input_of(job, box),
             sums_of_block(job, job->m2, 2, block) + box->channel);
         return;
     }
@@ -152,7 +160,7 @@ static void moments_of_box(const bn_job *job, const bn_box *box, size_t block, s
         x.strides.channel *= (ptrdiff_t)job->shared;
     }
     job->kernels->moments[geometry->layout][geometry->dtype](
-        extent, x.data, x.strides, input_of(job), count,
+        extent, x.data, x.strides, input_of(job, box), count,
         sums_of_block(job, job->mean, 0, block) + box->channel,
         sums_of_block(job, job->mean_low, 1, block) + box->channel,
         sums_of_block(job, job->m2, 2, block) + box->channel);
@@ -183,7 +191,7 @@ static void gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t bl
     const bn_view x = bn_view_to_read(geometry, X, job->x, box, x_scratch);
     (void)count;
     job->kernels->gradient_sums[geometry->layout][geometry->dtype](
-        box->extent, dy.data, dy.strides, x.data, x.strides, input_of(job),
+        box->extent, dy.data, dy.strides, x.data, x.strides, input_of(job, box),
         coefficients_from(job, box->channel),
         sums_of_block(job, job->sum_dy, 0, block) + box->channel,
         sums_of_block(job, job->sum_dy_deviation, 1, block) + box->channel);
@@ -201,20 +209,14 @@ static void weighted_gradient_sums_of_box(const bn_job *job, const bn_box *box, 
     };
     (void)count;
     job->kernels->weighted_gradient_sums[geometry->layout][geometry->dtype](
-        box->extent, inputs, input_of(job), coefficients_from(job, box->channel),
+        box->extent, inputs, input_of(job, box), coefficients_from(job, box->channel),
         sums_of_block(job, job->sum_dy, 0, block) + box->channel,
         sums_of_block(job, job->sum_dy_deviation, 1, block) + box->channel);
 }
 
-/* The last channels have nothing after them that could be fetched ahead. */
 static bn_manner manner_of(const bn_job *job, const bn_box *box)
 {
-    const size_t at = box->outer * job->geometry->inner + box->inner;
-    bn_manner manner = job->manner;
-    if (box->channel + job->group >= job->geometry->channels || at >= job->fetched) {
-        manner.ahead = 0;
-    }
-    return manner;
+    return (bn_manner){job->stores, job->sums_fetch ? 0 : ahead_of(job, box)};
 }
 
 /* An operand of a call: where it stands in the geometry, and its memory. */
@@ -326,7 +328,7 @@ static void write_block(const bn_job *job, size_t block, range channels, visit *
     const size_t bytes =
         geometry->chunk_outer * geometry->chunk_inner * channels.count * geometry->itemsize;
     const int apart = geometry->any_packed || geometry->chunks_per_run > 1 ||
-                      (job->manner.ahead != 0 && job->fetched < values_per_channel(geometry));
+                      (job->ahead != 0 && job->fetched < values_per_channel(geometry));
     const size_t together = apart ? 1 : MAX((size_t)1, BN_STEP_BYTES / bytes);
     for (size_t end = chunks.count; end > 0;) {
         const size_t some = MIN(together, end);
@@ -735,7 +737,7 @@ static int may_write_with_columns(const bn_job *job)
 {
     const bn_geometry *geometry = job->geometry;
     return job->element_weight && geometry->layout == BN_contiguous && geometry->outer == 1 &&
-           !geometry->any_packed && job->manner.stores == BN_stored && job->dx != job->x &&
+           !geometry->any_packed && job->stores == BN_stored && job->dx != job->x &&
            job->dx != job->dy;
 }
 
@@ -862,7 +864,7 @@ static void choose_stores(bn_job *job, size_t threads, size_t operand, const cha
     /* In place, a line has been read already; scratch is read again at once. */
     const int streamed = bytes >= bn_streamed_from(job->caches, threads) && output != x &&
                          output != dy && !job->geometry->operand[operand].packed;
-    job->manner = (bn_manner){streamed ? BN_streamed : BN_stored, 0};
+    job->stores = streamed ? BN_streamed : BN_stored;
 }
 
 /* Cuts the channels into groups for so many threads, which read so many tensors; whether its tasks had
@@ -898,15 +900,23 @@ static int group_channels(bn_job *job, size_t threads, size_t tensors)
     return fused;
 }
 
-/* While a group's output is written, the beginning of the next group's input is fetched into the second
-   level of cache: so much of it as has room there. (Outputs are written from their end, so that what
-   is fetched is what is summed next.) */
+/* Whether adding a run up takes longer than memory needs to bring the next one. */
+static int sums_take_long(const bn_job *job, size_t tensors)
+{
+    const size_t run = job->geometry->inner * job->geometry->itemsize;
+    return tensors == 1 ? !job->uncentred : run <= BN_SLOW_RUN_BYTES;
+}
+
+/* While a group is done, the beginning of the next group's input is fetched into the second level of
+   cache: so much of it as has room there. (Outputs are written from their end, so that what is fetched
+   then is what is summed next.) */
 static void fetch_ahead(bn_job *job, size_t tensors)
 {
     const bn_geometry *geometry = job->geometry;
     const size_t bytes = job->group * geometry->itemsize * tensors;
     if (geometry->layout == BN_contiguous && !geometry->any_packed) {
-        job->manner.ahead = (ptrdiff_t)job->group * geometry->operand[X].channel_stride;
+        job->ahead = (ptrdiff_t)job->group * geometry->operand[X].channel_stride;
+        job->sums_fetch = geometry->outer == 1 && !job->floor && sums_take_long(job, tensors);
         job->fetched = bn_slab_bytes(job->caches) / bytes;
         job->far &= job->fetched < values_per_channel(geometry);
     }

@@ -55,8 +55,10 @@ typedef struct {
     /* Set by bn_*_phases. */
     size_t group, groups; /* channels in a task, and how many such groups */
     int far;              /* sums read from beyond the second level of cache */
-    bn_manner manner;
-    size_t fetched;       /* values of each channel that manner.ahead concerns */
+    bn_stores stores;
+    ptrdiff_t ahead;      /* from an element of one group to that of the next one; 0: none is fetched */
+    size_t fetched;       /* so many values of each channel */
+    int sums_fetch;       /* while they are added up, rather than while their output is written */
     bn_extent pieces;     /* into how many parts each axis of the output is cut */
 } bn_job;
 

@@ -50,12 +50,14 @@ typedef struct {
 
 /* How an input is summed: how many rows of channels_last side by side, of at most BN_WIDE_ROW elements
    together (see row_sums.inc), and whether it lies beyond the second level of cache: rows and long runs
-   that follow are then fetched ahead. */
+   that follow are then fetched ahead. And how many elements beyond each one of a run the one lies that
+   had better be fetched into that level meanwhile; 0 for none. */
 #define BN_WIDE_ROW 256
 
 typedef struct {
     size_t phases;
     int far;
+    ptrdiff_t ahead;
 } bn_input;
 
 /* moments: folds the box into a running (count, mean + mean_low, m2) per channel. count is how many
