@@ -137,7 +137,6 @@ cdef extern from "block_tasks.h" nogil:
         int constant_statistics
         size_t shared
         int uncentred
-        int of_rows
         char *element_weight
         char *element_bias
         double *column_sums
@@ -713,7 +712,7 @@ cpdef object normalize_rows(
         job.element_weight = _data(weight)
     if bias is not None:
         job.element_bias = _data(bias)
-    job.eps, job.uncentred, job.of_rows = eps, uncentred, True
+    job.eps, job.uncentred = eps, uncentred
     job.mean, job.invstd = _doubles(mean), _doubles(invstd)
     job.mean_low = _take_doubles(&workspace, _statistics(c))
     job.m2 = _take_doubles(&workspace, _statistics(c))
@@ -739,7 +738,7 @@ cpdef object row_gradient(
     job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)
     if weight is not None:
         job.element_weight = _data(weight)
-    job.uncentred, job.of_rows = uncentred, True
+    job.uncentred = uncentred
     job.mean = <double *>_widened(&workspace, mean, rows)
     job.invstd = <double *>_widened(&workspace, invstd, rows)
     job.sum_dy = _take_doubles(&workspace, rows)

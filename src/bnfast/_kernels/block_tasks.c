@@ -479,7 +479,7 @@ static void prepare_scale_shift(const bn_job *job, range channels)
     job->kernels->invstd(channels.count, job->variance + c, 1.0, job->eps, NULL,
                          job->invstd + c);
     job->kernels->scale_shift_coefficients[job->geometry->dtype](
-        channels.count, job->of_rows, job->mean + c, NULL, job->invstd + c,
+        channels.count, 0, job->mean + c, NULL, job->invstd + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), coefficients_from(job, c));
     repeat_coefficients(job, channels, BN_SCALE_SHIFT_COEFFICIENTS);
 }
@@ -496,8 +496,8 @@ static void prepare_gradient(const bn_job *job, range channels)
     bn_coefficients forward = coefficients_from(job, c);
     forward.array[BN_SHIFT] = forward.array[BN_FORWARD_SHIFT];
     job->kernels->scale_shift_coefficients[job->geometry->dtype](
-        channels.count, job->of_rows, job->mean + c, NULL, job->invstd + c, parameter_from(job->weight, c),
-        parameter_from(job->bias, c), forward);
+        channels.count, job->column_sums != NULL, job->mean + c, NULL, job->invstd + c,
+        parameter_from(job->weight, c), parameter_from(job->bias, c), forward);
     if (job->floor) {
         set_floors(job, channels, BN_FORWARD_SHIFT, BN_FLOOR_OF_FORWARD);
     }
@@ -529,7 +529,7 @@ static void finish_normalize(const bn_job *job, range channels)
     job->kernels->invstd(channels.count, job->m2 + c, (double)(each * job->shared), job->eps,
                          parameter_from(job->more_eps, c), job->invstd + c);
     job->kernels->scale_shift_coefficients[job->geometry->dtype](
-        channels.count, job->of_rows, job->mean + c, job->mean_low + c, job->invstd + c,
+        channels.count, 0, job->mean + c, job->mean_low + c, job->invstd + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), coefficients_from(job, c));
     if (job->floor) {
         set_floors(job, channels, BN_SHIFT, BN_FLOOR);

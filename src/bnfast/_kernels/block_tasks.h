@@ -39,7 +39,6 @@ typedef struct {
 
     size_t shared; /* so many neighbouring channels have their statistics together */
     int uncentred; /* statistics are around 0: mean is 0 */
-    int of_rows;   /* their formula is shorter where what the rounded mean leaves would not be noticed */
 
     /* Where elements rather than channels have parameters, the same for every row: a channel of a
        repeat. Operands that do not step from row to row; NULL for none. Their gradients are sums
