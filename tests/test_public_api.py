@@ -17,11 +17,13 @@ MODULES = [
     "bnfast._memory",
     "bnfast._threads",
     "bnfast.functional.batch",
+    "bnfast.functional.conditional",
     "bnfast.functional.rows",
     "bnfast.functional.small_batches",
     "bnfast.functional.weights",
     "bnfast.functional.whitening",
     "bnfast.layers.batch",
+    "bnfast.layers.conditional",
     "bnfast.layers._layer",
     "bnfast.layers.rows",
     "bnfast.layers.samples",
@@ -78,6 +80,24 @@ def test_all_names_are_there_and_documented():
         (
             bnfast.BatchNorm,
             "num_features, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, *, "
+            f"axis=1, unbiased=True, dtype={np.float32!r}",
+        ),
+        (
+            bnfast.conditional_batch_norm,
+            "x, weight, bias, running_mean=None, running_var=None, training=False, momentum=0.1, "
+            "eps=1e-05, *, axis=1, unbiased=True, out=None",
+        ),
+        (
+            bnfast.conditional_batch_norm_forward,
+            "x, weight, bias, eps=1e-05, *, axis=1, out=None",
+        ),
+        (
+            bnfast.conditional_batch_norm_backward,
+            "dy, x, mean, invstd, weight=None, *, axis=1, training=True, out=None",
+        ),
+        (
+            bnfast.ConditionalBatchNorm,
+            "num_features, num_classes, eps=1e-05, momentum=0.1, track_running_stats=True, *, "
             f"axis=1, unbiased=True, dtype={np.float32!r}",
         ),
         (

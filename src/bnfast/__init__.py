@@ -1,16 +1,16 @@
 """Batch normalization and its family on the CPU: NumPy arrays in, NumPy arrays out.
 
 Functions: `batch_norm`, `instance_norm`, `group_norm`, `layer_norm`, `rms_norm`,
-`filter_response_norm`, `decorrelated_batch_norm`, `iterative_norm`, `ghost_batch_norm` and
-`batch_renorm`, in the order of arguments that PyTorch's have. ``<name>_forward`` also returns what
-``<name>_backward`` needs for the gradients. `weight_norm`, `weight_standardization`,
-`scaled_weight_standardization` and `spectral_norm` are of weights rather than data. `moments` gives
-count, mean and m2 of each channel.
+`filter_response_norm`, `conditional_batch_norm`, `decorrelated_batch_norm`, `iterative_norm`,
+`ghost_batch_norm` and `batch_renorm`, in the order of arguments that PyTorch's have.
+``<name>_forward`` also returns what ``<name>_backward`` needs for the gradients. `weight_norm`,
+`weight_standardization`, `scaled_weight_standardization` and `spectral_norm` are of weights rather
+than data. `moments` gives count, mean and m2 of each channel.
 
 Layers, which own parameters and statistics: call one, then its ``backward``: `BatchNorm`,
-`InstanceNorm`, `GroupNorm`, `LayerNorm`, `RMSNorm`, `FilterResponseNorm`, `DecorrelatedBatchNorm`,
-`IterNorm`, `GhostBatchNorm`, `BatchRenorm`, `WeightNorm`, `WeightStandardization`,
-`ScaledWeightStandardization`, `SpectralNorm`.
+`InstanceNorm`, `GroupNorm`, `LayerNorm`, `RMSNorm`, `FilterResponseNorm`, `ConditionalBatchNorm`,
+`DecorrelatedBatchNorm`, `IterNorm`, `GhostBatchNorm`, `BatchRenorm`, `WeightNorm`,
+`WeightStandardization`, `ScaledWeightStandardization`, `SpectralNorm`.
 
 `set_num_threads` and `show_config` say how it runs; ``python -m bnfast info`` prints the latter.
 """
@@ -30,6 +30,9 @@ from bnfast.functional import (
     batch_renorm,
     batch_renorm_backward,
     batch_renorm_forward,
+    conditional_batch_norm,
+    conditional_batch_norm_backward,
+    conditional_batch_norm_forward,
     decorrelated_batch_norm,
     decorrelated_batch_norm_backward,
     decorrelated_batch_norm_forward,
@@ -71,6 +74,7 @@ from bnfast.functional import (
 from bnfast.layers import (
     BatchNorm,
     BatchRenorm,
+    ConditionalBatchNorm,
     DecorrelatedBatchNorm,
     FilterResponseNorm,
     GhostBatchNorm,
@@ -89,6 +93,7 @@ from bnfast.statistics import Moments
 __all__ = [
     "BatchNorm",
     "BatchRenorm",
+    "ConditionalBatchNorm",
     "DecorrelatedBatchNorm",
     "FilterResponseNorm",
     "GhostBatchNorm",
@@ -114,6 +119,9 @@ __all__ = [
     "batch_renorm",
     "batch_renorm_backward",
     "batch_renorm_forward",
+    "conditional_batch_norm",
+    "conditional_batch_norm_backward",
+    "conditional_batch_norm_forward",
     "decorrelated_batch_norm",
     "decorrelated_batch_norm_backward",
     "decorrelated_batch_norm_forward",

@@ -129,6 +129,78 @@ def batch_norm_backward(
     return dx * _along(axis, x.ndim, gamma * invstd), dweight, dbias
 
 
+def _per_sample(
+    value: ArrayLike | None, default: float, x: Array, axis: int, precision: Any
+) -> Array:
+    """One value for each channel of each sample, shaped to broadcast against the batch."""
+    shape = [1] * x.ndim
+    shape[0], shape[axis] = x.shape[0], x.shape[axis]
+    given = np.full(shape, default) if value is None else np.asarray(value)
+    return given.reshape(shape).astype(precision)
+
+
+def conditional_batch_norm_forward(
+    x: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    statistics: tuple[ArrayLike, ArrayLike] | None = None,
+    axis: int = 1,
+    precision: Any = np.float64,
+) -> tuple[Array, Array, Array]:
+    """Y[n] = weight[n] * (x[n] - mean) * invstd + bias[n], invstd = 1 / sqrt(var + eps).
+
+    mean and var are those of the batch, or given `statistics`.
+    """
+    x = np.asarray(x, precision)
+    axes = _other_axes(axis, x.ndim)
+    given = (x.mean(axes), x.var(axes)) if statistics is None else statistics
+    mean, var = (np.asarray(statistic, precision) for statistic in given)
+    invstd = 1 / np.sqrt(var + precision(eps))
+    gamma, beta = (
+        _per_sample(value, default, x, axis, precision)
+        for value, default in ((weight, 1.0), (bias, 0.0))
+    )
+    xhat = (x - _along(axis, x.ndim, mean)) * _along(axis, x.ndim, invstd)
+    return gamma * xhat + beta, mean, invstd
+
+
+def conditional_batch_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    training: bool = True,
+    precision: Any = np.float64,
+) -> tuple[Array, Array, Array]:
+    """dx, dweight and dbias; with xhat = (x - mean) * invstd, and sums over pixels.
+
+    dbias[n] = sum(dy[n]), dweight[n] = sum(dy[n] * xhat[n]), and dx[n] is
+    invstd * (weight[n] * dy[n] - sum_k(weight[k] * dbias[k]) / count
+    - xhat[n] * sum_k(weight[k] * dweight[k]) / count) in training,
+    invstd * weight[n] * dy[n] in evaluation.
+    """
+    dy, x = np.asarray(dy, precision), np.asarray(x, precision)
+    centre, scale = (
+        _along(axis, x.ndim, np.asarray(statistic, precision)) for statistic in (mean, invstd)
+    )
+    gamma = _per_sample(weight, 1.0, x, axis, precision)
+    pixels = tuple(d for d in range(1, x.ndim) if d != axis % x.ndim)
+    count = precision(x.size // x.shape[axis])
+    xhat = (x - centre) * scale
+    dbias = dy.sum(pixels, keepdims=True)
+    dweight = (dy * xhat).sum(pixels, keepdims=True)
+    dx = gamma * dy
+    if training:
+        dx = dx - (gamma * dbias).sum(0, keepdims=True) / count
+        dx = dx - xhat * (gamma * dweight).sum(0, keepdims=True) / count
+    return scale * dx, dweight.squeeze(pixels), dbias.squeeze(pixels)
+
+
 def _in_groups(x: Array, num_groups: int, axis: int) -> Array:
     """(N, G, C / G, rest) of an array whose channels are along `axis`."""
     x = np.moveaxis(x, axis, 1)

@@ -205,6 +205,41 @@ def channel_parameter(name: str, value: object, channels: int) -> Array | None:
     return array
 
 
+def sample_parameter(name: str, value: object, samples: int, channels: int) -> Array | None:
+    """Return one value for each channel of each sample, contiguous and aligned, or None."""
+    if value is None:
+        return None
+    array = floating_array(name, value)
+    if array.shape != (samples, channels):
+        raise ValueError(
+            f"{name} must have one value for each of the {channels} channels of each of the "
+            f"{samples} samples, shape ({samples}, {channels}), got {_describe(array)}"
+        )
+    flags = array.flags
+    return array if flags.c_contiguous and flags.aligned else array.copy()
+
+
+def class_labels(value: object, samples: int, classes: int) -> NDArray[np.intp]:
+    """Return a copy of the class of each sample, counted from 0."""
+    wanted = f"labels must be integers, one for each of the {samples} samples, shape ({samples},)"
+    try:
+        array = np.asarray(value)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise TypeError(f"{wanted}, got {_describe(value)}") from error
+    if isinstance(value, np.ma.MaskedArray) or array.dtype.kind not in "iu":
+        raise TypeError(f"{wanted}, got {_describe(value)}")
+    if array.shape != (samples,):
+        raise ValueError(f"{wanted}, got {_describe(array)}")
+    wrong = array[(array < 0) | (array >= classes)]
+    if wrong.size:
+        raise ValueError(
+            f"labels must be from 0 to {classes - 1}, for {classes} classes, got {wrong[0]}"
+        )
+    return array.astype(np.intp)
+
+
 def element_parameter(
     name: str, value: object, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> Array | None:

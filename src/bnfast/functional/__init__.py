@@ -6,6 +6,11 @@ from bnfast.functional.batch import (
     batch_norm_forward,
     moments,
 )
+from bnfast.functional.conditional import (
+    conditional_batch_norm,
+    conditional_batch_norm_backward,
+    conditional_batch_norm_forward,
+)
 from bnfast.functional.response import (
     filter_response_norm,
     filter_response_norm_backward,
@@ -71,6 +76,9 @@ __all__ = [
     "batch_renorm",
     "batch_renorm_backward",
     "batch_renorm_forward",
+    "conditional_batch_norm",
+    "conditional_batch_norm_backward",
+    "conditional_batch_norm_forward",
     "decorrelated_batch_norm",
     "decorrelated_batch_norm_backward",
     "decorrelated_batch_norm_forward",

@@ -1,6 +1,7 @@
 """Objects that own parameters and running statistics, one file per kind."""
 
 from bnfast.layers.batch import BatchNorm
+from bnfast.layers.conditional import ConditionalBatchNorm
 from bnfast.layers.response import FilterResponseNorm
 from bnfast.layers.rows import LayerNorm, RMSNorm
 from bnfast.layers.samples import GroupNorm, InstanceNorm
@@ -16,6 +17,7 @@ from bnfast.layers.whitening import DecorrelatedBatchNorm, IterNorm
 __all__ = [
     "BatchNorm",
     "BatchRenorm",
+    "ConditionalBatchNorm",
     "DecorrelatedBatchNorm",
     "FilterResponseNorm",
     "GhostBatchNorm",

@@ -1,0 +1,342 @@
+"""Conditional batch normalization: each sample has a weight and a bias of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnfast import _primitives, _validation
+
+Array = NDArray[Any]
+Float = TypeVar("Float", np.float32, np.float64)
+Parameter = NDArray[np.float32] | NDArray[np.float64]
+
+
+def conditional_batch_norm(
+    x: NDArray[Float],
+    weight: Parameter | None,
+    bias: Parameter | None,
+    running_mean: Parameter | None = None,
+    running_var: Parameter | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    unbiased: bool = True,
+    out: NDArray[Float] | None = None,
+) -> NDArray[Float]:
+    """Normalize every channel of a batch, then scale and shift each sample by its own parameters.
+
+    Parameters
+    ----------
+    x : array (N, C, ...) of float32 or float64, at least 2-d
+        N samples along axis 0, C channels along `axis`, M values in each channel of the batch. Any
+        strides.
+    weight, bias : array (N, C) of float32 or float64, or None
+        gamma and beta of each sample; 1 and 0 where None.
+    running_mean, running_var : array (C,) of float32 or float64, or None
+        In training they are updated in place, or both None; in evaluation they are what `x` is
+        normalized with, and required.
+    training : bool
+        Normalize with the statistics of `x` itself rather than the running ones.
+    momentum : float
+        The weight of the NEW batch in the running statistics, as in PyTorch.
+    eps : float
+        Added to the variance: positive in training, not negative in evaluation.
+    axis : int
+        The channel axis: 1 for NCHW, -1 for NHWC; not 0.
+    unbiased : bool
+        Give running_var the variance divided by M - 1 rather than by M. The normalization itself
+        always divides by M.
+    out : array like `x`, optional
+        Where to write: `x` itself, or an array that shares no element with it.
+
+    Returns
+    -------
+    array like `x`
+        `out`, or a new array laid out like `x`. An empty batch gives an empty array and leaves the
+        running statistics alone.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value, or one value per channel in
+        training; before anything is written.
+
+    Notes
+    -----
+    In training, over all axes but `axis`, those of `batch_norm`::
+
+        mu   = mean(x)
+        var  = mean((x - mu)**2)
+        y[n] = weight[n] * (x[n] - mu) / sqrt(var + eps) + bias[n]
+
+    and the running statistics take mu and var as they do there; in evaluation, mu = running_mean
+    and var = running_var. Samples are scaled and shifted one by one, for some microseconds each,
+    but for C-contiguous arrays with channels along axis 1: those are done at once.
+
+    References
+    ----------
+    V. Dumoulin, J. Shlens, M. Kudlur, 2017, "A Learned Representation For Artistic Style",
+    arXiv:1610.07629, where the statistics are those of each sample; H. de Vries et al., 2017,
+    "Modulating early visual processing by language", arXiv:1707.00683.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[1.0], [3.0]], dtype=np.float32)
+    >>> weight, bias = np.array([[1.0], [10.0]]), np.array([[0.0], [5.0]])
+    >>> bnfast.conditional_batch_norm(x, weight, bias, training=True).round(3)
+    array([[-1.],
+           [15.]], dtype=float32)
+    """
+    if _validation.flag("training", training):
+        y, _, _ = train_conditionally(
+            *(x, weight, bias, running_mean, running_var),
+            *(momentum, eps, axis, unbiased, out),
+        )
+        return y
+    array, channels = _validation.channel_axis_of_samples(x, axis)
+    _validation.real("momentum", momentum)
+    epsilon = _validation.epsilon(eps, training=False)
+    scale = _validation.sample_parameter("weight", weight, len(array), channels)
+    shift = _validation.sample_parameter("bias", bias, len(array), channels)
+    centre = _validation.required_channel_parameter("running_mean", running_mean, channels)
+    spread = _validation.required_channel_parameter("running_var", running_var, channels)
+    if out is None:
+        y = _primitives.empty_output(array)
+    else:
+        others = {"x": array, "weight": weight, "bias": bias}
+        others |= {"running_mean": running_mean, "running_var": running_var}
+        y = _validation.output(out, array, others)
+    _scale_shift(array, axis, centre, spread, scale, shift, epsilon, y)
+    return y
+
+
+def conditional_batch_norm_forward(
+    x: NDArray[Float],
+    weight: Parameter | None,
+    bias: Parameter | None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
+    """Normalize with the statistics of the batch and return them for the backward pass.
+
+    Parameters
+    ----------
+    x, weight, bias, eps, axis, out
+        As in `conditional_batch_norm` with ``training=True``.
+
+    Returns
+    -------
+    y : array like `x`
+        The normalized batch, each sample scaled and shifted by its own parameters.
+    mean, invstd : array (C,) of float64
+        mu and 1 / sqrt(var + eps).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `conditional_batch_norm`.
+
+    Notes
+    -----
+    The formula stands in `conditional_batch_norm`. The normalized batch is written, and then
+    scaled and shifted in place: one rounding more than in `batch_norm_forward`.
+
+    References
+    ----------
+    V. Dumoulin, J. Shlens, M. Kudlur, 2017, arXiv:1610.07629; H. de Vries et al., 2017,
+    arXiv:1707.00683.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x, weight = np.array([[1.0], [3.0]]), np.array([[1.0], [10.0]])
+    >>> y, mean, invstd = bnfast.conditional_batch_norm_forward(x, weight, None)
+    >>> mean, invstd.round(4)
+    (array([2.]), array([1.]))
+    """
+    return train_conditionally(x, weight, bias, None, None, 0.0, eps, axis, True, out)
+
+
+def train_conditionally(
+    x: object,
+    weight: object,
+    bias: object,
+    running_mean: object,
+    running_var: object,
+    momentum: object,
+    eps: object,
+    axis: int,
+    unbiased: bool,
+    out: object,
+) -> tuple[Array, Array, Array]:
+    """Return y, and the mean and invstd of the batch, which the running statistics take."""
+    array, channels = _validation.channel_axis_of_samples(x, axis)
+    scale = _validation.sample_parameter("weight", weight, len(array), channels)
+    shift = _validation.sample_parameter("bias", bias, len(array), channels)
+    for name, given in (("weight", weight), ("bias", bias)):
+        if isinstance(given, np.ndarray):  # read after the running statistics have been updated
+            _validation.running_statistics(running_mean, running_var, given, channels, called=name)
+    if out is not None:
+        _validation.output(out, array, {"x": array, "weight": weight, "bias": bias})
+    y, mean, invstd = _primitives.normalize(
+        array, axis, None, None, eps, running_mean, running_var, momentum, unbiased, out
+    )
+    if scale is not None or shift is not None:
+        _scale_shift(y, axis, np.zeros(channels), np.ones(channels), scale, shift, 0.0, y)
+    return y, mean, invstd
+
+
+def conditional_batch_norm_backward(
+    dy: NDArray[Float],
+    x: NDArray[Float],
+    mean: Parameter,
+    invstd: Parameter,
+    weight: Parameter | None = None,
+    *,
+    axis: int = 1,
+    training: bool = True,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], Parameter, Parameter]:
+    """Return the gradients of conditional batch normalization: of its input, weight and bias.
+
+    Parameters
+    ----------
+    dy : array like `x`
+        The gradient of the output.
+    x : array (N, C, ...) of float32 or float64, at least 2-d
+        The input of the forward pass.
+    mean, invstd : array (C,) of float32 or float64
+        What the forward pass returned; in evaluation, running_mean and
+        1 / sqrt(running_var + eps).
+    weight : array (N, C) of float32 or float64, optional
+        gamma of each sample; 1 where None.
+    axis : int
+        The channel axis, not 0.
+    training : bool
+        Whether mean and invstd came from `x`. If not they are constants, and the gradient does not
+        pass through them.
+    out : array like `x`, optional
+        Where to write dx: `dy` itself, or an array that shares no element with it. In evaluation it
+        may be `x`, which training reads once more after it has begun to write.
+
+    Returns
+    -------
+    dx : array like `x`
+        The gradient of the input.
+    dweight, dbias : array (N, C)
+        The gradients of weight and bias, of the dtype of `weight`, or of `x` where it is None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value; before anything is written.
+
+    Notes
+    -----
+    With xhat = (x - mean) * invstd, sums over all axes but 0 and `axis`, and means over all but
+    `axis`::
+
+        dbias[n]   = sum(dy[n])
+        dweight[n] = sum(dy[n] * xhat[n])
+        g[n]       = weight[n] * dy[n]
+        dx         = invstd * (g - mean(g) - xhat * mean(g * xhat))    in training
+        dx         = invstd * g                                        in evaluation
+
+    References
+    ----------
+    V. Dumoulin, J. Shlens, M. Kudlur, 2017, arXiv:1610.07629; H. de Vries et al., 2017,
+    arXiv:1707.00683.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x, weight = np.array([[1.0], [3.0]]), np.array([[1.0], [10.0]])
+    >>> y, mean, invstd = bnfast.conditional_batch_norm_forward(x, weight, None)
+    >>> dy = np.array([[2.0], [1.0]])
+    >>> dx, dweight, dbias = bnfast.conditional_batch_norm_backward(dy, x, mean, invstd, weight)
+    >>> dbias
+    array([[2.],
+           [1.]])
+    """
+    through_statistics = _validation.flag("training", training)
+    array, channels = _validation.channel_axis_of_samples(x, axis)
+    upstream = _validation.upstream_gradient(dy, array)
+    centre = _validation.required_channel_parameter("mean", mean, channels)
+    inverse = _validation.required_channel_parameter("invstd", invstd, channels)
+    own = _validation.sample_parameter("weight", weight, len(array), channels)
+    if out is None:
+        dx = _primitives.empty_output(array)
+    else:
+        x_read = "x, which training reads once more" if through_statistics else "x"
+        others = {"dy": upstream, x_read: array, "weight": weight, "mean": mean, "invstd": invstd}
+        dx = _validation.output(out, array, others)
+    of_samples = (len(array), channels)
+    factor = np.ones(of_samples) if own is None else own.astype(np.float64)
+    dweight, dbias = np.empty(of_samples), np.empty(of_samples)
+    with np.errstate(all="ignore"):
+        if not through_statistics:
+            factor *= inverse
+        # With an invstd of 1 what is written is dy * factor: g in training, dx in evaluation.
+        for some, (x_part, dy_part, dx_part) in _samples(axis, array, upstream, dx):
+            wide = factor[some].ravel()
+            means, ones = _repeated(centre, wide.size), np.ones(wide.size)
+            _, *gradients = _primitives.gradient(
+                dy_part, x_part, axis, means, ones, wide, True, dx_part
+            )
+            for gradient, sums in zip((dweight, dbias), gradients, strict=True):
+                gradient[some] = sums.reshape(gradient[some].shape)
+        dweight *= inverse
+        if through_statistics:
+            _primitives.gradient(dx, array, axis, centre, inverse, None, False, dx)
+        dtype = array.dtype if own is None else own.dtype
+        return dx, dweight.astype(dtype, copy=False), dbias.astype(dtype, copy=False)
+
+
+def _samples(axis: int, *arrays: Array) -> Iterator[tuple[slice | int, list[Array]]]:
+    """Yield views of samples, and which they are: all at once where channels follow each other."""
+    first = arrays[0]
+    if first.ndim > 1 and axis % first.ndim == 1 and all(a.flags.c_contiguous for a in arrays):
+        samples, channels, *others = first.shape
+        yield slice(None), [a.reshape(1, samples * channels, *others) for a in arrays]
+        return
+    for n in range(len(first)):
+        yield n, [a[n : n + 1] for a in arrays]
+
+
+def _repeated(values: Array, size: int) -> Array:
+    """Return the values of channels again and again, for samples whose channels follow."""
+    return values if len(values) == size else np.resize(values, size)
+
+
+def _scale_shift(
+    x: Array,
+    axis: int,
+    mean: Array,
+    variance: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    y: Array,
+) -> None:
+    """Write y, which may be x, from given statistics and the parameters of each sample."""
+    for some, (x_part, y_part) in _samples(axis, x, y):
+        channels = x_part.shape[axis]
+        _primitives.scale_shift(
+            x_part,
+            axis,
+            _repeated(mean, channels),
+            _repeated(variance, channels),
+            None if weight is None else weight[some].ravel(),
+            None if bias is None else bias[some].ravel(),
+            eps,
+            out=y_part,
+        )

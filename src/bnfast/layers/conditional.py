@@ -1,0 +1,191 @@
+"""Conditional batch normalization as a layer: a weight and a bias for each class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from bnfast import _validation, functional
+from bnfast.functional.conditional import train_conditionally
+from bnfast.layers._layer import Gradients
+from bnfast.layers._tracking import TrackingLayer
+from bnfast.statistics import weight_of_new_batch
+
+Array = NDArray[Any]
+
+
+class ConditionalBatchNorm(TrackingLayer):
+    """Batch normalization whose weight and bias are those of the class of each sample.
+
+    Parameters
+    ----------
+    num_features : int
+        C, the number of channels.
+    num_classes : int
+        K, the number of classes: at least 1.
+    eps : float
+        Added to the variance; 0 will do for evaluation only.
+    momentum : float or None
+        The weight of the NEW batch in the running statistics, as in PyTorch; None for the plain
+        average of all batches.
+    track_running_stats : bool
+        Whether there are running statistics. Without them evaluation, too, uses those of the batch.
+    axis : int
+        The channel axis: 1 for NCHW, -1 for NHWC; samples are along axis 0.
+    unbiased : bool
+        Divide by M - 1 for running_var, as PyTorch does, rather than by M.
+    dtype : dtype
+        Of the parameters and running statistics: float32 or float64. The input may be either.
+
+    Attributes
+    ----------
+    weight, bias : array (K, C)
+        gamma (ones at first) and beta (zeros at first) of each class.
+    running_mean, running_var : array (C,) or None
+        Of all classes together: zeros and ones at first.
+    num_batches_tracked : int or None
+        How many batches the running statistics have seen. An empty batch is none.
+    weight_grad, bias_grad : array (K, C) or None
+        Of the last `backward`: 0 for a class that no sample was of. A new call replaces them.
+    training : bool
+        True at first; see `train` and `eval`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type or value.
+
+    Notes
+    -----
+    The formulas stand in `bnfast.conditional_batch_norm` and
+    `bnfast.conditional_batch_norm_backward`, to which this layer gives ``weight[labels]`` and
+    ``bias[labels]``; the gradients of a class are the sums of those of its samples. Where the
+    parameters are made by another network, use these functions.
+
+    The layer keeps a reference to its last input until `backward` or the next call, and does not
+    copy it.
+
+    References
+    ----------
+    V. Dumoulin, J. Shlens, M. Kudlur, 2017, "A Learned Representation For Artistic Style",
+    arXiv:1610.07629; H. de Vries et al., 2017, "Modulating early visual processing by language",
+    arXiv:1707.00683.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> layer = bnfast.ConditionalBatchNorm(1, 3)
+    >>> layer.bias[2] = 5
+    >>> y = layer(np.array([[1.0], [3.0]], np.float32), [0, 2])
+    >>> y.round(3)
+    array([[-1.],
+           [ 6.]], dtype=float32)
+    >>> dx = layer.backward(np.ones_like(y))
+    >>> layer.bias_grad
+    array([[1.],
+           [0.],
+           [1.]], dtype=float32)
+    """
+
+    _shown = (
+        *("num_features", "num_classes", "eps", "momentum", "track_running_stats", "axis"),
+        *("unbiased", "dtype"),
+    )
+
+    def __init__(
+        self,
+        num_features: int,
+        num_classes: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        track_running_stats: bool = True,
+        *,
+        axis: int = 1,
+        unbiased: bool = True,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, False, track_running_stats, axis, unbiased, dtype
+        )
+        self.num_classes = _validation.integer_from("num_classes", num_classes, 1)
+        self.affine = True
+        self.weight = np.ones((self.num_classes, self.num_features), self.dtype)
+        self.bias = np.zeros((self.num_classes, self.num_features), self.dtype)
+
+    def __call__(  # type: ignore[override]  # no batch without its labels
+        self, x: Array, labels: ArrayLike, *, out: Array | None = None
+    ) -> Array:
+        """Normalize a batch of samples of known classes.
+
+        Parameters
+        ----------
+        x : array of float32 or float64
+            With `num_features` channels along `axis`. Keep its values for `backward`.
+        labels : array (N,) of integers
+            The class of each sample, from 0 to K - 1; copied.
+        out : array like `x`, optional
+            Where to write. In place, where it is `x` itself, there can be no `backward`.
+
+        Returns
+        -------
+        array like `x`
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `bnfast.conditional_batch_norm`, or for labels that are not such; the layer is left
+            as it was.
+        """
+        array, _ = _validation.channel_axis_of_samples(self._batch(x), self.axis)
+        chosen = _validation.class_labels(labels, len(array), self.num_classes)
+        weight, bias = (self._of_samples(name, chosen) for name in ("weight", "bias"))
+        running_mean, running_var = self.running_mean, self.running_var
+        if self.training or running_mean is None or running_var is None:
+            tracked = (running_mean, running_var) if self.training else (None, None)
+            seen, new = self.num_batches_tracked, 0.0
+            if seen is not None:
+                new = weight_of_new_batch(self.momentum, seen + 1)
+            y, *statistics = train_conditionally(
+                array, weight, bias, *tracked, new, self.eps, self.axis, self.unbiased, out
+            )
+            if self.training and seen is not None and array.size > 0:
+                self.num_batches_tracked = seen + 1
+            self._save(array, y, *statistics, weight, chosen, True)
+            return y
+        y = functional.conditional_batch_norm(
+            *(array, weight, bias, running_mean, running_var),
+            eps=self.eps,
+            axis=self.axis,
+            out=out,
+        )
+        with np.errstate(all="ignore"):
+            invstd = 1.0 / np.sqrt(running_var.astype(np.float64) + self.eps)
+        self._save(array, y, running_mean.astype(np.float64), invstd, weight, chosen, False)
+        return y
+
+    def _of_samples(self, name: str, labels: NDArray[np.intp]) -> Array | None:
+        """Return the rows of a table of parameters, copied: it may change before backward."""
+        table = getattr(self, name)
+        if table is None:
+            return None
+        shape = self.num_classes, self.num_features
+        rows: Array = _validation.state(name, table, shape)[labels]
+        return rows
+
+    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
+        mean, invstd, weight, labels, of_batch = saved
+        # Float64, so that the gradients of samples are not rounded before they are added up.
+        wide = None if weight is None else weight.astype(np.float64)
+        dx, *of_samples = functional.conditional_batch_norm_backward(
+            *(dy, x, mean, invstd, wide),
+            axis=self.axis,
+            training=of_batch,
+            out=out,
+        )
+        dweight, dbias = np.zeros((2, self.num_classes, self.num_features))
+        with np.errstate(all="ignore"):
+            for table, rows in zip((dweight, dbias), of_samples, strict=True):
+                np.add.at(table, labels, rows)
+        return dx, None if weight is None else dweight, dbias
