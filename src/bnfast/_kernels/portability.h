@@ -26,6 +26,16 @@
 #define BN_NOINLINE static
 #endif
 
+/* An array's elements become 0. `= {0}` has compilers make a string instruction, which takes longer than
+   to add up a short run. */
+#define BN_CLEAR(array)                                                        \
+    do {                                                                       \
+        BN_SIMD                                                                \
+        for (size_t i_ = 0; i_ < sizeof(array) / sizeof((array)[0]); i_++) {   \
+            (array)[i_] = 0;                                                   \
+        }                                                                      \
+    } while (0)
+
 /* Makes streamed lines visible to whoever waits for this thread. */
 #if defined(__SSE2__)
 #include <immintrin.h>
