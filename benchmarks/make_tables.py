@@ -1,12 +1,12 @@
 """Measure, and write what the README and docs/ show of it.
 
     python benchmarks/make_tables.py              about twenty minutes
-    python benchmarks/make_tables.py batch        batch norm alone; or family, the others alone
+    python benchmarks/make_tables.py batch        batch norm alone; or family, or weights
     python benchmarks/make_tables.py --quick      a trial
 
 The geometric means, and for batch norm the picture and what a call costs, go between the markers of
-README.md, all cells with every loss into docs/benchmark.md and docs/family_benchmark.md. Everything
-is measured by `python -m bnfast bench`.
+README.md, all cells with every loss into docs/benchmark.md and its neighbours of the family and of
+the weights. Everything is measured by `python -m bnfast bench`.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import numpy as np
 import bnfast
 from bnfast import _reference as reference
 from bnfast._cli.bench import report
-from bnfast._cli.bench.normalizations import NORMALIZATIONS
 from bnfast._cli.bench.rivals import numpy_formulas
 from bnfast._cli.bench.timing import take_turns
 
@@ -83,7 +82,7 @@ def write_into_readme(marker, *parts):
     README.write_text(f"{before}{begin}\n{body}\n{end}{after}", encoding="utf-8")
 
 
-def make_data_tables(*quick):
+def make_batch_tables(*quick):
     picture = DOCS / "benchmark.png"
     results = bench("--plot", str(picture), *quick)
     far = bench("--op", "training", "--shapes", "32x64x56x56", "--mean", "1e4", *quick)
@@ -104,22 +103,36 @@ def make_data_tables(*quick):
     (DOCS / "benchmark.md").write_text(text, encoding="utf-8")
 
 
-def make_family_tables(*quick):
-    picture = DOCS / "family_benchmark.png"
-    family = [name for name in NORMALIZATIONS if name != "batch"]
-    results = bench("--norm", *family, "--plot", str(picture), *quick)
+def make_tables_of(kind, title, *arguments):
+    """The geometric means go into README.md, and all cells into a page of their own."""
+    page, picture = DOCS / f"{kind}_benchmark.md", DOCS / f"{kind}_benchmark.png"
+    results = bench(*arguments, "--plot", str(picture))
     write_into_readme(
-        "family table",
+        f"{kind} table",
         "Times of the rivals as multiples of bnfast's, geometric means (and largest errors):",
         report.markdown_table(report.all_means(results)),
-        f"{report.all_losses(results).title}; [all cells](docs/family_benchmark.md), with the rest "
+        f"{report.all_losses(results).title}; [all cells](docs/{page.name}), with the rest "
         "of what is to be known.",
     )
-    text = f"# Every cell of the family\n\n{report.markdown(results)}\n\n![]({picture.name})\n"
-    (DOCS / "family_benchmark.md").write_text(text, encoding="utf-8")
+    text = f"# {title}\n\n{report.markdown(results)}\n\n![]({picture.name})\n"
+    page.write_text(text, encoding="utf-8")
 
 
-TABLES = {"batch": make_data_tables, "family": make_family_tables}
+def make_family_tables(*quick):
+    family = ("layer", "rms", "group", "instance")
+    make_tables_of("family", "Every cell of the family", "--norm", *family, *quick)
+
+
+def make_weights_tables(*quick):
+    names = ("weight", "spectral")
+    make_tables_of("weights", "Every cell of the weights", "--norm", *names, *quick)
+
+
+TABLES = {
+    "batch": make_batch_tables,
+    "family": make_family_tables,
+    "weights": make_weights_tables,
+}
 
 
 def main():

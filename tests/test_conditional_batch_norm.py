@@ -590,6 +590,11 @@ def test_bad_labels_leave_the_layer_as_it_was(rng, labels, error, message, train
     assert layer.backward(x).shape == x.shape
 
 
+def test_a_batch_without_samples_needs_no_labels():
+    layer, x = ConditionalBatchNorm(3, 5), np.ones((0, 3, 4), np.float32)
+    assert layer(x, []).shape == x.shape
+
+
 def test_labels_of_any_integer_dtype_are_copied(rng):
     layer, other = ConditionalBatchNorm(3, 5), ConditionalBatchNorm(3, 5)
     x, dy, _, _ = inputs(rng, (7, 3, 5, 4), 1, np.float32)

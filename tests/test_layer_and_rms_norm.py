@@ -206,6 +206,16 @@ def test_specials_stay_in_their_row(isa, dtype, rng, special):
     np.testing.assert_allclose(got[5], clean[5], rtol=0, atol=CLOSE_F32)  # summed again, in float64
 
 
+def test_beside_an_infinity_a_row_has_an_rms_norm_of_zeros(isa, dtype, rng):
+    x, _, sizes, weight, _ = inputs(rng, (3, 70), (1,), dtype)
+    x[1, 3] = -np.inf
+    with np.errstate(invalid="ignore"):
+        expected, _, _ = reference.layer_norm_forward(x, (1,), weight, centred=False)
+    got = bnfast.rms_norm(x, sizes, weight, 1e-5)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=CLOSE_F32)
+    assert np.isnan(got[1, 3]) and np.count_nonzero(got[1]) == 1
+
+
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize(
     ("shape", "axes"), [((3, 5), (1,)), ((1, 4), (1,)), ((2, 3, 4), (1,)), ((3, 1), (1,))], ids=str

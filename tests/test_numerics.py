@@ -117,6 +117,24 @@ def test_specials_stay_in_their_channel(isa, dtype, rng, shape, axis, special):
         assert np.isnan(got[2][channel])
 
 
+@pytest.mark.parametrize("axis", [1, -1])
+def test_an_infinite_running_mean_is_subtracted(isa, dtype, rng, axis):
+    x = rng.normal(size=(2, 3, 5, 3)).astype(dtype)
+    mean = np.array([np.inf, -np.inf, 0])
+    y = np.moveaxis(bnfast.batch_norm(x, mean, np.ones(3), axis=axis), axis, 0)
+    np.testing.assert_array_equal(y[0], -np.inf)
+    np.testing.assert_array_equal(y[1], np.inf)
+    assert np.isfinite(y[2]).all()
+
+
+def test_statistics_and_parameters_beyond_the_range_of_x(isa):
+    x = np.ones((2, 2, 4), np.float32)
+    mean, var, bias = np.array([1e39, 0]), np.array([1e78, 1]), np.array([0, 1e39])
+    y = bnfast.batch_norm(x, mean, var, None, bias)
+    np.testing.assert_allclose(y[:, 0], -1, rtol=1e-5)  # the scale has few bits
+    np.testing.assert_array_equal(y[:, 1], np.inf)
+
+
 @pytest.mark.parametrize("shape", [*SMALL_CONTIGUOUS, *SMALL_CHANNELS_LAST], ids=str)
 def test_both_infinities_make_the_mean_nan(isa, dtype, rng, shape):
     x = rng.normal(3, 2, shape).astype(dtype)

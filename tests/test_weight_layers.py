@@ -115,6 +115,19 @@ def test_layers_do_what_functions_do(make, dtype, rng, training):
         layer.backward(dy)
 
 
+def test_what_backward_returns_is_the_callers(rng):
+    layer = WeightNorm(weights(rng))
+    dv = layer.backward(layer())
+    kept = layer.v_grad.copy()
+    dv[...] = 7
+    np.testing.assert_array_equal(layer.v_grad, kept)
+
+
+def test_a_length_beyond_the_range_is_infinite_without_a_warning():
+    with np.errstate(all="raise"):
+        assert np.isinf(WeightNorm(np.full((1, 4), 3e38, np.float32)).g).all()
+
+
 def test_gradients_through_the_layer(make, rng):
     w, dy = weights(rng), weights(rng)
     layer = randomized(make(w), rng).eval()

@@ -411,22 +411,48 @@ U, V, UNIT = np.ones(3, np.float32), np.ones(4, np.float32), np.ones(3)
         (lambda: bnfast.weight_norm(W, [1, 2, 3]), TypeError, "g must be float32 or float64"),
         (
             lambda: bnfast.weight_norm_backward(W[:, :2], 0 * W, U, U),
-            *(ValueError, "dy must have the shape and dtype"),
+            *(ValueError, "dw must have the shape and dtype of v"),
         ),
-        (lambda: bnfast.weight_standardization(W, V), ValueError, "gain must have one value"),
+        (
+            lambda: bnfast.weight_norm(W, U, out=W.astype(np.float64)),
+            *(ValueError, "out must have the shape and dtype of v"),
+        ),
+        (
+            lambda: bnfast.weight_norm(W[:, :2], U, out=W[:, 1:3]),
+            *(ValueError, "out must be v itself or share no element with it"),
+        ),
+        (
+            lambda: bnfast.weight_norm_backward(W[:, :2], 0 * W[:, :2], U, U, out=W[:, 1:3]),
+            *(ValueError, "out must be dw itself or share no element with it"),
+        ),
+        (
+            lambda: bnfast.weight_norm_backward(W, 0 * W, U, V),
+            *(ValueError, "norm must have one value for each of the 3 filters"),
+        ),
+        (
+            lambda: bnfast.weight_standardization(W, V),
+            *(ValueError, "gain must have one value for each of the 3 filters"),
+        ),
+        (
+            lambda: bnfast.weight_standardization(W, out=W[:2]),
+            *(ValueError, "out must have the shape and dtype of w"),
+        ),
         (
             lambda: bnfast.weight_standardization(W, eps=-1.0),
             ValueError,
             "eps must not be negative",
         ),
-        (lambda: bnfast.weight_standardization(W[0]), ValueError, "w must have at least 2"),
+        (
+            lambda: bnfast.weight_standardization(W[0]),
+            *(ValueError, "w must have at least 2 dimensions, filters and what they are made of"),
+        ),
         (
             lambda: bnfast.scaled_weight_standardization(W, gamma="1"),
             *(TypeError, "gamma must be a real number"),
         ),
         (
             lambda: bnfast.weight_standardization_backward(W[:2], W, U, U),
-            *(ValueError, "dy must have the shape and dtype"),
+            *(ValueError, "dy must have the shape and dtype of w"),
         ),
         (
             lambda: bnfast.weight_standardization_forward(W, axis=2),
@@ -438,7 +464,7 @@ U, V, UNIT = np.ones(3, np.float32), np.ones(4, np.float32), np.ones(3)
         ),
         (
             lambda: bnfast.scaled_weight_standardization_backward(W, W, U, V),
-            *(ValueError, "std must have one value for each of the 3"),
+            *(ValueError, "std must have one value for each of the 3 filters"),
         ),
         (
             lambda: bnfast.scaled_weight_standardization_backward(W, W, U, U.astype(int)),
@@ -449,6 +475,14 @@ U, V, UNIT = np.ones(3, np.float32), np.ones(4, np.float32), np.ones(3)
             *(ValueError, "eps must be finite"),
         ),
         (lambda: bnfast.spectral_norm(W, V, U), ValueError, "u must have one value for each of"),
+        (
+            lambda: bnfast.spectral_norm_forward(W, U, V, out=W[:2]),
+            *(ValueError, "out must have the shape and dtype of w"),
+        ),
+        (
+            lambda: bnfast.spectral_norm_backward(W[:2], W, 1.0, U, V),
+            *(ValueError, "dy must have the shape and dtype of w"),
+        ),
         (
             lambda: bnfast.spectral_norm(W, U, V, -1),
             *(ValueError, "n_power_iterations must be at least 0"),
@@ -525,6 +559,24 @@ def test_spectral_norm_of_weights_with_nan_has_a_gradient_of_nan(dtype):
     y, sigma, u, v = bnfast.spectral_norm_forward(w, np.ones(3), np.ones(4))
     assert np.isnan(y).all() and np.isnan(sigma)
     assert np.isnan(bnfast.spectral_norm_backward(y, w, sigma, u, v)).all()
+
+
+def test_filters_without_elements_have_gradients_of_nothing(standardization):
+    name, options = standardization
+    _, forward, backward, _, _ = forms(name)
+    w, gain = np.zeros((3, 0)), np.ones(3)
+    _, mean, std = forward(w, gain, **options)
+    dw, dgain = backward(w, w, mean, std, gain, **options)
+    assert dw.shape == (3, 0)
+    np.testing.assert_array_equal(dgain, 0.0)
+
+
+def test_weight_norm_of_a_single_number_is_its_length(dtype):
+    v = np.array(-3.0, dtype)
+    w, norm = bnfast.weight_norm_forward(v, np.float64(2), None)
+    assert w.shape == () and w == -2 and norm == 3
+    dv, dg = bnfast.weight_norm_backward(v, v, np.float64(2), norm, None)
+    assert dv.shape == () and dv == 0 and dg == 3
 
 
 @pytest.mark.parametrize("size", [3e38, 1e-45])

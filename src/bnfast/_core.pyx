@@ -699,8 +699,8 @@ cpdef object normalize_rows(
 ):
     """Write y, mean and invstd (float64) from the statistics of the rows of x.
 
-    Rows are the channels of the geometry's repeats; weight and bias, both or neither, are operands
-    of the dtype of x. Where statistics are around 0 there is no bias.
+    Rows are the channels of the geometry's repeats; weight and bias are operands of the dtype of x:
+    both or neither or, where statistics are around 0, weight alone.
     """
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)

@@ -286,7 +286,8 @@ def layer_norm_forward(
 ) -> tuple[Array, Array, Array]:
     """Y = weight * (x - mean) * invstd + bias over `axes`; mean is 0 where it is not `centred`."""
     x = np.asarray(x, precision)
-    mean = x.mean(axes, keepdims=True) * precision(centred)
+    mean = x.mean(axes, keepdims=True)
+    mean = mean if centred else np.zeros_like(mean)
     invstd = 1 / np.sqrt(((x - mean) ** 2).mean(axes, keepdims=True) + precision(eps))
     y = (x - mean) * invstd * _for_rows(weight, 1.0, x, axes) + _for_rows(bias, 0.0, x, axes)
     return y, mean.squeeze(axes), invstd.squeeze(axes)

@@ -19,9 +19,6 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Saved = TypeVar("Saved")
 
-# Of these each element is read before the one of the output that takes its place is written.
-_MAY_BE_OUT = ("x", "w", "dy")
-
 # Beyond this much work numpy gives up on whether two arrays share an element.
 _OVERLAP_WORK = 10_000
 
@@ -57,7 +54,13 @@ def floating_array(name: str, value: object) -> Array:
     return array
 
 
-def batch(name: str, value: object, axis: object, called: str = "axis") -> tuple[Array, int, int]:
+def batch(
+    name: str,
+    value: object,
+    axis: object,
+    called: str = "axis",
+    dimensions: str = "a batch and channels",
+) -> tuple[Array, int, int]:
     """Return the input as an array, its channel axis (not negative) and its number of channels."""
     x = floating_array(name, value)
     ndim = x.ndim
@@ -65,7 +68,7 @@ def batch(name: str, value: object, axis: object, called: str = "axis") -> tuple
         if ndim == 1 and x.size == 0:
             return x, 0, 0  # PyTorch lets (0,) pass as an empty batch
         raise ValueError(
-            f"{name} must have at least 2 dimensions, a batch and channels, got shape {x.shape}"
+            f"{name} must have at least 2 dimensions, {dimensions}, got shape {x.shape}"
         )
     channel_axis = integer(called, axis)
     if not -ndim <= channel_axis < ndim:
@@ -74,6 +77,11 @@ def batch(name: str, value: object, axis: object, called: str = "axis") -> tuple
         )
     channel_axis %= ndim
     return x, channel_axis, x.shape[channel_axis]
+
+
+def weights(name: str, value: object, axis: object, called: str = "axis") -> tuple[Array, int, int]:
+    """Return weights as an array, the axis of their filters (not negative) and their number."""
+    return batch(name, value, axis, called, "filters and what they are made of")
 
 
 def channel_axis_of_samples(x: object, axis: object) -> tuple[Array, int]:
@@ -170,20 +178,21 @@ def same_channels(name: str, x: Array, axis: int, channels: int, called: str = "
         )
 
 
-def upstream_gradient(value: object, x: Array) -> Array:
-    """Return dy, of the shape and dtype of x."""
-    dy = floating_array("dy", value)
+def upstream_gradient(value: object, x: Array, names: tuple[str, str] = ("dy", "x")) -> Array:
+    """Return dy, of the shape and dtype of x, or what else their names are."""
+    dy = floating_array(names[0], value)
     if dy.shape != x.shape or dy.dtype != x.dtype:
         raise ValueError(
-            f"dy must have the shape and dtype of x, {_describe(x)}, got {_describe(dy)}"
+            f"{names[0]} must have the shape and dtype of {names[1]}, {_describe(x)}, "
+            f"got {_describe(dy)}"
         )
     return dy
 
 
-def _one_for_each_channel(name: str, array: Array, channels: int) -> None:
+def _one_for_each_channel(name: str, array: Array, channels: int, called: str = "channels") -> None:
     if array.shape != (channels,):
         raise ValueError(
-            f"{name} must have one value for each of the {channels} channels, shape "
+            f"{name} must have one value for each of the {channels} {called}, shape "
             f"({channels},), got {_describe(array)}"
         )
 
@@ -193,12 +202,14 @@ def _of_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have the shape {shape}, got {_describe(array)}")
 
 
-def channel_parameter(name: str, value: object, channels: int) -> Array | None:
+def channel_parameter(
+    name: str, value: object, channels: int, called: str = "channels"
+) -> Array | None:
     """Return one value a channel, contiguous and aligned, or None."""
     if value is None:
         return None
     array = floating_array(name, value)
-    _one_for_each_channel(name, array, channels)
+    _one_for_each_channel(name, array, channels, called)
     flags = array.flags
     if not (flags.c_contiguous and flags.aligned):
         array = array.copy()
@@ -228,7 +239,7 @@ def class_labels(value: object, samples: int, classes: int) -> NDArray[np.intp]:
         raise
     except Exception as error:
         raise TypeError(f"{wanted}, got {_describe(value)}") from error
-    if isinstance(value, np.ma.MaskedArray) or array.dtype.kind not in "iu":
+    if isinstance(value, np.ma.MaskedArray) or (array.size and array.dtype.kind not in "iu"):
         raise TypeError(f"{wanted}, got {_describe(value)}")
     if array.shape != (samples,):
         raise ValueError(f"{wanted}, got {_describe(array)}")
@@ -268,9 +279,11 @@ def state(name: str, value: object, shape: tuple[int, ...]) -> Array:
     return array
 
 
-def required_channel_parameter(name: str, value: object, channels: int) -> Array:
+def required_channel_parameter(
+    name: str, value: object, channels: int, called: str = "channels"
+) -> Array:
     """Return one value a channel, contiguous and aligned."""
-    array = channel_parameter(name, value, channels)
+    array = channel_parameter(name, value, channels, called)
     if array is None:
         hint = (
             "; without them, the statistics of x must be used: training=True, or use_input_stats"
@@ -394,11 +407,17 @@ def _is_same_memory(a: Array, b: Array) -> bool:
     return all(size == 1 or ours == theirs for size, ours, theirs in axes)
 
 
-def output(value: object, x: Array, arguments: Mapping[str, object]) -> Array:
+def output(
+    value: object,
+    x: Array,
+    arguments: Mapping[str, object],
+    names: tuple[str, ...] = ("dy", "x"),
+) -> Array:
     """Return the array to write to.
 
     `arguments` are the others of the call, as they were given: what was copied of them is safe, but
-    they are not. Those that are read as `out` is written may be `out`.
+    they are not. Those in `names` may be `out`: of them each element is read before the one that
+    takes its place is written. The last of `names` is that of x.
     """
     if not isinstance(value, np.ndarray):
         raise TypeError(f"out must be a numpy array, got {_describe(value)}")
@@ -407,7 +426,8 @@ def output(value: object, x: Array, arguments: Mapping[str, object]) -> Array:
         raise TypeError(f"out must be an array without a mask, got a masked {_describe(out)}")
     if out.dtype != x.dtype or out.shape != x.shape:
         raise ValueError(
-            f"out must have the shape and dtype of x, {_describe(x)}, got {_describe(out)}"
+            f"out must have the shape and dtype of {names[-1]}, {_describe(x)}, "
+            f"got {_describe(out)}"
         )
     if not out.flags.writeable:
         raise ValueError(f"out must be writable, got a read-only {_describe(out)}")
@@ -418,7 +438,7 @@ def output(value: object, x: Array, arguments: Mapping[str, object]) -> Array:
     for name, argument in arguments.items():
         if not isinstance(argument, np.ndarray) or not shares_memory(out, argument):
             continue
-        if name not in _MAY_BE_OUT:
+        if name not in names:
             raise ValueError(f"out must not share memory with {name}")
         if not _is_same_memory(out, argument):
             raise ValueError(

@@ -121,7 +121,7 @@ def weight_norm_forward(
     >>> norm
     array([5., 2.])
     """
-    filters, target = _as_filters("v", v, dim, out, g=g)
+    filters, target = _as_filters("v", v, dim, out, ("v",), g=g)
     lengths, root = _lengths(g, filters, dim)
     axis = 0 if dim is None else dim
     extreme = None
@@ -199,11 +199,12 @@ def weight_norm_backward(
     >>> dg, dv
     (array([0.6]), array([[ 1.28, -0.96]]))
     """
-    filters, target = _as_filters("v", v, dim, out, dy=dw, g=g, norm=norm)
-    upstream = _validation.upstream_gradient(_as_filters("dw", dw, dim, None)[0], filters)
+    filters, target = _as_filters("v", v, dim, out, ("dw", "v"), dw=dw, g=g, norm=norm)
+    _validation.upstream_gradient(dw, _validation.floating_array("v", v), ("dw", "v"))
+    upstream, _ = _as_filters("dw", dw, dim)
     lengths, root = _lengths(g, filters, dim)
     axis = 0 if dim is None else dim
-    norms = _validation.required_channel_parameter("norm", norm, filters.shape[axis])
+    norms = _validation.required_channel_parameter("norm", norm, filters.shape[axis], "filters")
     wide = norms.astype(np.float64)
     which, scaled, exponent = _extreme_filters(filters, axis, wide)
     their_upstream = np.moveaxis(upstream, axis, 0)[which]  # which may be overwritten
@@ -226,12 +227,13 @@ def weight_norm_backward(
 
 def lengths_of_filters(name: str, weight: Array, dim: int | None) -> Array:
     """Return the lengths that the filters have, in PyTorch's shape and the dtype of the weight."""
-    filters, _ = _as_filters(name, weight, dim, None)
+    filters, _ = _as_filters(name, weight, dim)
     axis = 0 if dim is None else dim
     _, norm = weight_norm_forward(filters, np.ones(filters.shape[axis]), axis)
     shape = [1] * np.ndim(filters if dim is None else weight)
     shape[axis] = len(norm)
-    lengths = norm.astype(filters.dtype)
+    with np.errstate(all="ignore"):
+        lengths = norm.astype(filters.dtype)
     return lengths.reshape(() if dim is None else shape)
 
 
@@ -267,14 +269,23 @@ def _norms(filters: Array, axis: int) -> Array:
 
 
 def _as_filters(
-    name: str, value: object, dim: int | None, out: Array | None, **others: object
+    name: str,
+    value: object,
+    dim: int | None,
+    out: Array | None = None,
+    names: tuple[str, ...] = (),
+    **others: object,
 ) -> tuple[Array, Array | None]:
-    """Return the weights, and where to write, with an axis of filters and at least one other."""
+    """Return the weights, and where to write, with an axis of filters and at least one other.
+
+    Those in `names` may be `out`.
+    """
     array = _validation.floating_array(name, value)
     if out is not None:
-        _validation.output(out, array, {"x": array, **others})
+        _validation.output(out, array, {name: array, **others}, names)
     if dim is None:
-        return array[None], None if out is None else out[None]
+        whole = (1, *(array.shape or (1,)))
+        return array.reshape(whole), None if out is None else out.reshape(whole)
     axis = _validation.integer("dim", dim)
     if axis < 0:
         raise ValueError(
@@ -702,10 +713,10 @@ def _forward(
     out: NDArray[Float] | None,
 ) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
     """Return y, and mean and std, in whose variance `lost` of the values do not count."""
-    array, _, filters = _validation.batch("w", w, axis)
-    own = _validation.channel_parameter("gain", gain, filters)
+    array, _, filters = _validation.weights("w", w, axis)
+    own = _validation.channel_parameter("gain", gain, filters, "filters")
     if out is not None:
-        _validation.output(out, array, {"w": array, "gain": gain})
+        _validation.output(out, array, {"w": array, "gain": gain}, ("w",))
     count, mean, m2 = _primitives.moments(array, axis)
     counted = np.float64(count - lost)
     with np.errstate(all="ignore"):
@@ -732,17 +743,20 @@ def _backward(
 
     The gradient of a normalization whose invstd**2 / K is `pull`; where that is 0, next to nothing.
     """
-    array, _, filters = _validation.batch("w", w, axis)
-    upstream = _validation.upstream_gradient(dy, array)
-    centre = _validation.saved_statistic("mean", mean, (filters,))
-    deviation = _validation.saved_statistic("std", std, (filters,)).astype(np.float64)
-    own = _validation.channel_parameter("gain", gain, filters)
+    array, _, filters = _validation.weights("w", w, axis)
+    upstream = _validation.upstream_gradient(dy, array, ("dy", "w"))
+    centre = _validation.required_channel_parameter("mean", mean, filters, "filters")
+    given = _validation.required_channel_parameter("std", std, filters, "filters")
+    own = _validation.channel_parameter("gain", gain, filters, "filters")
     if out is not None:
         others = {"dy": upstream, "w": array, "gain": gain, "mean": mean, "std": std}
-        _validation.output(out, array, others)
+        _validation.output(out, array, others, ("dy", "w"))
+    deviation = given.astype(np.float64)
     each = array.size // filters if filters else 0
     with np.errstate(all="ignore"):
         divisor, pull = by.divisor(deviation, np.float64(each - lost))
+        if not each:  # nothing was divided by nothing
+            divisor, pull = np.ones_like(divisor), np.zeros_like(pull)
         strength = np.where(pull > 0, np.sqrt(pull * each), _NEXT_TO_NOTHING)
         ratio = 1.0 / (divisor * strength)
         weight = ratio if own is None else own * ratio
@@ -816,7 +830,7 @@ def spectral_norm(
     >>> u.round(3)
     array([1., 0.])
     """
-    array, _, rows = _validation.batch("w", w, dim, "dim")
+    array, _, rows = _validation.weights("w", w, dim, "dim")
     steps = _validation.integer_from("n_power_iterations", n_power_iterations, 0)
     left, right = _singular_vectors(u, v, array, rows)
     if steps:
@@ -881,14 +895,14 @@ def spectral_norm_forward(
     >>> round(sigma, 6)
     3.0
     """
-    array, axis, rows = _validation.batch("w", w, dim, "dim")
+    array, axis, rows = _validation.weights("w", w, dim, "dim")
     least = _validation.real("eps", eps)
     steps = _validation.integer_from("n_power_iterations", n_power_iterations, 0)
     left, right = _singular_vectors(u, v, array, rows)
     if out is None:
         y = np.empty_like(array)
     else:
-        y = _validation.output(out, array, {"w": array, "u": u, "v": v})
+        y = _validation.output(out, array, {"w": array, "u": u, "v": v}, ("w",))
     matrix = _Matrix(array, axis)
 
     def normalized(z: Array) -> Array:
@@ -965,14 +979,15 @@ def spectral_norm_backward(
     >>> round(float(np.abs(dw).max()), 2)
     0.33
     """
-    array, axis, rows = _validation.batch("w", w, dim, "dim")
-    upstream = _validation.upstream_gradient(dy, array)
+    array, axis, rows = _validation.weights("w", w, dim, "dim")
+    upstream = _validation.upstream_gradient(dy, array, ("dy", "w"))
     length = np.float64(_validation.estimate("sigma", sigma))
     left, right = _singular_vectors(u, v, array, rows)
     if out is None:
         dw = np.empty_like(array)
     else:
-        dw = _validation.output(out, array, {"dy": upstream, "w": array, "u": u, "v": v})
+        others = {"dy": upstream, "w": array, "u": u, "v": v}
+        dw = _validation.output(out, array, others, ("dy", "w"))
     gradient, matrix = _Matrix(upstream, axis), _Matrix(array, axis)
     target = np.moveaxis(dw, axis, 0)
     with np.errstate(all="ignore"):

@@ -112,8 +112,9 @@ class WeightNorm(Trainable):
         return w
 
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
+        _validation.upstream_gradient(dy, x, ("dy", "v"))  # by the name that it has here
         dv, dg = functional.weight_norm_backward(dy, x, *saved, out=out)
-        return dv, dg, dv if out is None else dv.copy()
+        return dv, dg, dv.copy()  # the first is for the caller to change
 
     def __repr__(self) -> str:
         return f"WeightNorm({self.v.dtype} array of shape {self.v.shape}, dim={self.dim})"
@@ -157,7 +158,7 @@ class _Standardization(Trainable):
         TypeError, ValueError
             As the function of the same name; the layer is left as it was.
         """
-        array, axis, _ = _validation.batch("w", w, self.axis)
+        array, axis, _ = _validation.weights("w", w, self.axis)
         _validation.same_channels("w", array, axis, self.num_filters, "filters")
         gain = None if self.gain is None else self.gain.copy()
         y, mean, std = self._standardize(array, gain, out)
@@ -437,7 +438,7 @@ class SpectralNorm(Trainable):
         v_first: bool = False,
         rng: int | np.random.Generator = 0,
     ) -> None:
-        array, axis, rows = _validation.batch("weight", weight, dim, "dim")
+        array, axis, rows = _validation.weights("weight", weight, dim, "dim")
         self.n_power_iterations = _validation.integer_from(
             "n_power_iterations", n_power_iterations, 1
         )
