@@ -4,6 +4,7 @@
 #endif
 #define BN_ISA baseline
 #define BN_VECTOR_BYTES 16
+#define BN_COLUMNS_BYTES 4096
 #if defined(__aarch64__) /* 32 registers, x86-64 has 16 */
 #define BN_STRIP_BYTES 128
 #define BN_TILE_BYTES 64
