@@ -34,13 +34,14 @@ def test_set_num_threads_is_read_back(many_processors):
 
 
 @needs_openmp
-def test_small_work_is_serial_and_large_work_is_not_cut_too_fine(many_processors):
-    bnfast.set_num_threads(64)
+def test_small_work_is_serial_and_large_work_has_the_whole_team(many_processors):
     serial, each = _threads.SERIAL_BYTES, _threads.BYTES_PER_THREAD
+    assert 2 * each < serial < 64 * each
+    bnfast.set_num_threads(2)
     assert _threads.threads_for(serial - 1) == 1
-    assert 1 < serial // each < 64
-    assert _threads.threads_for(serial) == serial // each
-    assert _threads.threads_for(serial + each) == serial // each + 1
+    assert _threads.threads_for(serial) == 2
+    bnfast.set_num_threads(64)
+    assert _threads.threads_for(64 * each - 1) == 1
     assert _threads.threads_for(64 * each) == 64
     assert _threads.threads_for(1 << 40) == 64
 

@@ -150,6 +150,7 @@ cdef extern from "block_tasks.h" nogil:
         bn_task *task
         size_t tasks
         int of_all
+        int brief
 
     enum:
         BN_MAX_PHASES
@@ -467,13 +468,13 @@ cdef void _do(bn_job *job, bn_phases phases_of, int threads) noexcept nogil:
 cdef void _run_phase(const bn_job *job, const bn_phase *phase, int threads) noexcept nogil:
     cdef size_t repeats = 1 if phase.of_all else job.geometry.repeats
     cdef Py_ssize_t number, tasks = <Py_ssize_t>(repeats * phase.tasks)
-    cdef int team = threads if threads < tasks else <int>tasks
-    if team == 1:
+    if threads == 1 or tasks == 1 or phase.brief:
         # No OpenMP region at all: cheaper, and safe in a forked child.
         for number in range(tasks):
             bn_do_task(job, phase, <size_t>number)
     else:
-        for number in prange(tasks, num_threads=team, schedule="static"):
+        # All threads, also of fewer tasks: see thresholds.h.
+        for number in prange(tasks, num_threads=threads, schedule="static"):
             bn_do_task(job, phase, <size_t>number)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bnfast import _core, _validation
 
-# The smallest call for which threads wake, and the smallest share of each: see thresholds.h.
+# The smallest call for which a team wakes, and the smallest share of each thread: see thresholds.h.
 SERIAL_BYTES: int = _core.SERIAL_BYTES
 BYTES_PER_THREAD: int = _core.BYTES_PER_THREAD
 
@@ -104,7 +104,8 @@ def chosen_by() -> str:
 
 
 def threads_for(work_bytes: int) -> int:
-    """Return how many threads are worth waking for a call that reads and writes so many bytes."""
+    """Return how many threads do a call that reads and writes so many bytes: all of them or one."""
     if work_bytes < SERIAL_BYTES:
         return 1
-    return min(get_num_threads(), work_bytes // BYTES_PER_THREAD)
+    team = get_num_threads()
+    return team if work_bytes >= team * BYTES_PER_THREAD else 1

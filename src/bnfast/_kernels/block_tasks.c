@@ -805,10 +805,12 @@ static void merge_columns_task(const bn_job *job, size_t number)
 
 /* tasks over channels alone */
 
-/* As near to BN_CHANNELS_PER_TASK as channels that share their statistics allow. */
+/* As near to BN_CHANNELS_PER_TASK as channels that share their statistics allow, and those of a wide row,
+   whose coefficients recur. */
 static size_t channels_per_task(const bn_job *job)
 {
-    return divide_up(BN_CHANNELS_PER_TASK, job->shared) * job->shared;
+    const size_t wanted = divide_up(BN_CHANNELS_PER_TASK, job->geometry->blocks);
+    return divide_up(MAX(wanted, BN_WIDE_ROW), job->shared) * job->shared;
 }
 
 static range channels_of_task(const bn_job *job, size_t number)
@@ -819,7 +821,10 @@ static range channels_of_task(const bn_job *job, size_t number)
 
 static bn_phase channel_phase(const bn_job *job, bn_task *task)
 {
-    return (bn_phase){task, divide_up(job->geometry->channels, channels_per_task(job)), 0};
+    const bn_geometry *geometry = job->geometry;
+    const size_t all = geometry->repeats * geometry->channels * geometry->blocks;
+    return (bn_phase){task, divide_up(geometry->channels, channels_per_task(job)), 0,
+                      all <= BN_CHANNELS_PER_TASK};
 }
 
 static void merge_blocks_task(const bn_job *job, size_t number)
@@ -924,7 +929,7 @@ static void fetch_ahead(bn_job *job, size_t tensors)
 
 static bn_phase block_phase(const bn_job *job, bn_task *task)
 {
-    return (bn_phase){task, job->groups * job->geometry->blocks, 0};
+    return (bn_phase){task, job->groups * job->geometry->blocks, 0, 0};
 }
 
 /* Cuts an output into as many pieces as there are threads for it, in memory order as far as it goes. */
@@ -938,12 +943,12 @@ static bn_phase piece_phase(bn_job *job, size_t threads, bn_task *task)
     pieces.channels = MIN(divide_up(wanted, pieces.outer), units);
     pieces.inner = MIN(divide_up(wanted, pieces.outer * pieces.channels), geometry->inner);
     job->pieces = pieces;
-    return (bn_phase){task, pieces.outer * pieces.channels * pieces.inner, 0};
+    return (bn_phase){task, pieces.outer * pieces.channels * pieces.inner, 0, 0};
 }
 
 static bn_phase fused_phase(const bn_job *job, bn_task *task)
 {
-    return (bn_phase){task, job->groups, 0};
+    return (bn_phase){task, job->groups, 0, 0};
 }
 
 size_t bn_moments_phases(bn_job *job, size_t threads, bn_phase *phases)
@@ -1006,8 +1011,8 @@ size_t bn_row_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
     choose_stores(job, threads, DX, job->dx, job->x, job->dy);
     job->far = bytes_of_call(job, 2) > bn_near_bytes(job->caches, threads);
     job->group = MAX((size_t)1, slab / ROWS_TOGETHER) * ROWS_TOGETHER;
-    phases[0] = (bn_phase){row_gradient_task, divide_up(rows, job->geometry->rows_of_block), 1};
-    phases[1] = (bn_phase){merge_columns_task, divide_up(2 * columns, BN_CHANNELS_PER_TASK), 1};
+    phases[0] = (bn_phase){row_gradient_task, divide_up(rows, job->geometry->rows_of_block), 1, 0};
+    phases[1] = (bn_phase){merge_columns_task, divide_up(2 * columns, BN_CHANNELS_PER_TASK), 1, 0};
     return 2;
 }
 

@@ -68,6 +68,7 @@ typedef struct {
     bn_task *task;
     size_t tasks; /* of each repeat, unless they are of all of them */
     int of_all;
+    int brief; /* not worth waking a team */
 } bn_phase;
 
 /* Does one of the tasks of a phase: those of the first repeat, then those of the next one. */
