@@ -124,18 +124,18 @@ def weight_norm_forward(
     filters, target = _as_filters("v", v, dim, out, ("v",), g=g)
     lengths, root = _lengths(g, filters, dim)
     axis = 0 if dim is None else dim
-    extreme = None
-    if target is not None and _validation.shares_memory(target, filters):
+    in_place = target is not None and _validation.shares_memory(target, filters)
+    if in_place:
         extreme = _extreme_filters(filters, axis, _norms(filters, axis))  # before it is too late
     w, _, invrms = _primitives.normalize(
         filters, axis, lengths / root, None, 0.0, out=target, sharing=_LENGTH
     )
     with np.errstate(divide="ignore"):
         norm = root / invrms
-    if extreme is None:
+    if not in_place:
         extreme = _extreme_filters(filters, axis, norm)
-    which, scaled, exponent = extreme
-    if which.size:
+    if extreme is not None:
+        which, scaled, exponent = extreme
         again, _, invrms = _primitives.normalize(
             scaled, 0, lengths[which] / root, None, 0.0, sharing=_LENGTH
         )
@@ -206,15 +206,17 @@ def weight_norm_backward(
     axis = 0 if dim is None else dim
     norms = _validation.required_channel_parameter("norm", norm, filters.shape[axis], "filters")
     wide = norms.astype(np.float64)
-    which, scaled, exponent = _extreme_filters(filters, axis, wide)
-    their_upstream = np.moveaxis(upstream, axis, 0)[which]  # which may be overwritten
+    extreme = _extreme_filters(filters, axis, wide)
+    if extreme is not None:
+        their_upstream = np.moveaxis(upstream, axis, 0)[extreme.which]  # it may be overwritten
     with np.errstate(all="ignore"):
         dv, dlengths, _ = _primitives.gradient(
             *(upstream, filters, axis, np.zeros(len(wide)), root / wide, lengths / root, False),
             target,
             _LENGTH,
         )
-        if which.size:
+        if extreme is not None:
+            which, scaled, exponent = extreme
             invrms = root / _norms(scaled, 0)  # those given may be rounded to a few bits
             again, dlengths[which], _ = _primitives.gradient(
                 *(their_upstream, scaled, 0, np.zeros(len(which)), invrms, lengths[which] / root),
@@ -245,11 +247,11 @@ class _ExtremeFilters(NamedTuple):
     exponent: Array
 
 
-def _extreme_filters(filters: Array, axis: int, norm: Array) -> _ExtremeFilters:
+def _extreme_filters(filters: Array, axis: int, norm: Array) -> _ExtremeFilters | None:
     most = _LONGEST[filters.dtype]
+    if not norm.size or (norm.min() > 1 / most and norm.max() < most):
+        return None
     which = np.flatnonzero(~((norm > 1 / most) & (norm < most)))
-    if not which.size:
-        return _ExtremeFilters(which, filters[:0], which)
     copies = np.moveaxis(filters, axis, 0)[which]
     largest = np.abs(copies).max(tuple(range(1, copies.ndim)), initial=0)
     _, power = np.frexp(np.where(np.isfinite(largest), largest, 1))
@@ -918,8 +920,9 @@ def spectral_norm_forward(
                 product = matrix.times(right)
                 left = normalized(product)
             else:
-                left = normalized(matrix.times(right))
-                product = matrix.transposed_times(left)
+                left, product = matrix.times_and_back(right)
+                length = np.maximum(np.linalg.norm(left), least)
+                left, product = left / length, product / length
                 right = normalized(product)
         if product is None:
             product = matrix.times(right) if v_first else matrix.transposed_times(left)
@@ -988,16 +991,21 @@ def spectral_norm_backward(
     else:
         others = {"dy": upstream, "w": array, "u": u, "v": v}
         dw = _validation.output(out, array, others, ("dy", "w"))
-    gradient, matrix = _Matrix(upstream, axis), _Matrix(array, axis)
-    target = np.moveaxis(dw, axis, 0)
     with np.errstate(all="ignore"):
-        along = gradient.inner(matrix) / length
-        shares = left * (-along)
-        for rows_, piece in gradient.pieces():
-            made = np.multiply.outer(shares[rows_], right)
-            made += piece
-            made /= length
-            target[rows_] = made.reshape(target[rows_].shape)
+        reciprocal = 1 / length
+        if _is_held(reciprocal, array.dtype):
+            # dy / sigma and the product of each row with its gradient, in one pass.
+            constant = np.zeros(rows), np.ones(rows), np.full(rows, reciprocal)
+            _, products, _ = _primitives.gradient(upstream, array, axis, *constant, True, dw)
+            shares = (left * (products.sum() * reciprocal**2)).astype(array.dtype)
+            _subtract_outer(dw, axis, shares, right.astype(array.dtype))
+        else:
+            gradient, matrix = _Matrix(upstream, axis), _Matrix(array, axis)
+            shares = left * (gradient.inner(matrix) / length)
+            target = np.moveaxis(dw, axis, 0)
+            for which, piece in gradient.pieces():
+                made = (piece - np.multiply.outer(shares[which], right)) / length
+                target[which] = made.reshape(target[which].shape)
     return dw
 
 
@@ -1016,16 +1024,29 @@ def _singular_vectors(u: object, v: object, w: Array, rows: int) -> tuple[Array,
     return left.astype(np.float64), right.astype(np.float64)
 
 
+def _is_held(value: float, dtype: np.dtype[Any]) -> bool:
+    """Whether the type holds a number to its last bit."""
+    return bool(np.finfo(dtype).tiny <= abs(dtype.type(value)) < np.inf)
+
+
 def _divide(w: Array, sigma: float, y: Array) -> None:
     """Write w / sigma: in its own type, as long as that holds sigma to its last bit."""
-    own = w.dtype.type(sigma)
-    if np.finfo(w.dtype).tiny <= abs(own) < np.inf:
-        np.divide(w, own, out=y)
+    if _is_held(sigma, w.dtype):
+        np.divide(w, w.dtype.type(sigma), out=y)
     else:
         np.divide(w, sigma, out=y, dtype=np.float64, casting="same_kind")
 
 
-# In float64: what stays in a cache from its conversion to its product.
+def _subtract_outer(w: Array, axis: int, left: Array, right: Array) -> None:
+    """Subtract ``left right.T`` from weights seen as a matrix, a few rows at a time."""
+    rows = np.moveaxis(w, axis, 0)
+    step = max(1, _PIECE_ELEMENTS // max(1, len(right)))
+    for first in range(0, len(left), step):
+        some = rows[first : first + step]
+        some -= np.multiply.outer(left[first : first + step], right).reshape(some.shape)
+
+
+# What stays in a cache from its conversion to float64, or its making, to its use.
 _PIECE_ELEMENTS = 1 << 17
 
 
@@ -1051,6 +1072,14 @@ class _Matrix:
         for rows, piece in self.pieces():
             made[rows] = piece @ right
         return made
+
+    def times_and_back(self, right: Array) -> tuple[Array, Array]:
+        """Return W v and W.T W v, of each piece at once."""
+        made, back = np.empty(self.shape[0]), np.zeros(self.shape[1])
+        for rows, piece in self.pieces():
+            made[rows] = piece @ right
+            back += made[rows] @ piece
+        return made, back
 
     def transposed_times(self, left: Array) -> Array:
         """Return W.T u."""
