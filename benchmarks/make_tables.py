@@ -24,6 +24,7 @@ from bnfast._cli.bench import report
 from bnfast._cli.bench.rivals import numpy_formulas
 from bnfast._cli.bench.timing import take_turns
 
+ALT = "Ratios in every cell, and bandwidth with its limit"
 ROOT = Path(__file__).parent.parent
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 
@@ -92,14 +93,14 @@ def make_batch_tables(*quick):
         "Times of the rivals as multiples of bnfast's, geometric means (and largest errors):",
         report.markdown_table(report.all_means(results)),
         f"{report.all_losses(results).title}; [all cells](docs/benchmark.md).",
-        "![Ratios in every cell, and bandwidth with its limit](docs/benchmark.png)",
+        f"![{ALT}](docs/benchmark.png)",
         "The same with data whose mean is 10,000 times its standard deviation:",
         report.markdown_table(report.all_cells(far)),
         call_table(),
         *report.notes(results),
         "All of it is made by `python benchmarks/make_tables.py`.",
     )
-    text = f"# Every cell\n\n{report.markdown(results)}\n\n![]({picture.name})\n"
+    text = f"# Every cell\n\n{report.markdown(results)}\n\n![{ALT}]({picture.name})\n"
     (DOCS / "benchmark.md").write_text(text, encoding="utf-8")
 
 
@@ -114,7 +115,7 @@ def make_tables_of(kind, title, *arguments):
         f"{report.all_losses(results).title}; [all cells](docs/{page.name}), with the rest "
         "of what is to be known.",
     )
-    text = f"# {title}\n\n{report.markdown(results)}\n\n![]({picture.name})\n"
+    text = f"# {title}\n\n{report.markdown(results)}\n\n![{ALT}]({picture.name})\n"
     page.write_text(text, encoding="utf-8")
 
 

@@ -341,7 +341,7 @@ def test_failures_are_reported(run):
 
 def test_means_and_losses(run):
     def row(operation, ratio, error):
-        outcome = {"ratio": ratio, "error": error}
+        outcome = {"ratio": ratio, "error": error, "fresh": ratio == 3.0}
         return {
             **{"normalization": "batch", "operation": operation},
             **{"shape": [2, 3], "layout": "nchw"},
@@ -351,8 +351,9 @@ def test_means_and_losses(run):
 
     rows = [row("training", 0.5, 1e-3), row("training", 8.0, 1e-6), row("inference", 3.0, 0.0)]
     inference, training = run.report.geometric_means(rows)
-    assert training["rivals"] == {"a": {"ratio": pytest.approx(2), "error": 1e-3, "cells": 2}}
-    assert inference["rivals"]["a"]["cells"] == 1
+    of_a = {"ratio": pytest.approx(2), "error": 1e-3, "cells": 2, "fresh": False}
+    assert training["rivals"] == {"a": of_a}
+    assert inference["rivals"]["a"]["cells"] == 1 and inference["rivals"]["a"]["fresh"]
     (loss,) = run.report.losses(rows)
     assert (loss["rival"], loss["ratio"], loss["error"]) == ("a", 0.5, 1e-3)
 

@@ -296,7 +296,10 @@ D, INVSTD = np.ones((2, 4)), np.ones((2, 4))
         (lambda: bnfast.group_norm(X, 2, np.ones(2)), ValueError, "weight must have one value"),
         (lambda: bnfast.group_norm(X, 2, eps=np.inf), ValueError, "eps must be finite"),
         (lambda: bnfast.instance_norm(X, eps=0), ValueError, "eps must be positive"),
-        (lambda: bnfast.instance_norm(X[:, :, :1]), ValueError, "x must have more than one value"),
+        (
+            lambda: bnfast.instance_norm(X[:, :, :1]),
+            *(ValueError, "x must have more than one value per channel of each sample, got"),
+        ),
         (lambda: bnfast.group_norm(X[:1, :1, :1], 1), ValueError, "x must have more than one"),
         (lambda: bnfast.group_norm(X[:1, :, 0], 4), ValueError, "x must have more than one"),
         (lambda: bnfast.group_norm(X, 2, per_group="no"), TypeError, "per_group must be True"),

@@ -209,7 +209,8 @@ def normalize(
         y = _validation.output(out, array, others)
     shape = sharing.shape_of_statistics(array, axis)
     if array.ndim > 1:
-        _validation.enough_values("x", array, sharing.values(array, axis), sharing.fewest_values)
+        values, fewest = sharing.values(array, axis), sharing.fewest_values
+        _validation.enough_values("x", array, values, fewest, of_samples=bool(sharing.repeated))
     if array.size == 0:
         return y, np.zeros(shape), np.full(shape, _invstd_of_nothing(epsilon))
 

@@ -96,7 +96,7 @@ def channels_of_group(num_groups: object, channels: int) -> int:
     """Return how many channels a group has."""
     groups = integer_from("num_groups", num_groups, 1)
     if channels % groups:
-        raise ValueError(f"num_groups must divide the {channels} channels of x, got {groups}")
+        raise ValueError(f"num_groups must divide the {channels} channels, got {groups}")
     return channels // groups if channels else 1
 
 
@@ -286,7 +286,8 @@ def required_channel_parameter(
     array = channel_parameter(name, value, channels, called)
     if array is None:
         hint = (
-            "; without them, the statistics of x must be used: training=True, or use_input_stats"
+            "; without them, the statistics of x must be used: training=True, or "
+            "use_input_stats=True of instance_norm"
             if name[:7] == "running"
             else ""
         )
@@ -543,9 +544,8 @@ def epsilon(value: object, *, training: bool) -> float:
     return eps
 
 
-def enough_values(name: str, x: Array, values: int, fewest: int) -> None:
+def enough_values(name: str, x: Array, values: int, fewest: int, *, of_samples: bool) -> None:
     """Refuse a batch whose statistics would be made of too few values: one has no variance."""
     if 0 < values < fewest:
-        raise ValueError(
-            f"{name} must have more than one value per channel in training, got shape {x.shape}"
-        )
+        what = "channel of each sample" if of_samples else "channel in training"
+        raise ValueError(f"{name} must have more than one value per {what}, got shape {x.shape}")

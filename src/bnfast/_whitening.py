@@ -101,7 +101,7 @@ def normalize(
     y = _output(out, array, others)
     if array.ndim > 1:
         each = array.size // channels if channels else 0
-        _validation.enough_values("x", array, each, 2)
+        _validation.enough_values("x", array, each, 2, of_samples=False)
     if array.size == 0:
         return y, whiten(np.zeros(channels), np.zeros(shape))
     with np.errstate(all="ignore"):

@@ -70,7 +70,7 @@ def filter_response_norm(
 
     References
     ----------
-    S. Singh, S. Krishnan, 2020, "Filter Response Normalization Layer: Eliminating Batch Dependence
+    S. Singh, S. Krishnan, 2019, "Filter Response Normalization Layer: Eliminating Batch Dependence
     in the Training of Deep Neural Networks", arXiv:1911.09737.
 
     Examples
@@ -124,7 +124,7 @@ def filter_response_norm_forward(
 
     References
     ----------
-    S. Singh, S. Krishnan, 2020, arXiv:1911.09737.
+    S. Singh, S. Krishnan, 2019, arXiv:1911.09737.
 
     Examples
     --------
@@ -209,7 +209,7 @@ def filter_response_norm_backward(
 
     References
     ----------
-    S. Singh, S. Krishnan, 2020, arXiv:1911.09737.
+    S. Singh, S. Krishnan, 2019, arXiv:1911.09737.
 
     Examples
     --------

@@ -333,7 +333,7 @@ def group_norm_forward(
     array, channels = _validation.channel_axis_of_samples(x, axis)
     together = _validation.channels_of_group(num_groups, channels)
     if 0 < array.size == channels // together:
-        _validation.enough_values("x", array, 1, 2)
+        _validation.enough_values("x", array, 1, 2, of_samples=True)
     if _validation.flag("per_group", per_group) and together > 1:
         weight = _of_channels("weight", weight, channels, together)
         bias = _of_channels("bias", bias, channels, together)

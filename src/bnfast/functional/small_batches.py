@@ -297,7 +297,8 @@ def _of_ghosts(
     )
     each = x[0].size // channels if channels and len(x) else 0
     for _, x_part, _ in pieces:
-        _validation.enough_values("x", x, each * x_part.shape[1] if len(x_part) else 0, 2)
+        values = each * x_part.shape[1] if len(x_part) else 0
+        _validation.enough_values("x", x, values, 2, of_samples=False)
     for taken, x_part, y_part in pieces:
         if x_part.size:
             m2 = np.empty(mean[taken].shape)
@@ -476,7 +477,7 @@ def batch_renorm_forward(
     Parameters
     ----------
     x, running_mean, running_std, weight, bias, momentum, eps, r_max, d_max, axis, out
-        As in `batch_renorm` in training.
+        As in `batch_renorm` in training: the running statistics are updated in place.
 
     Returns
     -------
@@ -522,7 +523,7 @@ def batch_renorm_forward(
         others |= {"running_mean": running_mean, "running_std": running_std}
         _validation.output(out, array, others)
     each = array.size // channels if channels else 0
-    _validation.enough_values("x", array, each, 2)
+    _validation.enough_values("x", array, each, 2, of_samples=False)
     count, mean, m2 = _primitives.moments(array, channel_axis)
     if count == 0:
         nothing = np.ones(channels)

@@ -1019,8 +1019,9 @@ def keep_singular_vectors(vectors: Sequence[Array], improved: Sequence[Array]) -
 
 def _singular_vectors(u: object, v: object, w: Array, rows: int) -> tuple[Array, Array]:
     """Return copies in float64."""
-    left = _validation.state("u", u, (rows,))
-    right = _validation.state("v", v, (w.size // rows if rows else 0,))
+    columns = w.size // rows if rows else 0
+    left = _validation.required_channel_parameter("u", u, rows, "rows of w")
+    right = _validation.required_channel_parameter("v", v, columns, "columns of w")
     return left.astype(np.float64), right.astype(np.float64)
 
 

@@ -89,7 +89,7 @@ class Trainable(ABC):
         """Return the gradients of the input and of the parameters from what was saved."""
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
-        """Return the gradient of the last input, and set those of parameters: `weight_grad`, ...
+        """Return the gradient of the last input, and set those of parameters, as ``<name>_grad``.
 
         Parameters
         ----------

@@ -57,7 +57,7 @@ class FilterResponseNorm(Layer):
 
     References
     ----------
-    S. Singh, S. Krishnan, 2020, "Filter Response Normalization Layer: Eliminating Batch Dependence
+    S. Singh, S. Krishnan, 2019, "Filter Response Normalization Layer: Eliminating Batch Dependence
     in the Training of Deep Neural Networks", arXiv:1911.09737.
 
     Examples

@@ -68,6 +68,7 @@ def geometric_means(rows: list[Row]) -> list[Row]:
                     "ratio": math.exp(sum(logarithms) / len(offered)),
                     "error": max(outcome["error"] for outcome in offered),
                     "cells": len(offered),
+                    "fresh": any(outcome.get("fresh") for outcome in offered),
                 }
         means.append(mean)
     return means
@@ -180,7 +181,8 @@ def all_means(results: Results) -> Sheet:
                 continue
             rival = rivals[title]
             some = "" if rival["cells"] == mean["cells"] else f", {rival['cells']} cells"
-            text = f"{_ratio(rival['ratio'])} ({rival['error']:.0e}{some})"
+            mark = "†" if rival["fresh"] else ""
+            text = f"{_ratio(rival['ratio'])}{mark} ({rival['error']:.0e}{some})"
             line.append(Text(text, rival["ratio"] == best))
         lines.append(line)
     headings = [*keys, "cells", "error", *titles]
