@@ -54,6 +54,17 @@ def test_the_setting_of_openmp_is_read_on_every_call(many_processors, limit):
         assert bnfast.get_num_threads() == limit
 
 
+@needs_openmp
+def test_few_channels_of_very_many_rows_are_finished_together(rng, use_threads):
+    x = rng.standard_normal((220_000, 60), np.float32)  # so many blocks that channels might be cut
+    results = []
+    for number in (1, 2):
+        use_threads(number)
+        results.append(bnfast.batch_norm_forward(x))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_many_python_threads_get_the_same_bits(rng):
     arrays = [rng.normal(3, 2, (4, 16, 40, 40)).astype(np.float32) for _ in range(4)]
 

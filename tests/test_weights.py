@@ -589,6 +589,13 @@ def test_spectral_norm_at_the_ends_of_the_range(size):
     np.testing.assert_allclose(dw, (np.eye(3) - 1 / 3) / 3, rtol=1e-6)
 
 
+def test_the_gradient_of_spectral_norm_is_held_where_a_factor_of_it_is_not():
+    w, dy = np.full((1, 10_000), 1e-36, np.float32), np.full((1, 10_000), 1e3, np.float32)
+    _, *saved = bnfast.spectral_norm_forward(w, np.ones(1), np.ones(10_000), eps=0.0)
+    dw = bnfast.spectral_norm_backward(dy, w, *saved)
+    assert np.abs(dw).max() <= 1e-6 * 1e3 / saved[0]  # of two terms that cancel
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
 def test_spectral_norm_of_nothing_is_nothing(shape):
     y, sigma, _, _ = bnfast.spectral_norm_forward(

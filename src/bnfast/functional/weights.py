@@ -997,7 +997,9 @@ def spectral_norm_backward(
             # dy / sigma and the product of each row with its gradient, in one pass.
             constant = np.zeros(rows), np.ones(rows), np.full(rows, reciprocal)
             _, products, _ = _primitives.gradient(upstream, array, axis, *constant, True, dw)
-            shares = (left * (products.sum() * reciprocal**2)).astype(array.dtype)
+            wide = left * (products.sum() * reciprocal**2)
+            shares = wide.astype(array.dtype)
+            shares = shares if np.isfinite(shares).all() else wide  # times v they may be held
             _subtract_outer(dw, axis, shares, right.astype(array.dtype))
         else:
             gradient, matrix = _Matrix(upstream, axis), _Matrix(array, axis)
