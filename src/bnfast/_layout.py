@@ -33,10 +33,12 @@ ROWS_TOGETHER = 16
 # Rows of a channels_last chunk, for each phase: so many that the merge at its end costs little.
 CHUNK_ROWS = 256
 
-# Rows of fewer channels than FEWEST_LANES are summed several at a time, so that the lanes of such a
-# wide row fill vectors of VECTOR_LANES well; row_sums.inc has room for MOST_LANES.
-FEWEST_LANES = 64
-VECTOR_LANES = 16
+# Rows of fewer channels are summed several at a time, as one wide row that fills whole vectors of
+# VECTOR_BYTES. Up to STREAM_BYTES it is read as one stream; a wider one takes WIDER times as long,
+# and must waste less. row_sums.inc has room for MOST_LANES.
+VECTOR_BYTES = 64
+STREAM_BYTES = 4 * VECTOR_BYTES
+WIDER = 1.2
 MOST_LANES = 256
 
 # Rows of a channels_last block: so many that its partial sums, three float64 a channel, take less
@@ -156,16 +158,17 @@ def _ceil_divide(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _phases(channels: int) -> int:
-    """How many rows of so few channels are summed at a time: the fewest that waste least."""
-    if channels >= FEWEST_LANES:
+def _phases(channels: int, itemsize: int) -> int:
+    """How many rows of so few channels are summed at a time: the fewest that take least."""
+    if channels * itemsize >= STREAM_BYTES:
         return 1
 
-    def waste(phases: int) -> float:
-        lanes = phases * channels
-        return _ceil_divide(lanes, VECTOR_LANES) * VECTOR_LANES / lanes
+    def cost(phases: int) -> float:
+        row = phases * channels * itemsize
+        waste = _ceil_divide(row, VECTOR_BYTES) * VECTOR_BYTES / row
+        return waste if row <= STREAM_BYTES else waste * WIDER
 
-    return min(range(_ceil_divide(FEWEST_LANES, channels), MOST_LANES // channels + 1), key=waste)
+    return min(range(1, MOST_LANES // channels + 1), key=cost)
 
 
 def _cut(
@@ -174,7 +177,7 @@ def _cut(
     """(chunk_outer, chunk_inner, chunks_per_run, chunks, chunks_per_block, blocks, phases)."""
     phases = 1
     if layout == CHANNELS_LAST:
-        phases = min(_phases(channels), outer)
+        phases = min(_phases(channels, itemsize), outer)
         rows = min(CHUNK_ROWS * phases, CHUNK_BYTES // itemsize)
         chunk_outer, chunk_inner, chunks_per_run = rows, 1, 1
         block_rows = max(FEWEST_BLOCK_ROWS, BLOCK_BYTES // (channels * itemsize))

@@ -7,24 +7,25 @@
 #define BN_QUOTE_(a) #a
 #define BN_QUOTE(a) BN_QUOTE_(a)
 
-#if defined(__GNUC__) || defined(__clang__)
+#if !defined(__GNUC__) && !defined(__clang__)
+#error "the kernels are written with the vector types of GCC and Clang"
+#endif
+
 /* "No dependence between iterations": true for separate and for exactly aliasing arrays. */
 #define BN_SIMD _Pragma("omp simd")
-/* In a loop whose iterations must not be woven together: memory is then read in the order in which it
-   lies, which the hardware can follow. */
-#define BN_IN_ORDER() __asm__ volatile("")
+/* Between readings that must not be woven together: memory is then read in the order in which it lies,
+   which the hardware can follow. */
+#define BN_IN_ORDER() __asm__ volatile("" ::: "memory")
 #define BN_INLINE static inline __attribute__((always_inline))
 #define BN_NOINLINE static __attribute__((noinline)) /* a hot loop that keeps its name */
+/* A loop over the vectors of an array: unrolled, they are registers. */
+#if defined(__clang__)
+#define BN_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define BN_UNROLL _Pragma("GCC unroll 16")
+#endif
 #define BN_PREFETCH(address) __builtin_prefetch(address)
 #define BN_PREFETCH_L2(address) __builtin_prefetch(address, 0, 2)
-#else
-#define BN_IN_ORDER() ((void)0)
-#define BN_PREFETCH(address) ((void)0)
-#define BN_PREFETCH_L2(address) ((void)0)
-#define BN_SIMD
-#define BN_INLINE static inline
-#define BN_NOINLINE static
-#endif
 
 /* An array's elements become 0. `= {0}` has compilers make a string instruction, which takes longer than
    to add up a short run. */

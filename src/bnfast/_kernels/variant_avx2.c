@@ -4,7 +4,7 @@
 #endif
 #define BN_ISA avx2
 #define BN_VECTOR_BYTES 32
-#define BN_STRIP_BYTES 128
-#define BN_TILE_BYTES 128
+#define BN_REGISTERS 16
+#define BN_TILE_BYTES 256
 #define BN_COLUMNS_BYTES 4096
 #include "kernel_bodies/all_kernels.inc"

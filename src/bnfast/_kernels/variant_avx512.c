@@ -4,7 +4,7 @@
 #endif
 #define BN_ISA avx512
 #define BN_VECTOR_BYTES 64
-#define BN_STRIP_BYTES 256
-#define BN_TILE_BYTES 256
+#define BN_REGISTERS 32
+#define BN_TILE_BYTES 512
 #define BN_COLUMNS_BYTES 256
 #include "kernel_bodies/all_kernels.inc"

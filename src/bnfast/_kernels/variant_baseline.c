@@ -6,10 +6,10 @@
 #define BN_VECTOR_BYTES 16
 #define BN_COLUMNS_BYTES 4096
 #if defined(__aarch64__) /* 32 registers, x86-64 has 16 */
-#define BN_STRIP_BYTES 128
+#define BN_REGISTERS 32
 #define BN_TILE_BYTES 64
 #else
-#define BN_STRIP_BYTES 64
-#define BN_TILE_BYTES 32
+#define BN_REGISTERS 16
+#define BN_TILE_BYTES 64
 #endif
 #include "kernel_bodies/all_kernels.inc"
