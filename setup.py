@@ -122,6 +122,7 @@ core = Extension(
     "bnfast._core",
     sources=[
         "src/bnfast/_core.pyx",
+        "src/bnfast/_guarded_function.c",
         *(
             f"{KERNELS}/{name}.c"
             for name in (
@@ -135,9 +136,12 @@ core = Extension(
             )
         ),
     ],
-    include_dirs=[KERNELS, numpy.get_include()],
+    include_dirs=["src/bnfast", KERNELS, numpy.get_include()],
     # A changed kernel must relink. Files only: cythonize copies them.
-    depends=[str(path) for path in sorted(Path(KERNELS).rglob("*")) if path.is_file()],
+    depends=[
+        "src/bnfast/_guarded_function.h",
+        *(str(path) for path in sorted(Path(KERNELS).rglob("*")) if path.is_file()),
+    ],
     define_macros=[
         ("NPY_NO_DEPRECATED_API", "NPY_1_25_API_VERSION"),
         ("NPY_TARGET_VERSION", "NPY_1_25_API_VERSION"),

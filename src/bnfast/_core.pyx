@@ -180,6 +180,20 @@ cdef extern from "openmp_runtime.h" nogil:
     const char *bn_compiler()
 
 
+cdef extern from "float_mode.h" nogil:
+    ctypedef unsigned long long bn_float_mode
+    bn_float_mode BN_MODE_BITS
+
+    bn_float_mode bn_read_float_mode()
+    void bn_write_float_mode(bn_float_mode mode)
+    bn_float_mode bn_enter_default_float_mode()
+    void bn_leave_default_float_mode(bn_float_mode before)
+
+
+cdef extern from "_guarded_function.h":
+    object bn_new_guarded_function_type()
+
+
 cdef extern from "output_memory.h" nogil:
     void *bn_output_malloc(void *context, size_t bytes)
     void *bn_output_calloc(void *context, size_t count, size_t size)
@@ -253,6 +267,19 @@ def cache_sizes():
 def assume_cache_sizes(size_t level2, size_t last_level):
     """Go by other sizes of the caches: for tests, which make all schedules run on any machine."""
     caches.level2, caches.last_level = level2, last_level
+
+
+GuardedFunction = bn_new_guarded_function_type()  # see _float_mode
+
+
+def float_mode():
+    """Return this thread's float mode, as its control register says it; 0 where that is unknown."""
+    return bn_read_float_mode() & BN_MODE_BITS
+
+
+def assume_float_mode(bn_float_mode mode):
+    """Write that register: for tests, which call from any mode."""
+    bn_write_float_mode(mode)
 
 
 def kernel_names():
@@ -467,15 +494,26 @@ cdef void _do(bn_job *job, bn_phases phases_of, int threads) noexcept nogil:
 
 cdef void _run_phase(const bn_job *job, const bn_phase *phase, int threads) noexcept nogil:
     cdef size_t repeats = 1 if phase.of_all else job.geometry.repeats
-    cdef Py_ssize_t number, tasks = <Py_ssize_t>(repeats * phase.tasks)
+    cdef Py_ssize_t number, part, tasks = <Py_ssize_t>(repeats * phase.tasks)
     if threads == 1 or tasks == 1 or phase.brief:
         # No OpenMP region at all: cheaper, and safe in a forked child.
         for number in range(tasks):
             bn_do_task(job, phase, <size_t>number)
     else:
         # All threads, also of fewer tasks: see thresholds.h.
-        for number in prange(tasks, num_threads=threads, schedule="static"):
-            bn_do_task(job, phase, <size_t>number)
+        for part in prange(threads, num_threads=threads, schedule="static"):
+            _do_tasks(job, phase, part * tasks // threads, (part + 1) * tasks // threads)
+
+
+cdef void _do_tasks(
+    const bn_job *job, const bn_phase *phase, Py_ssize_t first, Py_ssize_t end
+) noexcept nogil:
+    """Do some tasks in a thread of OpenMP's, which may have inherited any float mode."""
+    cdef bn_float_mode before = bn_enter_default_float_mode()
+    cdef Py_ssize_t number
+    for number in range(first, end):
+        bn_do_task(job, phase, <size_t>number)
+    bn_leave_default_float_mode(before)
 
 
 def moments(Geometry geometry, x, mean, m2, int threads):

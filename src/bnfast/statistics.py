@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bnfast._float_mode import in_default_float_mode
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:
@@ -27,15 +29,18 @@ class Moments:
     m2: NDArray[np.float64]
 
     @property
+    @in_default_float_mode
     def var(self) -> NDArray[np.float64]:
         """The biased variance, m2 / count; 0 where there are no values."""
         return self.m2 / max(self.count, 1)
 
     @property
+    @in_default_float_mode
     def std(self) -> NDArray[np.float64]:
         """The square root of `var`."""
         return np.sqrt(self.var)
 
+    @in_default_float_mode
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both parts together.
 

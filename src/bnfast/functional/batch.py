@@ -8,12 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
+from bnfast._float_mode import in_default_float_mode
 from bnfast.statistics import Moments
 
 Float = TypeVar("Float", np.float32, np.float64)
 Parameter = NDArray[np.float32] | NDArray[np.float64]
 
 
+@in_default_float_mode
 def batch_norm(
     x: NDArray[Float],
     running_mean: Parameter | None,
@@ -105,6 +107,7 @@ def batch_norm(
     return _primitives.scale_shift(x, axis, running_mean, running_var, weight, bias, eps, None, out)
 
 
+@in_default_float_mode
 def batch_norm_forward(
     x: NDArray[Float],
     weight: Parameter | None = None,
@@ -163,6 +166,7 @@ def batch_norm_forward(
     return _primitives.normalize(x, axis, weight, bias, eps, None, None, 0.0, True, out)
 
 
+@in_default_float_mode
 def batch_norm_backward(
     dy: NDArray[Float],
     x: NDArray[Float],
@@ -236,6 +240,7 @@ def batch_norm_backward(
     return _primitives.gradient(dy, x, axis, mean, invstd, weight, constant_statistics, out)
 
 
+@in_default_float_mode
 def moments(x: NDArray[Float], axis: int = 1) -> Moments:
     """Return the count, mean and sum of squared deviations of every channel.
 

@@ -9,12 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
+from bnfast._float_mode import in_default_float_mode
 
 Array = NDArray[Any]
 Float = TypeVar("Float", np.float32, np.float64)
 Parameter = NDArray[np.float32] | NDArray[np.float64]
 
 
+@in_default_float_mode
 def conditional_batch_norm(
     x: NDArray[Float],
     weight: Parameter | None,
@@ -117,6 +119,7 @@ def conditional_batch_norm(
     return y
 
 
+@in_default_float_mode
 def conditional_batch_norm_forward(
     x: NDArray[Float],
     weight: Parameter | None,
@@ -195,6 +198,7 @@ def train_conditionally(
     return y, mean, invstd
 
 
+@in_default_float_mode
 def conditional_batch_norm_backward(
     dy: NDArray[Float],
     x: NDArray[Float],

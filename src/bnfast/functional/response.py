@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
+from bnfast._float_mode import in_default_float_mode
 from bnfast._primitives import Floors, Sharing
 
 Float = TypeVar("Float", np.float32, np.float64)
@@ -16,6 +17,7 @@ Parameter = NDArray[np.float32] | NDArray[np.float64]
 _RESPONSES = Sharing(repeated=(0,), uncentred=True, any_eps=False)
 
 
+@in_default_float_mode
 def filter_response_norm(
     x: NDArray[Float],
     weight: Parameter | None = None,
@@ -88,6 +90,7 @@ def filter_response_norm(
     return z
 
 
+@in_default_float_mode
 def filter_response_norm_forward(
     x: NDArray[Float],
     weight: Parameter | None = None,
@@ -150,6 +153,7 @@ def filter_response_norm_forward(
     return z, invrms
 
 
+@in_default_float_mode
 def filter_response_norm_backward(
     dy: NDArray[Float],
     x: NDArray[Float],

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
+from bnfast._float_mode import in_default_float_mode
 from bnfast._primitives import APART, Sharing
 
 Float = TypeVar("Float", np.float32, np.float64)
@@ -17,6 +18,7 @@ Parameter = NDArray[np.float32] | NDArray[np.float64]
 _MACHINE_EPS = {np.dtype(t): float(np.finfo(t).eps) for t in (np.float32, np.float64)}
 
 
+@in_default_float_mode
 def instance_norm(
     x: NDArray[Float],
     running_mean: Parameter | None = None,
@@ -102,6 +104,7 @@ def instance_norm(
     return y
 
 
+@in_default_float_mode
 def instance_norm_forward(
     x: NDArray[Float],
     weight: Parameter | None = None,
@@ -152,6 +155,7 @@ def instance_norm_forward(
     return _primitives.normalize(x, axis, weight, bias, eps, out=out, sharing=APART)
 
 
+@in_default_float_mode
 def instance_norm_backward(
     dy: NDArray[Float],
     x: NDArray[Float],
@@ -218,6 +222,7 @@ def instance_norm_backward(
     return _primitives.gradient(dy, x, axis, mean, invstd, weight, False, out, APART)
 
 
+@in_default_float_mode
 def group_norm(
     x: NDArray[Float],
     num_groups: int,
@@ -284,6 +289,7 @@ def group_norm(
     return y
 
 
+@in_default_float_mode
 def group_norm_forward(
     x: NDArray[Float],
     num_groups: int,
@@ -341,6 +347,7 @@ def group_norm_forward(
     return _primitives.normalize(array, axis, weight, bias, eps, out=out, sharing=sharing)
 
 
+@in_default_float_mode
 def group_norm_backward(
     dy: NDArray[Float],
     x: NDArray[Float],
@@ -427,6 +434,7 @@ def _of_channels(
     return None if of_groups is None else np.repeat(of_groups, together)
 
 
+@in_default_float_mode
 def layer_norm(
     x: NDArray[Float],
     normalized_shape: int | Sequence[int],
@@ -490,6 +498,7 @@ def layer_norm(
     return y
 
 
+@in_default_float_mode
 def layer_norm_forward(
     x: NDArray[Float],
     normalized_shape: int | Sequence[int],
@@ -538,6 +547,7 @@ def layer_norm_forward(
     return _primitives.normalize_rows(x, normalized_shape, axis, weight, bias, eps, False, out)
 
 
+@in_default_float_mode
 def layer_norm_backward(
     dy: NDArray[Float],
     x: NDArray[Float],
@@ -606,6 +616,7 @@ def layer_norm_backward(
     )
 
 
+@in_default_float_mode
 def rms_norm(
     x: NDArray[Float],
     normalized_shape: int | Sequence[int],
@@ -661,6 +672,7 @@ def rms_norm(
     return y
 
 
+@in_default_float_mode
 def rms_norm_forward(
     x: NDArray[Float],
     normalized_shape: int | Sequence[int],
@@ -712,6 +724,7 @@ def rms_norm_forward(
     return y, invrms
 
 
+@in_default_float_mode
 def rms_norm_backward(
     dy: NDArray[Float],
     x: NDArray[Float],

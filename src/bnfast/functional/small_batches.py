@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
+from bnfast._float_mode import in_default_float_mode
 from bnfast._primitives import APART
 
 Array = NDArray[Any]
@@ -16,6 +17,7 @@ Float = TypeVar("Float", np.float32, np.float64)
 Parameter = NDArray[np.float32] | NDArray[np.float64]
 
 
+@in_default_float_mode
 def ghost_batch_norm(
     x: NDArray[Float],
     ghost_size: int,
@@ -119,6 +121,7 @@ def train_on_ghosts(
     return y, mean, invstd
 
 
+@in_default_float_mode
 def ghost_batch_norm_forward(
     x: NDArray[Float],
     ghost_size: int,
@@ -169,6 +172,7 @@ def ghost_batch_norm_forward(
     return y, mean, invstd
 
 
+@in_default_float_mode
 def ghost_batch_norm_backward(
     dy: NDArray[Float],
     x: NDArray[Float],
@@ -344,6 +348,7 @@ class RenormSchedule(NamedTuple):
     r_end: int = 40000
     d_end: int = 25000
 
+    @in_default_float_mode
     def at(self, step: int) -> tuple[float, float]:
         """Return r_max and d_max of a step, counted from 0."""
 
@@ -364,6 +369,7 @@ class Renormalized(NamedTuple):
     d: NDArray[np.float64]
 
 
+@in_default_float_mode
 def batch_renorm(
     x: NDArray[Float],
     running_mean: Parameter,
@@ -458,6 +464,7 @@ def batch_renorm(
     return _primitives.scale_shift(array, axis, centre, variance, weight, bias, 0.0, None, out)
 
 
+@in_default_float_mode
 def batch_renorm_forward(
     x: NDArray[Float],
     running_mean: Parameter,
@@ -546,6 +553,7 @@ def batch_renorm_forward(
     return y, Renormalized(mean, 1.0 / sigma, r, d)
 
 
+@in_default_float_mode
 def batch_renorm_backward(
     dy: NDArray[Float],
     x: NDArray[Float],

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
+from bnfast._float_mode import in_default_float_mode
 from bnfast._primitives import Sharing
 
 Array = NDArray[Any]
@@ -27,6 +28,7 @@ _LONGEST = {np.dtype(np.float32): 2.0**40, np.dtype(np.float64): 2.0**400}
 _NEXT_TO_NOTHING = 1e-100
 
 
+@in_default_float_mode
 def weight_norm(
     v: NDArray[Float],
     g: Parameter,
@@ -80,6 +82,7 @@ def weight_norm(
     return w
 
 
+@in_default_float_mode
 def weight_norm_forward(
     v: NDArray[Float],
     g: Parameter,
@@ -145,6 +148,7 @@ def weight_norm_forward(
     return w.reshape(np.shape(v)) if out is None else out, norm
 
 
+@in_default_float_mode
 def weight_norm_backward(
     dw: NDArray[Float],
     v: NDArray[Float],
@@ -319,6 +323,7 @@ def _lengths(g: object, filters: Array, dim: int | None) -> tuple[Array, float]:
     return lengths.reshape(-1).astype(np.float64), math.sqrt(each) if each else 1.0
 
 
+@in_default_float_mode
 def weight_standardization(
     w: NDArray[Float],
     gain: Parameter | None = None,
@@ -381,6 +386,7 @@ def weight_standardization(
     return y
 
 
+@in_default_float_mode
 def weight_standardization_forward(
     w: NDArray[Float],
     gain: Parameter | None = None,
@@ -429,6 +435,7 @@ def weight_standardization_forward(
     return _forward(w, gain, deviation, int(bool(unbiased)), axis, out)
 
 
+@in_default_float_mode
 def weight_standardization_backward(
     dy: NDArray[Float],
     w: NDArray[Float],
@@ -493,6 +500,7 @@ def weight_standardization_backward(
     return _backward(dy, w, mean, std, gain, deviation, int(bool(unbiased)), axis, out)
 
 
+@in_default_float_mode
 def scaled_weight_standardization(
     w: NDArray[Float],
     gain: Parameter | None = None,
@@ -555,6 +563,7 @@ def scaled_weight_standardization(
     return y
 
 
+@in_default_float_mode
 def scaled_weight_standardization_forward(
     w: NDArray[Float],
     gain: Parameter | None = None,
@@ -602,6 +611,7 @@ def scaled_weight_standardization_forward(
     return _forward(w, gain, _scaled(gamma, eps, floor), 0, axis, out)
 
 
+@in_default_float_mode
 def scaled_weight_standardization_backward(
     dy: NDArray[Float],
     w: NDArray[Float],
@@ -769,6 +779,7 @@ def _backward(
     return dw, dgain
 
 
+@in_default_float_mode
 def spectral_norm(
     w: NDArray[Float],
     u: Parameter,
@@ -847,6 +858,7 @@ def spectral_norm(
     return y
 
 
+@in_default_float_mode
 def spectral_norm_forward(
     w: NDArray[Float],
     u: Parameter,
@@ -931,6 +943,7 @@ def spectral_norm_forward(
     return y, sigma, left, right
 
 
+@in_default_float_mode
 def spectral_norm_backward(
     dy: NDArray[Float],
     w: NDArray[Float],

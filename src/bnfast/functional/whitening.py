@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _validation, _whitening
+from bnfast._float_mode import in_default_float_mode
 from bnfast._whitening import WHITENING, Statistics
 
 Array = NDArray[Any]
@@ -38,6 +39,7 @@ class Whitened(NamedTuple):
     eigenvectors: NDArray[np.float64] | None = None
 
     @classmethod
+    @in_default_float_mode
     def of_covariance(cls, mean: Parameter, covariance: Parameter, eps: float = 1e-5) -> Whitened:
         """Return what whitens data of this mean and covariance.
 
@@ -82,6 +84,7 @@ class Whitened(NamedTuple):
             roots = vectors * shifted[:, None, :] ** -0.25
             return cls(centre, roots @ roots.swapaxes(1, 2), shifted, vectors)
 
+    @in_default_float_mode
     def covariance_gradient(self, dmatrix: Parameter) -> NDArray[np.float64]:
         """Return the gradient of the covariance for one of the matrix.
 
@@ -144,6 +147,7 @@ class IterativelyWhitened(NamedTuple):
     iterations: int = 5
 
     @classmethod
+    @in_default_float_mode
     def of_covariance(
         cls, mean: Parameter, covariance: Parameter, eps: float = 1e-5, iterations: int = 5
     ) -> IterativelyWhitened:
@@ -190,6 +194,7 @@ class IterativelyWhitened(NamedTuple):
             trace, iterates = _newton_schulz(shifted, steps)
             return cls(centre, iterates[-1][0] / np.sqrt(trace), shifted, steps)
 
+    @in_default_float_mode
     def covariance_gradient(self, dmatrix: Parameter) -> NDArray[np.float64]:
         """Return the gradient of the covariance for one of the matrix.
 
@@ -247,6 +252,7 @@ class IterativelyWhitened(NamedTuple):
         return gradient
 
 
+@in_default_float_mode
 def decorrelated_batch_norm(
     x: NDArray[Float],
     running_mean: Parameter | None = None,
@@ -323,7 +329,8 @@ def decorrelated_batch_norm(
 
     In float64 throughout, and rounded once. A NaN or infinity makes its whole group NaN, and
     changes no other. Products and eigenvalues are those of NumPy's BLAS and LAPACK: they decide the
-    last bits, which may differ from machine to machine, and their threads are their own.
+    last bits, which may differ from machine to machine, and their threads are their own, each with
+    the float mode that it has.
 
     References
     ----------
@@ -345,6 +352,7 @@ def decorrelated_batch_norm(
     )
 
 
+@in_default_float_mode
 def decorrelated_batch_norm_forward(
     x: NDArray[Float],
     weight: Parameter | None = None,
@@ -396,6 +404,7 @@ def decorrelated_batch_norm_forward(
     return _whitening.normalize(x, axis, num_groups, whiten, weight, bias, out=out)
 
 
+@in_default_float_mode
 def decorrelated_batch_norm_backward(
     dy: NDArray[Float],
     x: NDArray[Float],
@@ -471,6 +480,7 @@ def decorrelated_batch_norm_backward(
     return _gradient(dy, x, saved, weight, axis, training, out)
 
 
+@in_default_float_mode
 def iterative_norm(
     x: NDArray[Float],
     running_mean: Parameter | None = None,
@@ -547,6 +557,7 @@ def iterative_norm(
     )
 
 
+@in_default_float_mode
 def iterative_norm_forward(
     x: NDArray[Float],
     weight: Parameter | None = None,
@@ -601,6 +612,7 @@ def iterative_norm_forward(
     return _whitening.normalize(x, axis, num_groups, whiten, weight, bias, out=out)
 
 
+@in_default_float_mode
 def iterative_norm_backward(
     dy: NDArray[Float],
     x: NDArray[Float],

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bnfast import _validation
+from bnfast._float_mode import in_default_float_mode
 
 Array = NDArray[Any]
 AnyTrainable = TypeVar("AnyTrainable", bound="Trainable")
@@ -88,6 +89,7 @@ class Trainable(ABC):
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
         """Return the gradients of the input and of the parameters from what was saved."""
 
+    @in_default_float_mode
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
         """Return the gradient of the last input, and set those of parameters, as ``<name>_grad``.
 
@@ -163,6 +165,7 @@ class Trainable(ABC):
             state[_COUNTER] = np.array(self.num_batches_tracked, np.int64)
         return state
 
+    @in_default_float_mode
     def load_state_dict(self, state_dict: Mapping[str, ArrayLike]) -> None:
         """Take parameters and statistics from `state_dict`, in place.
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _primitives, _validation
+from bnfast._float_mode import in_default_float_mode
 from bnfast._primitives import Sharing
 from bnfast.layers._layer import Gradients, Layer
 
@@ -91,6 +92,7 @@ class TrackingLayer(ChannelLayer):
             self.running_var = np.ones(self.num_features, self.dtype)
             self.num_batches_tracked = 0
 
+    @in_default_float_mode
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """Normalize a batch.
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bnfast import _validation
+from bnfast._float_mode import in_default_float_mode
 from bnfast.layers._tracking import TrackingLayer
 from bnfast.statistics import weight_of_new_batch
 
@@ -114,6 +115,7 @@ class BatchNorm(TrackingLayer):
         self._warned = False
 
     @classmethod
+    @in_default_float_mode
     def from_keras(
         cls,
         gamma: ArrayLike | None,

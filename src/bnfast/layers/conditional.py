@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bnfast import _validation, functional
+from bnfast._float_mode import in_default_float_mode
 from bnfast.functional.conditional import train_conditionally
 from bnfast.layers._layer import Gradients
 from bnfast.layers._tracking import TrackingLayer
@@ -114,6 +115,7 @@ class ConditionalBatchNorm(TrackingLayer):
         self.weight = np.ones((self.num_classes, self.num_features), self.dtype)
         self.bias = np.zeros((self.num_classes, self.num_features), self.dtype)
 
+    @in_default_float_mode
     def __call__(  # type: ignore[override]  # no batch without its labels
         self, x: Array, labels: ArrayLike, *, out: Array | None = None
     ) -> Array:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _validation, functional
+from bnfast._float_mode import in_default_float_mode
 from bnfast.layers._layer import Gradients, Layer
 
 Array = NDArray[Any]
@@ -81,6 +82,7 @@ class FilterResponseNorm(Layer):
     _parameters = ("weight", "bias", "tau", "learned_eps")
     _arrays: ClassVar[Mapping[str, str]] = {name: name for name in _parameters}
 
+    @in_default_float_mode
     def __init__(
         self,
         num_features: int,
@@ -108,6 +110,7 @@ class FilterResponseNorm(Layer):
         if self._first_eps is not None:
             self.learned_eps = np.full(self.num_features, self._first_eps, self.dtype)
 
+    @in_default_float_mode
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """Normalize a batch.
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _validation, functional
+from bnfast._float_mode import in_default_float_mode
 from bnfast.layers._layer import Gradients, Layer
 
 Array = NDArray[Any]
@@ -34,6 +35,7 @@ class _RowLayer(Layer):
         if self.elementwise_affine:
             self.weight = np.ones(self.normalized_shape, self.dtype)
 
+    @in_default_float_mode
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """Normalize rows.
 

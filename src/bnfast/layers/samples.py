@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _validation, functional
+from bnfast._float_mode import in_default_float_mode
 from bnfast._primitives import APART
 from bnfast.layers._layer import Gradients, Layer
 from bnfast.layers._tracking import TrackingLayer
@@ -176,6 +177,7 @@ class GroupNorm(Layer):
             self.weight = np.ones(self.num_channels, self.dtype)
             self.bias = np.zeros(self.num_channels, self.dtype)
 
+    @in_default_float_mode
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """Normalize a batch.
 

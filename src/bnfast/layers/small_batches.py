@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _validation, functional
+from bnfast._float_mode import in_default_float_mode
 from bnfast.functional import Renormalized, RenormSchedule
 from bnfast.functional.small_batches import train_on_ghosts
 from bnfast.layers._layer import Gradients
@@ -236,6 +237,7 @@ class BatchRenorm(ChannelLayer):
         self.running_std = np.ones(self.num_features, self.dtype)
         self.num_batches_tracked = 0
 
+    @in_default_float_mode
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """Normalize a batch.
 

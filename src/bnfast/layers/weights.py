@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _validation, functional
+from bnfast._float_mode import in_default_float_mode
 from bnfast.functional.weights import keep_singular_vectors, lengths_of_filters
 from bnfast.layers._layer import Gradients, Trainable
 
@@ -84,11 +85,13 @@ class WeightNorm(Trainable):
     _parameters = ("g", "v")
     _arrays: ClassVar[Mapping[str, str]] = {"original0": "g", "original1": "v"}
 
+    @in_default_float_mode
     def __init__(self, weight: Array, dim: int | None = 0) -> None:
         self.g = lengths_of_filters("weight", weight, dim)
         self.v = np.array(weight)
         self.dim = dim
 
+    @in_default_float_mode
     def __call__(self, *, out: Array | None = None) -> Array:
         """Return the weights.
 
@@ -139,6 +142,7 @@ class _Standardization(Trainable):
         if gain:
             self.gain = np.ones(self.num_filters, self.dtype)
 
+    @in_default_float_mode
     def __call__(self, w: Array, *, out: Array | None = None) -> Array:
         """Standardize weights.
 
@@ -428,6 +432,7 @@ class SpectralNorm(Trainable):
 
     _arrays: ClassVar[Mapping[str, str]] = {"_u": "u", "_v": "v"}
 
+    @in_default_float_mode
     def __init__(
         self,
         weight: Array,
@@ -455,6 +460,7 @@ class SpectralNorm(Trainable):
         _, _, u, v = self._divide(array, _POWER_ITERATIONS_AT_FIRST, None)
         keep_singular_vectors((self.u, self.v), (u, v))
 
+    @in_default_float_mode
     def __call__(self, w: Array, *, out: Array | None = None) -> Array:
         """Divide weights by their largest singular value.
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _validation, _whitening
+from bnfast._float_mode import in_default_float_mode
 from bnfast._whitening import WHITENING
 from bnfast.functional import IterativelyWhitened, Whitened
 from bnfast.layers._layer import Gradients, Layer
@@ -68,6 +69,7 @@ class WhiteningLayer(Layer):
     def _whiten(self, mean: Array, covariance: Array) -> Whitened | IterativelyWhitened:
         """Return what whitens data of this mean and covariance."""
 
+    @in_default_float_mode
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """Whiten a batch.
 

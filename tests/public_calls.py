@@ -1,0 +1,160 @@
+"""A call of every public function, and of every layer, for what holds of all of them."""
+
+import numpy as np
+
+import bnfast
+
+
+def arrays_of(result):
+    """All numbers of what a function returned, as a list of arrays."""
+    if isinstance(result, bnfast.Moments):
+        return [result.mean, result.m2, result.var, result.std]
+    if isinstance(result, (tuple, list)):
+        return [array for part in result for array in arrays_of(part)]
+    return [] if result is None else [np.asarray(result)]
+
+
+def public_calls(x, dy, weight, bias):
+    """Functions without arguments, by the name of the public function that they call.
+
+    `x` and `dy` are (N, C, ...), `weight` and `bias` (C,). Each returns what `arrays_of` takes.
+    """
+    f = bnfast
+    samples, channels, *inner = x.shape
+    positive = np.abs(weight)
+    of_samples = np.outer(np.ones(samples, x.dtype), weight)
+    of_filters = np.resize(positive, samples)
+    of_elements = np.resize(weight, inner), np.resize(bias, inner)
+    matrices = np.stack([np.diag(positive[: channels // 2]), np.diag(positive[channels // 2 :])])
+    vectors = np.ones(samples, x.dtype), np.ones(x.size // samples, x.dtype)
+    saved = {
+        name: getattr(f, f"{name}_forward")(x, *arguments, **keywords)[1:]
+        for name, arguments, keywords in (
+            ("batch_norm", (), {}),
+            ("conditional_batch_norm", (None, None), {}),
+            ("filter_response_norm", (), {}),
+            ("instance_norm", (), {}),
+            ("group_norm", (2,), {}),
+            ("layer_norm", (inner,), {}),
+            ("rms_norm", (inner,), {}),
+            ("batch_renorm", (bias.copy(), positive.copy()), {}),
+            ("ghost_batch_norm", (2,), {}),
+            ("weight_norm", (of_filters,), {}),
+            ("weight_standardization", (), {}),
+            ("scaled_weight_standardization", (), {}),
+            ("spectral_norm", vectors, {}),
+            ("decorrelated_batch_norm", (), {"num_groups": 2}),
+            ("iterative_norm", (), {"num_groups": 2}),
+        )
+    }
+
+    def tracked(function, *before, variance=positive, **keywords):
+        """Train, then evaluate with what was tracked."""
+        running = bias.copy(), variance.copy()
+        y = function(x, *before, *running, weight, bias, True, **keywords)
+        return [y, *running, function(x, *before, *running, weight, bias, **keywords)]
+
+    def conditional():
+        running = bias.copy(), positive.copy()
+        y = f.conditional_batch_norm(x, of_samples, -of_samples, *running, True)
+        return [y, *running, f.conditional_batch_norm(x, of_samples, -of_samples, *running)]
+
+    def renormalized():
+        running = bias.copy(), positive.copy()
+        return [*f.batch_renorm_forward(x, *running, weight, bias), *running]
+
+    response = {"learned_eps": positive}
+    two = {"num_groups": 2}
+    return {
+        "batch_norm": lambda: tracked(f.batch_norm),
+        "batch_norm_forward": lambda: f.batch_norm_forward(x, weight, bias),
+        "batch_norm_backward": lambda: [
+            *f.batch_norm_backward(dy, x, *saved["batch_norm"], weight),
+            *f.batch_norm_backward(dy, x, *saved["batch_norm"], training=False),
+        ],
+        "moments": lambda: [
+            m := f.moments(x),
+            m.merge(f.moments(dy)),
+        ],
+        "conditional_batch_norm": conditional,
+        "conditional_batch_norm_forward": lambda: f.conditional_batch_norm_forward(
+            x, of_samples, -of_samples
+        ),
+        "conditional_batch_norm_backward": lambda: f.conditional_batch_norm_backward(
+            dy, x, *saved["conditional_batch_norm"], of_samples
+        ),
+        "filter_response_norm": lambda: f.filter_response_norm(x, weight, bias, bias, **response),
+        "filter_response_norm_forward": lambda: f.filter_response_norm_forward(x, weight, bias),
+        "filter_response_norm_backward": lambda: f.filter_response_norm_backward(
+            dy, x, *saved["filter_response_norm"], weight, bias, bias, **response
+        ),
+        "instance_norm": lambda: f.instance_norm(
+            x, bias.copy(), positive.copy(), weight, bias, True
+        ),
+        "instance_norm_forward": lambda: f.instance_norm_forward(x, weight, bias),
+        "instance_norm_backward": lambda: f.instance_norm_backward(
+            dy, x, *saved["instance_norm"], weight
+        ),
+        "group_norm": lambda: f.group_norm(x, 2, weight, bias),
+        "group_norm_forward": lambda: f.group_norm_forward(x, 2, weight, bias),
+        "group_norm_backward": lambda: [
+            *f.group_norm_backward(dy, x, *saved["group_norm"], weight),
+            *f.group_norm_backward(dy, x, *saved["group_norm"], weight[:2], per_group=True),
+        ],
+        "layer_norm": lambda: f.layer_norm(x, channels, weight, bias, axis=1),
+        "layer_norm_forward": lambda: f.layer_norm_forward(x, inner, *of_elements),
+        "layer_norm_backward": lambda: f.layer_norm_backward(
+            dy, x, inner, *saved["layer_norm"], of_elements[0]
+        ),
+        "rms_norm": lambda: f.rms_norm(x, channels, weight, axis=1),
+        "rms_norm_forward": lambda: f.rms_norm_forward(x, inner, of_elements[0]),
+        "rms_norm_backward": lambda: f.rms_norm_backward(
+            dy, x, inner, *saved["rms_norm"], of_elements[0]
+        ),
+        "batch_renorm": lambda: tracked(f.batch_renorm),
+        "batch_renorm_forward": renormalized,
+        "batch_renorm_backward": lambda: f.batch_renorm_backward(
+            dy, x, *saved["batch_renorm"], weight
+        ),
+        "ghost_batch_norm": lambda: tracked(f.ghost_batch_norm, 2),
+        "ghost_batch_norm_forward": lambda: f.ghost_batch_norm_forward(x, 2, weight, bias),
+        "ghost_batch_norm_backward": lambda: f.ghost_batch_norm_backward(
+            dy, x, 2, *saved["ghost_batch_norm"], weight
+        ),
+        "weight_norm": lambda: f.weight_norm(x, of_filters),
+        "weight_norm_forward": lambda: f.weight_norm_forward(x, of_filters),
+        "weight_norm_backward": lambda: f.weight_norm_backward(
+            dy, x, of_filters, *saved["weight_norm"]
+        ),
+        "weight_standardization": lambda: f.weight_standardization(x, of_filters),
+        "weight_standardization_forward": lambda: f.weight_standardization_forward(
+            x, of_filters, eps_inside=False
+        ),
+        "weight_standardization_backward": lambda: f.weight_standardization_backward(
+            dy, x, *saved["weight_standardization"], of_filters
+        ),
+        "scaled_weight_standardization": lambda: f.scaled_weight_standardization(x, of_filters),
+        "scaled_weight_standardization_forward": lambda: f.scaled_weight_standardization_forward(
+            x, of_filters, floor=False
+        ),
+        "scaled_weight_standardization_backward": lambda: f.scaled_weight_standardization_backward(
+            dy, x, *saved["scaled_weight_standardization"], of_filters
+        ),
+        "spectral_norm": lambda: f.spectral_norm(x, *[vector.copy() for vector in vectors]),
+        "spectral_norm_forward": lambda: f.spectral_norm_forward(x, *vectors, 2),
+        "spectral_norm_backward": lambda: f.spectral_norm_backward(dy, x, *saved["spectral_norm"]),
+        "decorrelated_batch_norm": lambda: tracked(
+            f.decorrelated_batch_norm, variance=matrices, **two
+        ),
+        "decorrelated_batch_norm_forward": lambda: f.decorrelated_batch_norm_forward(
+            x, weight, bias, **two
+        ),
+        "decorrelated_batch_norm_backward": lambda: f.decorrelated_batch_norm_backward(
+            dy, x, *saved["decorrelated_batch_norm"], weight
+        ),
+        "iterative_norm": lambda: tracked(f.iterative_norm, variance=matrices, **two),
+        "iterative_norm_forward": lambda: f.iterative_norm_forward(x, weight, bias, **two),
+        "iterative_norm_backward": lambda: f.iterative_norm_backward(
+            dy, x, *saved["iterative_norm"], weight
+        ),
+    }
