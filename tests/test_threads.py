@@ -155,6 +155,56 @@ def test_no_more_threads_than_processors_are_allowed():
     assert done.stdout.strip() == "1", done.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_a_change_of_the_affinity_is_seen_by_the_next_call():
+    before = os.sched_getaffinity(0)
+    try:
+        for allowed in ({min(before)}, before):
+            os.sched_setaffinity(0, allowed)
+            assert _threads.allowed_threads() == _core.allowed_processors() == len(allowed)
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_one_thread_asks_for_no_affinity(monkeypatch):
+    def never():
+        raise AssertionError("a system call for nothing")
+
+    monkeypatch.setattr(_threads, "allowed_threads", never)
+    monkeypatch.setattr(_threads, "_wanted", 1)
+    assert _threads.threads_for(1 << 40) == 1
+
+
+SAME_NUMBER = """
+import ctypes, os, sys
+os.getpid = lambda: 1  # a child is its parent's namesake where each is the first of a namespace
+import numpy as np, bnfast
+from bnfast import _threads
+_threads.allowed_threads = lambda: 64
+bnfast.set_num_threads(2)
+x = np.random.default_rng(0).normal(size=(8, 16, 64, 64)).astype(np.float32)
+bnfast.batch_norm_forward(x)
+pid = {fork}()
+if pid == 0:
+    bnfast.batch_norm_forward(x)
+    os._exit(0 if bnfast.get_num_threads() == 1 else 3)
+_, status = os.waitpid(pid, 0)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@needs_fork
+@pytest.mark.parametrize("fork", ["os.fork", "ctypes.PyDLL(None).fork"])
+def test_a_child_that_has_the_number_of_its_parent_is_serial(fork):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SAME_NUMBER.format(fork=fork)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @needs_fork
 @pytest.mark.parametrize("fork_first", [True, False], ids=["os.fork", "multiprocessing"])
 def test_forked_children_are_serial_and_never_hang(fork_first):

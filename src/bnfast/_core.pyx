@@ -174,6 +174,9 @@ cdef extern from "dispatch.h" nogil:
 
 
 cdef extern from "openmp_runtime.h" nogil:
+    void bn_mark_forked_children()
+    bint bn_is_forked_child()
+    size_t bn_allowed_processors()
     int bn_openmp_max_threads()
     int bn_openmp_version()
     const char *bn_openmp_library()
@@ -290,6 +293,19 @@ def kernel_names():
         names.append(bn_kernel_name(index).decode())
         index += 1
     return tuple(names)
+
+
+bn_mark_forked_children()
+
+
+def is_forked_child():
+    """Return whether this process was forked, by Python or not, after bnfast had been imported."""
+    return bn_is_forked_child()
+
+
+def allowed_processors():
+    """Return how many processors this thread may run on, now; 0 where the system does not say."""
+    return bn_allowed_processors()
 
 
 def openmp_max_threads():

@@ -26,20 +26,19 @@ def _started_by_fork_alone() -> bool:
 
 # An OpenMP runtime's threads do not survive a fork, and its next parallel region would wait for
 # them. The parent may have used one, ours or another library's: a process that was a forked child
-# when it imported bnfast is serial, and so is one that was forked since, by Python or not.
-_unforked_process = None if _started_by_fork_alone() else os.getpid()
+# when it imported bnfast is serial, and so is one that was forked since, by Python or not. The
+# number of the process would not tell: a child may have its parent's, in a namespace of its own.
+_forked_before_import = _started_by_fork_alone()
 
 
 def in_forked_child() -> bool:
     """Return whether this process must enter no OpenMP region."""
-    return os.getpid() != _unforked_process
+    return _forked_before_import or _core.is_forked_child()
 
 
 def allowed_threads() -> int:
-    """Return how many processors the calling thread may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return how many processors the calling thread may run on, which may change at any time."""
+    return _core.allowed_processors() or os.cpu_count() or 1
 
 
 def set_num_threads(num_threads: int | None) -> None:
@@ -91,7 +90,7 @@ def get_num_threads() -> int:
     if in_forked_child() or not _core.HAS_OPENMP:
         return 1
     wanted = _core.openmp_max_threads() if _wanted is None else _wanted
-    return min(wanted, allowed_threads())
+    return 1 if wanted == 1 else min(wanted, allowed_threads())  # to ask is a system call
 
 
 def chosen_by() -> str:
