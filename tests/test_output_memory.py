@@ -1,15 +1,18 @@
-"""The memory that large outputs leave goes to the next ones, within a limit."""
+"""Outputs begin at cache lines; the memory of large ones goes to the next, within a limit."""
 
 import gc
 import subprocess
 import sys
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
 
 import bnfast
 from bnfast import _core
+from cases import BUFFERS
+from public_calls import arrays_of, public_calls
 
 LARGE = (64, 64, 32, 32)  # 16 MiB of float32
 BYTES = 16 << 20
@@ -130,9 +133,85 @@ def test_no_more_blocks_are_kept_than_there_are_places(x):
     assert _core.output_pool_bytes() == 16 * BYTES // 4
 
 
-def test_small_outputs_are_left_to_numpy(x):
+def test_the_memory_of_small_outputs_is_not_kept(x):
     bnfast.batch_norm_forward(x[:15])
     assert _core.output_pool_bytes() == 0
+
+
+# Around a line and what the library of C keeps at hand, and beyond a mapping of its own.
+SMALL = [*[(2, 2, n) for n in (2, 3, 4, 5, 63, 64, 65, 257)], (3, 4, 12000), (4, 4, 0)]
+HUGE = (4, 8, 180, 200)
+
+
+@pytest.mark.parametrize(
+    ("shape", "limit"), [*[(shape, 4 * BYTES) for shape in (*SMALL, HUGE)], (HUGE, 0)], ids=str
+)
+def test_every_output_begins_at_a_line(rng, dtype, use_threads, shape, limit):
+    use_threads(1)
+    bnfast.set_output_pool_limit(limit)
+    x, dy = rng.normal(size=(2, *shape)).astype(dtype)
+    weight, bias = rng.normal(size=(2, shape[1])).astype(dtype)
+    for name, call in public_calls(x, dy, weight, bias).items():
+        held = arrays_of(call())  # so that the next are elsewhere
+        outputs = [a for a in held + arrays_of(call()) if a.shape == shape]
+        assert name == "moments" or len(outputs) >= 2
+        assert {address(y) % 64 for y in outputs} <= {0}, name
+
+
+@pytest.mark.parametrize("make", BUFFERS.values(), ids=BUFFERS)
+def test_outputs_of_any_layout_begin_at_a_line(rng, make):
+    x = make(rng.standard_normal((3, 5, 7, 9), np.float32))
+    held = [bnfast.batch_norm_forward(x)[0] for _ in range(8)]
+    assert {address(y) % 64 for y in held} == {0}
+    assert {y.strides for y in held} == {np.empty_like(x).strides}
+
+
+def test_outputs_have_the_strides_that_numpy_would_give_them(rng):
+    for _ in range(300):
+        ndim = rng.integers(2, 6)
+        x = np.zeros(rng.integers(1, 5, ndim), np.float32).transpose(rng.permutation(ndim))
+        x = x[tuple([slice(None, None, int(rng.choice([1, 2, -1, -2]))) for _ in range(ndim)])]
+        if rng.integers(3) == 0:
+            x = np.broadcast_to(x, [3 if size == 1 else size for size in x.shape])
+        y, expected = _core.empty_output(x), np.empty_like(x)
+        assert (y.shape, y.strides, y.flags) == (x.shape, expected.strides, expected.flags)
+
+
+@pytest.mark.parametrize("limit", [0, 4 * BYTES])
+@pytest.mark.parametrize("rows", [1, 20, 64])
+def test_outputs_of_any_size_own_their_memory_and_can_be_resized(rng, rows, limit):
+    bnfast.set_output_pool_limit(limit)
+    x = rng.standard_normal((rows, 64, 32, 32), np.float32)[:, :, :5]
+    expected = bnfast.batch_norm_forward(x)[0]
+    y = bnfast.batch_norm_forward(x)[0]
+    assert y.flags.owndata and y.base is None
+    kept = x.size
+    for size in (x.size + 1, 3 * x.size, 6 * x.size, x.size // 2, 100, 3, 50, 0, 7):
+        y.resize(size, refcheck=False)
+        kept = min(kept, size)
+        np.testing.assert_array_equal(y[:kept], expected.reshape(-1)[:kept])
+
+
+def test_the_memory_of_outputs_is_traced(rng):
+    x = rng.standard_normal((8, 4, 100), np.float32)
+    bnfast.batch_norm_forward(x)  # plans
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        y, *_ = bnfast.batch_norm_forward(x)
+        held, _ = tracemalloc.get_traced_memory()
+        assert held - before >= y.nbytes
+        del y
+        after, _ = tracemalloc.get_traced_memory()
+        assert held - after >= x.nbytes
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_output_beyond_all_memory_is_an_error():
+    x = np.broadcast_to(np.float32(1), (2, 3, 1 << 40, 1 << 5))
+    with pytest.raises(MemoryError):
+        bnfast.batch_norm(x, np.zeros(3), np.ones(3))
 
 
 def test_other_arrays_are_left_to_numpy(x):

@@ -21,7 +21,7 @@ from bnfast._threads import threads_for
 from bnfast._validation import Array
 
 Evaluation = _core.Evaluation  # what a layer keeps from one `scale_shift` to the next
-empty_output = _core.empty_output  # a new array, in memory that others have left if there is some
+empty_output = _core.empty_output  # a new array that begins at a cache line
 
 
 class Sharing(NamedTuple):

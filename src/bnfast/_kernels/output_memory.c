@@ -189,3 +189,68 @@ void bn_output_free(void *context, void *memory, size_t bytes)
         bn_return_output(memory, bytes);
     }
 }
+
+/* Memory that begins at a line has the address that malloc gave before it: aligned_alloc takes five
+   times as long (60 ns) where the library has memory of this size at hand. */
+#define LINE ((size_t)64)
+#define LINE_BYTES(bytes) ((bytes) + LINE + sizeof(void *))
+
+static char *first_line(void *memory)
+{
+    char *after_address = (char *)memory + sizeof memory;
+    return after_address + (LINE - (uintptr_t)after_address % LINE) % LINE;
+}
+
+static char *at_line(void *memory)
+{
+    char *line = first_line(memory);
+    memcpy(line - sizeof memory, &memory, sizeof memory);
+    return line;
+}
+
+static void *malloced(const void *line)
+{
+    void *memory;
+    memcpy(&memory, (const char *)line - sizeof memory, sizeof memory);
+    return memory;
+}
+
+void *bn_line_malloc(void *context, size_t bytes)
+{
+    void *memory = bytes > SIZE_MAX - LINE_BYTES(0) ? NULL : malloc(LINE_BYTES(bytes));
+    (void)context;
+    return memory == NULL ? NULL : at_line(memory);
+}
+
+void *bn_line_calloc(void *context, size_t count, size_t size)
+{
+    void *line = size > 0 && count > SIZE_MAX / size ? NULL : bn_line_malloc(context, count * size);
+    return line == NULL ? NULL : memset(line, 0, count * size);
+}
+
+void *bn_line_realloc(void *context, void *line, size_t bytes)
+{
+    (void)context;
+    if (line == NULL) {
+        return bn_line_malloc(context, bytes);
+    }
+    const size_t before = (uintptr_t)line - (uintptr_t)malloced(line);
+    char *memory =
+        bytes > SIZE_MAX - LINE_BYTES(0) ? NULL : realloc(malloced(line), LINE_BYTES(bytes));
+    if (memory == NULL) {
+        return NULL;
+    }
+    /* The new memory may begin elsewhere between two lines. Beyond the old values, and within the new
+       memory, what is moved is whatever is there. */
+    memmove(first_line(memory), memory + before, bytes);
+    return at_line(memory);
+}
+
+void bn_line_free(void *context, void *line, size_t bytes)
+{
+    (void)context;
+    (void)bytes;
+    if (line != NULL) {
+        free(malloced(line));
+    }
+}

@@ -1,4 +1,4 @@
-/* The memory of large outputs, kept for the next ones. */
+/* The memory of outputs: it begins at a cache line, and that of large ones is kept for the next ones. */
 #ifndef BN_OUTPUT_MEMORY_H
 #define BN_OUTPUT_MEMORY_H
 
@@ -13,6 +13,12 @@ void *bn_output_malloc(void *context, size_t bytes);
 void *bn_output_calloc(void *context, size_t count, size_t size);
 void *bn_output_realloc(void *context, void *memory, size_t bytes);
 void bn_output_free(void *context, void *memory, size_t bytes);
+
+/* And for outputs of any size, whose memory is not kept. */
+void *bn_line_malloc(void *context, size_t bytes);
+void *bn_line_calloc(void *context, size_t count, size_t size);
+void *bn_line_realloc(void *context, void *memory, size_t bytes);
+void bn_line_free(void *context, void *memory, size_t bytes);
 
 /* At most so many bytes are kept from now on; what is beyond that goes back to the system. */
 void bn_limit_output_pool(size_t bytes);

@@ -535,7 +535,7 @@ def batch_renorm_forward(
     if count == 0:
         nothing = np.ones(channels)
         saved = Renormalized(mean, np.full(channels, epsilon**-0.5), nothing, mean.copy())
-        return (np.empty_like(array) if out is None else out), saved
+        return (_primitives.empty_output(array) if out is None else out), saved
     before, std = (statistic.astype(np.float64) for statistic in tracked)
     with np.errstate(all="ignore"):
         var = m2 / count

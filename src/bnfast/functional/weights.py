@@ -914,7 +914,7 @@ def spectral_norm_forward(
     steps = _validation.integer_from("n_power_iterations", n_power_iterations, 0)
     left, right = _singular_vectors(u, v, array, rows)
     if out is None:
-        y = np.empty_like(array)
+        y = _primitives.empty_output(array)
     else:
         y = _validation.output(out, array, {"w": array, "u": u, "v": v}, ("w",))
     matrix = _Matrix(array, axis)
@@ -1000,7 +1000,7 @@ def spectral_norm_backward(
     length = np.float64(_validation.estimate("sigma", sigma))
     left, right = _singular_vectors(u, v, array, rows)
     if out is None:
-        dw = np.empty_like(array)
+        dw = _primitives.empty_output(array)
     else:
         others = {"dy": upstream, "w": array, "u": u, "v": v}
         dw = _validation.output(out, array, others, ("dy", "w"))
