@@ -11,6 +11,25 @@ OUTPUT = 4
 # The promise of ARCHITECTURE.md for float32 output of normal values, whatever the mean.
 PROMISED_OUTPUT_ERROR = 1e-6
 
+# The promises of README.md for any data in float32, and with outliers; float64 has as many ulps.
+# Outputs have as many ulps where they are larger than 2 (with outliers 1); gradients are relative
+# to the terms that they are sums of, and dx rounds six times besides the sums in it.
+STATISTICS_OF_ANY_DATA = (5e-7, 1e-6)
+OUTPUT_OF_ANY_DATA = (1e-6, 1e-6)
+GRADIENT_SUMS_OF_ANY_DATA = (5e-7, 1e-6)
+INPUT_GRADIENT_OF_ANY_DATA = (1e-6, 1.5e-6)
+
+# There are outliers where fewer than one value in so many makes up a sum (n * sum(t**2) is larger
+# than so many times sum(t)**2): of squares, such a value is five standard deviations off.
+OUTLIERS = 25
+
+# How large |mean| / std may be; of float64, what tests can tell in long double with room to spare.
+LARGEST_RATIO = {np.dtype(np.float32): 1e7, np.dtype(np.float64): 1e10}
+
+# And how large or small a standard deviation, and the mean size of gradients: powers of two.
+# Beyond, products may leave the range of the type.
+LARGEST_EXPONENT = {np.dtype(np.float32): 50, np.dtype(np.float64): 400}
+
 # Sums of at most 18 float32 values, then float64: relative error of m2, of which the 16 additions
 # and the square round with a small bias.
 MOMENTS = 4
