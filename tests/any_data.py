@@ -18,12 +18,14 @@ import numpy as np
 
 import bnfast
 from tolerances import (
+    FLOAT64_OF_ANY_DATA,
     GRADIENT_SUMS_OF_ANY_DATA,
     INPUT_GRADIENT_OF_ANY_DATA,
     LARGEST_EXPONENT,
     LARGEST_RATIO,
     OUTLIERS,
     OUTPUT_OF_ANY_DATA,
+    PROMISED_OUTPUT_ERROR,
     STATISTICS_OF_ANY_DATA,
     eps_of,
 )
@@ -39,6 +41,7 @@ PROMISED = {
     "mean": STATISTICS_OF_ANY_DATA,
     "variance": STATISTICS_OF_ANY_DATA,
     "output": OUTPUT_OF_ANY_DATA,
+    "output of normal values": (PROMISED_OUTPUT_ERROR, PROMISED_OUTPUT_ERROR),
     "dx": INPUT_GRADIENT_OF_ANY_DATA,
     "dweight": GRADIENT_SUMS_OF_ANY_DATA,
     "dbias": GRADIENT_SUMS_OF_ANY_DATA,
@@ -46,8 +49,11 @@ PROMISED = {
 
 
 def promised(quantity: str, outliers: bool, dtype: Any) -> float:
-    """The largest error allowed; of float64 as many ulps as of float32."""
-    return PROMISED[quantity][outliers] * eps_of(dtype) / eps_of(np.float32)
+    """The largest error allowed."""
+    in_float32 = PROMISED[quantity][outliers]
+    if dtype == np.float32:
+        return in_float32
+    return FLOAT64_OF_ANY_DATA * in_float32 * eps_of(np.float64) / eps_of(np.float32)
 
 
 # The calls
@@ -319,11 +325,14 @@ def run(site: Site, x: np.ndarray, dy: np.ndarray | None = None) -> dict[str, np
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def judge(site: Site, x: np.ndarray, dy: np.ndarray | None = None) -> dict[str, Errors]:
+def judge(
+    site: Site, x: np.ndarray, dy: np.ndarray | None = None, normal: bool = False
+) -> dict[str, Errors]:
     """How far off the results of each trial are, in its own natural size.
 
     mean: of the standard deviation, besides its own rounding; variance: of itself; output: absolute
-    up to |y| = 2 (with outliers 1), and as much of |y| from there on, whose ulps grow too.
+    up to |y| = 2 (with outliers 1), and as much of |y| from there on, whose ulps grow too;
+    where values are `normal`, absolute.
     dbias: of sum(|dy|); dweight: of sum(|dy * xhat|); dx, element by element: of the terms that it
     is the sum of, (|dy| + mean|dy| + |xhat| mean|dy * xhat|) * invstd.
     """
@@ -337,6 +346,7 @@ def judge(site: Site, x: np.ndarray, dy: np.ndarray | None = None) -> dict[str, 
     return {
         name: Errors(np.where(usable, error, np.nan).astype(np.float64), outliers)
         for name, (error, outliers) in errors.items()
+        if normal == (name == "output of normal values")
     }
 
 
@@ -354,6 +364,7 @@ def _forward_errors(true: Exact, found: dict[str, np.ndarray]) -> dict[str, Any]
         off = np.abs(found["output"] - y)
         small = np.where(true.outliers, 1, 2)[:, None]
         errors["output"] = (off / np.maximum(1, np.abs(y) / small)).max(1), true.outliers
+        errors["output of normal values"] = off.max(1), np.zeros(len(y), bool)
     return errors
 
 
@@ -476,7 +487,7 @@ def few_valued(rng: np.random.Generator, size: int) -> np.ndarray:
     return palette(rng, 4)[codes]
 
 
-def normal(rng: np.random.Generator, size: int) -> np.ndarray:
+def normal(rng: np.random.Generator, size: Any) -> np.ndarray:
     return rng.normal(pick(rng, (0, 1)) * 10 ** rng.uniform(0, 7), 1, size)
 
 

@@ -33,6 +33,7 @@ from any_data import (
     expression,
     judge,
     length,
+    normal,
     palette,
     pick,
     promised,
@@ -40,9 +41,13 @@ from any_data import (
 )
 from bnfast import _core, _threads
 
-# The most values that are judged at a time, unless a call needs more; and the fewest trials.
-VALUES = 400_000
-FEWEST, MOST = 32, 768
+# The most values that are judged at a time, unless a call needs more; fewer where what is exact
+# takes long double. And the fewest trials, and the most.
+VALUES = {np.dtype(np.float32): 400_000, np.dtype(np.float64): 100_000}
+FEWEST, MOST = 16, 768
+
+# After so many generations comes one of normal values, whose outputs have a promise of their own.
+NORMAL_EVERY = 8
 
 # Trials of one structure.
 LITTER = 8
@@ -239,16 +244,19 @@ def litter(rng: np.random.Generator, trial: Trial) -> Trial:
 class Hunt:
     """One site, direction and dtype: what is worst there so far, and the next generation."""
 
-    def __init__(self, site: Site, direction: str, dtype: str, seed: int) -> None:
+    def __init__(
+        self, site: Site, direction: str, dtype: str, seed: int, values: int | None = None
+    ) -> None:
         self.site, self.backward = site, direction == "backward"
         self.dtype = np.dtype(dtype)
         self.name = f"{site.name} {direction} {dtype}"
         self.rng = np.random.default_rng([seed, zlib.crc32(self.name.encode())])
-        wanted = min(max(VALUES // site.size, FEWEST), MOST)
+        most = VALUES[self.dtype] if values is None else values
+        wanted = min(max(most // site.size, FEWEST), MOST)
         self.trials = max(wanted // site.trials, 1) * site.trials
         self.kept: dict[tuple[str, bool], list[Case]] = {}
         self.worst: dict[tuple[str, bool], Case] = {}
-        self.waited = 0
+        self.generations, self.waited = 0, 0
 
     @property
     def fraction(self) -> float:
@@ -268,7 +276,16 @@ class Hunt:
 
     def generation(self, elsewhere: Sequence[Trial] = ()) -> tuple[np.ndarray, ...]:
         """Judge a new generation, and return its operands."""
-        parents = [case.trial for cases in self.kept.values() for case in cases]
+        self.generations += 1
+        if self.generations % NORMAL_EVERY == 1 and not self.backward:
+            shape = (self.trials, self.site.size)
+            self._select((normal(self.rng, shape).astype(self.dtype),), of_normal=True)
+        parents = [
+            case.trial
+            for (quantity, _), cases in self.kept.items()
+            if "normal" not in quantity
+            for case in cases
+        ]
         with np.errstate(all="ignore"):
             litters = [
                 litter(
@@ -286,9 +303,9 @@ class Hunt:
         self._select(operands)
         return operands
 
-    def _select(self, operands: tuple[np.ndarray, ...]) -> None:
+    def _select(self, operands: tuple[np.ndarray, ...], of_normal: bool = False) -> None:
         worse = False
-        for quantity, errors in judge(self.site, *operands).items():
+        for quantity, errors in judge(self.site, *operands, normal=of_normal).items():
             fractions = errors.of_promised(quantity, self.dtype)
             for outliers in (False, True):
                 own = np.where(errors.outliers == outliers, fractions, np.nan)
@@ -297,7 +314,7 @@ class Hunt:
                 floor = kept[-1].fraction if len(kept) == KEPT else 0.0
                 better = np.flatnonzero(own > floor)
                 better = better[np.argsort(-own[better])][: 2 * KEPT]
-                found = [
+                cases = [
                     Case(
                         *(float(own[t]), float(errors.error[t]), quantity, outliers, self.site),
                         tuple(values[t].copy() for values in operands),
@@ -305,7 +322,7 @@ class Hunt:
                     for t in better
                 ]
                 # Of those that are as far off one is enough: the others are the same, moved.
-                unlike = {case.fraction: case for case in [*found, *kept]}
+                unlike = {case.fraction: case for case in [*cases, *kept]}
                 if not unlike:
                     continue
                 self.kept[key] = sorted(unlike.values(), key=lambda case: -case.fraction)[:KEPT]
@@ -313,7 +330,7 @@ class Hunt:
                 worse |= not kept or first.fraction > kept[0].fraction
                 if key not in self.worst or first.fraction > self.worst[key].fraction:
                     self.worst[key] = first
-        self.waited = 0 if worse else self.waited + 1
+        self.waited = 0 if worse else self.waited + (not of_normal)
         if self.waited >= PATIENCE:
             self.kept, self.waited = {}, 0
 
@@ -393,9 +410,11 @@ def worst_of(found: Iterable[Hunt]) -> list[Case]:
 def search(wanted: list[Hunt], seconds: float, seed: int, generations: int = 8) -> None:
     """All in turn, and between them those again that are nearest to breaking the promise."""
     rng, ends, shown = np.random.default_rng(seed), time.monotonic() + seconds, 0.0
+    wanted = [wanted[k] for k in rng.permutation(len(wanted))]
     for turn in range(10**9):
-        hunt = wanted[turn // 2 % len(wanted)]
-        if turn % 2 and turn > 2 * len(wanted):
+        first = turn < len(wanted)
+        hunt = wanted[(turn if first else turn // 2) % len(wanted)]
+        if turn % 2 and not first:
             ranked = sorted(wanted, key=lambda one: -one.fraction)
             hunt = ranked[min(int(rng.exponential(len(ranked) / 8)), len(ranked) - 1)]
         elsewhere = [
@@ -404,7 +423,7 @@ def search(wanted: list[Hunt], seconds: float, seed: int, generations: int = 8) 
             for case in other.worst.values()
         ]
         operands: tuple[np.ndarray, ...] = ()
-        for _ in range(generations):
+        for _ in range(1 if first else generations):
             operands = hunt.generation(elsewhere)
             if time.monotonic() > ends:
                 return

@@ -11,13 +11,16 @@ OUTPUT = 4
 # The promise of ARCHITECTURE.md for float32 output of normal values, whatever the mean.
 PROMISED_OUTPUT_ERROR = 1e-6
 
-# The promises of README.md for any data in float32, and with outliers; float64 has as many ulps.
-# Outputs have as many ulps where they are larger than 2 (with outliers 1); gradients are relative
-# to the terms that they are sums of, and dx rounds six times besides the sums in it.
+# The promises of README.md for any data in float32, and with outliers. Outputs have as many ulps
+# where they are larger than 2 (with outliers 1); gradients are relative to the terms that they are
+# sums of, and dx rounds six times besides the sums in it.
 STATISTICS_OF_ANY_DATA = (5e-7, 1e-6)
 OUTPUT_OF_ANY_DATA = (1e-6, 1e-6)
 GRADIENT_SUMS_OF_ANY_DATA = (5e-7, 1e-6)
 INPUT_GRADIENT_OF_ANY_DATA = (1e-6, 1.5e-6)
+
+# Float64 has so many times as many ulps: there is nothing wider to empty its lanes into.
+FLOAT64_OF_ANY_DATA = 4
 
 # There are outliers where fewer than one value in so many makes up a sum (n * sum(t**2) is larger
 # than so many times sum(t)**2): of squares, such a value is five standard deviations off.
