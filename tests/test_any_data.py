@@ -24,11 +24,65 @@ SITES = [
     *("rms nchw 2x96x196", "rms columns channels_last 32x256"),
 ]
 
-# Found by searches: what was off before sums were made for any data, and by how much.
+# What searches found when the first shift of a block could be 1.4 standard deviations off, and a
+# lane took 16 float32 values: site, x, dy. In each, most values of a lane round the same way.
 FOUND = [
-    (
-        "moments channels_last 128x64",  # variance, 1.8e-6
+    (  # variance, 1.8e-6 off
+        "moments channels_last 128x64",
         "np.repeat(np.float32([0, 1.0933266, 0, 1.0933266]), [7, 1, 26, 94])",
+    ),
+    (  # output, 2.1e-6
+        "batch channels_last 64x4096",
+        "np.repeat(np.float32([5.442906, -0.46656978, 5.442906, -0.46656978, -0.26148129,"
+        " -0.46656978]), [3, 3, 6, 5, 5, 42])",
+    ),
+    (  # variance, 1.8e-6
+        "instance channels_last 1x196x64",
+        "np.repeat(np.float32([2.2644623e-05, 7.779105e-05, 2.2644623e-05, 7.779105e-05,"
+        " 2.2644623e-05]), [30, 2, 32, 128, 4])",
+    ),
+    (  # variance, 1.7e-6
+        "batch nchw 32x256x4",
+        "np.repeat(np.float32([1.012354, -153.49316, 887.5635, 1.012354, 887.5635, 1.012354,"
+        " 249.61342, 887.5635, 249.61342, 1.012354, 887.5635]),"
+        " [5, 4, 1, 5, 1, 3, 14, 1, 9, 21, 64])",
+    ),
+    (  # variance, 2.2e-6, and output, 2.3e-6
+        "layer rows 65x1000",
+        "np.repeat(np.float32([293.89774, 427.39813, 293.89774, 427.39813, 293.89774, 427.39813,"
+        " 293.89774, 427.39813, 293.89774, 427.39813, 293.89774, 427.39813, 293.89774, 375.01215,"
+        " 293.89774, 375.01215, 293.89774, 427.39813, 293.89774, 375.01215, 293.89774, 427.39813,"
+        " 293.89774]), [14, 690, 28, 1, 57, 3, 38, 1, 43, 26, 2, 2, 29, 1, 27, 1, 8, 1, 10, 1, 6,"
+        " 1, 10])",
+    ),
+    (  # output, 1.9e-6
+        "layer nchw 2x96x196",
+        "np.repeat(np.float32([-9235.106, -6170.364, -9235.106]), [3, 14, 79])",
+    ),
+    (  # variance made up by an outlier, 1.8e-6
+        "instance channels_last 8x1024x32",
+        "np.repeat(np.float32([89.4809, -16.1891]), [1, 1023])",
+    ),
+    (  # mean square, 9.5e-7
+        "filter response nchw 1x32x1024",
+        "np.repeat(np.float32([-9.315284e-07, 0.00012240825, -9.315284e-07, 0.00012240825,"
+        " -9.315284e-07, -9.324314e-07, -9.315284e-07]), [55, 48, 1, 13, 140, 160, 607])",
+    ),
+    (  # dweight, 9.3e-7: what is large comes first, and swallows the rest of its lane bit by bit
+        "batch channels_last 17x64",
+        "np.repeat(np.float32([121458.375, -799726.7]), [1, 16])",
+        "np.repeat(np.float32([0.61442137, -1.0952332e-05]), [1, 16])",
+    ),
+    (  # dbias, 8.9e-7: the same
+        "instance channels_last 1x49x64",
+        "np.repeat(np.float32([-18.604471, 1, -18.604471, 1]), [15, 1, 31, 2])",
+        "np.repeat(np.float32([16.004978, 2.3845985e-05, 16.004978, 2.3845985e-05]),"
+        " [1, 31, 1, 16])",
+    ),
+    (  # dweight, 9.4e-7: the same
+        "layer columns channels_last 200x64",
+        "np.full(200, np.float32(16.330606))",
+        "np.resize(np.repeat(np.float32([8225709.5, 5584.116]), [1, 15]), 200)",
     ),
 ]
 
@@ -37,20 +91,36 @@ def broken(case):
     return f"{case}\n{case.again()}"
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("name", SITES)
-def test_the_worst_that_a_short_search_finds_is_within_the_promise(name, dtype, direction):
-    site = all_sites()[name]
-    if site.columns and direction == "forward":
-        pytest.skip("columns are sums of gradients")
-    if site.member == "moments" and direction == "backward":
-        pytest.skip("moments have no gradient")
-    hunt = Hunt(site, direction, dtype.name, seed=0)
-    for _ in range(6):
-        operands = hunt.generation()
+def found_trials():
+    return [tuple(evaluated(text) for text in case[1:]) for case in FOUND]
+
+
+def check_short_search(name, direction, dtype, generations):
+    """Begin with new data and with what longer searches found at other sites."""
+    hunt = Hunt(all_sites()[name], direction, dtype, seed=0, values=60_000)
+    for _ in range(generations):
+        operands = hunt.generation(found_trials())
     beyond = [case for case in hunt.worst.values() if case.fraction > 1]
+    assert hunt.worst
     assert not beyond, broken(max(beyond, key=lambda case: case.fraction))
-    assert differing_bits(site, operands) is None
+    assert differing_bits(hunt.site, operands) is None
+
+
+@pytest.mark.parametrize("name", [name for name in SITES if "columns" not in name])
+def test_the_worst_statistics_and_outputs_of_a_short_search_are_within_the_promise(name):
+    check_short_search(name, "forward", "float32", generations=5)
+
+
+@pytest.mark.parametrize("name", [name for name in SITES if "moments" not in name])
+def test_the_worst_gradients_of_a_short_search_are_within_the_promise(name):
+    check_short_search(name, "backward", "float32", generations=5)
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).nmant <= 52, reason="long double is float64")
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("name", [name for name in SITES if "batch" in name][:5])
+def test_the_worst_in_float64_of_a_short_search_is_within_the_promise(name, direction):
+    check_short_search(name, direction, "float64", generations=3)
 
 
 @pytest.mark.parametrize("case", FOUND, ids=lambda case: case[0])
@@ -63,7 +133,7 @@ def test_what_searches_found_is_within_the_promise(isa, case):
 
 def test_binary_features_are_within_the_promise(rng):
     site = all_sites()["batch channels_last 128x256"]
-    for _ in range(40):
+    for _ in range(10):
         values = rng.normal(0, 1, (2, 2560, 1)).astype(np.float32)
         x = np.where(rng.random((2560, 128)) < rng.random((2560, 1)), *values)
         for quantity, errors in judge(site, x).items():
