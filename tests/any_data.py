@@ -51,7 +51,7 @@ PROMISED = {
 def promised(quantity: str, outliers: bool, dtype: Any) -> float:
     """The largest error allowed."""
     in_float32 = PROMISED[quantity][outliers]
-    if dtype == np.float32:
+    if np.dtype(dtype) == np.float32:
         return in_float32
     return FLOAT64_OF_ANY_DATA * in_float32 * eps_of(np.float64) / eps_of(np.float32)
 
