@@ -45,9 +45,9 @@ def run():
 class Stub(rivals.Rival):
     """Prepares what it is made with, or raises it."""
 
-    def __init__(self, made):
+    def __init__(self, made, **about):
         super().__init__(1)
-        self.made = made
+        self.made, self.about = made, about
 
     @property
     def version(self):
@@ -56,7 +56,7 @@ class Stub(rivals.Rival):
     def prepare(self, cell, fresh):
         if isinstance(self.made, Exception):
             raise self.made
-        return rivals.Contender(lambda: self.made(cell))
+        return rivals.Contender(lambda: self.made(cell), **self.about)
 
 
 def raising(error, after):
@@ -95,11 +95,55 @@ def test_layouts():
     assert workloads.layouts_of((2, 3, 1, 2), ("nhwc", "nchw")) == ("nhwc", "nchw")
 
 
-def test_memory_is_aligned():
-    for size in (1, 7, 1000):
-        array = cells.aligned_empty((size, 3), np.float32)
-        assert array.ctypes.data % 64 == 0
-        assert array.shape == (size, 3)
+@pytest.mark.parametrize("offset", [0, 8, 16, 72, cells.PAGE - 8])
+def test_memory_begins_where_it_is_told(offset, dtype):
+    for size in (1, 7, 1000, 100_000):
+        array = cells.aligned_empty((size, 3), dtype, offset)
+        assert array.ctypes.data % cells.PAGE == offset
+        assert array.shape == (size, 3) and array.dtype == dtype
+        array.fill(1)  # it is all there
+    assert cells.aligned_empty((3,), dtype).ctypes.data % cells.PAGE == 0
+
+
+def begin(*arrays):
+    """Where arrays begin in a page."""
+    return {array.ctypes.data % cells.PAGE for array in arrays}
+
+
+@pytest.mark.parametrize("offset", [0, 24, 4000])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_all_arrays_begin_at_the_offset(normalization, offset, dtype):
+    norm = NORMALIZATIONS[normalization]
+    for layout in norm.layouts_of((4, 6, 5, 7), workloads.LAYOUTS):
+        data = make_data(normalization, (4, 6, 5, 7), layout, dtype, offset=offset)
+        assert begin(data.x, data.dy, data.out, data.empty((3, 5))) == {offset}
+        assert data.empty((3, 5)).dtype == dtype
+        data = make_data(normalization, (4, 6, 5, 7), layout, dtype)
+        assert begin(data.x, data.dy, data.out) == {16}
+
+
+@pytest.mark.parametrize("regime", ["out", "fresh"])
+def test_what_is_made_for_onednn_begins_at_the_offset(regime, monkeypatch):
+    if rivals.PEERS["onednn"].missing():
+        pytest.skip("onednn is not installed")
+    from bnfast._cli.bench.rivals import onednn
+
+    seen = []
+    memory = onednn.Work.memory
+
+    def watched(work, description, array):
+        seen.append(array)
+        return memory(work, description, array)
+
+    monkeypatch.setattr(onednn.Work, "memory", watched)
+    data = make_data("batch", (4, 6, 5, 7), "nchw", np.float32, offset=24)
+    cell = cells.Cell("batch", "backward", data)
+    for rival in (onednn.OneDnn, onednn.OneDnnBlocked):
+        threads = bnfast.get_num_threads()  # which stay as they are: its OpenMP is bnfast's too
+        contender = rival(threads).prepare(cell, regime == "fresh")
+        large = [array for array in seen if array.size >= data.x.size]
+        assert len(large) >= 3 and begin(*large, contender.call()) == {24}
+        assert contender.own_buffers(regime == "fresh") == []
 
 
 @pytest.mark.parametrize("operation", NORMALIZATIONS["batch"].operations)
@@ -453,11 +497,12 @@ def test_the_command_says_how_to_measure_again(run):
     assert run.Selection().command() == "python -m bnfast bench"
     selection = run.Selection(
         *(("batch", "layer"), ("training", "forward"), ("nhwc",), "float64", "call", 2),
-        *("fresh", ("jax",), 1e4, True),
+        *("fresh", ("jax",), 1e4, True, 0),
     )
     assert selection.command() == (
         "python -m bnfast bench --norm batch layer --op training forward --layout nhwc "
-        "--dtype float64 --shapes call --threads 2 --regime fresh --mean 10000 --peers jax --quick"
+        "--dtype float64 --shapes call --threads 2 --regime fresh --mean 10000 --offset 0 "
+        "--peers jax --quick"
     )
 
 
@@ -478,6 +523,7 @@ def test_the_command_writes_the_same_in_every_form(run, tmp_path):
     assert results["command"].endswith("--shapes 2x8,3x4x5x5 --peers numpy --quick")
     assert results["versions"]["bnfast"] == bnfast.__version__
     assert results["rivals"] == {"NumPy": {"version": np.__version__}}
+    assert results["offset"] == 16
     assert (results["dtype"], results["threads"], results["regime"]) == ("float32", 1, "out")
     assert len(results["rows"]) == 9
     for row in results["rows"]:
@@ -529,6 +575,39 @@ def test_normalizations_are_words_or_lists():
     assert options.norm == [("layer", "rms"), ("group",)]
 
 
+def test_the_report_says_where_arrays_begin_and_whose_begin_elsewhere(run):
+    stubs = {
+        "copying": Stub(lambda cell: cell.data.x, copies=True),
+        "reusing": Stub(lambda cell: cell.data.x, copies=True, own_output=True),
+        "new": Stub(lambda cell: cell.data.x, fresh=True),
+        "placing": Stub(lambda cell: cell.data.x, own_output=False),
+    }
+
+    def notes(**choice):
+        selection = run.Selection(
+            operations=("inference",), layouts=("nchw",), shapes="3x4x5x5", quick=True, **choice
+        )
+        results = run.measure(selection, stubs, budget=1e-9)
+        assert results["offset"] == selection.offset
+        (row,) = results["rows"]
+        rival = {name: outcome.get("own buffers", []) for name, outcome in row["rivals"].items()}
+        return row["bnfast"].get("own buffers", []), rival, "\n".join(run.report.notes(results))
+
+    ours, theirs, text = notes()
+    both = ["inputs", "outputs"]
+    assert ours == []
+    assert theirs == {"copying": both[:1], "reusing": both, "new": both[1:], "placing": []}
+    assert "Arrays begin 16 bytes past a page" in text
+    whose = "inputs of copying; inputs and outputs of reusing; outputs of new."
+    assert f"Memory of their own, which begins where they like: {whose}" in text
+    ours, theirs, text = notes(regime="fresh", offset=0)
+    assert ours == both[1:]
+    assert theirs == {"copying": both, "reusing": both, "new": both[1:], "placing": []}
+    assert "Arrays begin at a page" in text
+    whose = "outputs of bnfast, new; inputs and outputs of copying, reusing."
+    assert f"Memory of their own, which begins where they like: {whose}" in text
+
+
 def test_several_normalizations_are_told_apart_in_every_form(run, tmp_path):
     arguments = "--norm rms batch spectral --peers numpy,numba --shapes 6x8 --quick".split()
     if rivals.PEERS["numba"].missing():
@@ -576,6 +655,8 @@ def test_nothing_to_measure_is_said_before_anything_is_loaded(tmp_path):
         *(("--shapes", "3"), ("--threads", "0"), ("--threads", "1000000")),
         *(("--peers", "nobody"), ("--json", "no/such/folder/f"), ("--plot", "plot.xyz")),
         ("--markdown", "no/such/folder/f"),
+        *(("--offset", "-4"), ("--offset", "2"), ("--offset", "4096"), ("--offset", "line")),
+        ("--offset", "4", "--dtype", "float64"),
     ],
 )
 def test_bad_arguments_show_the_usage(arguments):

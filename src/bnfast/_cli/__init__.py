@@ -11,7 +11,7 @@ from typing import Any
 
 from bnfast import __version__, show_config
 from bnfast._cli.bench import rivals, workloads
-from bnfast._cli.bench.cell import OPERATIONS
+from bnfast._cli.bench.cell import OFFSET, OPERATIONS, PAGE
 from bnfast._cli.bench.normalizations import NORMALIZATIONS
 from bnfast._threads import allowed_threads
 
@@ -155,6 +155,15 @@ def _add_bench(commands: Any) -> None:
         "--mean", type=float, default=0.0, help="of the data, whose deviation is 1 (default: 0)"
     )
     bench.add_argument(
+        "--offset",
+        type=int,
+        default=OFFSET,
+        metavar="BYTES",
+        help="how far past a page of memory, and so past a cache line, all arrays begin: "
+        f"{OFFSET}, as NumPy's large arrays do (the default); 0, aligned, as memory made for "
+        f"oneDNN; or any multiple of the element's size below {PAGE}",
+    )
+    bench.add_argument(
         "--quick", action="store_true", help="few shapes, unless --shapes says which; short turns"
     )
     bench.add_argument("--json", type=_new_file, metavar="FILE", help="write all numbers")
@@ -167,6 +176,7 @@ def _add_bench(commands: Any) -> None:
         help="write the tables as Markdown, or print them so",
     )
     bench.add_argument("--plot", type=_new_png, metavar="FILE.png", help="draw the ratios")
+    bench.set_defaults(refuse=bench.error)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -190,6 +200,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    step = 8 if options.dtype == "float64" else 4
+    if options.offset not in range(0, PAGE, step):
+        options.refuse(
+            f"argument --offset: {options.offset} is no multiple of {step}, the bytes of a "
+            f"{options.dtype}, from 0 to {PAGE - step}"
+        )
     try:
         from bnfast._cli.bench import run
     except ImportError as error:
@@ -211,5 +227,6 @@ def _bench(options: argparse.Namespace) -> int:
         options.peers,
         options.mean,
         options.quick,
+        options.offset,
     )
     return run.run(selection, options.json, options.markdown, options.plot)

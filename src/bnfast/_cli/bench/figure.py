@@ -46,7 +46,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         )
     threads = "one thread" if results["threads"] == 1 else f"{results['threads']} threads"
     machine = results["machine"]
-    about = f"{machine['cpu']}, {machine['instruction set']}; {results['dtype']}, {threads}"
+    about = f"{machine['cpu']}, {machine['instruction set']}; {results['dtype']}, {threads}, "
+    about += f"{results['offset']} bytes past a page"
     figure.supxlabel(f"{about}; {results['command']}", fontsize=8)
     figure.savefig(path, dpi=120)
 

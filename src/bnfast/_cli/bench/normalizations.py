@@ -18,6 +18,7 @@ from bnfast._cli.bench import workloads
 from bnfast._cli.bench.cell import (
     EPS,
     LEAST_LENGTH,
+    OFFSET,
     AnyData,
     Batch,
     Cell,
@@ -50,8 +51,11 @@ class Normalization(ABC, Generic[AnyData]):
         """Return the layouts in which a shape is measured, where these were asked for."""
 
     @abstractmethod
-    def make(self, shape: Shape, layout: str, dtype: Any, mean: float) -> AnyData:
-        """Return normal values of standard deviation 1 around `mean`, and what goes with them."""
+    def make(self, shape: Shape, layout: str, dtype: Any, mean: float, offset: int) -> AnyData:
+        """Return normal values of standard deviation 1 around `mean`, and what goes with them.
+
+        What is as large as they are begins `offset` bytes past a page, as they do.
+        """
 
     @abstractmethod
     def exact(self, operation: str, data: AnyData) -> Array:
@@ -63,10 +67,10 @@ class Normalization(ABC, Generic[AnyData]):
 
 
 def _normal_arrays(
-    rng: np.random.Generator, shape: Shape, dtype: Any, mean: float
+    rng: np.random.Generator, shape: Shape, dtype: Any, mean: float, offset: int
 ) -> tuple[Array, Array, Array]:
     """Return x around `mean` and dy around 0, of standard deviation 1, and memory for an output."""
-    x, dy, out = (aligned_empty(shape, dtype) for _ in range(3))
+    x, dy, out = (aligned_empty(shape, dtype, offset) for _ in range(3))
     rng.standard_normal(dtype=dtype.type, out=x)
     x += dtype.type(mean)
     rng.standard_normal(dtype=dtype.type, out=dy)
@@ -103,11 +107,11 @@ class _OfBatches(Normalization[Batch]):
     def exact_piece(self, operation: str, b: Batch) -> Array:
         """Return y or dx of a piece in float64."""
 
-    def make(self, shape: Shape, layout: str, dtype: Any, mean: float) -> Batch:
+    def make(self, shape: Shape, layout: str, dtype: Any, mean: float, offset: int) -> Batch:
         """Return values, parameters and statistics."""
         in_memory, axis = workloads.in_layout(shape, layout)
         rng = np.random.default_rng(0)
-        arrays = _normal_arrays(rng, in_memory, dtype, mean)
+        arrays = _normal_arrays(rng, in_memory, dtype, mean, offset)
         weight, bias = rng.uniform(0.5, 1, (2, in_memory[axis])).astype(dtype)
         statistics = exact_mean, exact_var, exact_invstd = np.empty(
             (3, *self.shape_of_statistics(shape))
@@ -345,10 +349,10 @@ class _OfWeights(Normalization[AnyData]):
 class WeightNorm(_OfWeights[Filters]):
     """Of each filter, which gets a length of its own."""
 
-    def make(self, shape: Shape, layout: str, dtype: Any, mean: float) -> Filters:
+    def make(self, shape: Shape, layout: str, dtype: Any, mean: float, offset: int) -> Filters:
         """Return directions and lengths, of filters whose elements are as large as those of x."""
         rng = np.random.default_rng(0)
-        arrays = _normal_arrays(rng, shape, dtype, mean)
+        arrays = _normal_arrays(rng, shape, dtype, mean, offset)
         g = (rng.uniform(0.5, 1, shape[0]) * math.sqrt(math.prod(shape[1:]))).astype(dtype)
         _, norm = reference.weight_norm_forward(arrays[0], g)
         return Filters(shape, layout, *arrays, g, norm.astype(dtype), norm)
@@ -370,10 +374,10 @@ class WeightNorm(_OfWeights[Filters]):
 class SpectralNorm(_OfWeights[Matrix]):
     """Of all weights together, by their largest singular value; after one power iteration."""
 
-    def make(self, shape: Shape, layout: str, dtype: Any, mean: float) -> Matrix:
+    def make(self, shape: Shape, layout: str, dtype: Any, mean: float, offset: int) -> Matrix:
         """Return weights, vectors to begin with, and what is found of them."""
         rng = np.random.default_rng(0)
-        arrays = _normal_arrays(rng, shape, dtype, mean)
+        arrays = _normal_arrays(rng, shape, dtype, mean, offset)
         sizes = shape[0], math.prod(shape[1:])
         u, v = ((z / np.linalg.norm(z)).astype(dtype) for z in map(rng.standard_normal, sizes))
         _, *exact = reference.spectral_norm_forward(arrays[0], u, v, 1, LEAST_LENGTH)
@@ -408,9 +412,16 @@ NORMALIZATIONS: dict[str, Normalization[Any]] = {
 }
 
 
-def make_data(normalization: str, shape: Shape, layout: str, dtype: Any, mean: float = 0.0) -> Any:
+def make_data(
+    normalization: str,
+    shape: Shape,
+    layout: str,
+    dtype: Any,
+    mean: float = 0.0,
+    offset: int = OFFSET,
+) -> Any:
     """Return the data that a normalization is measured on: a `Batch`, or what is of its kind."""
-    return NORMALIZATIONS[normalization].make(shape, layout, np.dtype(dtype), mean)
+    return NORMALIZATIONS[normalization].make(shape, layout, np.dtype(dtype), mean, offset)
 
 
 def exact_result(cell: Cell[Data]) -> Array:

@@ -225,6 +225,23 @@ def _not_offered(results: Results) -> list[str]:
     return lines
 
 
+def _begin(results: Results) -> list[str]:
+    """Return where arrays begin, and whose begin elsewhere."""
+    offset = results["offset"]
+    where = f"{offset} bytes past a page" if offset else "at a page"
+    lines = [f"Arrays begin {where}, and so do those that are made for a rival."]
+    owners: dict[str, list[str]] = {}  # by what is theirs
+    for title in ("bnfast", *results["rivals"]):
+        outcomes = [{"bnfast": row["bnfast"], **row["rivals"]}[title] for row in results["rows"]]
+        own = {buffer for outcome in outcomes for buffer in outcome.get("own buffers", ())}
+        if own:
+            owners.setdefault(" and ".join(sorted(own)), []).append(title)
+    if owners:
+        whose = "; ".join(f"{what} of {', '.join(titles)}" for what, titles in owners.items())
+        lines.append(f"Memory of their own, which begins where they like: {whose}.")
+    return lines
+
+
 def notes(results: Results) -> list[str]:
     """Return what must be known to read the tables: the machine, the versions, the failures."""
     machine, versions = results["machine"], dict(results["versions"])
@@ -252,11 +269,11 @@ def notes(results: Results) -> list[str]:
         "Medians of calls in turn, and half the distance of their quartiles; above 1 bnfast is "
         "faster; errors are the largest against float64; the best rival is marked. The limit is "
         "the best that plain and streaming copies, reads and writes in place reach on as much "
-        "memory, measured in the same turns.",
+        "memory, which begins at a page, measured in the same turns.",
     ]
     if any(o.get("fresh") for row in results["rows"] for o in row["rivals"].values()):
         lines.append("† writes to new memory at each call: it has no better way.")
-    return lines + _not_offered(results) + list(failed)
+    return lines + _begin(results) + _not_offered(results) + list(failed)
 
 
 def _sheets(results: Results) -> list[Sheet]:

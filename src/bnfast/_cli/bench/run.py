@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 
 import bnfast
 from bnfast._cli.bench import figure, limit, report
-from bnfast._cli.bench.cell import OPERATIONS, Cell, Data, largest_error
+from bnfast._cli.bench.cell import OFFSET, OPERATIONS, Cell, Data, largest_error
 from bnfast._cli.bench.normalizations import NORMALIZATIONS, exact_result, make_data
 from bnfast._cli.bench.rivals import (
     PEERS,
@@ -52,6 +52,7 @@ class Selection:
     peers: tuple[str, ...] | None = None
     mean: float = 0.0
     quick: bool = False
+    offset: int = OFFSET
 
     def command(self) -> str:
         """Return the command that measures this again."""
@@ -63,7 +64,7 @@ class Selection:
             words += ["--op", *self.operations]
         if self.layouts != default.layouts:
             words += ["--layout", *self.layouts]
-        for name in ("dtype", "shapes", "threads", "regime", "mean"):
+        for name in ("dtype", "shapes", "threads", "regime", "mean", "offset"):
             value = getattr(self, name)
             if value != getattr(default, name):
                 words += [f"--{name}", f"{value:g}" if name == "mean" else str(value)]
@@ -166,6 +167,7 @@ def measure(
         "threads": selection.threads,
         "regime": selection.regime,
         "mean": selection.mean,
+        "offset": selection.offset,
         "rows": rows,
         "geometric means": report.geometric_means(rows),
         "losses": report.losses(rows),
@@ -178,7 +180,9 @@ def cells(selection: Selection) -> Iterator[Cell[Data]]:
         for shape, layout, operations in selection.cells_of(name):
             data: Data | None = None
             for operation in operations:
-                data = data or make_data(name, shape, layout, selection.dtype, selection.mean)
+                data = data or make_data(
+                    name, shape, layout, selection.dtype, selection.mean, selection.offset
+                )
                 yield Cell(name, operation, data)
 
 
@@ -211,6 +215,8 @@ def _enter_all(
             outcome["implementation"] = contender.note
         if contender.fresh:
             outcome["fresh"] = True
+        if own := contender.own_buffers(fresh):
+            outcome["own buffers"] = own
         contenders[name], outcomes[name] = contender, outcome
     return contenders, outcomes
 

@@ -33,7 +33,14 @@ class Contender:
     call: Callable[[], Any]  # returns its result, in whatever form it has
     read: Callable[[Any], Array] = np.asarray  # that result in the layout of the cell, not timed
     fresh: bool = False  # it makes a new output at each call, although it was asked to write to one
+    copies: bool = False  # its inputs are copies of its own
+    own_output: bool | None = None  # its output is memory of its own; None: if it is new
     note: str = ""
+
+    def own_buffers(self, fresh: bool) -> list[str]:
+        """Return what begins where it likes, whatever the offset, in the regime of new outputs."""
+        own_output = fresh or self.fresh if self.own_output is None else self.own_output
+        return ["inputs"] * self.copies + ["outputs"] * own_output
 
 
 class Rival(ABC):
@@ -52,7 +59,8 @@ class Rival(ABC):
         """Return the cell with its inputs where this rival likes them best, or raise NotOffered.
 
         With `fresh` every call makes its output anew; without, it writes to memory that is there,
-        to ``cell.data.out`` where the layout is the same.
+        to ``cell.data.out`` where the layout is the same. Memory that is made for the rival comes
+        from ``cell.data.empty``.
         """
 
 

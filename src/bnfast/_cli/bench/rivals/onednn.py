@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfast._cli.bench.cell import EPS, Batch, Cell, aligned_empty
+from bnfast._cli.bench.cell import EPS, Batch, Cell
 from bnfast._cli.bench.rivals import Contender, NotOffered, Rival
 from bnfast._cli.bench.rivals.onednn_library import (
     AROUND_ZERO,
@@ -118,7 +118,7 @@ class OneDnn(Rival):
             """Return the array in the layout of the primitive."""
             if not self.blocked:
                 return array
-            other = aligned_empty((size,), np.float32)
+            other = b.empty((size,))
             work.reorder((plain, array), (layout, other))
             return other
 
@@ -167,7 +167,7 @@ class OneDnn(Rival):
         def call(kept: Any = kept) -> Array:
             y = out
             if fresh:  # there is no other way with oneDNN than to be given memory
-                y = aligned_empty(out.shape, np.float32)
+                y = b.empty(out.shape)
                 set_handle(target, y.ctypes.data)
             work.run(primitive, arguments)
             return y
@@ -181,7 +181,7 @@ class OneDnn(Rival):
 
         name = ctypes.c_char_p()
         library().call("primitive_desc_query", description, QUERY_IMPLEMENTATION, 0, byref(name))
-        return Contender(call, read, note=(name.value or b"").decode())
+        return Contender(call, read, own_output=False, note=(name.value or b"").decode())
 
 
 class OneDnnBlocked(OneDnn):
