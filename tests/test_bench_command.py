@@ -18,7 +18,7 @@ from bnfast._cli.bench.rivals import numpy_formulas
 from tolerances import CLOSE_F32, CLOSE_F64, RIVAL, ROUNDED_F32
 
 NEEDED = ("matplotlib", "rich", "threadpoolctl")
-FAMILY = tuple(name for name in NORMALIZATIONS if name != "batch")
+FAMILY = tuple(name for name, norm in NORMALIZATIONS.items() if "forward" in norm.operations)
 
 
 def bench(*arguments, **keywords):
@@ -115,11 +115,12 @@ def begin(*arrays):
 def test_all_arrays_begin_at_the_offset(normalization, offset, dtype):
     norm = NORMALIZATIONS[normalization]
     for layout in norm.layouts_of((4, 6, 5, 7), workloads.LAYOUTS):
-        data = make_data(normalization, (4, 6, 5, 7), layout, dtype, offset=offset)
-        assert begin(data.x, data.dy, data.out, data.empty((3, 5))) == {offset}
-        assert data.empty((3, 5)).dtype == dtype
-        data = make_data(normalization, (4, 6, 5, 7), layout, dtype)
-        assert begin(data.x, data.dy, data.out) == {16}
+        for choice, expected in (({"offset": offset}, offset), ({}, 16)):
+            data = make_data(normalization, (4, 6, 5, 7), layout, dtype, **choice)
+            large = [a for a in vars(data).values() if getattr(a, "size", 0) == data.x.size]
+            assert len(large) == (1 if normalization == "moments" else 3)
+            assert begin(*large, data.empty((3, 5))) == {expected}
+            assert data.empty((3, 5)).dtype == dtype
 
 
 @pytest.mark.parametrize("regime", ["out", "fresh"])
@@ -241,6 +242,28 @@ def test_exact_spectra_are_the_reference(dtype):
         assert exact.dtype == np.float64
 
 
+@pytest.mark.parametrize("mean", [3, 1e6])
+@pytest.mark.parametrize("shape", [(35, 3), (5, 7, 3)])
+def test_exact_tables_in_slices_are_the_reference(shape, mean, dtype, monkeypatch):
+    monkeypatch.setattr(cells, "_SLICE_BYTES", 16 * 3 * 4)  # four rows
+    data = make_data("moments", shape, "table", dtype, mean=mean)
+    assert data.rows.shape == (35, 3)
+    cell = cells.Cell("moments", "moments", data)
+    count, expected, m2 = reference.moments(data.rows, -1, np.longdouble)
+    exact = exact_result(cell)
+    assert exact.dtype == np.longdouble
+    np.testing.assert_allclose(exact[0], expected, rtol=CLOSE_F64)
+    # Around a mean that is its own rounding off, of values whose deviation is 1.
+    np.testing.assert_allclose(exact[1], np.sqrt(m2 / count), rtol=CLOSE_F64)
+    norm, numpy = NORMALIZATIONS["moments"], numpy_formulas.NumPyInFloat64(1)
+    results = [norm.read(norm.ours("moments", data, None)())]
+    if dtype == np.float32:
+        contender = numpy.prepare(cell, False)
+        results.append(contender.read(contender.call()))
+    for result in results:
+        np.testing.assert_allclose(result, exact, rtol=ROUNDED_F32)
+
+
 @pytest.mark.parametrize("normalization", ["weight", "spectral"])
 @pytest.mark.parametrize("operation", ["forward", "backward"])
 def test_calls_on_weights_can_be_repeated(normalization, operation, dtype):
@@ -310,6 +333,8 @@ def test_the_limit_is_the_best_that_fits():
     rate, set_by = limit.best("backward", rates)
     assert rate == pytest.approx(3 / (1 / 4 + 1 / 4 + 1 / 16))
     assert set_by == "streaming_copy and read"
+    assert limit.best("moments", {"read": 2.0, "maximum": 3.0}) == (3, "maximum")
+    assert limit.best("moments", {"read": 4.0, "maximum": 3.0}) == (4, "read")
 
 
 @pytest.mark.parametrize("operation, arrays", [("training", 2), ("backward", 3)])
@@ -322,7 +347,7 @@ def test_probes_touch_what_the_operation_touches(operation, arrays, dtype, monke
     probes = limit.Probes(cell, 3)
     for call in probes.calls.values():
         call()
-    assert probes.nbytes == cell.traffic == arrays * cell.data.x.nbytes
+    assert probes.moved["copy"] == cell.traffic == arrays * cell.data.x.nbytes
     by_kind = {kind: (x.nbytes, y.nbytes, threads) for kind, x, y, threads in probed}
     half = cell.traffic // 2
     assert by_kind["copy"] == by_kind["streaming_copy"] == (half, half, 3)
@@ -330,6 +355,56 @@ def test_probes_touch_what_the_operation_touches(operation, arrays, dtype, monke
     rates = probes.rates(dict.fromkeys(probes.calls, 0.5))
     moved = 2.0 * cell.traffic
     assert rates == {"copy": moved, "streaming_copy": moved, "in_place": 2 * moved, "read": moved}
+
+
+def test_what_only_reads_is_held_against_reading(dtype, monkeypatch):
+    probed = []
+    monkeypatch.setattr(
+        limit._primitives, "probe_memory", lambda *arguments: probed.append(arguments)
+    )
+    cell = cells.Cell("moments", "moments", make_data("moments", (64, 32), "table", dtype))
+    probes = limit.Probes(cell, 3)
+    assert list(probes.calls) == ["read", "maximum"]
+    assert probes.calls["maximum"]() == cell.data.x.max()
+    probes.calls["read"]()
+    ((kind, x, _, threads),) = probed
+    assert (kind, x.nbytes, threads) == ("read", cell.traffic, 3)
+    rates = probes.rates({"read": 0.5, "maximum": 0.25})
+    assert rates == {"read": 2 * cell.traffic, "maximum": 4 * cell.traffic}
+
+
+def test_moments_have_an_error_of_the_mean_and_one_of_the_deviation(run):
+    def off(cell):
+        rows = cell.data.rows
+        return np.add(rows.mean(0), [0, 0.5, 0]), np.multiply(rows.var(0), [1, 1, 4])
+
+    class Off(Stub):
+        def prepare(self, cell, fresh):
+            return rivals.Contender(lambda: off(cell), rivals.read_moments)
+
+    selection = run.Selection(("moments",), shapes="50x3,7x3", quick=True)
+    stubs = {"off": Off(None), "NumPy": numpy_formulas.NumPyFormulas(1)}
+    results = run.measure(selection, stubs, budget=1e-9)
+    first, _ = results["rows"]
+    x = make_data("moments", (50, 3), "table", np.float32).x.astype(np.float64)
+    errors = first["rivals"]["off"]["errors"]
+    assert errors["mean"] == pytest.approx(0.5, rel=CLOSE_F32)
+    assert errors["std"] == pytest.approx(x.std(0)[2], rel=CLOSE_F32)
+    assert first["rivals"]["off"]["error"] == max(errors.values())
+    ours = bnfast.moments(x.astype(np.float32))
+    assert first["bnfast"]["errors"] == {
+        "mean": pytest.approx(np.abs(ours.mean - x.mean(0)).max(), rel=CLOSE_F32),
+        "std": pytest.approx(np.abs(ours.std - x.std(0)).max(), rel=CLOSE_F32),
+    }
+    (mean,) = results["geometric means"]
+    for part in ("mean", "std"):
+        worst = max(row["rivals"]["off"]["errors"][part] for row in results["rows"])
+        assert mean["rivals"]["off"]["errors"][part] == worst
+    text = run.report.markdown(results)
+    assert f"({errors['mean']:.0e}, {errors['std']:.0e})" in text
+    assert "against sums in long double" in text
+    assert "The limit is" not in text
+    assert "statistics alone" in text
 
 
 def test_the_error_column_is_the_largest_error(run):
@@ -433,6 +508,7 @@ def test_single_values_have_no_statistics_but_in_rows(run):
         ),
         ({"normalizations": ("instance",), "shapes": "2x64"}, "instance norm of 2x64: nothing to"),
         ({"operations": ("training",), "shapes": "1x64"}, "batch norm of 1x64: nothing to measure"),
+        ({"normalizations": ("moments",), "shapes": "1x64"}, "moments of 1x64: nothing to measure"),
     ],
 )
 def test_what_leaves_nothing_to_measure_is_refused(run, choice, message):
@@ -447,6 +523,7 @@ def test_every_normalization_measures_its_own_operations(run):
     assert {name: {ops for _, _, ops in selection.cells_of(name)} for name in NORMALIZATIONS} == {
         "batch": {("training",)},
         **{name: {("forward",)} for name in FAMILY},
+        "moments": {()},
     }
     assert selection.count_cells() == 2 * 3 + 4  # rows and weights have one layout
 
@@ -509,10 +586,43 @@ def test_the_command_says_how_to_measure_again(run):
 def test_a_missing_rival_is_said_with_the_way_to_get_it(monkeypatch):
     missing = rivals.Peer("Absent", "absent", "Absent", ("no-such-package", "numpy"))
     monkeypatch.setitem(rivals.PEERS, "absent", missing)
-    assert "absent" not in rivals.choose(None)
-    assert list(rivals.choose(("numpy",))) == ["numpy"]
+    assert "absent" not in rivals.choose(None, ("batch",))
+    assert missing in rivals.missing(("batch",))
+    assert list(rivals.choose(("numpy",), ("batch",))) == ["numpy"]
     with pytest.raises(rivals.NotInstalled, match=r"python -m pip install no-such-package$"):
-        rivals.choose(("numpy", "absent"))
+        rivals.choose(("numpy", "absent"), ("batch",))
+
+
+def test_a_rival_that_is_there_for_one_of_them_is_not_chosen_for_the_others(monkeypatch):
+    missing = rivals.Peer("Absent", "absent", "Absent", ("no-such-package",), only="moments")
+    monkeypatch.setitem(rivals.PEERS, "absent", missing)
+    assert "numpy-float64" not in rivals.choose(None, ("batch", "layer"))
+    assert "numpy-float64" in rivals.choose(None, ("batch", "moments"))
+    assert "numpy-float64" in rivals.choose(("numpy-float64",), ("batch",))
+    assert missing not in rivals.missing(("batch",))
+    assert missing in rivals.missing(("moments",))
+
+
+def test_who_is_missing_is_said_after_a_run(run, capsys, monkeypatch):
+    missing = rivals.Peer("Absent", "absent", "Absent", ("no-such-package",))
+    monkeypatch.setattr(run, "missing", lambda normalizations: [missing])
+    monkeypatch.setattr(run, "choose", lambda *_: {"numpy": rivals.PEERS["numpy"]})
+    monkeypatch.setattr(run, "QUICK_BUDGET", 1e-9)
+    selection = run.Selection(("moments",), shapes="7x3", quick=True)
+    assert run.run(selection, None, None, None) == 0
+    assert "Not compared with Absent, for want of: no-such-package." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["moments"], "moments"),
+        (["layer", "rms"], "layer, rms norm"),
+        (["moments", "weight", "rms"], "weight, rms norm and moments"),
+    ],
+)
+def test_how_they_are_called(names, expected):
+    assert normalizations.called(names) == expected
 
 
 def test_the_command_writes_the_same_in_every_form(run, tmp_path):
@@ -678,6 +788,10 @@ def test_it_says_what_is_missing(tmp_path):
 
 def not_offered(peer, dtype, normalization, operation, layout):
     """What a rival has not, as it is installed here."""
+    if rivals.PEERS[peer].only:
+        return normalization != "moments" or (peer, dtype) == ("numpy-float64", "float64")
+    if normalization == "moments":
+        return peer in ("onnxruntime", "numba") or peer.startswith("onednn")
     if peer == "numba":
         return normalization != "batch"
     if normalization in ("weight", "spectral"):
@@ -731,6 +845,23 @@ def test_every_rival_is_right(run, peer, regime, dtype):
         missing = not_offered(peer, dtype, *cell)
         assert ("not offered" in outcome) == missing, (cell, row["shape"], outcome)
         assert missing or outcome["error"] < RIVAL[dtype], (cell, row["shape"], outcome)
+
+
+THREADS = """
+import polars
+from bnfast._cli.bench.rivals import PEERS
+peer = PEERS["polars"]
+print(peer.load(polars.thread_pool_size()).version)
+peer.load(polars.thread_pool_size() + 1)
+"""
+
+
+def test_threads_that_cannot_be_set_are_a_failure():
+    if rivals.PEERS["polars"].missing():
+        pytest.skip("polars is not installed")
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True)
+    assert done.stdout.strip() and done.returncode == 1
+    assert "RuntimeError: it was imported before, with " in done.stderr
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

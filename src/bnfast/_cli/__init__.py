@@ -117,8 +117,8 @@ def _add_bench(commands: Any) -> None:
         type=_of(OPERATIONS),
         default=[OPERATIONS],
         metavar="NAME",
-        help="inference, training and backward of batch norm, forward and backward of the others "
-        "(default: all)",
+        help="inference, training and backward of batch norm, moments of tables, forward and "
+        "backward of the others (default: all)",
     )
     bench.add_argument(
         "--layout",
@@ -126,7 +126,8 @@ def _add_bench(commands: Any) -> None:
         type=_of(workloads.LAYOUTS),
         default=[workloads.LAYOUTS],
         metavar="NAME",
-        help=f"of {', '.join(workloads.LAYOUTS)} (default: both); rows and weights have but one",
+        help=f"of {', '.join(workloads.LAYOUTS)} (default: both); rows, weights and "
+        "tables have but one",
     )
     bench.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     bench.add_argument(

@@ -15,12 +15,13 @@ from bnfast._cli.bench.workloads import Shape
 Array = NDArray[Any]
 
 # Training, and forward where there is nothing else: y and the statistics that its gradient needs.
-OPERATIONS = ("inference", "training", "forward", "backward")
+# Moments: statistics alone.
+OPERATIONS = ("inference", "training", "forward", "backward", "moments")
 EPS = 1e-5
 LEAST_LENGTH = 1e-12  # by which spectral norm divides a vector
 
 # Arrays of the size of x that an operation must move: read x, write y; read x and dy, write dx.
-ARRAYS_MOVED = {"inference": 2, "training": 2, "forward": 2, "backward": 3}
+ARRAYS_MOVED = {"inference": 2, "training": 2, "forward": 2, "backward": 3, "moments": 1}
 
 # All arrays of a run begin so many bytes past a page, and so past a cache line: memory that is not
 # cut alike is not equally fast. NumPy's large arrays begin 16 bytes past one.
@@ -57,9 +58,7 @@ class Data:
 
     shape: Shape  # as it is written on the command line
     layout: str
-    x: Array  # what is normalized
-    dy: Array  # the gradient of what that gives
-    out: Array
+    x: Array
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -70,13 +69,39 @@ class Data:
         """Return new memory that begins as far past a page as x does."""
         return aligned_empty(shape, self.dtype, self.x.ctypes.data % PAGE)
 
+    def output(self) -> Array | None:
+        """Return the memory for an output as large as x, where there is one."""
+        return None
+
 
 AnyData = TypeVar("AnyData", bound=Data)
 TheirData = TypeVar("TheirData", bound=Data, covariant=True)
 
 
 @dataclass(frozen=True)
-class Batch(Data):
+class Table(Data):
+    """Rows of values, all but the last axis of x, of which each column has statistics."""
+
+    @property
+    def rows(self) -> Array:
+        """The table in two dimensions."""
+        return self.x.reshape(-1, self.x.shape[-1])
+
+
+@dataclass(frozen=True)
+class Operands(Data):
+    """What is normalized, x, and what goes with it."""
+
+    dy: Array  # the gradient of what normalizing gives
+    out: Array
+
+    def output(self) -> Array:
+        """Return the memory for y or dx."""
+        return self.out
+
+
+@dataclass(frozen=True)
+class Batch(Operands):
     """Data whose channels, samples or rows have statistics; channels second, but for rows."""
 
     axis: int  # of the parameters: of channels, or of the elements of a row
@@ -109,7 +134,7 @@ class Batch(Data):
 
 
 @dataclass(frozen=True)
-class Filters(Data):
+class Filters(Operands):
     """Weights, of which each filter along the first axis is given a length."""
 
     g: Array  # the lengths to be given
@@ -126,7 +151,7 @@ class Singular(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Matrix(Data):
+class Matrix(Operands):
     """Weights, seen as a matrix with a row for each index of the first axis."""
 
     u: Array  # what the power iteration begins with
@@ -147,6 +172,11 @@ class Cell(Generic[TheirData]):
     def traffic(self) -> int:
         """Bytes that must be moved: each input read once, the output written once."""
         return ARRAYS_MOVED[self.operation] * self.data.x.nbytes
+
+
+def mean_and_std(mean: Any, var: Any) -> Array:
+    """Return (2, C) in long double, so that no error is added."""
+    return np.stack([np.asarray(mean, np.longdouble), np.sqrt(np.asarray(var, np.longdouble))])
 
 
 def slices(count: int, size: int) -> Iterator[slice]:

@@ -16,7 +16,7 @@ from bnfast._cli.bench.report import name, names
 
 Row = dict[str, Any]
 
-MARKERS = {"nchw": "o", "nhwc": "s", "rows": "o", "filters": "D"}
+MARKERS = {"nchw": "o", "nhwc": "s", "rows": "o", "filters": "D", "table": "s"}
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

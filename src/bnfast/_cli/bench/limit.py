@@ -1,7 +1,8 @@
 """The limit: how fast memory can be read and written, measured beside everything else.
 
 Every probe touches as much memory as the operation does, so that it finds it in the same caches: a
-copy from one half of it to the other, reading all of it, and writing all of it in place.
+copy from one half of it to the other, reading all of it, and writing all of it in place. What
+writes nothing is held against reading alone: a loop of ours, and NumPy's maximum of x itself.
 """
 
 from __future__ import annotations
@@ -32,22 +33,26 @@ class Probes:
         half = max(line, min(cell.traffic, MOST_BYTES) // (2 * dtype.itemsize) // line * line)
         memory = aligned_empty((2 * half,), dtype)
         memory.fill(1)
-        self.nbytes = memory.nbytes
         x, y = memory[:half], memory[half:]
 
         def probe(kind: str, source: Array, target: Array) -> Callable[[], object]:
             return lambda: _primitives.probe_memory(kind, source, target, threads)
 
-        self.calls = {
-            "copy": probe("copy", x, y),
-            "streaming_copy": probe("streaming_copy", x, y),
-            "in_place": probe("in_place", memory, memory),
-            "read": probe("read", memory, memory),
-        }
+        self.calls = {"read": probe("read", memory, memory)}
+        if cell.data.output() is not None:
+            self.calls |= {
+                "copy": probe("copy", x, y),
+                "streaming_copy": probe("streaming_copy", x, y),
+                "in_place": probe("in_place", memory, memory),
+            }
+        self.moved = {kind: MOVED[kind] * memory.nbytes for kind in self.calls}
+        if cell.data.output() is None:
+            self.calls["maximum"] = cell.data.x.reshape(-1).max
+            self.moved["maximum"] = cell.data.x.nbytes
 
     def rates(self, seconds: Mapping[str, float]) -> dict[str, float]:
         """Return bytes read and written a second."""
-        return {kind: MOVED[kind] * self.nbytes / seconds[kind] for kind in self.calls}
+        return {kind: moved / seconds[kind] for kind, moved in self.moved.items()}
 
 
 def best(operation: str, rates: Mapping[str, float]) -> tuple[float, str]:
@@ -55,8 +60,11 @@ def best(operation: str, rates: Mapping[str, float]) -> tuple[float, str]:
 
     All but backward read as much as they write: the best of the probes that do so, in place too,
     though only those who need not keep x can come near that. A third of what backward moves is
-    another array that is only read.
+    another array that is only read. Moments read alone.
     """
+    if operation == "moments":
+        kind = max(("read", "maximum"), key=lambda kind: rates[kind])
+        return rates[kind], kind
     kind = max(("copy", "streaming_copy", "in_place"), key=lambda kind: rates[kind])
     if operation == "backward":
         return 3 / (2 / rates[kind] + 1 / rates["read"]), f"{kind} and read"

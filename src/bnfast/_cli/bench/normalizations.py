@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, Generic
@@ -26,9 +26,12 @@ from bnfast._cli.bench.cell import (
     Filters,
     Matrix,
     Singular,
+    Table,
     aligned_empty,
+    mean_and_std,
     slices,
 )
+from bnfast._cli.bench.rivals import first
 from bnfast._cli.bench.workloads import Shape
 
 Array = NDArray[Any]
@@ -41,6 +44,7 @@ class Normalization(ABC, Generic[AnyData]):
     shapes: str  # what is measured unless the command line says otherwise
     quick_shapes: str
     tracked_shapes: str
+    parts: tuple[str, ...] = ()  # of a result, where each has an error of its own
 
     @abstractmethod
     def operations_on(self, shape: Shape) -> tuple[str, ...]:
@@ -64,6 +68,11 @@ class Normalization(ABC, Generic[AnyData]):
     @abstractmethod
     def ours(self, operation: str, data: AnyData, out: Array | None) -> Callable[[], Any]:
         """Return bnfast's call: it returns y or dx, or that and more."""
+
+    def read(self, results: Any) -> Array:
+        """Return what `exact` is of, from what bnfast's call returned."""
+        array: Array = first(results)
+        return array
 
 
 def _normal_arrays(
@@ -401,6 +410,49 @@ class SpectralNorm(_OfWeights[Matrix]):
         return partial(bnfast.spectral_norm_backward, *saved, out=out)
 
 
+class TableMoments(Normalization[Table]):
+    """Not a normalization, but what all are made of: the statistics of the columns of a table."""
+
+    operations = ("moments",)
+    shapes, quick_shapes, tracked_shapes = "tables", "quick-tables", "tracked-tables"
+    parts = ("mean", "std")
+
+    def operations_on(self, shape: Shape) -> tuple[str, ...]:
+        """Return none where there is one row."""
+        return () if math.prod(shape[:-1]) == 1 else self.operations
+
+    def layouts_of(self, shape: Shape, layouts: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the one that tables have."""
+        return (workloads.TABLE,)
+
+    def make(self, shape: Shape, layout: str, dtype: Any, mean: float, offset: int) -> Table:
+        """Return values."""
+        x = aligned_empty(shape, dtype, offset)
+        np.random.default_rng(0).standard_normal(dtype=dtype.type, out=x)
+        x += dtype.type(mean)
+        return Table(shape, layout, x)
+
+    def exact(self, operation: str, data: Table) -> Array:
+        """Return mean and standard deviation, (2, C), made piece by piece.
+
+        In long double, for the statistics of float64 data may be as exact as float64 sums are.
+        """
+        rows = data.rows
+        pieces = [rows[part] for part in slices(len(rows), 2 * rows.size)]
+        totals = [piece.sum(0, np.longdouble) for piece in pieces]
+        mean = np.sum(totals, 0) / len(rows)
+        squares = [np.square(piece - mean).sum(0) for piece in pieces]
+        return mean_and_std(mean, np.sum(squares, 0) / len(rows))
+
+    def ours(self, operation: str, data: Table, out: Array | None) -> Callable[[], Any]:
+        """Return bnfast's call."""
+        return partial(bnfast.moments, data.x, -1)
+
+    def read(self, results: Any) -> Array:
+        """Return mean and standard deviation."""
+        return mean_and_std(results.mean, np.asarray(results.m2, np.longdouble) / results.count)
+
+
 NORMALIZATIONS: dict[str, Normalization[Any]] = {
     "batch": BatchNorm(),
     "layer": LayerNorm(),
@@ -409,7 +461,15 @@ NORMALIZATIONS: dict[str, Normalization[Any]] = {
     "instance": InstanceNorm(),
     "weight": WeightNorm(),
     "spectral": SpectralNorm(),
+    "moments": TableMoments(),
 }
+
+
+def called(names: Iterable[str]) -> str:
+    """Return what a sentence calls these: ``layer, rms norm``, ``weight norm and moments``."""
+    names = list(names)
+    norms = ", ".join(name for name in names if name != "moments")
+    return " and ".join([f"{norms} norm"] * bool(norms) + ["moments"] * ("moments" in names))
 
 
 def make_data(
@@ -425,5 +485,5 @@ def make_data(
 
 
 def exact_result(cell: Cell[Data]) -> Array:
-    """Return y or dx in float64."""
+    """Return y or dx in float64, or statistics."""
     return NORMALIZATIONS[cell.normalization].exact(cell.operation, cell.data)

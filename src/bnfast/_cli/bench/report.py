@@ -27,7 +27,7 @@ from rich.progress import (
 from rich.table import Table
 
 from bnfast._cli.bench.cell import OPERATIONS
-from bnfast._cli.bench.normalizations import NORMALIZATIONS
+from bnfast._cli.bench.normalizations import NORMALIZATIONS, called
 from bnfast._cli.bench.workloads import ALL_LAYOUTS, name_of
 
 Results = dict[str, Any]
@@ -50,6 +50,20 @@ class Sheet(NamedTuple):
     rows: list[list[Text]]
 
 
+def _worst(outcomes: list[Row], whose: str = "") -> Row:
+    """Return the largest error, and that of each part of the results, where they have some."""
+    worst: Row = {f"error{whose}": max(outcome["error"] for outcome in outcomes)}
+    if "errors" in outcomes[0]:
+        parts = outcomes[0]["errors"]
+        worst[f"errors{whose}"] = {part: max(o["errors"][part] for o in outcomes) for part in parts}
+    return worst
+
+
+def _error(row: Row, whose: str = "") -> str:
+    errors = row.get(f"errors{whose}", {"": row[f"error{whose}"]})
+    return ", ".join(f"{error:.0e}" for error in errors.values())
+
+
 def geometric_means(rows: list[Row]) -> list[Row]:
     """Return the mean ratio and largest error for each normalization, operation, layout, rival."""
     means = []
@@ -59,14 +73,14 @@ def geometric_means(rows: list[Row]) -> list[Row]:
         if not group:
             continue
         mean: Row = {**dict(zip(keys, values, strict=True)), "cells": len(group), "rivals": {}}
-        mean["error of bnfast"] = max(row["bnfast"]["error"] for row in group)
+        mean |= _worst([row["bnfast"] for row in group], " of bnfast")
         for title in group[0]["rivals"]:
             offered = [r["rivals"][title] for r in group if "ratio" in r["rivals"][title]]
             if offered:
                 logarithms = [math.log(outcome["ratio"]) for outcome in offered]
                 mean["rivals"][title] = {
                     "ratio": math.exp(sum(logarithms) / len(offered)),
-                    "error": max(outcome["error"] for outcome in offered),
+                    **_worst(offered),
                     "cells": len(offered),
                     "fresh": any(outcome.get("fresh") for outcome in offered),
                 }
@@ -81,8 +95,8 @@ def losses(rows: list[Row]) -> list[Row]:
             **{key: row[key] for key in ("normalization", "operation", "shape", "layout")},
             "rival": title,
             "ratio": outcome["ratio"],
-            "error": outcome["error"],
-            "error of bnfast": row["bnfast"]["error"],
+            **_worst([outcome]),
+            **_worst([row["bnfast"]], " of bnfast"),
         }
         for row in rows
         for title, outcome in row["rivals"].items()
@@ -107,7 +121,7 @@ def _outcome(outcome: Row) -> str:
     if "not offered" in outcome:
         return "—"
     mark = "†" if outcome.get("fresh") else ""
-    return f"{_ratio(outcome['ratio'])}{mark} ({outcome['error']:.0e})"
+    return f"{_ratio(outcome['ratio'])}{mark} ({_error(outcome)})"
 
 
 def names(results: Results, *keys: str) -> list[str]:
@@ -154,7 +168,7 @@ def all_cells(results: Results) -> Sheet:
                 Text(f"{mine['spread']:.0%}"),
                 Text(f"{mine['GB/s']:.1f}"),
                 Text(f"{mine['fraction of limit']:.0%}"),
-                Text(f"{mine['error']:.0e}"),
+                Text(_error(mine)),
                 *(
                     Text(_outcome(outcome), math.isfinite(ratio) and ratio == best)
                     for outcome, ratio in zip(outcomes, ratios, strict=True)
@@ -174,7 +188,7 @@ def all_means(results: Results) -> Sheet:
         rivals = mean["rivals"]
         best = min((rival["ratio"] for rival in rivals.values()), default=math.inf)
         line = [Text(name(mean, key)) for key in keys]
-        line += [Text(str(mean["cells"])), Text(f"{mean['error of bnfast']:.0e}")]
+        line += [Text(str(mean["cells"])), Text(_error(mean, " of bnfast"))]
         for title in titles:
             if title not in rivals:
                 line.append(Text("—"))
@@ -182,7 +196,7 @@ def all_means(results: Results) -> Sheet:
             rival = rivals[title]
             some = "" if rival["cells"] == mean["cells"] else f", {rival['cells']} cells"
             mark = "†" if rival["fresh"] else ""
-            text = f"{_ratio(rival['ratio'])}{mark} ({rival['error']:.0e}{some})"
+            text = f"{_ratio(rival['ratio'])}{mark} ({_error(rival)}{some})"
             line.append(Text(text, rival["ratio"] == best))
         lines.append(line)
     headings = [*keys, "cells", "error", *titles]
@@ -196,8 +210,8 @@ def all_losses(results: Results) -> Sheet:
     lines = [
         [
             *(Text(name(loss, key)) for key in keys),
-            *(Text(_ratio(loss["ratio"])), Text(f"{loss['error']:.0e}")),
-            Text(f"{loss['error of bnfast']:.0e}"),
+            *(Text(_ratio(loss["ratio"])), Text(_error(loss))),
+            Text(_error(loss, " of bnfast")),
         ]
         for loss in results["losses"]
     ]
@@ -221,7 +235,7 @@ def _not_offered(results: Results) -> list[str]:
                 why = dict.fromkeys(outcome["not offered"] for outcome in outcomes)
                 without.setdefault("; ".join(why), []).append(normalization)
         for reasons, normalizations in without.items():
-            lines.append(f"{title} has nothing of {', '.join(normalizations)} norm: {reasons}.")
+            lines.append(f"{title} has nothing of {called(normalizations)}: {reasons}.")
     return lines
 
 
@@ -259,6 +273,8 @@ def notes(results: Results) -> list[str]:
                 failed[f"{title} failed ({where}): {outcome['failed']}"] = None
     threads = "one thread" if results["threads"] == 1 else f"{results['threads']} threads"
     writes = "new outputs" if results["regime"] == "fresh" else "outputs written to given memory"
+    if results["normalizations"] == ["moments"]:
+        writes = "statistics alone, which are new"
     caches = ", ".join(f"{level} {size}" for level, size in machine["caches"].items())
     lines = [
         f"{machine['cpu']}, {machine['instruction set']}"
@@ -267,10 +283,20 @@ def notes(results: Results) -> list[str]:
         ", ".join(f"{title} {version}" for title, version in versions.items()) + ".",
         f"Made by `{results['command']}`.",
         "Medians of calls in turn, and half the distance of their quartiles; above 1 bnfast is "
-        "faster; errors are the largest against float64; the best rival is marked. The limit is "
-        "the best that plain and streaming copies, reads and writes in place reach on as much "
-        "memory, which begins at a page, measured in the same turns.",
+        "faster; errors are the largest against float64; the best rival is marked.",
     ]
+    if set(results["normalizations"]) - {"moments"}:
+        lines.append(
+            "The limit is the best that plain and streaming copies, reads and writes in place "
+            "reach on as much memory, which begins at a page, measured in the same turns."
+        )
+    if "moments" in results["normalizations"]:
+        lines.append(
+            "Moments are those of columns. Their errors are that of the mean and that of the "
+            "standard deviation, against sums in long double; their limit is the faster of a loop "
+            "that only reads as much memory, which begins at a page, and of NumPy's maximum of the "
+            "table, which is serial, measured in the same turns."
+        )
     if any(o.get("fresh") for row in results["rows"] for o in row["rivals"].values()):
         lines.append("† writes to new memory at each call: it has no better way.")
     return lines + _begin(results) + _not_offered(results) + list(failed)

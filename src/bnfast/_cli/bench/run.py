@@ -17,15 +17,14 @@ from threadpoolctl import threadpool_limits
 import bnfast
 from bnfast._cli.bench import figure, limit, report
 from bnfast._cli.bench.cell import OFFSET, OPERATIONS, Cell, Data, largest_error
-from bnfast._cli.bench.normalizations import NORMALIZATIONS, exact_result, make_data
+from bnfast._cli.bench.normalizations import NORMALIZATIONS, called, exact_result, make_data
 from bnfast._cli.bench.rivals import (
-    PEERS,
     Contender,
     NotInstalled,
     NotOffered,
     Rival,
     choose,
-    first,
+    missing,
 )
 from bnfast._cli.bench.timing import Timing, take_turns
 from bnfast._cli.bench.workloads import LAYOUTS, Shape, name_of, parse
@@ -88,12 +87,12 @@ class Selection:
             offered = NORMALIZATIONS[name].operations
             if not set(offered) & set(self.operations):
                 asked = " or ".join(self.operations)
-                raise NothingToMeasure(f"{name} norm has no {asked}, but {', '.join(offered)}")
+                raise NothingToMeasure(f"{called([name])} has no {asked}, but {', '.join(offered)}")
             of_it = sum(len(operations) for _, _, operations in self.cells_of(name))
             if not of_it:
                 raise NothingToMeasure(
-                    f"{name} norm of {self.shapes}: nothing to measure, its statistics would be "
-                    "those of single values"
+                    f"{called([name])} of {self.shapes}: nothing to measure, its statistics would "
+                    "be those of single values"
                 )
             cells += of_it
         return cells
@@ -102,8 +101,8 @@ class Selection:
 def ours(cell: Cell[Data], fresh: bool) -> Contender:
     """Return bnfast's call on a cell."""
     norm = NORMALIZATIONS[cell.normalization]
-    out = None if fresh else cell.data.out
-    return Contender(norm.ours(cell.operation, cell.data, out), first)
+    out = None if fresh else cell.data.output()
+    return Contender(norm.ours(cell.operation, cell.data, out), norm.read)
 
 
 def _reason(error: Exception) -> str:
@@ -191,6 +190,7 @@ def _enter_all(
 ) -> tuple[dict[str, Contender], dict[str, dict[str, Any]]]:
     """Prepare everyone, and judge each one's first result before the next one overwrites it."""
     exact = exact_result(cell)
+    parts, output = NORMALIZATIONS[cell.normalization].parts, cell.data.output()
     contenders: dict[str, Contender] = {}
     outcomes: dict[str, dict[str, Any]] = {}
     for name, rival in {"bnfast": None, **rivals}.items():
@@ -199,10 +199,13 @@ def _enter_all(
             continue
         try:
             contender = ours(cell, fresh) if rival is None else rival.prepare(cell, fresh)
-            cell.data.out.fill(np.nan)  # whoever writes nothing is found out
-            outcome: dict[str, Any] = {
-                "error": largest_error(contender.read(contender.call()), exact)
-            }
+            if output is not None:
+                output.fill(np.nan)  # whoever writes nothing is found out
+            result = contender.read(contender.call())
+            outcome: dict[str, Any] = {"error": largest_error(result, exact)}
+            if parts:
+                errors = map(largest_error, result, exact)
+                outcome["errors"] = dict(zip(parts, errors, strict=True))
         except NotOffered as reason:
             outcomes[name] = {"not offered": str(reason)}
             continue
@@ -215,7 +218,8 @@ def _enter_all(
             outcome["implementation"] = contender.note
         if contender.fresh:
             outcome["fresh"] = True
-        if own := contender.own_buffers(fresh):
+        own = contender.own_buffers(fresh and output is not None)
+        if own:
             outcome["own buffers"] = own
         contenders[name], outcomes[name] = contender, outcome
     return contenders, outcomes
@@ -279,7 +283,7 @@ def ready(selection: Selection) -> dict[str, Rival | str]:
     # allow for. Read at its first parallel region, which is to come.
     os.environ.setdefault("KMP_BLOCKTIME", "10")
     rivals: dict[str, Rival | str] = {}
-    for peer in choose(selection.peers).values():
+    for peer in choose(selection.peers, selection.normalizations).values():
         try:
             rivals[peer.title] = peer.load(selection.threads)
         except Exception as error:
@@ -308,8 +312,11 @@ def run(selection: Selection, json: Path | None, markdown: Path | None, plot: Pa
         print(report.markdown(results))
     else:
         report.show(results)
-    if set(results["rivals"]) == {PEERS["numpy"].title} and selection.peers is None:
+    if selection.peers is None and (absent := missing(selection.normalizations)):
+        packages = dict.fromkeys(name for peer in absent for name in peer.missing())
         print(
-            'The rivals come, in a clone, with: python -m pip install ".[bench]"', file=sys.stderr
+            f"Not compared with {', '.join(peer.title for peer in absent)}, for want of: "
+            f'{", ".join(packages)}. All come, in a clone, with: python -m pip install ".[bench]"',
+            file=sys.stderr,
         )
     return 0

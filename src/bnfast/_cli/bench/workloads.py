@@ -1,13 +1,16 @@
 """The shapes that are measured: (batch, channels, height, width), (batch, channels), rows, weights.
 
-Rows are arrays of any rank whose last axis is normalized; weights have their filters first.
+Rows are arrays of any rank whose last axis is normalized; tables have their columns along it;
+weights have their filters first.
 """
 
 from __future__ import annotations
 
 import math
 
-Shape = tuple[int, ...]  # channels second, however the layout has it; rows, weights as they are
+Shape = tuple[
+    int, ...
+]  # channels second, however the layout has it; rows, tables, weights as they are
 
 SETS: dict[str, tuple[Shape, ...]] = {
     # Every normalization of ResNet-50, a batch of 50 images of 224 by 224.
@@ -60,12 +63,21 @@ SETS: dict[str, tuple[Shape, ...]] = {
     ),
     "tracked-weights": ((64, 3, 7, 7), (512, 512, 3, 3), (768, 3072)),
     "quick-weights": ((64, 3, 7, 7), (512, 512, 3, 3), (768, 768)),
+    # Of data sets, 3 to 80 columns: past the caches, in the last level, in the second; and images.
+    "tables": (
+        *((5_000_000, 3), (3_000_000, 5), (1_000_000, 27), (1_500_000, 48), (1_000_000, 64)),
+        *((600_000, 72), (700_000, 80), (300_000, 3), (60_000, 64), (60_000, 3), (3000, 64)),
+        (32, 224, 224, 3),
+    ),
+    "tracked-tables": ((300_000, 3), (200_000, 64), (60_000, 64), (50_000, 80)),
+    "quick-tables": ((300_000, 3), (60_000, 64), (50_000, 80)),
 }
 
 LAYOUTS = ("nchw", "nhwc")
 ROWS = "rows"  # the one layout that rows have
 FILTERS = "filters"  # and that weights have, one filter after the other
-ALL_LAYOUTS = (*LAYOUTS, ROWS, FILTERS)
+TABLE = "table"  # and that tables have, one row after the other
+ALL_LAYOUTS = (*LAYOUTS, ROWS, FILTERS, TABLE)
 
 
 def name_of(shape: Shape) -> str:

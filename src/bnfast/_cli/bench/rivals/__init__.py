@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfast._cli.bench.cell import Cell
+from bnfast._cli.bench.cell import Cell, mean_and_std
 
 Array = NDArray[Any]
 
@@ -24,6 +24,11 @@ class NotOffered(Exception):
 def first(results: Any) -> Any:
     """Return y or dx of what a call returned: that, or that and more."""
     return results[0] if isinstance(results, tuple) else results
+
+
+def read_moments(results: Any) -> Array:
+    """Return the mean and the standard deviation, of the mean and the variance that a call made."""
+    return mean_and_std(*results)
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,11 @@ class Peer(NamedTuple):
     module: str
     rival: str  # the class
     distributions: tuple[str, ...]  # on PyPI
+    only: str = ""  # the one normalization that it is there for
+
+    def is_for(self, normalizations: Iterable[str]) -> bool:
+        """Return whether it is there for one of them."""
+        return not self.only or self.only in normalizations
 
     def missing(self) -> list[str]:
         """Return what is not installed."""
@@ -99,6 +109,11 @@ PEERS = {
     "onnxruntime": Peer("ONNX Runtime", "onnx_runtime", "OnnxRuntime", ("onnxruntime", "onnx")),
     "jax": Peer("JAX", "jax_xla", "JaxXla", ("jax", "jaxlib")),
     "numba": Peer("Numba", "numba_kernels", "NumbaKernels", ("numba",)),
+    "numpy-float64": Peer(
+        "NumPy float64", "numpy_formulas", "NumPyInFloat64", ("numpy",), only="moments"
+    ),
+    "onedal": Peer("oneDAL", "onedal", "OneDal", ("scikit-learn-intelex",), only="moments"),
+    "polars": Peer("polars", "polars_frames", "PolarsFrames", ("polars",), only="moments"),
 }
 
 
@@ -106,17 +121,26 @@ class NotInstalled(Exception):
     """A rival that was asked for by name is missing; the message says how to get it."""
 
 
-def choose(names: tuple[str, ...] | None) -> dict[str, Peer]:
-    """Return the rivals of these names, or all that are installed."""
+def missing(normalizations: Iterable[str]) -> list[Peer]:
+    """Return the rivals of these normalizations that are not installed."""
+    return [peer for peer in PEERS.values() if peer.missing() and peer.is_for(normalizations)]
+
+
+def choose(names: tuple[str, ...] | None, normalizations: Iterable[str]) -> dict[str, Peer]:
+    """Return the rivals of these names, or all that are installed and for these normalizations."""
     if names is None:
-        return {name: peer for name, peer in PEERS.items() if not peer.missing()}
+        return {
+            name: peer
+            for name, peer in PEERS.items()
+            if not peer.missing() and peer.is_for(normalizations)
+        }
     chosen = {name: PEERS[name] for name in names}
-    missing = {name: peer.missing() for name, peer in chosen.items() if peer.missing()}
-    if missing:
-        packages = list(dict.fromkeys(package for group in missing.values() for package in group))
+    absent = {name: peer.missing() for name, peer in chosen.items() if peer.missing()}
+    if absent:
+        packages = list(dict.fromkeys(package for group in absent.values() for package in group))
         raise NotInstalled(
-            f"not installed: {', '.join(missing)}\n"
-            f"Get {'it' if len(missing) == 1 else 'them'} with: "
+            f"not installed: {', '.join(absent)}\n"
+            f"Get {'it' if len(absent) == 1 else 'them'} with: "
             f"python -m pip install {' '.join(packages)}"
         )
     return chosen

@@ -12,10 +12,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfast._cli.bench.cell import EPS, LEAST_LENGTH, Batch, Cell, Filters, Groups, Matrix
-from bnfast._cli.bench.rivals import Contender, Rival, first
+from bnfast._cli.bench.cell import (
+    EPS,
+    LEAST_LENGTH,
+    Batch,
+    Cell,
+    Filters,
+    Groups,
+    Matrix,
+    Table,
+)
+from bnfast._cli.bench.rivals import Contender, NotOffered, Rival, first, read_moments
 
 Array = NDArray[Any]
+
+
+# Which spares it one of three sums.
+_VAR_TAKES_MEAN = np.lib.NumpyVersion(np.__version__) >= "2.0.0"
 
 
 def _axes_and_shape(x: Array, axis: int) -> tuple[tuple[int, ...], list[int]]:
@@ -258,6 +271,13 @@ def spectral_norm_backward(
     return dw.reshape(w.shape)
 
 
+def moments(x: Array, dtype: Any = None) -> tuple[Array, Array]:
+    """Return mean and variance of the columns, summed in `dtype`, that of x unless said."""
+    mean = x.mean(0, dtype=dtype, keepdims=True)
+    known = {"mean": mean} if _VAR_TAKES_MEAN else {}
+    return mean[0], x.var(0, dtype=dtype, **known)
+
+
 def _batch_norm(cell: Cell[Batch]) -> Callable[..., Any]:
     b = cell.data
     if cell.operation == "inference":
@@ -304,6 +324,10 @@ def _spectral_norm(cell: Cell[Matrix]) -> Callable[..., Any]:
     return partial(spectral_norm_backward, d.dy, d.x, *d.found)
 
 
+def _moments(cell: Cell[Table]) -> Callable[..., Any]:
+    return partial(moments, cell.data.rows)
+
+
 FORMULAS: dict[str, Callable[[Cell[Any]], Callable[..., Any]]] = {
     "batch": _batch_norm,
     "layer": _layer_norm,
@@ -312,6 +336,7 @@ FORMULAS: dict[str, Callable[[Cell[Any]], Callable[..., Any]]] = {
     "instance": _group_norm,
     "weight": _weight_norm,
     "spectral": _spectral_norm,
+    "moments": _moments,
 }
 
 
@@ -325,5 +350,19 @@ class NumPyFormulas(Rival):
 
     def prepare(self, cell: Cell[Any], fresh: bool) -> Contender:
         """Return the formula of the cell."""
-        formula = FORMULAS[cell.normalization](cell)
-        return Contender(partial(formula, out=None if fresh else cell.data.out), first)
+        formula, out = FORMULAS[cell.normalization](cell), cell.data.output()
+        if out is None:
+            return Contender(formula, read_moments)
+        return Contender(partial(formula, out=None if fresh else out), first)
+
+
+class NumPyInFloat64(NumPyFormulas):
+    """Moments summed in float64, of float32 data: the exact way."""
+
+    def prepare(self, cell: Cell[Any], fresh: bool) -> Contender:
+        """Return the formula of the cell."""
+        if cell.normalization != "moments":
+            raise NotOffered("moments alone are summed so")
+        if cell.data.dtype == np.float64:
+            raise NotOffered("float64 data are summed so without being asked")
+        return Contender(partial(moments, cell.data.rows, np.float64), read_moments)

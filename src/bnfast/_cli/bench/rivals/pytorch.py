@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bnfast._cli.bench.cell import EPS, LEAST_LENGTH, Batch, Cell, Data, Filters, Matrix
-from bnfast._cli.bench.rivals import Contender, Rival, first
+from bnfast._cli.bench.cell import EPS, LEAST_LENGTH, Batch, Cell, Data, Filters, Matrix, Table
+from bnfast._cli.bench.rivals import Contender, Rival, first, read_moments
 
 ALL = [True, True, True]  # gradients of x, weight and bias
 
@@ -227,6 +227,16 @@ def _spectral_norm(cell: Cell[Matrix], fresh: bool) -> Contender:
     )
 
 
+def _moments(cell: Cell[Table], fresh: bool) -> Contender:
+    x, var_mean = shared(cell.data.rows), aten.var_mean.correction
+
+    def call() -> Any:
+        var, mean = var_mean(x, [0], correction=0)
+        return mean, var
+
+    return Contender(call, read_moments)
+
+
 CALLS: dict[str, Callable[[Cell[Any], bool], Contender]] = {
     "batch": _batch_norm,
     "layer": _layer_norm,
@@ -235,4 +245,5 @@ CALLS: dict[str, Callable[[Cell[Any], bool], Contender]] = {
     "instance": _instance_norm,
     "weight": _weight_norm,
     "spectral": _spectral_norm,
+    "moments": _moments,
 }
