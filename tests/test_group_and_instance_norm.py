@@ -258,6 +258,19 @@ def test_one_weight_for_each_group(dtype, rng, axis):
     np.testing.assert_allclose(dbias, expected[2].reshape(3, 2).sum(1), tolerance, tolerance)
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_gradients_of_groups_are_rounded_once(isa, rng, axis, weighted):
+    x, dy, _, _ = inputs(rng, (3, 60, 5, 5), axis, np.float32)
+    weight = rng.normal(size=3).astype(np.float32) if weighted else None
+    wide = np.ones(60) if weight is None else np.repeat(weight, 20).astype(np.float64)
+    _, mean, invstd = bnfast.group_norm_forward(x, 3, axis=axis)
+    got = bnfast.group_norm_backward(dy, x, mean, invstd, weight, axis=axis, per_group=True)
+    expected = bnfast.group_norm_backward(dy, x, mean, invstd, wide, axis=axis)
+    for of_groups, of_channels in zip(got[1:], expected[1:], strict=True):
+        rounded = of_channels.reshape(3, 20).sum(1).astype(np.float32)
+        np.testing.assert_array_equal(of_groups, rounded)
+
+
 def test_no_channels_are_nothing_to_normalize(dtype):
     x = np.empty((3, 0, 2), dtype)
     y, mean, invstd = bnfast.group_norm_forward(x, 2)

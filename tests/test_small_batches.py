@@ -51,6 +51,18 @@ def test_a_ghost_has_the_bits_of_a_batch(isa, dtype, rng, axis, shape, size):
     np.testing.assert_allclose(dbias, sums[1], rtol=tolerance, atol=tolerance)
 
 
+def test_gradients_without_a_weight_are_those_of_ones(isa, dtype, rng, axis):
+    """And so are rounded once, after all parts."""
+    x, dy, _, _ = inputs(rng, (40, 30, 5, 4), axis, dtype)
+    _, mean, invstd = bnfast.ghost_batch_norm_forward(x, 3, axis=axis)
+    got = bnfast.ghost_batch_norm_backward(dy, x, 3, mean, invstd, axis=axis)
+    ones = np.ones(30, dtype)
+    expected = bnfast.ghost_batch_norm_backward(dy, x, 3, mean, invstd, ones, axis=axis)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == dtype
+
+
 @pytest.mark.parametrize("unbiased", [True, False])
 def test_running_statistics_take_one_ghost_after_the_other(rng, axis, unbiased):
     x, _, weight, bias = inputs(rng, (7, 3, 5, 4), axis, np.float64)

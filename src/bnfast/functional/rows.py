@@ -414,15 +414,16 @@ def group_norm_backward(
     array, channels = _validation.channel_axis_of_samples(x, axis)
     num_groups = _validation.groups_of_statistics("mean", mean)
     together = _validation.channels_of_group(num_groups, channels) if channels else 1
-    if per_group and together > 1:
-        weight = _of_channels("weight", weight, channels, together)
     sharing = Sharing((0,), together)
-    dx, dweight, dbias = _primitives.gradient(
-        dy, array, axis, mean, invstd, weight, False, out, sharing
-    )
-    if per_group and together > 1:
-        dweight = dweight.reshape(-1, together).sum(1, np.float64).astype(dweight.dtype)
-        dbias = dbias.reshape(-1, together).sum(1, np.float64).astype(dbias.dtype)
+    if not per_group or together == 1:
+        return _primitives.gradient(dy, array, axis, mean, invstd, weight, False, out, sharing)
+    own = _of_channels("weight", weight, channels, together)
+    # Float64, so that the gradients of channels are not rounded before they are added up.
+    wide = np.ones(channels) if own is None else own.astype(np.float64)
+    dx, *gradients = _primitives.gradient(dy, array, axis, mean, invstd, wide, False, out, sharing)
+    dtype = array.dtype if own is None else own.dtype
+    with np.errstate(all="ignore"):
+        dweight, dbias = (g.reshape(-1, together).sum(1).astype(dtype) for g in gradients)
     return dx, dweight, dbias
 
 

@@ -240,7 +240,8 @@ def ghost_batch_norm_backward(
         dx = _validation.output(out, array, others)
     whole = len(array) // size
     sums = np.zeros((2, channels))
-    wide = None if own is None else own.astype(np.float64)
+    # Float64, so that the gradients of parts are not rounded before they are added up.
+    wide = np.ones(channels) if own is None else own.astype(np.float64)
     for taken, x_part, dy_part, dx_part in zip(
         (slice(whole), slice(whole, None)),
         *(_split(a, size) for a in (array, upstream, dx)),
