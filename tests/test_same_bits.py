@@ -5,6 +5,7 @@ import pytest
 
 import bnfast
 from cases import BUFFERS, batches, small_batches
+from members import MEMBERS
 
 EXTRA = [
     *[((3, 5, 40000), 1), ((9000, 7), 1), ((2, 3, 300000), 1), ((1300, 300), 1), ((5, 9000), 1)],
@@ -99,6 +100,31 @@ def test_odd_strides_give_the_bits_of_a_packed_copy(
     assert_same(everything(make(x), make(dy), weight, bias, axis), expected)
     assert_same(everything(make(x), dy, weight, bias, axis), expected)
     assert_same(everything(x, make(dy), weight, bias, axis), expected)
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+@pytest.mark.parametrize("buffer", [name for name in BUFFERS if name != "contiguous"])
+@pytest.mark.parametrize("member", MEMBERS)
+def test_strides_of_the_output_change_no_bit(
+    dtype, rng, use_threads, axis, member, buffer, repeated
+):
+    """Also where those of the input, repeated along some axes, leave the order of the walk open."""
+    shape = (5, 6, 7, 4)
+    x, dy = rng.normal(3, 2, (2, *shape)).astype(dtype)
+    if repeated:
+        x = np.broadcast_to(x[:1, :, :, :1], shape)
+    forward, backward, _, _, parameters, _ = MEMBERS[member]
+    weight, bias = rng.normal(size=(2, *parameters(shape, axis))).astype(dtype)
+    use_threads(1)
+    expected = forward(x, weight, bias, 1e-5, axis)
+    gradients = backward(dy, x, *expected[1:], weight, axis)
+    for num_threads in (1, 3):
+        use_threads(num_threads)
+        for make in (BUFFERS[buffer], lambda a: BUFFERS[buffer](a.T).T):
+            out = make(np.zeros(shape, dtype))
+            assert_same(forward(x, weight, bias, 1e-5, axis, out), expected)
+            got = backward(dy, x, *expected[1:], weight, axis, out)
+            assert_same(got, gradients)
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((6, 40, 900), 1), ((3000, 40), 1)], ids=str)

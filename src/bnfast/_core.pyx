@@ -68,6 +68,7 @@ cdef extern from "geometry.h" nogil:
         ptrdiff_t *outer_axis_strides
         ptrdiff_t *inner_axis_strides
         ptrdiff_t *repeat_axis_strides
+        ptrdiff_t *channel_axis_strides
 
     ctypedef struct bn_geometry:
         bn_layout layout
@@ -76,6 +77,8 @@ cdef extern from "geometry.h" nogil:
         size_t repeats
         size_t repeat_axes
         size_t *repeat_axis_sizes
+        size_t channel_axes
+        size_t *channel_axis_sizes
         size_t outer
         size_t channels
         size_t inner
@@ -346,7 +349,8 @@ cdef class Geometry:
         cdef bn_operand *operand
         cdef Py_ssize_t k, axis, itemsize = plan.itemsize
         if len(plan.operands) > BN_MAX_OPERANDS or BN_MAX_AXES < max(
-            map(len, (plan.repeat_axis_sizes, plan.outer_axis_sizes, plan.inner_axis_sizes))
+            map(len, (plan.repeat_axis_sizes, plan.channel_axis_sizes, plan.outer_axis_sizes,
+                      plan.inner_axis_sizes))
         ):
             raise ValueError("the plan has too many operands or axes")
         if plan.chunk_outer * plan.chunk_inner * itemsize > BN_SCRATCH_BYTES:
@@ -361,6 +365,9 @@ cdef class Geometry:
         c.repeat_axes = len(plan.repeat_axis_sizes)
         for axis, size in enumerate(plan.repeat_axis_sizes):
             c.repeat_axis_sizes[axis] = size
+        c.channel_axes = len(plan.channel_axis_sizes)
+        for axis, size in enumerate(plan.channel_axis_sizes):
+            c.channel_axis_sizes[axis] = size
         c.outer, c.channels, c.inner = plan.outer, plan.channels, plan.inner
         c.outer_axes = len(plan.outer_axis_sizes)
         c.inner_axes = len(plan.inner_axis_sizes)
@@ -380,6 +387,8 @@ cdef class Geometry:
             c.any_packed |= operand.packed
             for axis, stride in enumerate(layout.repeat_axis_strides):
                 operand.repeat_axis_strides[axis] = stride
+            for axis, stride in enumerate(layout.channel_axis_strides):
+                operand.channel_axis_strides[axis] = stride
             if layout.direct:
                 operand.outer_stride = <ptrdiff_t>layout.outer_stride // itemsize
                 operand.channel_stride = <ptrdiff_t>layout.channel_stride // itemsize

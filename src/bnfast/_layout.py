@@ -10,6 +10,7 @@ the machine, nor from the number of threads.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 CONTIGUOUS = "contiguous"
@@ -56,13 +57,15 @@ class OperandLayout(NamedTuple):
     """How one array is walked: directly, or chunk by chunk through scratch memory.
 
     Strides are bytes. ``outer_stride`` is meaningful for a direct operand only; repeats are walked
-    with ``repeat_axis_strides`` either way.
+    with ``repeat_axis_strides`` either way, and channels with ``channel_axis_strides``, of which
+    ``channel_stride`` is the last.
     """
 
     direct: bool
     outer_stride: int
     channel_stride: int
     repeat_axis_strides: tuple[int, ...]
+    channel_axis_strides: tuple[int, ...]
     outer_axis_strides: tuple[int, ...]
     inner_axis_strides: tuple[int, ...]
 
@@ -80,6 +83,7 @@ class LayoutPlan(NamedTuple):
     channels: int
     inner: int
     repeat_axis_sizes: tuple[int, ...]
+    channel_axis_sizes: tuple[int, ...]
     outer_axis_sizes: tuple[int, ...]
     inner_axis_sizes: tuple[int, ...]
     chunk_outer: int
@@ -94,22 +98,18 @@ class LayoutPlan(NamedTuple):
     operands: tuple[OperandLayout, ...]
 
 
-def _walking_order(axes: list[int], strides: tuple[tuple[int, ...], ...]) -> list[int]:
-    """Sort axes as the first operand lies in memory, slowest first, repeated ones before all."""
-
-    def steps(axis: int) -> tuple[float, ...]:
-        return tuple(-abs(s[axis]) if s[axis] else -math.inf for s in strides)
-
-    return sorted(axes, key=steps)
+def _walking_order(axes: list[int], strides: tuple[int, ...]) -> list[int]:
+    """Sort axes as an operand lies in memory, slowest first, repeated ones before all."""
+    return sorted(axes, key=lambda axis: -abs(strides[axis]) if strides[axis] else -math.inf)
 
 
 def _merge(
-    axes: list[int], shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]
+    axes: Sequence[int], shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """Join neighbouring axes that every operand walks as one: (sizes, strides of each operand)."""
     sizes: list[int] = []
     steps: list[list[int]] = []
-    for axis in axes:
+    for axis in [d for d in axes if shape[d] > 1]:
         step = [s[axis] for s in strides]
         if sizes and all(
             last == shape[axis] * now for last, now in zip(steps[-1], step, strict=True)
@@ -130,8 +130,7 @@ def _operand_layout(
     layout: str,
     itemsize: int,
     aligned: bool,
-    channels: int,
-    channel_stride: int,
+    channel_strides: tuple[int, ...],
     repeat_strides: tuple[int, ...],
     outer: tuple[tuple[int, ...], tuple[int, ...]],
     inner: tuple[tuple[int, ...], tuple[int, ...]],
@@ -139,18 +138,25 @@ def _operand_layout(
     outer_sizes, outer_strides = outer
     inner_sizes, inner_strides = inner
     outer_stride = outer_strides[-1] if outer_strides else 0
+    channel_stride = channel_strides[-1] if channel_strides else 0
     if layout == CONTIGUOUS:
         unit_run = inner_strides[-1] == itemsize and _is_one_axis(inner_sizes, inner_strides)
     else:
-        unit_run = channel_stride == itemsize or channels == 1
+        unit_run = not channel_strides or channel_stride == itemsize
     direct = (
         aligned
         and unit_run
         and _is_one_axis(outer_sizes, outer_strides)
-        and all(step % itemsize == 0 for step in (outer_stride, channel_stride, *repeat_strides))
+        and all(step % itemsize == 0 for step in (outer_stride, *channel_strides, *repeat_strides))
     )
     return OperandLayout(
-        direct, outer_stride, channel_stride, repeat_strides, outer_strides, inner_strides
+        direct,
+        outer_stride,
+        channel_stride,
+        repeat_strides,
+        channel_strides,
+        outer_strides,
+        inner_strides,
     )
 
 
@@ -202,25 +208,29 @@ def _cut(
 
 def plan_layout(
     shape: tuple[int, ...],
-    axis: int,
+    channel_axes: tuple[int, ...],
     repeated: tuple[int, ...],
     itemsize: int,
     strides: tuple[tuple[int, ...], ...],
     aligned: tuple[bool, ...],
 ) -> LayoutPlan:
-    """Plan a call over arrays of one shape, with statistics for each index of axis and repeated.
+    """Plan a call over arrays of one shape, with statistics for each index of some of its axes.
 
     ``strides`` (bytes) and ``aligned`` have one entry for each operand. The first operand's strides
-    choose the layout and the order of the walk; an operand that cannot be walked that way is
-    packed. No axis may be empty, none is negative, and ``repeated`` are in the order in which the
-    statistics are wanted.
+    alone choose the layout and the order of the walk, so that no sum depends on where an output
+    lies; an operand that cannot be walked that way is packed. No axis may be empty, none is
+    negative. The statistics are wanted in the order of ``repeated`` and then ``channel_axes``, one
+    axis or some that all inputs walk as one.
     """
-    channels = shape[axis]
-    reduced = [d for d in range(len(shape)) if d != axis and d not in repeated and shape[d] > 1]
+    channel_sizes, channel_strides = _merge(channel_axes, shape, strides)
+    channels = math.prod(channel_sizes)
+    last = [d for d in channel_axes if shape[d] > 1][-1:]
+    kept = {*channel_axes, *repeated}
+    reduced = [d for d in range(len(shape)) if d not in kept and shape[d] > 1]
     # With a single channel everything is one run.
-    order = _walking_order([*reduced, axis] if channels > 1 else reduced, strides)
-    cut_at = order.index(axis) if channels > 1 else -1
-    repeat_sizes, repeat_strides = _merge([d for d in repeated if shape[d] > 1], shape, strides)
+    order = _walking_order([*reduced, *last], strides[0])
+    cut_at = order.index(last[0]) if last else -1
+    repeat_sizes, repeat_strides = _merge(repeated, shape, strides)
     outer_sizes, outer_strides = _merge(order[: max(cut_at, 0)], shape, strides)
     inner_sizes, inner_strides = _merge(order[cut_at + 1 :], shape, strides)
     outer, inner = math.prod(outer_sizes), math.prod(inner_sizes)
@@ -231,8 +241,7 @@ def plan_layout(
             layout,
             itemsize,
             aligned[k],
-            channels,
-            strides[k][axis] if channels > 1 else 0,
+            channel_strides[k],
             repeat_strides[k],
             (outer_sizes, outer_strides[k]),
             (inner_sizes, inner_strides[k]),
@@ -242,7 +251,7 @@ def plan_layout(
     repeats = math.prod(repeat_sizes)
     fair = _ceil_divide(repeats * channels, MOST_ROW_BLOCKS)
     rows_of_block = _ceil_divide(fair, FEWEST_BLOCK_OF_ROWS) * FEWEST_BLOCK_OF_ROWS
-    walked = tuple(d for d in order if d != axis)
+    walked = tuple(d for d in order if d not in last)
     return LayoutPlan(
         layout,
         itemsize,
@@ -251,6 +260,7 @@ def plan_layout(
         channels,
         inner,
         repeat_sizes,
+        channel_sizes,
         outer_sizes,
         inner_sizes,
         *cuts,
@@ -266,25 +276,19 @@ def plan_rows(
     itemsize: int,
     strides: tuple[tuple[int, ...], ...],
     aligned: tuple[bool, ...],
+    inputs: int,
 ) -> LayoutPlan:
     """Plan a call over arrays of one shape, with statistics for each row: over `normalized` axes.
 
-    Rows are numbered in C order of the other axes. Those that every operand walks as one are the
-    channels of the plan, those that step further its repeats; ``walked`` counts in `normalized`.
+    Rows are numbered in C order of the other axes. Those that the first operands, so many
+    ``inputs``, walk as one are the channels of the plan, those that step further its repeats;
+    ``walked`` counts in `normalized`.
     """
     kept = [d for d in range(len(shape)) if d not in normalized and shape[d] > 1]
-    sizes, steps = _merge(kept, shape, strides)
-    rows = max(len(sizes), 1) - 1
-    reduced_shape = tuple(shape[d] for d in normalized)
+    together = len(kept)
+    while together > 0 and len(_merge(kept[together - 1 :], shape, strides[:inputs])[0]) == 1:
+        together -= 1
     plan = plan_layout(
-        (*(sizes or (1,)), *reduced_shape),
-        rows,
-        tuple(range(rows)),
-        itemsize,
-        tuple(
-            (*(step or (0,)), *(stride[d] for d in normalized))
-            for step, stride in zip(steps, strides, strict=True)
-        ),
-        aligned,
+        shape, tuple(kept[together:]), tuple(kept[:together]), itemsize, strides, aligned
     )
-    return plan._replace(walked=tuple(d - rows - 1 for d in plan.walked))
+    return plan._replace(walked=tuple(normalized.index(d) for d in plan.walked))

@@ -64,7 +64,7 @@ def _geometry(
     strides: tuple[tuple[int, ...], ...],
     aligned: tuple[bool, ...],
 ) -> _core.Geometry:
-    return _core.Geometry(plan_layout(shape, axis, repeated, itemsize, strides, aligned))
+    return _core.Geometry(plan_layout(shape, (axis,), repeated, itemsize, strides, aligned))
 
 
 @lru_cache(maxsize=1024)
@@ -82,9 +82,10 @@ def _geometry_of_rows(
     for axis in reversed(normalized):
         of_elements[axis] = step
         step *= shape[axis]
+    inputs = len(strides) - 1  # all but the output
     strides += (tuple(of_elements),) * parameters
     aligned += (True,) * parameters
-    return _core.Geometry(plan_rows(shape, normalized, itemsize, strides, aligned))
+    return _core.Geometry(plan_rows(shape, normalized, itemsize, strides, aligned, inputs))
 
 
 def _rows(normalized: tuple[int, ...], parameters: int, *operands: Array) -> _core.Geometry:

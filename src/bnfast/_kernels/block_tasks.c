@@ -225,8 +225,8 @@ typedef struct {
     char *data;
 } tensor;
 
-static void write_box(const bn_job *job, const bn_box *box, bn_output_kernel *kernel, size_t count,
-                      const tensor *from, tensor to)
+static void write_part(const bn_job *job, const bn_box *box, bn_output_kernel *kernel, size_t count,
+                       const tensor *from, tensor to)
 {
     const bn_geometry *geometry = job->geometry;
     _Alignas(64) char from_scratch[BN_MOST_INPUTS][BN_SCRATCH_BYTES], to_scratch[BN_SCRATCH_BYTES];
@@ -240,6 +240,17 @@ static void write_box(const bn_job *job, const bn_box *box, bn_output_kernel *ke
     coefficients.period = period_of(geometry, box->extent.channels);
     kernel(box->extent, inputs, coefficients, output, manner_of(job, box));
     bn_written(geometry, to.operand, to.data, box, to_scratch);
+}
+
+static void write_box(const bn_job *job, const bn_box *box, bn_output_kernel *kernel, size_t count,
+                      const tensor *from, tensor to)
+{
+    const size_t run = bn_channel_run(job->geometry), end = box->channel + box->extent.channels;
+    bn_box part = *box;
+    for (; part.channel < end; part.channel += part.extent.channels) {
+        part.extent.channels = MIN(run - part.channel % run, end - part.channel);
+        write_part(job, &part, kernel, count, from, to);
+    }
 }
 
 static void scale_shift_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
@@ -737,8 +748,8 @@ static int may_write_with_columns(const bn_job *job)
 {
     const bn_geometry *geometry = job->geometry;
     return job->element_weight && geometry->layout == BN_contiguous && geometry->outer == 1 &&
-           !geometry->any_packed && job->stores == BN_stored && job->dx != job->x &&
-           job->dx != job->dy;
+           !geometry->any_packed && bn_channel_run(geometry) == geometry->channels &&
+           job->stores == BN_stored && job->dx != job->x && job->dx != job->dy;
 }
 
 static void add_columns_and_write(const bn_job *job, range rows, double *sums)

@@ -18,7 +18,8 @@ typedef struct {
     int packed;
     ptrdiff_t outer_stride, channel_stride;
     ptrdiff_t outer_axis_strides[BN_MAX_AXES], inner_axis_strides[BN_MAX_AXES];
-    ptrdiff_t repeat_axis_strides[BN_MAX_AXES]; /* in bytes, whether packed or not */
+    /* In bytes, whether packed or not. */
+    ptrdiff_t repeat_axis_strides[BN_MAX_AXES], channel_axis_strides[BN_MAX_AXES];
 } bn_operand;
 
 typedef struct {
@@ -30,6 +31,10 @@ typedef struct {
     size_t repeats;
     size_t repeat_axes, repeat_axis_sizes[BN_MAX_AXES];
     size_t outer, channels, inner;
+
+    /* Inputs walk all channels with one stride. An output that cannot has more axes of them, the last of
+       which it walks so. */
+    size_t channel_axes, channel_axis_sizes[BN_MAX_AXES];
 
     /* The axes that make up outer and inner, slowest first: needed where an operand is packed. */
     size_t outer_axes, inner_axes;
@@ -54,6 +59,13 @@ typedef struct {
 static inline size_t bn_period(const bn_geometry *geometry)
 {
     return geometry->layout == BN_channels_last ? geometry->phases * geometry->channels : 0;
+}
+
+/* So many neighbouring channels, from a multiple of that on, are walked with one stride by all operands. */
+static inline size_t bn_channel_run(const bn_geometry *geometry)
+{
+    const size_t axes = geometry->channel_axes;
+    return axes > 1 ? geometry->channel_axis_sizes[axes - 1] : geometry->channels;
 }
 
 /* How many elements a coefficient array must hold. */

@@ -84,6 +84,18 @@ static char *copy_to_or_from(size_t itemsize, char *run, ptrdiff_t step, char *s
     return scratch + count * itemsize;
 }
 
+/* From the first channel to another one, in bytes. */
+static ptrdiff_t channel_offset(const bn_geometry *geometry, const bn_operand *layout, size_t channel)
+{
+    ptrdiff_t offset = 0;
+    for (size_t axis = geometry->channel_axes; axis-- > 1;) {
+        const size_t size = geometry->channel_axis_sizes[axis];
+        offset += (ptrdiff_t)(channel % size) * layout->channel_axis_strides[axis];
+        channel /= size;
+    }
+    return offset + (ptrdiff_t)channel * layout->channel_axis_strides[0];
+}
+
 /* Visits the box in the order of scratch, (outer, channel, inner), one strided run at a time. */
 static void copy_box(const bn_geometry *geometry, size_t operand, char *data, const bn_box *box,
                      char *scratch, int to_scratch)
@@ -93,7 +105,7 @@ static void copy_box(const bn_geometry *geometry, size_t operand, char *data, co
     position outer;
     go_to(&outer, geometry->outer_axes, geometry->outer_axis_sizes, layout->outer_axis_strides,
           box->outer);
-    data += (ptrdiff_t)box->channel * layout->channel_stride;
+    data += channel_offset(geometry, layout, box->channel);
     if (geometry->inner == 1) {
         for (size_t o = 0; o < box->extent.outer; o++, go_on(&outer)) {
             scratch = copy_to_or_from(itemsize, data + outer.offset, layout->channel_stride,
@@ -138,10 +150,9 @@ bn_view bn_view_to_write(const bn_geometry *geometry, size_t operand, char *data
     if (layout->packed) {
         return bn_dense_view(box, scratch);
     }
-    const ptrdiff_t offset = (ptrdiff_t)box->outer * layout->outer_stride +
-                             (ptrdiff_t)box->channel * layout->channel_stride +
-                             (ptrdiff_t)box->inner;
-    return (bn_view){data + (ptrdiff_t)geometry->itemsize * offset,
+    const ptrdiff_t offset = (ptrdiff_t)box->outer * layout->outer_stride + (ptrdiff_t)box->inner;
+    return (bn_view){data + channel_offset(geometry, layout, box->channel) +
+                         (ptrdiff_t)geometry->itemsize * offset,
                      {layout->outer_stride, layout->channel_stride}};
 }
 
