@@ -9,9 +9,22 @@ from cases import BUFFERS
 from oracle import WIDE, assert_within
 from tolerances import CLOSE_F32, FINITE_DIFFERENCES, GRADIENT_SUMS, INPUT_GRADIENT, OUTPUT, eps_of
 
+# Over the channels of images: neighbouring rows. Pixels around lanes, wide rows and what is summed
+# before lanes are emptied (256 and 128); around what is walked at a time (1024 and 512), and beyond
+# what is cut for the caches; channels around pairs, what a lane takes, a chunk, and beyond a block;
+# many samples.
+OVER_CHANNELS = [
+    *[((2, 5, pixels), (1,)) for pixels in (2, 3, 7, 8, 9, 15, 16, 17, 49, 63, 64, 65)],
+    *[((2, 5, pixels), (1,)) for pixels in (127, 128, 129, 255, 256, 257, 520)],
+    *[((1, 5, 1100), (1,)), ((2, 20, 2100), (1,))],
+    *[((3, channels, 40), (1,)) for channels in (2, 3, 15, 16, 17, 33, 257)],
+    *[((1, 800, 70), (1,)), ((40, 3, 20), (1,)), ((2, 3, 4, 70), (1, 2))],
+]
+
 # (shape, axes). Around lanes and lines; one row, many; rows of one element; rows that are cut into
 # chunks and blocks; more rows than a block of them has; axes that are not the last ones.
 CASES = [
+    *OVER_CHANNELS,
     *[((5, inner), (1,)) for inner in (1, 2, 15, 16, 17, 63, 64, 65, 255, 256, 257, 300)],
     *[((rows, 40), (1,)) for rows in (1, 15, 16, 17, 33, 600)],
     *[((3, 4, 5, 6), (3,)), ((3, 4, 5, 6), (2, 3)), ((3, 4, 5, 6), (1, 2, 3)), ((7, 6), (0, 1))],
@@ -121,23 +134,33 @@ def test_rows_that_are_neighbours_have_the_same_bits_whatever_the_caches(
                 np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("shape", [(3, 200), (5, 3, 40, 40)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [((3, 200), (1,)), ((5, 3, 40, 40), (1, 2, 3)), ((3, 40, 300), (1,)), ((2, 700, 9), (1,))],
+    ids=str,
+)
 def test_gradients_without_those_of_parameters_have_the_same_bits(
-    isa, dtype, rng, use_threads, shape
+    isa, dtype, rng, use_threads, shape, axes
 ):
-    axes = tuple(range(1, len(shape)))
     x, dy, sizes, weight, _ = inputs(rng, shape, axes, dtype)
-    _, mean, invstd = bnfast.layer_norm_forward(x, sizes)
+    _, mean, invstd = bnfast.layer_norm_forward(x, sizes, axis=axes)
     for num_threads in (1, 3):
         use_threads(num_threads)
-        whole = bnfast.layer_norm_backward(dy, x, sizes, mean, invstd, weight)
-        got = bnfast.layer_norm_backward(dy, x, sizes, mean, invstd, weight, parameters=False)
-        np.testing.assert_array_equal(got[0], whole[0])
+        for own in (weight, None):
+            arguments = (dy, x, sizes, mean, invstd, own)
+            whole = bnfast.layer_norm_backward(*arguments, axis=axes)
+            got = bnfast.layer_norm_backward(*arguments, axis=axes, parameters=False)
+            np.testing.assert_array_equal(got[0], whole[0])
 
 
 @pytest.mark.parametrize("buffer", BUFFERS)
 @pytest.mark.parametrize(
-    ("shape", "axes"), [((3, 6, 7, 11), (3,)), ((3, 6, 7, 11), (1,)), ((20, 70), (1,))], ids=str
+    ("shape", "axes"),
+    [
+        *[((3, 6, 7, 11), axes) for axes in ((3,), (1,), (1, 2), (1, 3), (2, 1))],
+        *[((20, 70), (1,)), ((2, 19, 300), (1,))],
+    ],
+    ids=str,
 )
 def test_any_strides(isa, dtype, rng, buffer, shape, axes):
     x, dy, _, weight, bias = inputs(rng, shape, axes, dtype)
@@ -145,27 +168,64 @@ def test_any_strides(isa, dtype, rng, buffer, shape, axes):
     check(x, dy, axes, BUFFERS[buffer](weight[None])[0], None, centred=False)
 
 
+@pytest.mark.parametrize("buffer", ["misaligned", "offset_by_one", "reversed", "record_field"])
+@pytest.mark.parametrize("shape", [(2, 19, 300), (3, 300, 20)], ids=str)
+def test_over_channels_odd_strides_give_the_bits_of_a_packed_copy(isa, dtype, rng, buffer, shape):
+    x, dy, _, weight, bias = inputs(rng, shape, (1,), dtype, 300)
+    expected = check(x, dy, (1,), weight, bias)
+    got = check(x, dy, (1,), weight, bias, make=BUFFERS[buffer])
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("strides", ["contiguous", "fortran", "channels_last"])
+@pytest.mark.parametrize("axes", [(1, 2), (2, 1)], ids=str)
+def test_parameters_belong_to_their_elements_whatever_the_order_of_the_walk(
+    isa, dtype, strides, axes
+):
+    x = BUFFERS[strides](np.ones((5, 3, 4, 6), dtype))
+    weight = np.arange(12, dtype=dtype).reshape([x.shape[d] for d in axes])
+    y = bnfast.rms_norm(x, weight.shape, weight, 0.0, axis=axes)
+    expected = weight if axes == (1, 2) else weight.T
+    np.testing.assert_array_equal(y, np.broadcast_to(expected[..., None], x.shape))
+
+
+@pytest.mark.parametrize("shape", [(40, 70), (2, 70, 20), (2, 7, 300)], ids=str)
 @pytest.mark.parametrize("size", [1e-42, 1e-30, 1e37])
-def test_sums_of_parameters_hold_what_float32_does_not(isa, rng, size):
-    x, dy, _, weight, _ = inputs(rng, (40, 70), (1,), np.float32)
+def test_sums_of_parameters_hold_what_float32_does_not(isa, rng, size, shape):
+    x, dy, sizes, weight, _ = inputs(rng, shape, (1,), np.float32)
     dy = (np.abs(dy) * size).astype(np.float32)
     dy[:, 3] = 0
-    _, mean, invstd = bnfast.layer_norm_forward(x, 70)
-    got = bnfast.layer_norm_backward(dy, x, 70, mean, invstd, weight.astype(np.float64))
+    _, mean, invstd = bnfast.layer_norm_forward(x, sizes, axis=1)
+    got = bnfast.layer_norm_backward(dy, x, sizes, mean, invstd, weight.astype(np.float64), axis=1)
     expected = reference.layer_norm_backward(dy, x, (1,), mean, invstd, weight)
-    total = np.abs(dy.astype(np.float64)).sum(0)
+    others = tuple(d for d in range(x.ndim) if d != 1)
+    total = np.abs(dy.astype(np.float64)).sum(others)
     assert_within(got[1], expected[1], 1e-5 * total)
     assert_within(got[2], expected[2], 1e-6 * total)
 
 
-def test_in_place(isa, dtype, rng):
-    x, dy, sizes, weight, bias = inputs(rng, (40, 70), (1,), dtype)
-    expected = bnfast.layer_norm_forward(x, sizes, weight, bias)
-    gradients = bnfast.layer_norm_backward(dy, x, sizes, *expected[1:], weight)
-    got = bnfast.layer_norm_backward(dy, x, sizes, *expected[1:], weight, out=dy)
+@pytest.mark.parametrize(("size", "size_of_dy"), [(1, 1e37), (1e-12, 1e-30)])
+def test_over_channels_sums_of_rows_hold_what_float32_does_not(isa, rng, size, size_of_dy):
+    x, dy, sizes, weight, _ = inputs(rng, (2, 70, 40), (1,), np.float32, 0)
+    x, dy = x * np.float32(size), (np.abs(dy) * size_of_dy).astype(np.float32)
+    dy[:, :, 5] = 0
+    _, mean, invstd = bnfast.layer_norm_forward(x, sizes, eps=0.0, axis=1)
+    dx = bnfast.layer_norm_backward(dy, x, sizes, mean, invstd, weight, axis=1)[0]
+    expected = reference.layer_norm_backward(dy, x, (1,), mean, invstd, weight)[0]
+    np.testing.assert_array_equal(dx[:, :, 5], 0)
+    assert_within(dx, expected, 1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("shape", [(40, 70), (2, 19, 300)], ids=str)
+def test_in_place(isa, dtype, rng, shape):
+    x, dy, sizes, weight, bias = inputs(rng, shape, (1,), dtype)
+    expected = bnfast.layer_norm_forward(x, sizes, weight, bias, axis=1)
+    gradients = bnfast.layer_norm_backward(dy, x, sizes, *expected[1:], weight, axis=1)
+    got = bnfast.layer_norm_backward(dy, x, sizes, *expected[1:], weight, axis=1, out=dy)
     for a, b in zip(got, gradients, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert bnfast.layer_norm(x, sizes, weight, bias, out=x) is x
+    assert bnfast.layer_norm(x, sizes, weight, bias, axis=1, out=x) is x
     np.testing.assert_array_equal(x, expected[0])
 
 
@@ -203,6 +263,25 @@ def test_specials_stay_in_their_row(isa, dtype, rng, special):
     for a, b in zip(got[:4], clean[:4], strict=True):
         np.testing.assert_array_equal(a[others], b[others])
     assert np.isnan(got[0][7]).all() and np.isnan(got[3][7]).all()
+    np.testing.assert_allclose(got[5], clean[5], rtol=0, atol=CLOSE_F32)  # summed again, in float64
+
+
+@pytest.mark.parametrize("special", [np.nan, np.inf])
+def test_over_channels_specials_stay_in_their_pixel(isa, dtype, rng, special):
+    x, dy, sizes, weight, bias = inputs(rng, (2, 19, 300), (1,), dtype)
+    clean = bnfast.layer_norm_forward(x, sizes, weight, bias, axis=1)
+    clean += bnfast.layer_norm_backward(dy, x, sizes, *clean[1:], weight, axis=1)
+    x[1, 3, 7] = special
+    got = bnfast.layer_norm_forward(x, sizes, weight, bias, axis=1)
+    got += bnfast.layer_norm_backward(dy, x, sizes, *got[1:], weight, axis=1)
+    others = np.ones((2, 300), bool)
+    others[1, 7] = False
+    for k in (0, 3):
+        a, b = (np.moveaxis(results[k], 1, -1) for results in (got, clean))
+        np.testing.assert_array_equal(a[others], b[others])
+        assert np.isnan(a[~others]).all()
+    for k in (1, 2):
+        np.testing.assert_array_equal(got[k][others], clean[k][others])
     np.testing.assert_allclose(got[5], clean[5], rtol=0, atol=CLOSE_F32)  # summed again, in float64
 
 

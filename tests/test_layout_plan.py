@@ -220,6 +220,45 @@ def test_rows_of_few_channels_fill_vectors(channels, itemsize):
 
 
 @settings(max_examples=300, deadline=None)
+@given(
+    layout=st.sampled_from([CONTIGUOUS, CHANNELS_LAST]),
+    itemsize=st.sampled_from([4, 8]),
+    repeats=st.integers(1, 300),
+    channels=st.integers(1, 20_000),
+)
+def test_a_block_of_rows_is_a_part_of_one_repeat_or_all_of_some(
+    layout, itemsize, repeats, channels
+):
+    rows = _layout._rows_of_block(layout, itemsize, repeats, channels)
+    if rows < channels:
+        assert repeats * math.ceil(channels / rows) <= _layout.MOST_ROW_BLOCKS
+    else:
+        assert rows % channels == 0
+        assert math.ceil(repeats * channels / rows) <= _layout.MOST_ROW_BLOCKS
+    assert rows >= min(_layout.FEWEST_BLOCK_OF_ROWS, channels * repeats)
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks"), [((2, 3, 40), 2), ((8, 3, 3136), 32), ((1, 3, 300), 2), ((100, 3, 9), 25)]
+)
+def test_neighbouring_rows_are_summed_in_parts_of_a_sample_or_in_some_samples(shape, blocks):
+    x = np.empty(shape, np.float32)
+    plan = plan_rows(shape, (1,), 4, (x.strides,), (True,))
+    assert extent(plan) == (CHANNELS_LAST, 3, shape[2], 1)
+    assert _core.Geometry(plan).row_blocks == blocks
+
+
+@pytest.mark.parametrize("window", [np.s_[:], np.s_[..., ::-1]], ids=["plain", "reversed"])
+def test_parameters_of_elements_are_direct_and_the_same_for_all_rows(window):
+    x = np.empty((2, 3, 4, 5), np.float32)[window]
+    plan = plan_rows(x.shape, (1, 2), 4, (x.strides,), (True,), 2)
+    for operand in plan.operands[1:]:
+        assert operand.direct
+        assert operand.channel_stride == 0
+        assert operand.outer_stride == 4 * plan.inner
+
+
+@settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_every_element_is_visited_once(data):
     """Walks the merged axes as packing.c does."""

@@ -93,6 +93,8 @@ REDUCTIONS = [
         "gradient_sums_runs",
         "add_deviations",
         "add_products",
+        "sums_of_neighbours",
+        "all_sums_of_neighbours",
     )
     for dtype in ("f32", "f64")
 ]

@@ -98,6 +98,7 @@ cdef extern from "geometry.h" nogil:
         bn_operand *operand
 
     size_t bn_coefficients_length(const bn_geometry *geometry)
+    size_t bn_row_blocks(const bn_geometry *geometry)
 
 
 cdef extern from "cache_sizes.h" nogil:
@@ -402,7 +403,7 @@ cdef class Geometry:
     @property
     def row_blocks(self):
         """How many blocks of rows have sums of their own."""
-        return (_statistics(&self.c) + self.c.rows_of_block - 1) // self.c.rows_of_block
+        return bn_row_blocks(&self.c)
 
 
 cdef enum:

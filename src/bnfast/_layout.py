@@ -48,9 +48,12 @@ FEWEST_BLOCK_ROWS = 640
 
 
 # Sums over rows are made block by block: of so many rows that the blocks' own sums cost little, and
-# so few that every thread finds a block.
+# so few that every thread finds a block. Neighbouring rows, those of channels_last, are summed
+# along memory, by whole lanes.
 MOST_ROW_BLOCKS = 32
 FEWEST_BLOCK_OF_ROWS = 2 * ROWS_TOGETHER
+FEWEST_BLOCK_OF_NEIGHBOURS = 256
+LANES_BYTES = 256
 
 
 class OperandLayout(NamedTuple):
@@ -206,6 +209,18 @@ def _cut(
     return chunk_outer, chunk_inner, chunks_per_run, chunks, chunks_per_block, blocks, phases
 
 
+def _rows_of_block(layout: str, itemsize: int, repeats: int, channels: int) -> int:
+    """How many rows make a block: a part of one repeat's, or all of some repeats."""
+    fewest = unit = FEWEST_BLOCK_OF_ROWS
+    if layout == CHANNELS_LAST:
+        fewest, unit = FEWEST_BLOCK_OF_NEIGHBOURS, LANES_BYTES // itemsize
+    parts = min(MOST_ROW_BLOCKS // repeats, _ceil_divide(channels, fewest))
+    if parts > 1:
+        return _ceil_divide(_ceil_divide(channels, parts), unit) * unit
+    enough = _ceil_divide(FEWEST_BLOCK_OF_ROWS, channels)
+    return max(enough, _ceil_divide(repeats, MOST_ROW_BLOCKS)) * channels
+
+
 def plan_layout(
     shape: tuple[int, ...],
     channel_axes: tuple[int, ...],
@@ -249,8 +264,6 @@ def plan_layout(
         for k in range(len(strides))
     )
     repeats = math.prod(repeat_sizes)
-    fair = _ceil_divide(repeats * channels, MOST_ROW_BLOCKS)
-    rows_of_block = _ceil_divide(fair, FEWEST_BLOCK_OF_ROWS) * FEWEST_BLOCK_OF_ROWS
     walked = tuple(d for d in order if d not in last)
     return LayoutPlan(
         layout,
@@ -264,7 +277,7 @@ def plan_layout(
         outer_sizes,
         inner_sizes,
         *cuts,
-        rows_of_block,
+        _rows_of_block(layout, itemsize, repeats, channels),
         walked,
         operands,
     )
@@ -277,12 +290,15 @@ def plan_rows(
     strides: tuple[tuple[int, ...], ...],
     aligned: tuple[bool, ...],
     inputs: int,
+    parameters: int = 0,
 ) -> LayoutPlan:
     """Plan a call over arrays of one shape, with statistics for each row: over `normalized` axes.
 
     Rows are numbered in C order of the other axes. Those that the first operands, so many
     ``inputs``, walk as one are the channels of the plan, those that step further its repeats;
-    ``walked`` counts in `normalized`.
+    ``walked`` counts in `normalized`. So many ``parameters`` follow as operands: one value for each
+    element of a row, the same for all rows, in the order in which a row is walked. In channels_last
+    that is one for all channels.
     """
     kept = [d for d in range(len(shape)) if d not in normalized and shape[d] > 1]
     together = len(kept)
@@ -291,4 +307,10 @@ def plan_rows(
     plan = plan_layout(
         shape, tuple(kept[together:]), tuple(kept[:together]), itemsize, strides, aligned
     )
-    return plan._replace(walked=tuple(normalized.index(d) for d in plan.walked))
+    parameter = OperandLayout(
+        True, plan.inner * itemsize, 0, (0,) * len(plan.repeat_axis_sizes), (), ()
+    )
+    return plan._replace(
+        walked=tuple(normalized.index(d) for d in plan.walked),
+        operands=plan.operands + (parameter,) * parameters,
+    )

@@ -76,16 +76,10 @@ def _geometry_of_rows(
     aligned: tuple[bool, ...],
     parameters: int,
 ) -> _core.Geometry:
-    # Parameters of elements are contiguous, and do not step from row to row.
-    of_elements = [0] * len(shape)
-    step = itemsize
-    for axis in reversed(normalized):
-        of_elements[axis] = step
-        step *= shape[axis]
     inputs = len(strides) - 1  # all but the output
-    strides += (tuple(of_elements),) * parameters
-    aligned += (True,) * parameters
-    return _core.Geometry(plan_rows(shape, normalized, itemsize, strides, aligned, inputs))
+    return _core.Geometry(
+        plan_rows(shape, normalized, itemsize, strides, aligned, inputs, parameters)
+    )
 
 
 def _rows(normalized: tuple[int, ...], parameters: int, *operands: Array) -> _core.Geometry:
@@ -423,7 +417,16 @@ def normalize_rows(
             shift = np.zeros(shape, x.dtype)
         geometry = _rows(normalized, 2, x, y)
     _core.normalize_rows(
-        geometry, x, y, scale, shift, epsilon, mean, invstd, uncentred, threads_for(3 * x.nbytes)
+        geometry,
+        x,
+        y,
+        _as_walked(scale, geometry.walked),
+        _as_walked(shift, geometry.walked),
+        epsilon,
+        mean,
+        invstd,
+        uncentred,
+        threads_for(3 * x.nbytes),
     )
     return y, mean, invstd
 
@@ -483,7 +486,7 @@ def row_gradient(
         x,
         upstream,
         dx,
-        scale,
+        _as_walked(scale, geometry.walked),
         centre,
         inverse_std,
         sums,
@@ -494,6 +497,14 @@ def row_gradient(
         return dx, None, None
     with np.errstate(all="ignore"):
         return (dx, *_in_order(sums[0], geometry.walked, shape).astype(dtype))
+
+
+def _as_walked(parameter: Array | None, walked: tuple[int, ...]) -> Array | None:
+    """Return the parameter of the elements of a row in the order in which they are walked."""
+    if parameter is None or walked == tuple(sorted(walked)):
+        return parameter
+    others = [d for d in range(parameter.ndim) if d not in walked]  # of a single element
+    return np.ascontiguousarray(parameter.transpose(*walked, *others))
 
 
 def _in_order(columns: Array, walked: tuple[int, ...], shape: tuple[int, ...]) -> Array:

@@ -259,11 +259,11 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
                                        kept_gradient);
     check_output(CALL(floored_input_gradient)[layout][dtype], extent, both, kept_gradient, dx_view,
                  &geometry);
-    /* Parameters of elements: those of a run, the same for all, or as many as elements. */
+    /* Parameters of elements: those of a run, the same for all, or one for each row of channels_last. */
     const int of_run = layout == BN_contiguous;
-    void *weights = elements(of_run ? extent.inner : all, dtype, ORDINARY);
-    void *biases = elements(of_run ? extent.inner : all, dtype, ORDINARY);
-    const bn_strides of_elements = of_run ? (bn_strides){0, 0} : strides;
+    void *weights = elements(of_run ? extent.inner : extent.outer, dtype, ORDINARY);
+    void *biases = elements(of_run ? extent.inner : extent.outer, dtype, ORDINARY);
+    const bn_strides of_elements = {of_run ? 0 : 1, 0};
     const bn_view affine[] = {x_view, {weights, of_elements}, {biases, of_elements}};
     const bn_view weighted[] = {both[0], x_view, {weights, of_elements}};
     check_output(CALL(affine)[layout][dtype], extent, affine, forward, y_view, &geometry);
@@ -276,7 +276,7 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
                                                 other_low);
     add_doubles(other_mean, c);
     add_doubles(other_low, c);
-    const size_t rows = c < 16 ? c : 16;
+    const size_t rows = of_run && c > 16 ? 16 : c;
     const bn_extent few = {extent.outer, rows, extent.inner};
     double *products = zeros(extent.outer * extent.inner);
     double *sums = zeros(extent.outer * extent.inner);
@@ -288,7 +288,7 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
         CALL(column_sums)[layout][dtype](few, both, unshifted, products, sums);
         add_doubles(products, extent.outer * extent.inner);
         add_doubles(sums, extent.outer * extent.inner);
-        /* Sums and gradients are those of two passes. */
+        /* Sums and gradients, and both kinds of sums, are those of two passes. */
         double *both_products = zeros(extent.outer * extent.inner);
         double *both_sums = zeros(extent.outer * extent.inner);
         const bn_view once = {allocate(all * itemsize), strides};
@@ -305,6 +305,21 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
         expect_same(products, both_products, extent.outer * extent.inner, BN_f64);
         expect_same(sums, both_sums, extent.outer * extent.inner, BN_f64);
         expect_same(dx, once.data, all, dtype);
+        double *apart[] = {zeros(rows), zeros(rows)}, *with_columns[] = {zeros(rows), zeros(rows)};
+        memset(both_products, 0, extent.outer * extent.inner * sizeof *products);
+        memset(both_sums, 0, extent.outer * extent.inner * sizeof *sums);
+        CALL(weighted_gradient_sums)[layout][dtype](few, weighted, near, unshifted, apart[0],
+                                                    apart[1]);
+        CALL(weighted_sums_and_columns)[layout][dtype](few, weighted, near, unshifted,
+                                                       with_columns[0], with_columns[1],
+                                                       both_products, both_sums);
+        expect_same(products, both_products, extent.outer * extent.inner, BN_f64);
+        expect_same(sums, both_sums, extent.outer * extent.inner, BN_f64);
+        for (size_t i = 0; i < 2; i++) {
+            expect_same(apart[i], with_columns[i], rows, BN_f64);
+            free(apart[i]);
+            free(with_columns[i]);
+        }
         free(once.data);
         free(both_products);
         free(both_sums);

@@ -214,6 +214,39 @@ static void weighted_gradient_sums_of_box(const bn_job *job, const bn_box *box, 
         sums_of_block(job, job->sum_dy_deviation, 1, block) + box->channel);
 }
 
+static void weighted_sums_and_columns_of_box(const bn_job *job, const bn_box *box, size_t block,
+                                             size_t count)
+{
+    const bn_geometry *geometry = job->geometry;
+    const size_t columns = geometry->outer * geometry->inner;
+    const bn_view inputs[] = {
+        bn_view_to_read(geometry, DY, job->dy, box, NULL),
+        bn_view_to_read(geometry, X, job->x, box, NULL),
+        bn_view_to_read(geometry, ELEMENT_WEIGHT, job->element_weight, box, NULL),
+    };
+    (void)count;
+    job->kernels->weighted_sums_and_columns[geometry->layout][geometry->dtype](
+        box->extent, inputs, input_of(job, box), coefficients_from(job, box->channel),
+        sums_of_block(job, job->sum_dy, 0, block) + box->channel,
+        sums_of_block(job, job->sum_dy_deviation, 1, block) + box->channel,
+        job->column_sums + box->outer, job->column_sums + columns + box->outer);
+}
+
+/* Whether elements are read once for the sums of rows and of columns: where rows are neighbours. */
+static int sums_with_columns(const bn_job *job)
+{
+    const bn_geometry *geometry = job->geometry;
+    return job->column_sums && job->element_weight && geometry->layout == BN_channels_last &&
+           !geometry->any_packed;
+}
+
+static visit *gradient_sums_visit(const bn_job *job)
+{
+    return sums_with_columns(job)  ? weighted_sums_and_columns_of_box
+           : job->element_weight ? weighted_gradient_sums_of_box
+                                 : gradient_sums_of_box;
+}
+
 static bn_manner manner_of(const bn_job *job, const bn_box *box)
 {
     return (bn_manner){job->stores, job->sums_fetch ? 0 : ahead_of(job, box)};
@@ -375,7 +408,7 @@ static void sum_gradient(const bn_job *job, size_t block, range channels)
     }
     /* What is kept of dy is made in scratch. */
     sum_block(job, block, channels, job->geometry->any_packed || job->floor,
-              job->element_weight ? weighted_gradient_sums_of_box : gradient_sums_of_box);
+              gradient_sums_visit(job));
 }
 
 static visit *gradient_visit(const bn_job *job)
@@ -705,8 +738,23 @@ static void fused_gradient_task(const bn_job *job, size_t number)
 
 /* rows: channels of repeats, whose elements have parameters */
 
-/* So many at a time where they go through scratch: as many as a lane takes. */
-#define ROWS_TOGETHER ((size_t)16)
+/* So many at a time where they go through scratch, and the multiple of which a group of them is: as many as
+   are added up before lanes are emptied, so that groups change no sum. */
+static size_t rows_together(const bn_geometry *geometry)
+{
+    return geometry->layout == BN_contiguous ? BN_ADDED_ROWS
+                                             : BN_ADDED_NEIGHBOURS_BYTES / geometry->itemsize;
+}
+
+/* The rows of a block: a part of one repeat's, or all of some repeats. */
+static range rows_of_block(const bn_geometry *geometry, size_t number)
+{
+    const size_t each = geometry->rows_of_block, parts = bn_row_blocks_of_repeat(geometry);
+    const size_t covered = parts > 1 ? geometry->channels : each; /* by so many blocks */
+    const size_t start = number / parts * covered, first = start + number % parts * each;
+    const size_t all = geometry->repeats * geometry->channels;
+    return (range){first, MIN(MIN(first + each, start + covered), all) - first};
+}
 
 /* Adds the sums over some rows of dy * xhat and dy, column by column. */
 static void add_columns(const bn_job *job, range rows, double *sums)
@@ -715,9 +763,9 @@ static void add_columns(const bn_job *job, range rows, double *sums)
     const size_t columns = geometry->outer * geometry->inner;
     const size_t *const walked =
         geometry->layout == BN_contiguous ? &geometry->inner : &geometry->outer;
-    const size_t most_rows = geometry->any_packed ? ROWS_TOGETHER : rows.count;
+    const size_t most_rows = geometry->any_packed ? rows_together(geometry) : rows.count;
     const size_t most_columns = geometry->any_packed
-                                    ? BN_SCRATCH_BYTES / ROWS_TOGETHER / geometry->itemsize
+                                    ? BN_SCRATCH_BYTES / rows_together(geometry) / geometry->itemsize
                                     : columns;
     _Alignas(64) char dy_scratch[BN_SCRATCH_BYTES], x_scratch[BN_SCRATCH_BYTES];
     for (size_t row = 0; row < rows.count; row += most_rows) {
@@ -766,8 +814,8 @@ static void add_columns_and_write(const bn_job *job, range rows, double *sums)
         bn_view_to_write(geometry, DX, job->dx, &box, NULL), sums, sums + geometry->inner);
 }
 
-/* Some rows in one go, while they are in the cache. */
-static void row_gradient(const bn_job *job, range rows, double *column_sums)
+/* Some rows in one go, while they are in the cache. The job has the column sums of the task's own block. */
+static void row_gradient(const bn_job *job, range rows)
 {
     const size_t blocks = job->geometry->blocks;
     prepare_gradient(job, rows);
@@ -776,10 +824,12 @@ static void row_gradient(const bn_job *job, range rows, double *column_sums)
     }
     finish_gradient(job, rows);
     if (may_write_with_columns(job)) {
-        add_columns_and_write(job, rows, column_sums);
+        add_columns_and_write(job, rows, job->column_sums);
         return;
     }
-    add_columns(job, rows, column_sums);
+    if (!sums_with_columns(job)) {
+        add_columns(job, rows, job->column_sums);
+    }
     for (size_t block = blocks; block-- > 0;) {
         write_block(job, block, rows, input_gradient_of_box);
     }
@@ -789,15 +839,16 @@ static void row_gradient_task(const bn_job *job, size_t number)
 {
     const bn_geometry *geometry = job->geometry;
     const size_t columns = geometry->outer * geometry->inner;
-    const size_t all = geometry->repeats * geometry->channels;
-    const size_t end = MIN(all, (number + 1) * job->geometry->rows_of_block);
+    const range rows = rows_of_block(geometry, number);
+    const size_t end = rows.first + rows.count;
     double *sums = job->column_sums + number * 2 * columns;
     clear(sums, (range){0, 2 * columns});
-    for (size_t row = number * job->geometry->rows_of_block, some; row < end; row += some) {
+    for (size_t row = rows.first, some; row < end; row += some) {
         const size_t repeat = row / geometry->channels, first = row % geometry->channels;
-        const bn_job own = job_of_repeat(job, repeat);
+        bn_job own = job_of_repeat(job, repeat);
+        own.column_sums = sums;
         some = MIN(MIN(job->group, end - row), geometry->channels - first);
-        row_gradient(&own, (range){first, some}, sums);
+        row_gradient(&own, (range){first, some});
     }
 }
 
@@ -806,7 +857,7 @@ static void merge_columns_task(const bn_job *job, size_t number)
     const bn_geometry *geometry = job->geometry;
     const size_t columns = 2 * geometry->outer * geometry->inner;
     const size_t first = number * BN_CHANNELS_PER_TASK;
-    const size_t blocks = divide_up(geometry->repeats * geometry->channels, job->geometry->rows_of_block);
+    const size_t blocks = bn_row_blocks(geometry);
     for (size_t block = 1; block < blocks; block++) {
         job->kernels->merge_sums(MIN(BN_CHANNELS_PER_TASK, columns - first),
                                  job->column_sums + first,
@@ -907,8 +958,13 @@ static int group_channels(bn_job *job, size_t threads, size_t tensors)
         const size_t groups = divide_up(wanted, geometry->blocks);
         const size_t fair = divide_up(channels, groups);
         job->group = divide_up(fair, BN_CHANNELS_TOGETHER) * BN_CHANNELS_TOGETHER;
-        job->group = MIN(job->group, channels);
         fused = geometry->blocks == 1 || enough;
+        if (fused && channels * geometry->itemsize > BN_LONG_ROW_BYTES) {
+            const size_t lines = geometry->outer * geometry->itemsize * tensors * BN_CHANNELS_TOGETHER;
+            const size_t slab = bn_slab_bytes(job->caches) / lines * BN_CHANNELS_TOGETHER;
+            job->group = MIN(job->group, MAX(slab, BN_NEIGHBOURING_BYTES / geometry->itemsize));
+        }
+        job->group = MIN(job->group, channels);
     }
     job->group = MIN(divide_up(job->group, job->shared) * job->shared, channels);
     job->groups = divide_up(channels, job->group);
@@ -1013,16 +1069,16 @@ size_t bn_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
 size_t bn_row_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
 {
     const bn_geometry *geometry = job->geometry;
-    const size_t rows = geometry->repeats * geometry->channels;
     const size_t columns = geometry->outer * geometry->inner;
+    const size_t together = rows_together(geometry);
     const size_t slab = bn_slab_bytes(job->caches) / (2 * columns * geometry->itemsize);
     if (!job->column_sums) {
         return bn_gradient_phases(job, threads, phases);
     }
     choose_stores(job, threads, DX, job->dx, job->x, job->dy);
     job->far = bytes_of_call(job, 2) > bn_near_bytes(job->caches, threads);
-    job->group = MAX((size_t)1, slab / ROWS_TOGETHER) * ROWS_TOGETHER;
-    phases[0] = (bn_phase){row_gradient_task, divide_up(rows, job->geometry->rows_of_block), 1, 0};
+    job->group = MAX((size_t)1, slab / together) * together;
+    phases[0] = (bn_phase){row_gradient_task, bn_row_blocks(geometry), 1, 0};
     phases[1] = (bn_phase){merge_columns_task, divide_up(2 * columns, BN_CHANNELS_PER_TASK), 1, 0};
     return 2;
 }

@@ -47,7 +47,8 @@ typedef struct {
     size_t chunks_per_block, blocks;
     size_t phases; /* rows of channels_last that are summed side by side, lane by lane */
 
-    /* Sums over rows, which are the channels of all repeats: so many rows make a block of them. */
+    /* Sums over rows, which are the channels of all repeats: so many rows make a block of them, a part
+       of one repeat's or all of some. */
     size_t rows_of_block;
 
     int any_packed;
@@ -73,6 +74,19 @@ static inline size_t bn_coefficients_length(const bn_geometry *geometry)
 {
     const size_t period = bn_period(geometry);
     return period ? period : geometry->channels;
+}
+
+/* Blocks of rows: so many in each repeat, and so many altogether. */
+static inline size_t bn_row_blocks_of_repeat(const bn_geometry *geometry)
+{
+    return (geometry->channels + geometry->rows_of_block - 1) / geometry->rows_of_block;
+}
+
+static inline size_t bn_row_blocks(const bn_geometry *geometry)
+{
+    const size_t parts = bn_row_blocks_of_repeat(geometry);
+    const size_t together = parts > 1 ? 1 : geometry->rows_of_block / geometry->channels; /* repeats */
+    return (geometry->repeats + together - 1) / together * parts;
 }
 
 #endif

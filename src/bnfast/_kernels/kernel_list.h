@@ -19,6 +19,7 @@
     X(weighted_gradient_sums)            \
     X(weighted_input_gradient)           \
     X(column_sums)                       \
+    X(weighted_sums_and_columns)         \
     X(columns_and_gradient)              \
     X(floored_scale_shift)               \
     X(floored_input_gradient)            \

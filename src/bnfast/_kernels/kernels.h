@@ -85,7 +85,7 @@ typedef struct {
      input_gradient, from dy, x:  dx = ((dy - offset) - (x - mean) * slope) * scale
      shared_input_gradient:       dx = ((dy * weight - offset) - (x - mean) * slope) * scale
    where channels of different weight share their statistics; and where each element has a weight and
-   bias of its own, read as arrays:
+   bias of its own, read as arrays, of which channels_last has one value for each row:
      affine, from x, weight, bias:  y = ((x - mean) * scale + shift) * weight + bias
      scaled, from x, weight:        y = (x * scale) * weight
      weighted_input_gradient, from dy, x, weight: as shared_input_gradient
@@ -114,16 +114,26 @@ typedef void bn_gradient_sums_kernel(bn_extent extent, const void *dy, bn_stride
                                      bn_coefficients coefficients, double *sum_dy,
                                      double *sum_dy_deviation);
 
-/* weighted_gradient_sums: the same of dy * weight, where each element has a weight of its own. The inputs
-   are dy, x and weight. */
+/* weighted_gradient_sums: the same of dy * weight, where each element has a weight of its own, and
+   channels_last one for each row. The inputs are dy, x and weight. */
 typedef void bn_weighted_gradient_sums_kernel(bn_extent extent, const bn_view *inputs,
                                               bn_input input, bn_coefficients coefficients,
                                               double *sum_dy, double *sum_dy_deviation);
 
 /* column_sums: adds sum(dy * xhat) and sum(dy) over the channels of a box, which are rows, to two arrays
-   of its elements; xhat = (x - mean) * scale + forward_shift. The inputs are dy and x. */
+   of its elements; xhat = (x - mean) * scale + forward_shift. The inputs are dy and x. So many rows, or of
+   channels_last, where they are neighbours, so many bytes of them, are added before lanes are emptied. */
+#define BN_ADDED_ROWS ((size_t)16)
+#define BN_ADDED_NEIGHBOURS_BYTES ((size_t)1024)
 typedef void bn_column_sums_kernel(bn_extent extent, const bn_view *inputs,
                                    bn_coefficients coefficients, double *products, double *sums);
+
+/* weighted_sums_and_columns: weighted_gradient_sums and column_sums of the same elements, which are read
+   once for both. The inputs are dy, x and weight. */
+typedef void bn_weighted_sums_and_columns_kernel(bn_extent extent, const bn_view *inputs,
+                                                 bn_input input, bn_coefficients coefficients,
+                                                 double *sum_dy, double *sum_dy_deviation,
+                                                 double *products, double *sums);
 
 /* columns_and_gradient: column_sums, and weighted_input_gradient of the same elements, which are read once
    for both. The inputs are dy, x and weight; the weights of a row are neighbours, the same for all rows,
