@@ -6,7 +6,14 @@ import pytest
 import bnfast
 from bnfast import _reference as reference
 from cases import BUFFERS
-from tolerances import CLOSE_F32, CLOSE_F64, FINITE_DIFFERENCES, ROUNDED_F32
+from tolerances import (
+    CLOSE_F32,
+    CLOSE_F64,
+    FINITE_DIFFERENCES,
+    OUTPUT,
+    ROUNDED_F32,
+    eps_of,
+)
 
 SHAPES = [(8, 3, 5, 4), (7, 3, 5, 4), (6, 4), (3, 2, 9), (1, 3, 4), (9, 70, 3)]
 
@@ -150,6 +157,40 @@ def test_batch_renorm(isa, dtype, rng, axis, r_max, d_max):
         np.testing.assert_allclose(
             running, expected.astype(np.float64), rtol=tolerance, atol=tolerance
         )
+
+
+@pytest.mark.parametrize("ratio", [1e2, 1e6, 1e10])
+def test_float64_batches_are_corrected_exactly_whatever_their_mean(isa, rng, axis, ratio):
+    x = in_layout(rng.normal(ratio, 1, (50, 3, 12)), axis)
+    first = np.moveaxis(x, axis, 1)[:1, :, :1]
+    around_0 = x.astype(np.longdouble) - np.moveaxis(first, 1, axis)
+    given = np.ones(3), np.full(3, 2.0), np.ones(3)  # std, weight, bias
+    exact, _, sigma, _, _ = definition(around_0, np.zeros(3), *given, 1.0, 5.0, axis)
+    running = first.flatten(), given[0].copy()
+    y, _ = bnfast.batch_renorm_forward(x, *running, *given[1:], d_max=5.0, axis=axis)
+    tolerance = OUTPUT * eps_of(np.float64) * np.abs(exact).max()
+    np.testing.assert_allclose(y, exact.astype(np.float64), rtol=0, atol=tolerance)
+    np.testing.assert_allclose(running[1], 1 + 0.01 * (sigma - 1), rtol=CLOSE_F64)
+
+
+@pytest.mark.parametrize("size", [1e160, 1e300])
+def test_batches_whose_squares_leave_the_range_are_corrected(rng, axis, size):
+    x = in_layout(rng.normal(2, 1, (6, 3, 5)), axis)
+    limits = {"r_max": 1.5, "d_max": 0.5}
+    mean, std = np.ones(3), np.full(3, 2.0)
+    expected, saved = bnfast.batch_renorm_forward(x, mean, std, eps=1e-300, **limits, axis=axis)
+    large_mean, large_std = np.full(3, size), np.full(3, 2.0 * size)
+    y, large = bnfast.batch_renorm_forward(x * size, large_mean, large_std, **limits, axis=axis)
+    for got, wanted in (
+        (y, expected),
+        (large_mean / size, mean),
+        (large_std / size, std),
+        (large.mean / size, saved.mean),
+        (large.invstd * size, saved.invstd),
+        (large.r, saved.r),
+        (large.d, saved.d),
+    ):
+        np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_without_correction_batch_renorm_is_batch_norm(rng, axis):

@@ -554,8 +554,8 @@ cdef void _do_tasks(
     bn_leave_default_float_mode(before)
 
 
-def moments(Geometry geometry, x, mean, m2, int threads):
-    """Write the mean and m2 of every channel of x (float64)."""
+def moments(Geometry geometry, x, mean, m2, int threads, mean_low=None):
+    """Write the mean and m2 of every channel of x (float64), and what rounding left of the mean."""
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
     cdef _Workspace workspace
@@ -563,7 +563,10 @@ def moments(Geometry geometry, x, mean, m2, int threads):
     _reserve(&workspace, small, _workspace_bytes(c, 0, 1, 1, 0))
     job.x = _data(x)
     job.mean, job.m2 = _doubles(mean), _doubles(m2)
-    job.mean_low = _take_doubles(&workspace, _statistics(c))
+    if mean_low is None:
+        job.mean_low = _take_doubles(&workspace, _statistics(c))
+    else:
+        job.mean_low = _doubles(mean_low)
     job.partials = _take_doubles(&workspace, _partials(c))
     _do_all(&job, bn_moments_phases, threads)
     _release(&workspace)

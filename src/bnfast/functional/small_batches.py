@@ -532,26 +532,27 @@ def batch_renorm_forward(
         _validation.output(out, array, others)
     each = array.size // channels if channels else 0
     _validation.enough_values("x", array, each, 2, of_samples=False)
-    count, mean, m2 = _primitives.moments(array, channel_axis)
-    if count == 0:
+    of = _primitives.deviations(array, channel_axis)
+    mean = of.mean
+    if of.values == 0:
         nothing = np.ones(channels)
         saved = Renormalized(mean, np.full(channels, epsilon**-0.5), nothing, mean.copy())
         return (_primitives.empty_output(array) if out is None else out), saved
     before, std = (statistic.astype(np.float64) for statistic in tracked)
     with np.errstate(all="ignore"):
-        var = m2 / count
-        sigma = np.sqrt(var + epsilon)
+        sigma = of.with_eps(epsilon)
+        invstd = 1.0 / sigma
         r = np.clip(sigma / std, 1.0 / most, most)
-        d = np.clip((mean - before) / std, -furthest, furthest)
-    gamma = np.ones(channels) if scale is None else scale.astype(np.float64)
-    beta = np.zeros(channels) if shift is None else shift.astype(np.float64)
-    y = _primitives.scale_shift(
-        *(array, channel_axis, mean, var, gamma * r, gamma * d + beta, epsilon, None, out)
-    )
+        apart = mean - before if of.mean_low is None else mean - before + of.mean_low
+        d = np.clip(apart / std, -furthest, furthest)
+        gamma = np.ones(channels) if scale is None else scale.astype(np.float64)
+        beta = np.zeros(channels) if shift is None else shift.astype(np.float64)
+        by, term = gamma * r * invstd, gamma * d + beta
+    y = _primitives.scale_deviations(array, channel_axis, of, by, term, out)
     with np.errstate(all="ignore"):
         tracked[0][...] = before + new * (mean - before)
         tracked[1][...] = std + new * (sigma - std)
-    return y, Renormalized(mean, 1.0 / sigma, r, d)
+    return y, Renormalized(mean, invstd, r, d)
 
 
 @in_default_float_mode
@@ -620,7 +621,7 @@ def batch_renorm_backward(
     mean, invstd = saved.mean, saved.invstd
     r = _validation.required_channel_parameter("r", saved.r, channels)
     d = _validation.required_channel_parameter("d", saved.d, channels)
-    gamma = r if own is None else own * r
+    gamma = r.astype(np.float64) if own is None else own * r.astype(np.float64)
     dx, of_gamma, dbias = _primitives.gradient(dy, array, axis, mean, invstd, gamma, False, out)
     dtype = array.dtype if own is None else own.dtype
     with np.errstate(all="ignore"):
