@@ -113,8 +113,8 @@ def test_all_names_are_there_and_documented():
             "momentum=0.1, eps=1e-05, *, iterations=5, num_groups=1, averaged='whitening', axis=1, "
             "out=None",
         ),
-        (bnfast.weight_norm_forward, "v, g, dim=0, *, out=None"),
-        (bnfast.weight_norm_backward, "dw, v, g, norm, dim=0, *, out=None"),
+        (bnfast.weight_norm_forward, "v, g, dim=0, eps=0.0, *, out=None"),
+        (bnfast.weight_norm_backward, "dw, v, g, norm, dim=0, eps=0.0, *, out=None"),
         (
             bnfast.weight_standardization_forward,
             "w, gain=None, eps=1e-05, *, axis=0, eps_inside=True, unbiased=False, out=None",

@@ -39,6 +39,7 @@ LAYERS = GIVEN | {
     "weight norm": WeightNorm,
     "weight norm, transposed": lambda w: WeightNorm(w, 1),
     "weight norm, of the whole": lambda w: WeightNorm(w, None),
+    "weight norm, limited": lambda w: WeightNorm(w, eps=9.0),  # longer than one or two of SHAPE
 }
 
 
@@ -76,8 +77,9 @@ def randomized(layer, rng):
 def function_of(layer, w, dy):
     """What the functions give: the weight, its gradient and that of the gain or of g."""
     if isinstance(layer, WeightNorm):
-        y, norm = bnfast.weight_norm_forward(layer.v, layer.g, layer.dim)
-        return y, *bnfast.weight_norm_backward(dy, layer.v, layer.g, norm, layer.dim)
+        options = layer.g, layer.dim, layer.eps
+        y, norm = bnfast.weight_norm_forward(layer.v, *options)
+        return y, *bnfast.weight_norm_backward(dy, layer.v, layer.g, norm, *options[1:])
     if isinstance(layer, SpectralNorm):
         options = {"dim": layer.dim, "v_first": layer.v_first}
         y, sigma, u, v = bnfast.spectral_norm_forward(
@@ -223,6 +225,19 @@ def test_weight_norm_makes_the_length_a_parameter(rng):
     np.testing.assert_allclose(lengths, 3.0, rtol=OUTPUT * eps_of(np.float64))
 
 
+def test_filters_of_zeros_begin_with_zeros_and_learn(dtype):
+    v = np.array([[0, 0, 0], [1, 2, 2]], dtype)
+    layer = WeightNorm(v, eps=1e-12)
+    np.testing.assert_allclose(layer.g, [[0], [3]], rtol=eps_of(dtype))
+    np.testing.assert_allclose(layer(), v, rtol=OUTPUT * eps_of(dtype))
+    dv = layer.backward(np.ones_like(v))
+    np.testing.assert_array_equal(dv[0], 0)  # times g
+    assert layer.g_grad[0] == 0 and np.isfinite(layer.g_grad).all() and np.isfinite(dv).all()
+    layer.v[0] = [0, 3, 4]
+    layer.g[0] = 1
+    np.testing.assert_allclose(layer()[0], [0, 0.6, 0.8], rtol=2 * eps_of(dtype))
+
+
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_only_training_improves_the_singular_vectors(rng, dim):
     w = rng.normal(size=(5, 4, 6))
@@ -307,6 +322,7 @@ W = np.ones((2, 3), np.float32)
         (lambda: WeightNorm(W, -1), ValueError, "dim must not be negative"),
         (lambda: WeightNorm(W, 2), ValueError, "dim must be less than 2 for weight of shape"),
         (lambda: WeightNorm(W)(out=W[0]), ValueError, "out must have the shape and dtype"),
+        (lambda: WeightNorm(W, eps=-1.0), ValueError, "eps must not be negative"),
         (lambda: WeightStandardization(-1), ValueError, "num_filters must be at least 0"),
         (lambda: WeightStandardization(2, -1.0), ValueError, "eps must not be negative"),
         (lambda: WeightStandardization(2, axis=2)(W), ValueError, "axis must be from -2 to 1"),
@@ -324,7 +340,7 @@ def test_bad_arguments_are_refused(make_bad, error, message):
 
 
 def test_the_representation_says_how_to_make_it():
-    assert repr(WeightNorm(W)) == "WeightNorm(float32 array of shape (2, 3), dim=0)"
+    assert repr(WeightNorm(W)) == "WeightNorm(float32 array of shape (2, 3), dim=0, eps=0.0)"
     assert repr(SpectralNorm(W)) == (
         "SpectralNorm(float32 array of shape (2, 3), n_power_iterations=1, eps=1e-12, dim=0, "
         "v_first=False)"

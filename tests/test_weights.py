@@ -7,7 +7,14 @@ import bnfast
 from bnfast import _reference as reference
 from cases import BUFFERS
 from oracle import WIDE, central_differences
-from tolerances import CLOSE_F32, CLOSE_F64, FINITE_DIFFERENCES, ROUNDED_F32
+from tolerances import (
+    CLOSE_F32,
+    CLOSE_F64,
+    FINITE_DIFFERENCES,
+    OUTPUT,
+    ROUNDED_F32,
+    eps_of,
+)
 
 SHAPES = [(4, 3, 3, 3), (5, 7), (1, 40), (6, 1), (3, 2, 900)]
 
@@ -132,6 +139,47 @@ def test_the_shortest_and_longest_filters_get_their_length(isa, dtype, rng, numb
     close(gradient, exact.astype(dtype), dtype)
 
 
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "fresh"])
+def test_a_filter_shorter_than_eps_is_divided_by_it(isa, dtype, rng, dim, in_place):
+    v, dw = rng.normal(1, 2, (2, 4, 5, 3)).astype(dtype)
+    g = rng.normal(size=() if dim is None else v.shape[dim])
+    unlimited = bnfast.weight_norm(v, g, dim)
+    for index, size in enumerate((0.0, 1e-30, 1e-3) if dim is not None else (1e-3,)):
+        v[... if dim is None else (slice(None),) * dim + (index,)] *= dtype.type(size)
+    eps = 0.1
+    expected, lengths = reference.weight_norm_forward(v, g, dim, eps, precision=WIDE)
+    given, upstream = v.copy(), dw.copy()
+    w, norm = bnfast.weight_norm_forward(given, g, dim, eps, out=given if in_place else None)
+    close(w, expected, dtype)
+    close(norm, lengths, dtype)
+    np.testing.assert_array_equal(bnfast.weight_norm(v, g, dim, eps), w)
+    if dim is not None:
+        longer = (slice(None),) * dim + (slice(3, None),)
+        np.testing.assert_array_equal(w[longer], unlimited[longer])
+    gradients = bnfast.weight_norm_backward(
+        *(upstream, v, g, norm, dim, eps), out=upstream if in_place else None
+    )
+    wide = reference.weight_norm_backward(dw, v, g, lengths, dim, eps, precision=WIDE)
+    for gradient, exact in zip(gradients, wide, strict=True):
+        close_to_largest(np.ravel(gradient), np.ravel(exact), dtype)
+
+
+def test_eps_gives_filters_of_zeros_a_gradient_and_changes_no_other(dtype):
+    v, g = np.array([[0, 0], [3, 4]], dtype), np.array([2, 5], dtype)
+    w, norm = bnfast.weight_norm_forward(v, g, 0, 1e-12)
+    np.testing.assert_array_equal(w[0], 0)
+    np.testing.assert_array_equal(w[1], bnfast.weight_norm(v, g)[1])
+    np.testing.assert_array_equal(norm, [0, 5])
+    dw = np.array([[1, -3], [1, 0]], dtype)
+    dv, dg = bnfast.weight_norm_backward(dw, v, g, norm, 0, 1e-12)
+    np.testing.assert_allclose(dv[0], [2e12, -6e12], rtol=eps_of(dtype))
+    assert dg[0] == 0
+    unlimited = bnfast.weight_norm_backward(dw[1:], v[1:], g[1:], norm[1:])
+    np.testing.assert_array_equal(dv[1:], unlimited[0])
+    np.testing.assert_array_equal(dg[1:], unlimited[1])
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_filter_that_is_not_finite_changes_no_other(rng, value):
     v, dw = rng.normal(size=(2, 3, 4))
@@ -251,16 +299,124 @@ def test_standardizations_of_any_strides(dtype, rng, standardization, buffer):
         close_to_largest(of_gain, dgain, dtype)
 
 
-def test_a_constant_filter_has_the_gradient_of_pytorch():
-    w = np.zeros((1, 3))
+def without_eps(options):
+    """Options with which a standardization does not depend on the size of the weights."""
+    return options | {"eps": 0.0}
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "fresh"])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("number", range(5))
+def test_the_smallest_and_largest_filters_are_standardized(
+    isa, dtype, rng, standardization, number, axis, in_place
+):
+    name, options = standardization
+    options = without_eps(options) | {"axis": axis}
+    _, forward, backward, *_ = forms(name)
+    scale = EXTREMES["f32" if dtype == np.float32 else "f64"][number]
+    ordinary = rng.integers(1, 2000, (3, 4, 2)).astype(dtype)
+    dy, gain = rng.normal(size=ordinary.shape).astype(dtype), rng.normal(size=3 + axis)
+    y, mean, std = forward(ordinary, gain, **options)
+    dw, dgain = backward(dy, ordinary, mean, std, gain, **options)
+    chosen = (slice(None),) * axis + (1,)
+    w = ordinary.copy()
+    w[chosen] *= dtype.type(scale)
+    given, upstream = w.copy(), dy.copy()
+    got, *saved = forward(given, gain, **options, out=given if in_place else None)
+    close(got, y, dtype)
+    for statistic, expected in zip(saved, (mean, std), strict=True):
+        expected[1] *= scale
+        half_a_step = scale / 2 if number < 2 and dtype == np.float64 else 0.0  # a denormal
+        close((statistic - expected) / np.maximum(expected, half_a_step / CLOSE_F64), 0, dtype)
+    gradient, of_gain = backward(
+        upstream, w, *saved, gain, **options, out=upstream if in_place else None
+    )
+    close_to_largest(of_gain, dgain, dtype)
+    exact = dw.astype(np.longdouble)
+    exact[chosen] /= np.longdouble(scale)
+    lost = np.abs(exact) > np.finfo(dtype).max
+    np.testing.assert_array_equal(np.isinf(gradient), lost)
+    exact[lost] = gradient[lost] = 0
+    for part in (gradient, exact):
+        part[chosen] *= dtype.type(scale)
+    close_to_largest(gradient, exact, dtype)
+
+
+@pytest.mark.parametrize("spread", [1e-300, 1e-200, 1e-100])
+def test_eps_beside_the_tiniest_spreads(rng, standardization, spread):
+    name, options = standardization
+    _, forward, backward, expected, gradients = forms(name)
+    w, dy = rng.normal(size=(2, 3, 20))
+    w *= spread
+    y, *saved = forward(w, **options)
+    y_wide, *wide = expected(w, precision=WIDE, **options)
+    np.testing.assert_allclose(y / spread, y_wide / WIDE(spread), rtol=CLOSE_F64)
+    np.testing.assert_allclose(saved[1] / spread, wide[1] / WIDE(spread), rtol=CLOSE_F64)
+    dw, dgain = backward(dy, w, *saved, **options)
+    dw_wide, dgain_wide = gradients(dy, w, *wide, precision=WIDE, **options)
+    close_to_largest(dw, dw_wide, np.float64)
+    close_to_largest(dgain / spread, dgain_wide / WIDE(spread), np.float64)
+
+
+def test_eps_counts_as_much_beside_filters_and_deviations_scaled_alike(dtype, rng, standardization):
+    name, options = standardization
+    _, forward, backward, *_ = forms(name)
+    w, dy = rng.normal(size=(2, 3, 20)).astype(dtype)
+    eps = options.get("eps", 0.25)
+    power = -44 if dtype == np.float32 else -420  # beyond what is done without copies
+    y, *saved = forward(w, **options | {"eps": eps})
+    dw, dgain = backward(dy, w, *saved, **options | {"eps": eps})
+    eps = np.ldexp(eps, power if options.get("eps_inside") is False else 2 * power)
+    small = np.ldexp(w, power)
+    got, *saved = forward(small, **options | {"eps": eps})
+    close(got, y, dtype)
+    gradient, of_gain = backward(dy, small, *saved, **options | {"eps": eps})
+    close_to_largest(np.ldexp(gradient, power), dw, dtype)
+    close_to_largest(of_gain, dgain, dtype)
+
+
+def test_two_values_are_standardized_whatever_their_size():
+    for low in (5e159, 5e-201, 5e-309):
+        y = bnfast.weight_standardization(np.array([[2 * low, low]]), eps=0.0)
+        np.testing.assert_allclose(y, [[1, -1]], rtol=OUTPUT * eps_of(np.float64))
+
+
+@pytest.mark.parametrize("ratio", [1e2, 1e6, 1e10])
+def test_float64_filters_are_exact_whatever_their_mean(isa, rng, standardization, ratio):
+    name, options = standardization
+    function, *_, expected, _ = forms(name)
+    w = rng.normal(ratio, 1, (4, 600))
+    around_0 = w.astype(WIDE) - w[:, :1]  # exactly, unlike a mean in long double
+    exact, *_ = expected(around_0, precision=WIDE, **options)
+    y = function(w, **options)
+    tolerance = OUTPUT * eps_of(np.float64) * np.abs(exact).max()
+    np.testing.assert_allclose(y, exact.astype(np.float64), rtol=0, atol=tolerance)
+
+
+def test_a_constant_filter_stays_zero_without_eps(dtype, standardization):
+    name, options = standardization
+    _, forward, backward, *_ = forms(name)
+    w = np.array([[3, 3, 3], [1, 2, 6]], dtype)
+    dy = np.array([[1, 2, 4], [1, 2, 4]], dtype)
+    y, *saved = forward(w, **without_eps(options))
+    np.testing.assert_array_equal(y[0], 0)
+    dw, dgain = backward(dy, w, *saved, **without_eps(options))
+    np.testing.assert_array_equal(dw[0], 0)
+    assert dgain[0] == 0
+    assert np.isfinite(dw).all() and dw[1].any()
+
+
+@pytest.mark.parametrize("deviation", [0.0, 2e-323])  # of four of the smallest steps
+def test_a_constant_filter_has_the_gradient_of_pytorch(deviation):
+    w = np.array([[0.0, deviation, 0.0]])
     y, mean, std = bnfast.weight_standardization_forward(w, eps_inside=False)
-    for zeros in (y, mean, std):
-        np.testing.assert_array_equal(zeros, 0)
+    for next_to_zeros in (y, mean, std):
+        np.testing.assert_allclose(next_to_zeros, 0, atol=1e5 * deviation)
     dw, dgain = bnfast.weight_standardization_backward(
         np.array([[1.0, 0.0, 0.0]]), w, mean, std, eps_inside=False
     )
     np.testing.assert_allclose(dw, [[2e5 / 3, -1e5 / 3, -1e5 / 3]])
-    np.testing.assert_array_equal(dgain, 0)
+    np.testing.assert_allclose(dgain, 0, atol=1e5 * deviation)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

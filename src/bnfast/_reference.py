@@ -438,12 +438,17 @@ def _over_filters(w: Array, axis: int | None) -> tuple[int, ...]:
 
 
 def weight_norm_forward(
-    v: ArrayLike, g: ArrayLike, dim: int | None = 0, *, precision: Any = np.float64
+    v: ArrayLike,
+    g: ArrayLike,
+    dim: int | None = 0,
+    eps: float = 0.0,
+    *,
+    precision: Any = np.float64,
 ) -> tuple[Array, Array]:
-    """W = g * v / norm, norm = sqrt(sum(v**2)) over all axes but `dim`: over all for None."""
+    """W = g * v / max(norm, eps), norm = sqrt(sum(v**2)) over all axes but `dim`, or over all."""
     v = np.asarray(v, precision)
     norm = np.sqrt((v**2).sum(_over_filters(v, dim), keepdims=True))
-    w = np.asarray(g, precision).reshape(norm.shape) * v / norm
+    w = np.asarray(g, precision).reshape(norm.shape) * v / np.maximum(norm, precision(eps))
     return w, norm.ravel()
 
 
@@ -453,15 +458,21 @@ def weight_norm_backward(
     g: ArrayLike,
     norm: ArrayLike,
     dim: int | None = 0,
+    eps: float = 0.0,
     *,
     precision: Any = np.float64,
 ) -> tuple[Array, Array]:
-    """dv, dg = g / norm * (dw - v * sum(dw * v) / norm**2), sum(dw * v) / norm."""
+    """dv, dg = g / norm * (dw - v * sum(dw * v) / norm**2), sum(dw * v) / norm.
+
+    Where norm is less than eps: g / eps * dw, sum(dw * v) / eps.
+    """
     dw, v = np.asarray(dw, precision), np.asarray(v, precision)
     products = (dw * v).sum(_over_filters(v, dim), keepdims=True)
     length = np.asarray(norm, precision).reshape(products.shape)
-    scale = np.asarray(g, precision).reshape(products.shape) / length
-    return scale * (dw - v * products / length**2), (products / length).ravel()
+    divisor = np.maximum(length, precision(eps))
+    scale = np.asarray(g, precision).reshape(products.shape) / divisor
+    pulled = np.where(length < precision(eps), 0, v * products / divisor**2)
+    return scale * (dw - pulled), (products / divisor).ravel()
 
 
 def _standardized(

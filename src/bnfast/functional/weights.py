@@ -12,6 +12,13 @@ from numpy.typing import NDArray
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
 from bnfast._primitives import Sharing
+from bnfast._scaling import (
+    ScaledChannels,
+    exponents_to_one,
+    largest_values,
+    scaled,
+    scaled_channels,
+)
 
 Array = NDArray[Any]
 Float = TypeVar("Float", np.float32, np.float64)
@@ -22,10 +29,11 @@ _DEVIATION = Sharing()
 
 # Filters up to this length, and down to its reciprocal, need no care: squares and quotients of them
 # and of ordinary gradients stay within the range of the dtype.
-_LONGEST = {np.dtype(np.float32): 2.0**40, np.dtype(np.float64): 2.0**400}
+_MODEST_EXPONENT = {np.dtype(np.float32): 40, np.dtype(np.float64): 400}
 
-# A number whose square is 0 beside any other, and whose reciprocal is finite.
-_NEXT_TO_NOTHING = 1e-100
+# Of deviations in units of their invstd: the gradient of a normalization by its statistics has the
+# square of that, which is lost in any sum.
+_NEXT_TO_NOTHING = 2.0**-40
 
 
 @in_default_float_mode
@@ -33,6 +41,7 @@ def weight_norm(
     v: NDArray[Float],
     g: Parameter,
     dim: int | None = 0,
+    eps: float = 0.0,
     *,
     out: NDArray[Float] | None = None,
 ) -> NDArray[Float]:
@@ -48,6 +57,8 @@ def weight_norm(
     dim : int or None
         The axis of the filters; None for one length of the whole array. Not negative: PyTorch takes
         -1 for None, not for the last axis, so here it is neither.
+    eps : float
+        The least length by which a filter is divided; 0, as in PyTorch, for no such limit.
     out : array like `v`, optional
         Where to write: `v` itself, or an array that shares no element with it.
 
@@ -62,8 +73,9 @@ def weight_norm(
 
     Notes
     -----
-    ``w = g * v / ||v||``, the norm over all axes but `dim`. A filter of zeros gives NaN: it has no
-    direction. Filters at the ends of the range of their dtype are multiplied by a power of two.
+    ``w = g * v / max(||v||, eps)``, the norm over all axes but `dim`. A filter of zeros has no
+    direction: without `eps` it gives NaN, with it zeros. Filters at the ends of the range of their
+    dtype are multiplied by a power of two.
 
     References
     ----------
@@ -78,7 +90,7 @@ def weight_norm(
     array([[0.6, 0.8],
            [0. , 5. ]])
     """
-    w, _ = weight_norm_forward(v, g, dim, out=out)
+    w, _ = weight_norm_forward(v, g, dim, eps, out=out)
     return w
 
 
@@ -87,6 +99,7 @@ def weight_norm_forward(
     v: NDArray[Float],
     g: Parameter,
     dim: int | None = 0,
+    eps: float = 0.0,
     *,
     out: NDArray[Float] | None = None,
 ) -> tuple[NDArray[Float], NDArray[np.float64]]:
@@ -94,7 +107,7 @@ def weight_norm_forward(
 
     Parameters
     ----------
-    v, g, dim, out
+    v, g, dim, eps, out
         As in `weight_norm`.
 
     Returns
@@ -126,25 +139,30 @@ def weight_norm_forward(
     """
     filters, target = _as_filters("v", v, dim, out, ("v",), g=g)
     lengths, root = _lengths(g, filters, dim)
+    least = _validation.epsilon(eps, training=False)
     axis = 0 if dim is None else dim
     in_place = target is not None and _validation.shares_memory(target, filters)
-    if in_place:
-        extreme = _extreme_filters(filters, axis, _norms(filters, axis))  # before it is too late
+    if in_place:  # copied while they are there
+        special = _special_filters(filters, axis, _norms(filters, axis), least)
     w, _, invrms = _primitives.normalize(
         filters, axis, lengths / root, None, 0.0, out=target, sharing=_LENGTH
     )
     with np.errstate(divide="ignore"):
         norm = root / invrms
     if not in_place:
-        extreme = _extreme_filters(filters, axis, norm)
-    if extreme is not None:
-        which, scaled, exponent = extreme
+        special = _special_filters(filters, axis, norm, least)
+    if special is not None:
+        which, copies, exponent = special
         again, _, invrms = _primitives.normalize(
-            scaled, 0, lengths[which] / root, None, 0.0, sharing=_LENGTH
+            copies, 0, lengths[which] / root, None, 0.0, sharing=_LENGTH
         )
-        np.moveaxis(w, axis, 0)[which] = again
         with np.errstate(all="ignore"):
             norm[which] = np.ldexp(root / invrms, -exponent)
+            short = norm[which] < least
+            again[short] = _shares_of(
+                least, scaled(copies[short], -exponent[short]), lengths[which][short]
+            )
+        np.moveaxis(w, axis, 0)[which] = again
     return w.reshape(np.shape(v)) if out is None else out, norm
 
 
@@ -155,6 +173,7 @@ def weight_norm_backward(
     g: Parameter,
     norm: Parameter,
     dim: int | None = 0,
+    eps: float = 0.0,
     *,
     out: NDArray[Float] | None = None,
 ) -> tuple[NDArray[Float], Parameter]:
@@ -164,7 +183,7 @@ def weight_norm_backward(
     ----------
     dw : array like `v`
         The gradient of the weights.
-    v, g, dim
+    v, g, dim, eps
         As in the forward pass.
     norm : array (D,) of float32 or float64
         What the forward pass returned.
@@ -190,6 +209,8 @@ def weight_norm_backward(
         dg = S / ||v||
         dv = g / ||v|| * (dw - v * S / ||v||**2)
 
+    and, where ||v|| is less than `eps`, which divides instead, ``S / eps`` and ``g / eps * dw``.
+
     References
     ----------
     T. Salimans, D. P. Kingma, 2016, arXiv:1602.07868.
@@ -207,27 +228,35 @@ def weight_norm_backward(
     _validation.upstream_gradient(dw, _validation.floating_array("v", v), ("dw", "v"))
     upstream, _ = _as_filters("dw", dw, dim)
     lengths, root = _lengths(g, filters, dim)
+    least = _validation.epsilon(eps, training=False)
     axis = 0 if dim is None else dim
     norms = _validation.required_channel_parameter("norm", norm, filters.shape[axis], "filters")
     wide = norms.astype(np.float64)
-    extreme = _extreme_filters(filters, axis, wide)
-    if extreme is not None:
-        their_upstream = np.moveaxis(upstream, axis, 0)[extreme.which]  # it may be overwritten
+    special = _special_filters(filters, axis, wide, least)
+    if special is not None:
+        their_upstream = np.moveaxis(upstream, axis, 0)[special.which]  # it may be overwritten
     with np.errstate(all="ignore"):
         dv, dlengths, _ = _primitives.gradient(
             *(upstream, filters, axis, np.zeros(len(wide)), root / wide, lengths / root, False),
             target,
             _LENGTH,
         )
-        if extreme is not None:
-            which, scaled, exponent = extreme
-            invrms = root / _norms(scaled, 0)  # those given may be rounded to a few bits
-            again, dlengths[which], _ = _primitives.gradient(
-                *(their_upstream, scaled, 0, np.zeros(len(which)), invrms, lengths[which] / root),
+        dlengths /= root
+        if special is not None:
+            which, copies, exponent = special
+            theirs, short = lengths[which], wide[which] < least
+            invrms = root / _norms(copies, 0)  # those given may be rounded to a few bits
+            again, products, _ = _primitives.gradient(
+                *(their_upstream, copies, 0, np.zeros(len(which)), invrms, theirs / root),
                 *(False, None, _LENGTH),
             )
-            np.moveaxis(dv, axis, 0)[which] = np.ldexp(again, _along_first(exponent, again))
-        dg = (dlengths / root).astype(np.asarray(g).dtype).reshape(np.shape(g))
+            again, products = scaled(again, exponent), products / root
+            of_eps, along = their_upstream[short], scaled(copies[short], -exponent[short])
+            again[short] = _shares_of(least, of_eps, theirs[short])
+            others = tuple(range(1, along.ndim))
+            products[short] = (of_eps * _shares_of(least, along)).sum(others)
+            np.moveaxis(dv, axis, 0)[which], dlengths[which] = again, products
+        dg = dlengths.astype(np.asarray(g).dtype).reshape(np.shape(g))
     return dv.reshape(np.shape(v)) if out is None else out, dg
 
 
@@ -243,29 +272,21 @@ def lengths_of_filters(name: str, weight: Array, dim: int | None) -> Array:
     return lengths.reshape(() if dim is None else shape)
 
 
-class _ExtremeFilters(NamedTuple):
-    """Filters so short or long that squares, or the reciprocal of the length, leave their range."""
-
-    which: Array
-    scaled: Array  # copies with a largest value near 1: multiplied by 2 ** exponent, exactly
-    exponent: Array
-
-
-def _extreme_filters(filters: Array, axis: int, norm: Array) -> _ExtremeFilters | None:
-    most = _LONGEST[filters.dtype]
-    if not norm.size or (norm.min() > 1 / most and norm.max() < most):
+def _special_filters(filters: Array, axis: int, norm: Array, least: float) -> ScaledChannels | None:
+    """Return those that are shorter than `least`, or at an end of the range; if there are some."""
+    most = 2.0 ** _MODEST_EXPONENT[filters.dtype]
+    shortest = max(1 / most, least)
+    if not norm.size or (norm.min() > shortest and norm.max() < most):
         return None
-    which = np.flatnonzero(~((norm > 1 / most) & (norm < most)))
-    copies = np.moveaxis(filters, axis, 0)[which]
-    largest = np.abs(copies).max(tuple(range(1, copies.ndim)), initial=0)
-    _, power = np.frexp(np.where(np.isfinite(largest), largest, 1))
-    with np.errstate(all="ignore"):
-        return _ExtremeFilters(which, np.ldexp(copies, _along_first(-power, copies)), -power)
+    which = np.flatnonzero(~((norm > shortest) & (norm < most)))
+    exponent = exponents_to_one(largest_values(filters, axis, which))
+    return scaled_channels(filters, axis, which, exponent)
 
 
-def _along_first(values: Array, x: Array) -> Array:
-    """Return one value for each index of the first axis, to go with all of its elements."""
-    return np.expand_dims(values, tuple(range(1, x.ndim)))
+def _shares_of(length: float, filters: Array, factors: Array | float = 1.0) -> Array:
+    """Return filters that are no longer than `length`, divided by it and times a factor each."""
+    each = np.reshape(factors, (-1, *[1] * (filters.ndim - 1)))
+    return np.asarray(filters.astype(np.float64) / length * each)
 
 
 def _norms(filters: Array, axis: int) -> Array:
@@ -672,48 +693,96 @@ def scaled_weight_standardization_backward(
 
 
 class _Divisor(NamedTuple):
-    """Of every filter (float64): y = (w - mean) / value, and what the value's gradient is."""
+    """Of every filter (float64): y = (w - mean) / value, and what the value's gradient is.
+
+    That of a normalization whose invstd is `strength`: one to which deviations are next to nothing
+    where the value is constant.
+    """
 
     value: Array
-    pull: Array  # -d(1 / value) / dw = pull / value * (w - mean)
+    strength: Array
+
+    def scale(self, gain: Array | None) -> Array:
+        """Return what w - mean is multiplied by: where it is divided by 0 it is 0, and stays so."""
+        factor = 1.0 if gain is None else gain
+        return np.where(self.value == 0, 0.0, factor / self.value)
+
+    def as_normalization(self) -> tuple[Array, Array]:
+        """Return the invstd of one with this gradient, and 1 / value as a multiple of it."""
+        nothing = self.value == 0
+        ratio = np.where(nothing, 0.0, 1.0 / (self.value * self.strength))
+        return np.where(nothing, 1.0, self.strength), ratio
 
 
 class _Deviation(NamedTuple):
     """Weight standardization divides by the deviation, with eps under the root or added to it."""
 
-    eps: float
+    eps: float | Array
     inside: bool
 
-    def divisor(self, std: Array, counted: float) -> _Divisor:
-        """Return it, where the variance is a sum of squares divided by `counted`."""
+    def least(self) -> float:
+        """Return about what a constant filter is divided by."""
+        return math.sqrt(self.eps) if self.inside else float(self.eps)
+
+    def scaled(self, exponent: Array) -> _Deviation:
+        """Return the same for filters that have been multiplied by powers of two."""
+        return self._replace(eps=np.ldexp(self.eps, 2 * exponent if self.inside else exponent))
+
+    def divisor(self, std: Array, each: int, lost: int) -> _Divisor:
+        """Return it, where of `each` values `lost` do not count in the variance."""
+        counted = np.sqrt(np.float64(each) / np.float64(each - lost))
         if self.inside:
             value = np.sqrt(std**2 + self.eps)
-            return _Divisor(value, 1 / (counted * value**2))
+            return _Divisor(value, counted / value)
         value = std + self.eps
-        pull = np.where(std == 0, 0.0, 1 / (counted * value * std))  # as PyTorch has it at 0
-        return _Divisor(value, pull)
+        # Without a deviation there is eps alone, a constant: as PyTorch has the gradient.
+        deviates = std > value * _NEXT_TO_NOTHING**2
+        return _Divisor(value, np.where(deviates, counted / np.sqrt(value * std), 1 / value))
 
 
 class _ScaledLength(NamedTuple):
     """Scaled weight standardization divides by the length, which has a floor or eps added."""
 
     gamma: float
-    eps: float
+    eps: float | Array
     floor: bool
 
-    def divisor(self, std: Array, counted: float) -> _Divisor:
-        """Return it, where the squares of a filter add up to ``counted * std**2``."""
-        squares = counted * std**2
+    def least(self) -> float:
+        """As that of `_Deviation`."""
+        return math.sqrt(self.eps)
+
+    def scaled(self, exponent: Array) -> _ScaledLength:
+        """As that of `_Deviation`."""
+        return self._replace(eps=np.ldexp(self.eps, 2 * exponent))
+
+    def divisor(self, std: Array, each: int, lost: int) -> _Divisor:
+        """As that of `_Deviation`."""
+        squares, root = each * std**2, math.sqrt(each)
         if not self.floor:
-            squares = squares + counted * self.eps
-            return _Divisor(np.sqrt(squares) / self.gamma, 1 / squares)
+            length = np.sqrt(squares + each * self.eps)
+            return _Divisor(length / self.gamma, root / length)
         length = np.sqrt(np.maximum(squares, self.eps))
-        return _Divisor(length / self.gamma, np.where(squares > self.eps, 1 / squares, 0.0))
+        constant = np.where(std > length * _NEXT_TO_NOTHING, _NEXT_TO_NOTHING, 1.0)
+        strength = np.where(squares > self.eps, root, constant) / length
+        return _Divisor(length / self.gamma, strength)
 
 
 def _scaled(gamma: object, eps: object, floor: object) -> _ScaledLength:
     scale = _validation.real("gamma", gamma)
     return _ScaledLength(scale, _validation.epsilon(eps, training=False), bool(floor))
+
+
+def _extreme_filters(
+    w: Array, axis: int, std: Array, by: _Deviation | _ScaledLength
+) -> ScaledChannels | None:
+    """Return those whose divisor is at an end of the range, made near 1; if there are some."""
+    furthest, least = _MODEST_EXPONENT[w.dtype], by.least()
+    most = 2.0**furthest
+    if not std.size or (std.max() < most and (1 / most < least < most or std.min() > 1 / most)):
+        return None
+    exponent = exponents_to_one(np.maximum(std, least))
+    which = np.flatnonzero(np.abs(exponent) > furthest)
+    return scaled_channels(w, axis, which, exponent[which]) if which.size else None
 
 
 def _forward(
@@ -725,19 +794,23 @@ def _forward(
     out: NDArray[Float] | None,
 ) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
     """Return y, and mean and std, in whose variance `lost` of the values do not count."""
-    array, _, filters = _validation.weights("w", w, axis)
+    array, axis, filters = _validation.weights("w", w, axis)
     own = _validation.channel_parameter("gain", gain, filters, "filters")
     if out is not None:
         _validation.output(out, array, {"w": array, "gain": gain}, ("w",))
-    count, mean, m2 = _primitives.moments(array, axis)
-    counted = np.float64(count - lost)
+    of = _primitives.deviations(array, axis, lost)
+    each = of.values
+    extreme = _extreme_filters(array, axis, of.std, by)
     with np.errstate(all="ignore"):
-        std = np.sqrt(m2 / counted)
-        divisor = by.divisor(std, counted).value
-        variance, sign = divisor**2, np.sign(divisor)
-    own = sign if own is None else own * sign
-    y = _primitives.scale_shift(array, axis, mean, variance, own, None, 0.0, None, out)
-    return y, mean, std
+        scale = by.divisor(of.std, each, lost).scale(own)
+        y = _primitives.scale_deviations(array, axis, of, scale, out=out)
+        if extreme is not None:
+            which, copies, exponent = extreme
+            anew = _primitives.deviations(copies, 0, lost)
+            divisor = by.scaled(exponent).divisor(anew.std, each, lost)
+            scale = divisor.scale(None if own is None else own[which])
+            np.moveaxis(y, axis, 0)[which] = _primitives.scale_deviations(copies, 0, anew, scale)
+    return y, of.mean, of.std
 
 
 def _backward(
@@ -751,11 +824,8 @@ def _backward(
     axis: int,
     out: NDArray[Float] | None,
 ) -> tuple[NDArray[Float], Parameter]:
-    """Return dw = gain / divisor * (dy - mean(dy) - c * pull * sum(dy * c)), and dgain.
-
-    The gradient of a normalization whose invstd**2 / K is `pull`; where that is 0, next to nothing.
-    """
-    array, _, filters = _validation.weights("w", w, axis)
+    """Return dw = gain / value * (dy - mean(dy) - c * strength**2 / K * sum(dy * c)), and dgain."""
+    array, axis, filters = _validation.weights("w", w, axis)
     upstream = _validation.upstream_gradient(dy, array, ("dy", "w"))
     centre = _validation.required_channel_parameter("mean", mean, filters, "filters")
     given = _validation.required_channel_parameter("std", std, filters, "filters")
@@ -765,18 +835,30 @@ def _backward(
         _validation.output(out, array, others, ("dy", "w"))
     deviation = given.astype(np.float64)
     each = array.size // filters if filters else 0
+    extreme = _extreme_filters(array, axis, deviation, by)
+    if extreme is not None:
+        their_upstream = np.moveaxis(upstream, axis, 0)[extreme.which]  # it may be overwritten
     with np.errstate(all="ignore"):
-        divisor, pull = by.divisor(deviation, np.float64(each - lost))
+        divisor = by.divisor(deviation, each, lost)
         if not each:  # nothing was divided by nothing
-            divisor, pull = np.ones_like(divisor), np.zeros_like(pull)
-        strength = np.where(pull > 0, np.sqrt(pull * each), _NEXT_TO_NOTHING)
-        ratio = 1.0 / (divisor * strength)
+            divisor = _Divisor(np.ones(filters), np.ones(filters))
+        strength, ratio = divisor.as_normalization()
         weight = ratio if own is None else own * ratio
-        dw, dweight, _ = _primitives.gradient(
+        dw, dgain, _ = _primitives.gradient(
             upstream, array, axis, centre, strength, weight, False, out, _DEVIATION
         )
-        dgain = (dweight * ratio).astype(array.dtype if own is None else own.dtype)
-    return dw, dgain
+        dgain *= ratio
+        if extreme is not None:
+            which, copies, exponent = extreme
+            anew = _primitives.deviations(copies, 0, lost)  # those given may have lost bits
+            strength, ratio = by.scaled(exponent).divisor(anew.std, each, lost).as_normalization()
+            weight = ratio if own is None else own[which] * ratio
+            again, products, _ = _primitives.gradient(
+                *(their_upstream, copies, 0, anew.mean, strength, weight, False, None, _DEVIATION)
+            )
+            np.moveaxis(dw, axis, 0)[which] = scaled(again, exponent)
+            dgain[which] = products * ratio
+        return dw, dgain.astype(array.dtype if own is None else own.dtype)
 
 
 @in_default_float_mode

@@ -32,6 +32,8 @@ class WeightNorm(Trainable):
     dim : int or None
         The axis of the filters: 0, or 1 for a transposed convolution; None for one length of the
         whole array. Not negative.
+    eps : float
+        The least length by which a filter is divided; 0, as in PyTorch, for no such limit.
 
     Attributes
     ----------
@@ -39,7 +41,7 @@ class WeightNorm(Trainable):
         The lengths, of the shape of the weights with all sizes but that of `dim` 1, as in PyTorch;
         of the shape () where `dim` is None.
     v : array like `weight`
-        The directions, of any length but 0.
+        The directions, of any length: of 0 only with `eps`.
     g_grad, v_grad : array or None
         Of the last `backward`, which also returns the latter; a new call replaces them.
 
@@ -86,10 +88,11 @@ class WeightNorm(Trainable):
     _arrays: ClassVar[Mapping[str, str]] = {"original0": "g", "original1": "v"}
 
     @in_default_float_mode
-    def __init__(self, weight: Array, dim: int | None = 0) -> None:
+    def __init__(self, weight: Array, dim: int | None = 0, eps: float = 0.0) -> None:
         self.g = lengths_of_filters("weight", weight, dim)
         self.v = np.array(weight)
         self.dim = dim
+        self.eps = _validation.epsilon(eps, training=False)
 
     @in_default_float_mode
     def __call__(self, *, out: Array | None = None) -> Array:
@@ -110,8 +113,8 @@ class WeightNorm(Trainable):
             As `bnfast.weight_norm`.
         """
         g = self.g.copy()
-        w, norm = functional.weight_norm_forward(self.v, g, self.dim, out=out)
-        self._save(self.v, w, g, norm, self.dim)
+        w, norm = functional.weight_norm_forward(self.v, g, self.dim, self.eps, out=out)
+        self._save(self.v, w, g, norm, self.dim, self.eps)
         return w
 
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
@@ -120,7 +123,10 @@ class WeightNorm(Trainable):
         return dv, dg, dv.copy()  # the first is for the caller to change
 
     def __repr__(self) -> str:
-        return f"WeightNorm({self.v.dtype} array of shape {self.v.shape}, dim={self.dim})"
+        return (
+            f"WeightNorm({self.v.dtype} array of shape {self.v.shape}, dim={self.dim}, "
+            f"eps={self.eps})"
+        )
 
 
 class _Standardization(Trainable):
