@@ -136,7 +136,7 @@ def test_all_names_are_there_and_documented():
             bnfast.spectral_norm_forward,
             "w, u, v, n_power_iterations=1, eps=1e-12, *, dim=0, v_first=False, out=None",
         ),
-        (bnfast.spectral_norm_backward, "dy, w, sigma, u, v, *, dim=0, out=None"),
+        (bnfast.spectral_norm_backward, "dy, w, sigma, u, v, eps=1e-12, *, dim=0, out=None"),
         (bnfast.set_num_threads, "num_threads"),
         (bnfast.get_num_threads, ""),
         (bnfast.set_output_pool_limit, "limit"),

@@ -15,7 +15,7 @@ from bnfast import (
     _primitives,
 )
 from oracle import central_differences
-from tolerances import FINITE_DIFFERENCES, OUTPUT, eps_of
+from tolerances import FINITE_DIFFERENCES, INPUT_GRADIENT, OUTPUT, eps_of
 
 SHAPE = (4, 3, 2, 3)
 
@@ -85,7 +85,8 @@ def function_of(layer, w, dy):
         y, sigma, u, v = bnfast.spectral_norm_forward(
             w, layer.u, layer.v, layer.n_power_iterations * layer.training, layer.eps, **options
         )
-        return y, bnfast.spectral_norm_backward(dy, w, sigma, u, v, dim=layer.dim), None
+        dw = bnfast.spectral_norm_backward(dy, w, sigma, u, v, layer.eps, dim=layer.dim)
+        return y, dw, None
     if isinstance(layer, WeightStandardization):
         name, given = "weight_standardization", (layer.gain, layer.eps)
         options = {"eps_inside": layer.eps_inside, "unbiased": layer.unbiased}
@@ -238,6 +239,29 @@ def test_filters_of_zeros_begin_with_zeros_and_learn(dtype):
     np.testing.assert_allclose(layer()[0], [0, 0.6, 0.8], rtol=2 * eps_of(dtype))
 
 
+@pytest.mark.parametrize("name", ["spectral", "spectral, transposed"])
+@pytest.mark.parametrize("power", [-100, -43, 100])
+def test_spectral_norm_is_the_same_layer_at_any_scale(dtype, rng, name, power):
+    w, dy = rng.normal(size=(2, *SHAPE)).astype(dtype)
+    layer, scaled = GIVEN[name](w), GIVEN[name](np.ldexp(w, power))
+    for _ in range(3):
+        y, got = layer(w), scaled(np.ldexp(w, power))
+    np.testing.assert_array_equal(got, y)
+    np.testing.assert_equal(scaled.state_dict(), layer.state_dict())
+    dw, gradient = np.ldexp(layer.backward(dy), -power), scaled.backward(dy)
+    tolerance = INPUT_GRADIENT * eps_of(dtype) * np.abs(dw).max()
+    np.testing.assert_allclose(gradient, dw, rtol=0, atol=tolerance)
+
+
+def test_weights_that_begin_as_zeros_are_normalized_once_there_are_some(dtype, rng):
+    w = weights(rng, dtype)
+    layer = SpectralNorm(np.zeros_like(w), 30, 1e-3)
+    np.testing.assert_array_equal(layer(np.zeros_like(w)), 0)
+    np.testing.assert_allclose(layer.backward(w), 1e3 * w, rtol=2 * eps_of(dtype))
+    y = layer(w).reshape(SHAPE[0], -1)
+    np.testing.assert_allclose(np.linalg.svd(y)[1][0], 1, rtol=1e-3)
+
+
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_only_training_improves_the_singular_vectors(rng, dim):
     w = rng.normal(size=(5, 4, 6))
@@ -267,7 +291,7 @@ def test_weights_that_have_no_singular_vectors_leave_those_there_are(rng, bad):
     hopeless = np.full_like(w, bad)
     layer = SpectralNorm(w)
     before = layer.state_dict()
-    assert not np.isfinite(layer(hopeless)).any()
+    np.testing.assert_array_equal(layer(hopeless), 0.0 if bad == 0 else np.nan)
     np.testing.assert_equal(layer.state_dict(), before)
     begun = SpectralNorm(hopeless)
     assert np.isfinite(begun(w)).all()

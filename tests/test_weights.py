@@ -11,6 +11,7 @@ from tolerances import (
     CLOSE_F32,
     CLOSE_F64,
     FINITE_DIFFERENCES,
+    INPUT_GRADIENT,
     OUTPUT,
     ROUNDED_F32,
     eps_of,
@@ -437,10 +438,65 @@ def test_a_filter_that_is_not_finite_is_standardized_alone(rng, standardization,
         np.testing.assert_array_equal(a[::2], b[::2])
 
 
-def test_weights_of_zero_have_no_spectral_norm():
-    y, sigma, u, v = bnfast.spectral_norm_forward(np.zeros((2, 3)), np.ones(2), np.ones(3))
-    assert sigma == 0 and np.isnan(y).all()
-    assert np.isnan(bnfast.spectral_norm_backward(y, np.zeros((2, 3)), sigma, u, v)).all()
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_weights_of_zero_are_divided_by_eps(dtype, rng, steps, v_first):
+    w, dy = np.zeros((2, 3), dtype), rng.normal(size=(2, 3)).astype(dtype)
+    y, sigma, u, v = bnfast.spectral_norm_forward(
+        *(w, np.ones(2), np.ones(3), steps, 1e-3), v_first=v_first
+    )
+    assert sigma == 0
+    np.testing.assert_array_equal(y, 0)
+    np.testing.assert_array_equal((*u, *v), 1)
+    dw = bnfast.spectral_norm_backward(dy, w, sigma, u, v, 1e-3)
+    np.testing.assert_allclose(dw, 1e3 * dy, rtol=2 * eps_of(dtype))
+    without = bnfast.spectral_norm(w, u, v, steps, 0.0, v_first=v_first)
+    assert np.isnan(without).all()
+
+
+def test_a_sigma_of_zero_is_limited_by_eps_times_the_size_of_the_weights(dtype):
+    w, apart = np.diag([2.0**-60, 0.0]).astype(dtype), np.array([0.0, 1.0])
+    y, sigma, u, v = bnfast.spectral_norm_forward(w, apart, apart, 0, 2.0**-20)
+    assert sigma == 0
+    np.testing.assert_array_equal(y, np.diag([2.0**19, 0.0]))  # the largest is 0.5 * 2**-59
+    dw = bnfast.spectral_norm_backward(y, w, sigma, u, v, 2.0**-20)
+    np.testing.assert_array_equal(dw, np.diag([2.0**98, 0.0]))
+
+
+# Of normal values: what they become stays within the range, to the last bit.
+SCALES = {"f32": (-100, -50, 50, 120), "f64": (-1000, -600, -530, -100, 505, 600, 1000)}
+
+
+@pytest.mark.parametrize("eps", [1e-12, 0.0])
+@pytest.mark.parametrize("v_first", [False, True])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_spectral_norm_has_the_same_bits_at_any_scale(dtype, rng, steps, dim, v_first, eps):
+    w, dy = rng.normal(size=(2, 4, 5, 3)).astype(dtype)
+    u, v = rng.normal(size=w.shape[dim]), rng.normal(size=w.size // w.shape[dim])
+    options = {"dim": dim, "v_first": v_first}
+    y, sigma, *vectors = bnfast.spectral_norm_forward(w, u, v, steps, eps, **options)
+    dw = bnfast.spectral_norm_backward(dy, w, sigma, *vectors, eps, dim=dim)
+    for power in SCALES["f32" if dtype == np.float32 else "f64"]:
+        scaled = np.ldexp(w, power)
+        out = scaled.copy()
+        got, length, *improved = bnfast.spectral_norm_forward(
+            *(out, u, v, steps, eps), **options, out=out
+        )
+        np.testing.assert_array_equal(got, y)
+        assert length == float(np.ldexp(sigma, power))
+        np.testing.assert_array_equal(np.concatenate(improved), np.concatenate(vectors))
+        gradient = bnfast.spectral_norm_backward(dy, scaled, length, *improved, eps, dim=dim)
+        exact = np.ldexp(dw, -power)
+        tolerance = INPUT_GRADIENT * eps_of(dtype) * np.abs(exact).max()
+        np.testing.assert_allclose(gradient, exact, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-30, 1e-13, 1e100, 1e160, 1e300])
+def test_the_spectral_norm_is_one_whatever_it_was(rng, size):
+    w = size * rng.normal(size=(5, 7))
+    y = bnfast.spectral_norm(w, rng.normal(size=5), rng.normal(size=7), 100)
+    np.testing.assert_allclose(np.linalg.svd(y)[1][0], 1, rtol=1e-9)
 
 
 @pytest.mark.parametrize("v_first", [False, True])
@@ -537,7 +593,8 @@ def test_weights_that_have_no_singular_vectors_leave_those_given(rng, bad):
     w = np.full((3, 4), bad)
     u, v = rng.normal(size=3), rng.normal(size=4)
     before = u.copy(), v.copy()
-    assert not np.isfinite(bnfast.spectral_norm(w, u, v)).any()
+    y = bnfast.spectral_norm(w, u, v)
+    np.testing.assert_array_equal(y, 0) if bad == 0 else np.testing.assert_array_equal(y, np.nan)
     np.testing.assert_array_equal((*u, *v), np.concatenate(before))
 
 

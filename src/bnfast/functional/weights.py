@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -882,12 +882,12 @@ def spectral_norm(
     u : array (h,) of float32 or float64
     v : array (k,) of float32 or float64
         Approximate singular vectors, at first any that are not 0; improved in place, with
-        `n_power_iterations`. Vectors that come out as 0 or not finite, as those of weights of zero
-        do, are not kept.
+        `n_power_iterations`. Where they would come out as 0 or not finite, as those of weights of
+        zero do, they are left.
     n_power_iterations : int
         How often u and v are improved: 0 in evaluation.
     eps : float
-        The least length by which a vector is divided.
+        The least length by which a vector is divided, and the least sigma.
     dim : int
         The axis of outputs: 0, or 1 for a transposed convolution.
     v_first : bool
@@ -909,6 +909,11 @@ def spectral_norm(
     ``u = n(W v), v = n(W.T u)`` so many times, where ``n(z) = z / max(||z||, eps)``; then
     ``sigma = u . W v``, which is too small until u and v have converged, and ``y = w / sigma``. In
     float64 by NumPy's own matrix products, whose last bits may differ from machine to machine.
+
+    Where a length or sigma is less than `eps`, or its square is at an end of the range, the weights
+    are multiplied by the power of two that brings the largest to between 0.5 and 1. y does not
+    change by that, but its divisor is then at least `eps`: weights of zero stay zero, and others
+    are divided by their norm, be they small or large.
 
     References
     ----------
@@ -966,9 +971,10 @@ def spectral_norm_forward(
     y : array like `w`
         The divided weights.
     sigma : float
-        The estimate of the largest singular value.
+        The estimate of the largest singular value: 0 for weights of zero.
     u, v : array of float64
-        The improved vectors, which the next call begins with.
+        The improved vectors, which the next call begins with; or those given, where there is no
+        improvement to be had.
 
     Raises
     ------
@@ -999,30 +1005,52 @@ def spectral_norm_forward(
         y = _primitives.empty_output(array)
     else:
         y = _validation.output(out, array, {"w": array, "u": u, "v": v}, ("w",))
-    matrix = _Matrix(array, axis)
-
-    def normalized(z: Array) -> Array:
-        unit: Array = z / np.maximum(np.linalg.norm(z), least)
-        return unit
-
     with np.errstate(all="ignore"):
-        # sigma is made of a step's last product, W v or W.T u: without a step, of the same.
-        product = None
-        for _ in range(steps):
-            if v_first:
-                right = normalized(matrix.transposed_times(left))
-                product = matrix.times(right)
-                left = normalized(product)
-            else:
-                left, product = matrix.times_and_back(right)
-                length = np.maximum(np.linalg.norm(left), least)
-                left, product = left / length, product / length
-                right = normalized(product)
-        if product is None:
-            product = matrix.times(right) if v_first else matrix.transposed_times(left)
-        sigma = float(product @ (left if v_first else right))
-        _divide(array, sigma, y)
+        sigma, improved, lengths = _power_iterations(
+            _Matrix(array, axis), (left, right), steps, least, v_first
+        )
+        if min(lengths) >= least and _are_modest(lengths) and abs(sigma) >= least:
+            _divide(array, sigma, y)
+            left, right = improved
+            return y, sigma, left, right
+        exponent = exponents_to_one(_largest(array))
+        matrix = _Matrix(array, axis, exponent)
+        sigma, improved, _ = _power_iterations(matrix, (left, right), steps, least, v_first)
+        matrix.divide(_at_least(least, sigma), np.moveaxis(y, axis, 0))
+        sigma = float(np.ldexp(sigma, -exponent))
+    if all(np.isfinite(z).all() and z.any() for z in improved):
+        left, right = improved
     return y, sigma, left, right
+
+
+def _power_iterations(
+    matrix: _Matrix, vectors: tuple[Array, Array], steps: int, least: float, v_first: bool
+) -> tuple[float, tuple[Array, Array], list[float]]:
+    """Return sigma, the improved u and v, and the lengths of the products that they are made of."""
+    left, right = vectors
+    lengths: list[float] = []
+
+    def divisor(z: Array) -> float:
+        lengths.append(math.sqrt(z @ z))
+        return max(lengths[-1], least)
+
+    # sigma is made of a step's last product, W v or W.T u: without a step, of the same.
+    product = None
+    for _ in range(steps):
+        if v_first:
+            right = matrix.transposed_times(left)
+            right = right / divisor(right)
+            product = matrix.times(right)
+            left = product / divisor(product)
+        else:
+            left, product = matrix.times_and_back(right)
+            length = divisor(left)
+            left, product = left / length, product / length
+            right = product / divisor(product)
+    if product is None:
+        product = matrix.times(right) if v_first else matrix.transposed_times(left)
+        divisor(product)
+    return float(product @ (left if v_first else right)), (left, right), lengths
 
 
 @in_default_float_mode
@@ -1032,6 +1060,7 @@ def spectral_norm_backward(
     sigma: float,
     u: Parameter,
     v: Parameter,
+    eps: float = 1e-12,
     *,
     dim: int = 0,
     out: NDArray[Float] | None = None,
@@ -1042,7 +1071,7 @@ def spectral_norm_backward(
     ----------
     dy : array like `w`
         The gradient of the divided weights.
-    w, dim
+    w, eps, dim
         As in the forward pass.
     sigma : float
     u, v : array of float32 or float64
@@ -1062,7 +1091,8 @@ def spectral_norm_backward(
 
     Notes
     -----
-    ``dw = (dy - <dy, w / sigma> * u v.T) / sigma``, the product over all elements.
+    ``dw = (dy - <dy, w / sigma> * u v.T) / sigma``, the product over all elements; where `eps` was
+    the larger, ``dw = dy / eps``, or that times the power of two by which w was multiplied.
 
     References
     ----------
@@ -1080,6 +1110,7 @@ def spectral_norm_backward(
     array, axis, rows = _validation.weights("w", w, dim, "dim")
     upstream = _validation.upstream_gradient(dy, array, ("dy", "w"))
     length = np.float64(_validation.estimate("sigma", sigma))
+    least = _validation.real("eps", eps)
     left, right = _singular_vectors(u, v, array, rows)
     if out is None:
         dw = _primitives.empty_output(array)
@@ -1088,7 +1119,7 @@ def spectral_norm_backward(
         dw = _validation.output(out, array, others, ("dy", "w"))
     with np.errstate(all="ignore"):
         reciprocal = 1 / length
-        if _is_held(reciprocal, array.dtype):
+        if abs(length) >= least and _are_modest([length]) and _is_held(reciprocal, array.dtype):
             # dy / sigma and the product of each row with its gradient, in one pass.
             constant = np.zeros(rows), np.ones(rows), np.full(rows, reciprocal)
             _, products, _ = _primitives.gradient(upstream, array, axis, *constant, True, dw)
@@ -1096,22 +1127,26 @@ def spectral_norm_backward(
             shares = wide.astype(array.dtype)
             shares = shares if np.isfinite(shares).all() else wide  # times v they may be held
             _subtract_outer(dw, axis, shares, right.astype(array.dtype))
-        else:
-            gradient, matrix = _Matrix(upstream, axis), _Matrix(array, axis)
-            shares = left * (gradient.inner(matrix) / length)
-            target = np.moveaxis(dw, axis, 0)
-            for which, piece in gradient.pieces():
-                made = (piece - np.multiply.outer(shares[which], right)) / length
-                target[which] = made.reshape(target[which].shape)
+            return dw
+        exponent = exponents_to_one(_largest(array) if abs(length) < least else abs(length))
+        scaled_length = float(np.ldexp(length, exponent))
+        divisor = _at_least(least, scaled_length)
+        gradient, matrix = _Matrix(upstream, axis), _Matrix(array, axis, exponent)
+        shares = np.zeros(rows)
+        if divisor == scaled_length:
+            shares = left * (gradient.inner(matrix) / divisor)
+        target = np.moveaxis(dw, axis, 0)
+        for which, piece in gradient.pieces():
+            made = (piece - np.multiply.outer(shares[which], right)) / divisor
+            target[which] = np.ldexp(made, exponent).reshape(target[which].shape)
     return dw
 
 
 def keep_singular_vectors(vectors: Sequence[Array], improved: Sequence[Array]) -> None:
-    """Write the improved ones over those there were, unless there are none to be had."""
-    if all(np.isfinite(z).all() and z.any() for z in improved):
-        with np.errstate(all="ignore"):
-            for vector, z in zip(vectors, improved, strict=True):
-                vector[...] = z
+    """Write the improved ones over those there were."""
+    with np.errstate(all="ignore"):
+        for vector, z in zip(vectors, improved, strict=True):
+            vector[...] = z
 
 
 def _singular_vectors(u: object, v: object, w: Array, rows: int) -> tuple[Array, Array]:
@@ -1120,6 +1155,21 @@ def _singular_vectors(u: object, v: object, w: Array, rows: int) -> tuple[Array,
     left = _validation.required_channel_parameter("u", u, rows, "rows of w")
     right = _validation.required_channel_parameter("v", v, columns, "columns of w")
     return left.astype(np.float64), right.astype(np.float64)
+
+
+def _are_modest(lengths: Iterable[float]) -> bool:
+    """Whether their squares and reciprocals are within the range of float64, to the last bit."""
+    most = 2.0 ** _MODEST_EXPONENT[np.dtype(np.float64)]
+    return all(1 / most < abs(length) < most for length in lengths)
+
+
+def _at_least(least: float, sigma: float) -> np.float64:
+    """Return sigma, or `least` with its sign."""
+    return np.float64(np.copysign(least, sigma) if abs(sigma) < least else sigma)
+
+
+def _largest(w: Array) -> Array:
+    return np.asarray(np.maximum(w.max(initial=0), -w.min(initial=0)))
 
 
 def _is_held(value: float, dtype: np.dtype[Any]) -> bool:
@@ -1149,10 +1199,14 @@ _PIECE_ELEMENTS = 1 << 17
 
 
 class _Matrix:
-    """Weights as rows, one for each index of an axis, in float64 a few at a time."""
+    """Weights as rows, one for each index of an axis, in float64 a few at a time.
 
-    def __init__(self, w: Array, axis: int) -> None:
+    They may be multiplied by a power of two.
+    """
+
+    def __init__(self, w: Array, axis: int, exponent: Array | None = None) -> None:
         self._rows = np.moveaxis(w, axis, 0)
+        self._exponent = exponent
         self.shape = (len(self._rows), w.size // max(1, len(self._rows)))
 
     def pieces(self) -> Iterator[tuple[slice, Array]]:
@@ -1162,7 +1216,15 @@ class _Matrix:
         for first in range(0, rows, step):
             which = slice(first, min(first + step, rows))
             some = self._rows[which].reshape(which.stop - first, columns)
-            yield which, some.astype(np.float64, copy=False)
+            wide = some.astype(np.float64, copy=False)
+            yield which, wide if self._exponent is None else np.ldexp(wide, self._exponent)
+
+    def divide(self, divisor: np.float64, y: Array) -> None:
+        """Write the rows, divided by a number, to those of y."""
+        for which, piece in self.pieces():
+            made = piece.astype(y.dtype, copy=False)
+            _divide(made, divisor, made)
+            y[which] = made.reshape(y[which].shape)
 
     def times(self, right: Array) -> Array:
         """Return W v."""

@@ -381,7 +381,8 @@ class SpectralNorm(Trainable):
     n_power_iterations : int
         How often each call in training improves u and v.
     eps : float
-        The least length by which a vector is divided.
+        The least length by which a vector is divided, and the least sigma; see
+        `bnfast.spectral_norm` for small weights.
     dim : int
         The axis of outputs: 0, or 1 for a transposed convolution.
     v_first : bool
@@ -394,8 +395,8 @@ class SpectralNorm(Trainable):
     u : array (h,)
     v : array (k,)
         Approximate singular vectors of the weights, seen as a matrix with a row for each index of
-        `dim`; of their dtype. Vectors that come out as 0 or not finite, as those of weights of
-        zero do, are not kept.
+        `dim`; of their dtype. Where they would come out as 0 or not finite, as those of weights of
+        zero do, they are left.
     training : bool
         True at first. In evaluation u and v stay as they are.
 
@@ -490,7 +491,7 @@ class SpectralNorm(Trainable):
         y, sigma, u, v = self._divide(array, self.n_power_iterations * self.training, out)
         if self.training:
             keep_singular_vectors((self.u, self.v), (u, v))
-        self._save(array, y, sigma, u, v)
+        self._save(array, y, sigma, u, v, self.eps)
         return y
 
     def _divide(
