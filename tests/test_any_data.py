@@ -13,6 +13,7 @@ from search_for_worst import Hunt, differing_bits
 # Layouts and sizes that are summed in ways of their own.
 SITES = [
     *("batch channels_last 128x256", "batch channels_last 64x4096", "batch channels_last 600x3"),
+    *("batch channels_last 8x256", "moments channels_last 17x64"),
     *("batch channels_last 17x64", "batch channels_last 1024x16", "batch channels_last 2304x256"),
     *("batch nchw 1x256x1024", "batch nchw 16x256x49", "batch nchw 2x256x49"),
     *("batch nchw 32x256x4", "batch nchw 1x32x8200", "batch nchw 1x1x1500"),
@@ -67,6 +68,12 @@ FOUND = [
         "filter response nchw 1x32x1024",
         "np.repeat(np.float32([-9.315284e-07, 0.00012240825, -9.315284e-07, 0.00012240825,"
         " -9.315284e-07, -9.324314e-07, -9.315284e-07]), [55, 48, 1, 13, 140, 160, 607])",
+    ),
+    (  # variance, 6.1e-7, of a prototype with another shift, which added in pairs
+        "moments channels_last 17x64",
+        "np.repeat(np.float32([76.50462, 203.31119, 76.50462, 203.31119, 67.469986, 203.31119,"
+        " 67.469986, 203.31119, 76.75831, 67.469986, 76.75831]),"
+        " [1, 2, 2, 1, 1, 1, 5, 1, 1, 1, 1])",
     ),
     (  # dweight, 9.3e-7: what is large comes first, and swallows the rest of its lane bit by bit
         "batch channels_last 17x64",
