@@ -173,7 +173,8 @@ def test_wide_rows_beyond_those_of_the_kernels_are_refused(phases):
 def test_cuts_do_not_depend_on_the_number_of_channels_where_a_channel_is_a_run():
     few = plan_of(np.empty((50, 3, 30, 30), np.float32))
     many = plan_of(np.empty((50, 300, 30, 30), np.float32))
-    assert cuts(few) == cuts(many)
+    # Blocks of rows are of sums over channels, and so depend on how many there are.
+    assert cuts(few._replace(rows_of_block=many.rows_of_block)) == cuts(many)
 
 
 @settings(max_examples=300, deadline=None)
@@ -243,7 +244,7 @@ def test_a_block_of_rows_is_a_part_of_one_repeat_or_all_of_some(
 )
 def test_neighbouring_rows_are_summed_in_parts_of_a_sample_or_in_some_samples(shape, blocks):
     x = np.empty(shape, np.float32)
-    plan = plan_rows(shape, (1,), 4, (x.strides,), (True,))
+    plan = plan_rows(shape, (1,), 4, (x.strides,), (True,), 1)
     assert extent(plan) == (CHANNELS_LAST, 3, shape[2], 1)
     assert _core.Geometry(plan).row_blocks == blocks
 
@@ -251,7 +252,7 @@ def test_neighbouring_rows_are_summed_in_parts_of_a_sample_or_in_some_samples(sh
 @pytest.mark.parametrize("window", [np.s_[:], np.s_[..., ::-1]], ids=["plain", "reversed"])
 def test_parameters_of_elements_are_direct_and_the_same_for_all_rows(window):
     x = np.empty((2, 3, 4, 5), np.float32)[window]
-    plan = plan_rows(x.shape, (1, 2), 4, (x.strides,), (True,), 2)
+    plan = plan_rows(x.shape, (1, 2), 4, (x.strides,), (True,), 1, 2)
     for operand in plan.operands[1:]:
         assert operand.direct
         assert operand.channel_stride == 0

@@ -308,7 +308,7 @@ def plan_rows(
         shape, tuple(kept[together:]), tuple(kept[:together]), itemsize, strides, aligned
     )
     parameter = OperandLayout(
-        True, plan.inner * itemsize, 0, (0,) * len(plan.repeat_axis_sizes), (), ()
+        True, plan.inner * itemsize, 0, (0,) * len(plan.repeat_axis_sizes), (), (), ()
     )
     return plan._replace(
         walked=tuple(normalized.index(d) for d in plan.walked),
