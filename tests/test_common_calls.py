@@ -34,7 +34,7 @@ def training(arguments, **changed):
     a = {**arguments, "axis": 1, "eps": 1e-5, "momentum": 0.1, "out": None} | changed
     return _core.normalize_at_once(
         *(a["x"], a["axis"], a["weight"], a["bias"], a["eps"], a["mean"], a["variance"]),
-        *(a["momentum"], True, a["out"], *MOST),
+        *(a["momentum"], True, a["out"], *MOST, pytest.fail),
     )
 
 

@@ -310,11 +310,9 @@ D, INVSTD = np.ones((2, 4)), np.ones((2, 4))
         (lambda: bnfast.group_norm(X, 2, eps=np.inf), ValueError, "eps must be finite"),
         (lambda: bnfast.instance_norm(X, eps=0), ValueError, "eps must be positive"),
         (
-            lambda: bnfast.instance_norm(X[:, :, :1]),
-            *(ValueError, "x must have more than one value per channel of each sample, got"),
+            lambda: bnfast.instance_norm(X[:, :, :1], np.zeros(4), np.ones(4)),
+            *(ValueError, "x must have more than one value per channel of each sample for an"),
         ),
-        (lambda: bnfast.group_norm(X[:1, :1, :1], 1), ValueError, "x must have more than one"),
-        (lambda: bnfast.group_norm(X[:1, :, 0], 4), ValueError, "x must have more than one"),
         (lambda: bnfast.group_norm(X, 2, per_group="no"), TypeError, "per_group must be True"),
         (lambda: bnfast.instance_norm(X, use_input_stats=1), TypeError, "use_input_stats must be"),
         (
@@ -346,8 +344,3 @@ D, INVSTD = np.ones((2, 4)), np.ones((2, 4))
 def test_bad_arguments_are_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
-
-
-def test_two_samples_of_one_value_each_pass_as_in_pytorch(dtype):
-    x, bias = np.array([[3.0, 4.0], [5.0, 6.0]], dtype), np.array([1, 2], dtype)
-    np.testing.assert_array_equal(bnfast.group_norm(x, 2, None, bias), [[1, 2], [1, 2]])

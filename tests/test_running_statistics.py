@@ -1,10 +1,13 @@
 """Running statistics: momentum, bias, dtypes, and what leaves them alone."""
 
+import warnings
+
 import numpy as np
 import pytest
 
 import bnfast
 from bnfast import _reference as reference
+from cases import in_larger_array
 from tolerances import CLOSE_F64, ROUNDED_F32, RUNNING, eps_of
 
 
@@ -80,3 +83,227 @@ def test_a_large_mean_does_not_spoil_the_running_variance(isa, rng, axis, offset
     bnfast.batch_norm(x, mean, var, training=True, momentum=1.0, axis=axis)
     axes = (0, 2) if axis == 1 else (0, 1)
     np.testing.assert_allclose(var, x.astype(np.float64).var(axes, ddof=1), rtol=ROUNDED_F32)
+
+
+# What updates running statistics, a mean and another one.
+MEMBERS = {
+    "batch": lambda x, m, s, **k: bnfast.batch_norm(x, m, s, training=True, **k),
+    "conditional": lambda x, m, s, **k: bnfast.conditional_batch_norm(
+        x, None, None, m, s, training=True, **k
+    ),
+    "instance": bnfast.instance_norm,
+    "ghost": lambda x, m, s, **k: bnfast.ghost_batch_norm(x, 3, m, s, training=True, **k),
+    "renormalized": lambda x, m, s, **k: bnfast.batch_renorm(x, m, s, training=True, **k),
+    "whitening": lambda x, m, s, **k: bnfast.decorrelated_batch_norm(x, m, s, training=True, **k),
+    "covariance": lambda x, m, s, **k: bnfast.iterative_norm(
+        x, m, s, training=True, averaged="covariance", **k
+    ),
+}
+SECOND = {"whitening": "running_matrix", "covariance": "running_matrix"}
+SECOND["renormalized"] = "running_std"
+CHANNELS = 9  # more than what is done at a time, and not a multiple of it
+
+
+@pytest.fixture(params=MEMBERS)
+def member(request):
+    return request.param
+
+
+def poisoned(member, dtype):
+    """Statistics of which some are NaN, infinite or -0."""
+    mean = np.ones(CHANNELS, dtype)
+    shape = (1, CHANNELS, CHANNELS) if member in ("whitening", "covariance") else (CHANNELS,)
+    second = np.ones(shape, dtype)
+    for array in (mean, second):
+        array.flat[:5] = np.nan, np.inf, -np.inf, -0.0, 5e-324
+    return mean, second
+
+
+@pytest.mark.parametrize("in_memory", [np.array, in_larger_array], ids=["plain", "with gaps"])
+@pytest.mark.parametrize("value", [1.0, np.nan, np.inf])
+def test_a_weight_of_0_leaves_every_bit(isa, member, dtype, rng, in_memory, value):
+    x = rng.normal(size=(6, CHANNELS, 4)).astype(dtype)
+    x[0, ::2] = value
+    statistics = [in_memory(array) for array in poisoned(member, dtype)]
+    kept = [array.tobytes() for array in statistics]
+    MEMBERS[member](x, *statistics, momentum=0.0)
+    assert [array.tobytes() for array in statistics] == kept
+
+
+@pytest.mark.parametrize("in_memory", [np.array, in_larger_array], ids=["plain", "with gaps"])
+def test_a_weight_of_1_forgets_what_they_were(isa, member, dtype, rng, in_memory):
+    x = rng.normal(size=(6, CHANNELS, 4)).astype(dtype)
+    statistics = [in_memory(array) for array in poisoned(member, dtype)]
+    expected = [np.ones_like(array) for array in statistics]
+    for arrays in (statistics, expected):
+        MEMBERS[member](x, *arrays, momentum=1.0)
+    for array, fresh in zip(statistics, expected, strict=True):
+        assert np.isfinite(fresh).all()
+        np.testing.assert_array_equal(array, fresh)
+
+
+@pytest.mark.parametrize("kind", ["batch", "conditional", "instance", "ghost", "renormalized"])
+def test_a_batch_that_is_not_finite_spoils_its_own_channels_only(kind, rng):
+    x = rng.normal(size=(6, CHANNELS, 4))
+    x[2, 0, 1], x[4, 1, 3] = np.nan, np.inf
+    mean, second = np.ones(CHANNELS), np.ones(CHANNELS)
+    MEMBERS[kind](x, mean, second, momentum=0.5)
+    np.testing.assert_array_equal(mean[:2], [np.nan, np.inf])
+    assert np.isnan(second[:2]).all()
+    assert np.isfinite(mean[2:]).all() and np.isfinite(second[2:]).all()
+
+
+LAYERS = {
+    "batch": bnfast.BatchNorm,
+    "conditional": lambda channels, **k: bnfast.ConditionalBatchNorm(channels, 2, **k),
+    "instance": lambda channels, **k: bnfast.InstanceNorm(channels, track_running_stats=True, **k),
+    "ghost": lambda channels, **k: bnfast.GhostBatchNorm(channels, 3, **k),
+    "renormalized": bnfast.BatchRenorm,
+    "whitening": bnfast.DecorrelatedBatchNorm,
+    "covariance": lambda channels, **k: bnfast.IterNorm(channels, averaged="covariance", **k),
+}
+AVERAGING = [name for name in LAYERS if name not in ("instance", "renormalized")]
+
+
+def call(layer, x):
+    labelled = isinstance(layer, bnfast.ConditionalBatchNorm)
+    return layer(x, np.zeros(len(x), int)) if labelled else layer(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "momentum"),
+    [(name, 1.0) for name in LAYERS] + [(name, None) for name in AVERAGING],
+)
+def test_a_layer_recovers_from_statistics_that_are_not_finite(kind, momentum, dtype, rng):
+    layer, fresh = (LAYERS[kind](CHANNELS, momentum=momentum, dtype=dtype) for _ in range(2))
+    mean, second = poisoned(kind, dtype)
+    layer.running_mean[...] = mean
+    getattr(layer, SECOND.get(kind, "running_var"))[...] = second
+    for _ in range(2):
+        x = rng.normal(size=(6, CHANNELS, 4)).astype(dtype)
+        call(layer, x)
+        call(fresh, x)
+        np.testing.assert_equal(layer.state_dict(), fresh.state_dict())
+    x = rng.normal(size=(6, CHANNELS, 4)).astype(dtype)
+    np.testing.assert_array_equal(call(layer.eval(), x), call(fresh.eval(), x))
+
+
+@pytest.mark.parametrize("kind", AVERAGING)
+def test_momentum_none_is_the_plain_average_of_all_batches(kind, rng):
+    # Batches of one part, so that ghosts are batches, whose means and variances differ.
+    batches = [rng.normal(k, k + 1, (3, CHANNELS, 4)) for k in range(5)]
+    layer = LAYERS[kind](CHANNELS, momentum=None, dtype=np.float64)
+    single = [LAYERS[kind](CHANNELS, momentum=1.0, dtype=np.float64) for _ in batches]
+    for x, alone in zip(batches, single, strict=True):
+        call(layer, x)
+        call(alone, x)
+    for name in ("running_mean", SECOND.get(kind, "running_var")):
+        average = np.mean([getattr(alone, name) for alone in single], 0)
+        np.testing.assert_allclose(
+            getattr(layer, name), average, rtol=CLOSE_F64, atol=CLOSE_F64 * np.abs(average).max()
+        )
+    assert layer.num_batches_tracked == 5
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.9, 1.0])
+@pytest.mark.parametrize(("unbiased", "variance"), [(True, 28), (False, 56 / 3)])
+def test_momentum_is_the_weight_of_the_new_batch(momentum, unbiased, variance):
+    x, mean, var = np.array([[0.0], [2.0], [10.0]]), np.array([1.0]), np.array([2.0])
+    y = bnfast.batch_norm(x, mean, var, training=True, momentum=momentum, unbiased=unbiased)
+    np.testing.assert_allclose(mean, (1 - momentum) * 1 + momentum * 4, rtol=CLOSE_F64)
+    np.testing.assert_allclose(var, (1 - momentum) * 2 + momentum * variance, rtol=CLOSE_F64)
+    expected = np.array([-4, -2, 6]) / np.sqrt(56 / 3 + 1e-5)  # whatever the momentum
+    np.testing.assert_allclose(y[:, 0], expected, rtol=CLOSE_F64)
+
+
+def test_a_negative_running_variance_is_nan_in_its_channel_only(isa, dtype, axis):
+    x = np.arange(24, dtype=dtype).reshape(4, 2, 3) if axis == 1 else np.ones((4, 3, 2), dtype)
+    mean, var = np.zeros(2, dtype), np.array([-1, 1], dtype)
+    y = np.moveaxis(bnfast.batch_norm(x, mean, var, axis=axis), axis, 0)
+    assert np.isnan(y[0]).all()
+    expected = np.moveaxis(x, axis, 0)[1] / np.sqrt(1 + 1e-5)
+    np.testing.assert_allclose(y[1], expected, rtol=ROUNDED_F32)
+
+
+@pytest.mark.parametrize("shape", [(0, CHANNELS, 3), (4, CHANNELS, 0)])
+def test_an_empty_batch_leaves_every_member_alone(member, dtype, shape):
+    statistics = poisoned(member, dtype)
+    kept = [array.tobytes() for array in statistics]
+    assert MEMBERS[member](np.empty(shape, dtype), *statistics, momentum=1.0).shape == shape
+    assert [array.tobytes() for array in statistics] == kept
+    layer = LAYERS[member](CHANNELS, momentum=1.0, dtype=dtype)
+    before = layer.state_dict()
+    call(layer, np.empty(shape, dtype))
+    np.testing.assert_equal(layer.state_dict(), before)
+
+
+# The size and dtype of data, and which of its statistics float32 does not hold: squares, or all.
+WIDE_DATA = (1e25, np.float32)
+WIDER_DATA = (1e50, np.float64)
+TOO_LARGE = {
+    **dict.fromkeys(("batch", "conditional", "instance", "ghost"), (*WIDE_DATA, "running_var")),
+    "renormalized": (*WIDER_DATA, "running_mean|running_std"),
+    "covariance": (*WIDE_DATA, "running_matrix"),
+}
+
+
+@pytest.mark.parametrize("layer", [False, True], ids=["function", "layer"])
+@pytest.mark.parametrize("kind", TOO_LARGE)
+def test_a_statistic_too_large_for_float32_is_warned_about(isa, kind, rng, layer):
+    size, dtype, name = TOO_LARGE[kind]
+    x = (size * rng.normal(size=(6, CHANNELS, 4))).astype(dtype)
+    made = LAYERS[kind](CHANNELS, momentum=0.5)
+    second = getattr(made, SECOND.get(kind, "running_var"))
+
+    def train():
+        if layer:
+            call(made, x)
+        else:
+            MEMBERS[kind](x, made.running_mean, second, momentum=0.5)
+
+    with pytest.warns(RuntimeWarning, match=f"({name}) is infinite from now on.*float64") as caught:
+        train()
+    assert {warning.filename for warning in caught} == {__file__}
+    assert len({str(warning.message) for warning in caught}) == len(name.split("|"))
+    assert np.isinf(second).any()
+    call(made, x)  # it is infinite already: the filter turns another warning into an error
+
+
+@pytest.mark.parametrize("kind", TOO_LARGE)
+def test_float64_statistics_hold_what_float32_does_not(kind, rng):
+    size, dtype, _ = TOO_LARGE[kind]
+    x = (size * rng.normal(size=(6, CHANNELS, 4))).astype(dtype)
+    layer = LAYERS[kind](CHANNELS, momentum=1.0, dtype=np.float64)
+    call(layer, x)
+    assert np.isfinite(getattr(layer, SECOND.get(kind, "running_var"))).all()
+    y = call(layer.eval(), x)
+    assert 0.5 < y.std() < 1.5
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_what_was_not_finite_before_is_not_warned_about(member, dtype, rng, value):
+    x = rng.normal(size=(6, CHANNELS, 4)).astype(dtype)
+    statistics = poisoned(member, dtype)
+    MEMBERS[member](x, *statistics, momentum=0.5)
+    x[1] = value
+    MEMBERS[member](x, *(np.ones_like(array) for array in statistics), momentum=0.5)
+
+
+def test_a_warning_comes_once_from_each_line(rng):
+    x = (1e20 * rng.normal(size=(8, 3))).astype(np.float32)
+    layer = bnfast.BatchNorm(3, momentum=1.0)  # so that every batch is one that is too large
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            layer.running_var[...] = 1
+            layer(x)
+    assert len(caught) == 1
+
+
+def test_ghosts_leave_the_statistics_that_batches_leave(isa, dtype, rng, axis):
+    x = rng.normal(3, 2, (7, 5, 5)).astype(dtype)
+    alone, ghosts = statistics(5, dtype), statistics(5, dtype)
+    for start in (0, 3, 6):
+        bnfast.batch_norm(x[start : start + 3], *alone, training=True, axis=axis)
+    bnfast.ghost_batch_norm(x, 3, *ghosts, training=True, axis=axis)
+    np.testing.assert_array_equal(ghosts, alone)

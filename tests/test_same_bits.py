@@ -127,6 +127,7 @@ def test_strides_of_the_output_change_no_bit(
             assert_same(got, gradients)
 
 
+@pytest.mark.filterwarnings("ignore:running_var is infinite")
 @pytest.mark.parametrize(("shape", "axis"), [((6, 40, 900), 1), ((3000, 40), 1)], ids=str)
 def test_a_channel_does_not_depend_on_the_values_of_its_neighbours(
     isa, dtype, rng, use_threads, shape, axis

@@ -234,6 +234,55 @@ def test_gradients_of_batch_renorm_with_r_and_d_frozen(rng, axis):
         np.testing.assert_allclose(gradient, numeric, rtol=0, atol=FINITE_DIFFERENCES)
 
 
+@pytest.mark.parametrize("buffer_dtype", [np.float32, np.float64])
+def test_a_running_deviation_of_0_stands_for_its_limit(dtype, axis, buffer_dtype):
+    # Above, below and around the running mean; and constant, at it: nothing divided by nothing.
+    x = np.array([[1.0, -1.0, 2.0, 5.0], [5.0, -5.0, 8.0, 5.0]], dtype)
+    x = in_layout(np.stack([x, x], 2), axis)
+    mean, std = np.array([1, 1, 5, 5], buffer_dtype), np.zeros(4, buffer_dtype)
+    y, saved = bnfast.batch_renorm_forward(
+        x, mean, std, None, None, 0.0, 1e-300, r_max=3.0, d_max=5.0, axis=axis
+    )
+    np.testing.assert_array_equal(saved.r, 3)
+    np.testing.assert_array_equal(saved.d, [5, -5, 0, 0])
+    expected = np.array([[2.0, 8.0], [-2.0, -8.0], [-3.0, 3.0], [0.0, 0.0]])
+    got = np.moveaxis(y, axis, 0).reshape(4, 2, 2)[..., 0]
+    np.testing.assert_allclose(got, expected, rtol=ROUNDED_F32)
+    gradients = bnfast.batch_renorm_backward(np.ones_like(x), x, saved, axis=axis)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("buffer_dtype", [np.float32, np.float64])
+def test_a_channel_that_stays_constant_has_the_bias_in_training_and_evaluation(
+    isa, dtype, axis, buffer_dtype
+):
+    x = in_layout(np.full((4, 3, 5), np.float32(0.1), dtype), axis)
+    mean, std = np.zeros(3, np.float64), np.ones(3, buffer_dtype)
+    bias = np.array([1, -2, 3], dtype)
+    options = {"axis": axis, "eps": 1e-300, "momentum": 1.0, "r_max": 3.0, "d_max": 0.0}
+    expected = np.broadcast_to(bias, (4, 5, 3))
+    for training in (True, True, False):
+        y = bnfast.batch_renorm(x, mean, std, None, bias, training, **options)
+        np.testing.assert_array_equal(np.moveaxis(y, axis, -1), expected)
+    np.testing.assert_array_equal(std, np.full(3, 1e-150, buffer_dtype))  # 0 of float32
+    layer = bnfast.BatchRenorm(3, 1e-300, 1.0, axis=axis, dtype=buffer_dtype)
+    layer.bias[...] = bias
+    for training in (True, False):
+        y = layer.train(training)(x)
+        np.testing.assert_array_equal(np.moveaxis(y, axis, -1), expected)
+        assert np.isfinite(layer.backward(np.ones_like(x))).all()
+
+
+def test_without_correction_running_statistics_do_not_matter(rng, axis):
+    x = in_layout(rng.normal(size=(6, 3, 5)), axis)
+    expected, *_ = bnfast.batch_norm_forward(x, axis=axis)
+    for mean, std in ((np.nan, 1), (0, np.nan), (np.inf, 0), (0, np.inf)):
+        y, _ = bnfast.batch_renorm_forward(
+            x, np.full(3, mean, float), np.full(3, std, float), axis=axis
+        )
+        np.testing.assert_allclose(y, expected, rtol=CLOSE_F64, atol=CLOSE_F64)
+
+
 def test_the_schedule_is_the_papers():
     schedule = bnfast.RenormSchedule()
     assert schedule.at(0) == schedule.at(5000) == (1.0, 0.0)
@@ -288,10 +337,6 @@ SAVED = bnfast.batch_renorm_forward(X, np.zeros(3), np.ones(3))[1]
         (
             lambda: bnfast.batch_renorm(X, np.zeros(3), np.ones(2), training=True),
             *(ValueError, "running_std must have one value for each of the 3 channels"),
-        ),
-        (
-            lambda: bnfast.batch_renorm(X[:1], np.zeros(3), np.ones(3), training=True),
-            *(ValueError, "x must have more than one value per channel"),
         ),
     ],
 )

@@ -553,7 +553,6 @@ def test_bad_arguments_are_refused_before_anything_is_written(
     ("options", "message"),
     [
         ({"eps": 0.0}, "eps must be positive in training"),
-        ({"x": X[:1, :, :1], "out": None}, "x must have more than one value per channel"),
         ({"running_matrix": read_only(EYES.copy())}, "running_matrix is updated in place"),
         (
             {"running_matrix": np.broadcast_to(np.ones(2), (2, 2, 2))},
@@ -753,7 +752,7 @@ def test_state_goes_from_layer_to_layer(kind, rng):
 
 def test_a_layer_that_refuses_is_left_as_it_was(kind):
     layer = LAYERS[kind](4)
-    for bad in (X[:, :2], X[:1, :, :1], X.astype(int)):
+    for bad in (X[:, :2], X.astype(int)):
         with pytest.raises((TypeError, ValueError)):
             layer(bad)
     with pytest.raises(ValueError, match="eps must be positive in training"):

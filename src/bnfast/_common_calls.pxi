@@ -160,9 +160,9 @@ def scale_shift_at_once(
 
 def normalize_at_once(
     x, axis, weight, bias, eps, running_mean, running_var, momentum, bint unbiased, out,
-    Py_ssize_t serial_bytes, threads_for
+    Py_ssize_t serial_bytes, threads_for, warn_of
 ):
-    """Return (y, mean, invstd), or None."""
+    """Return (y, mean, invstd), or None; `warn_of` what is too large."""
     cdef Geometry geometry = _geometry_of_plain(x, axis, 2)
     cdef double epsilon = _finite(eps), new_weight = _finite(momentum)
     cdef bint tracked = running_mean is not None
@@ -193,9 +193,13 @@ def normalize_at_once(
     y = _output(out, x)
     mean = _empty_channels(channels, cnp.NPY_FLOAT64)
     invstd = _empty_channels(channels, cnp.NPY_FLOAT64)
-    normalize(geometry, x, y, weight, bias, epsilon, mean, invstd, None, 1, False, running_mean,
-              running_var, new_weight, 1.0 if unbiased else 0.0,
-              _threads_for(x, 3, serial_bytes, threads_for))
+    cdef int too_large = normalize(
+        geometry, x, y, weight, bias, epsilon, mean, invstd, None, 1, False, running_mean,
+        running_var, new_weight, 1.0 if unbiased else 0.0,
+        _threads_for(x, 3, serial_bytes, threads_for)
+    )
+    if too_large:
+        warn_of(too_large)
     return y, mean, invstd
 
 

@@ -9,6 +9,8 @@ Array = NDArray[Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 HAS_OPENMP: bool
+MEAN_TOO_LARGE: int
+VAR_TOO_LARGE: int
 SERIAL_BYTES: int
 BYTES_PER_THREAD: int
 
@@ -68,7 +70,8 @@ def normalize(
     threads: int,
     floor: Array | None = None,
     more_eps: Array | None = None,
-) -> None: ...
+) -> int: ...
+def update_running(running: Array, divided: Array, momentum: float, divisor: float) -> bool: ...
 def scale_shift(
     geometry: Geometry,
     x: Array,
@@ -157,6 +160,7 @@ def normalize_at_once(
     out: object,
     serial_bytes: int,
     threads_for: Callable[[int], int],
+    warn_of: Callable[[int], None],
 ) -> tuple[Array, Array, Array] | None: ...
 def gradient_at_once(
     dy: object,

@@ -44,12 +44,16 @@ cdef extern from "kernels.h" nogil:
         void **array
 
     ctypedef void bn_widen_kernel(size_t channels, const float *narrow, double *wide) noexcept
+    ctypedef int bn_update_running_kernel(size_t channels, size_t repeats, double momentum,
+                                          const double *divided, double divisor,
+                                          void *running) noexcept
     ctypedef float bn_memory_probe(size_t lines, const float *start, float *to) noexcept
 
     ctypedef struct bn_kernels:
         const char *isa
         const char *flags
         bn_widen_kernel *widen
+        bn_update_running_kernel *update_running[2]
         bn_memory_probe *probe_copy
         bn_memory_probe *probe_streaming_copy
         bn_memory_probe *probe_read
@@ -171,8 +175,6 @@ cdef extern from "block_tasks.h" nogil:
     size_t bn_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
     size_t bn_row_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
     void bn_parameter_gradients(const bn_job *job, bn_dtype dtype, void *dweight, void *dbias)
-    void bn_update_running(const bn_job *job, bn_dtype dtype, double momentum,
-                           const double *divided, double divisor, void *running)
 
 
 cdef extern from "dispatch.h" nogil:
@@ -572,12 +574,15 @@ def moments(Geometry geometry, x, mean, m2, int threads, mean_low=None):
     _release(&workspace)
 
 
-cpdef object normalize(
+cpdef int normalize(
     Geometry geometry, x, y, weight, bias, double eps, mean, invstd, m2, size_t shared,
     bint uncentred, running_mean, running_var, double momentum, double correction, int threads,
     floor=None, more_eps=None
-):
+) except -1:
     """Write y, mean and invstd (float64) from the statistics of x, and update the running ones.
+
+    Return MEAN_TOO_LARGE or VAR_TOO_LARGE, or both, of those whose dtype has become too small for a
+    finite value; else 0.
 
     Mean and invstd have one value for each channel of each repeat, the same for those `shared`
     neighbouring ones that have their statistics together; m2 is as large, or None. The running
@@ -588,6 +593,8 @@ cpdef object normalize(
     cdef bn_job job = _new_job(c)
     cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
+    cdef double values
+    cdef int too_large = 0
     cdef size_t coefficients = (
         BN_SCALE_SHIFT_COEFFICIENTS if floor is None else BN_FLOORED_COEFFICIENTS
     )
@@ -608,16 +615,42 @@ cpdef object normalize(
     job.shared, job.uncentred = shared, uncentred
     _do_all(&job, bn_normalize_phases, threads)
     if running_mean is not None:
-        bn_update_running(&job, _dtype(running_mean), momentum, job.mean, 1.0,
-                          _data(running_mean))
+        if _update_running(running_mean, c.repeats, momentum, job.mean, 1.0):
+            too_large |= _MEAN_TOO_LARGE
     if running_var is not None:
-        bn_update_running(&job, _dtype(running_var), momentum, job.m2,
-                          <double>(c.outer * c.inner) - correction, _data(running_var))
+        values = <double>(c.outer * c.inner)
+        if _update_running(running_var, c.repeats, momentum, job.m2, values - correction):
+            too_large |= _VAR_TOO_LARGE
     _release(&workspace)
+    return too_large
 
 
 cdef bn_dtype _dtype(cnp.ndarray array) noexcept:
     return BN_f32 if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32 else BN_f64
+
+
+cdef enum:
+    _MEAN_TOO_LARGE = 1
+    _VAR_TOO_LARGE = 2
+
+MEAN_TOO_LARGE = _MEAN_TOO_LARGE
+VAR_TOO_LARGE = _VAR_TOO_LARGE
+
+
+cdef int _update_running(
+    cnp.ndarray running, size_t repeats, double momentum, const double *divided, double divisor
+) noexcept:
+    return active.update_running[<int>_dtype(running)](
+        <size_t>cnp.PyArray_SIZE(running), repeats, momentum, divided, divisor, _data(running)
+    )
+
+
+def update_running(running, divided, double momentum, double divisor):
+    """Blend divided / divisor, float64 and as large, into a running statistic.
+
+    Return whether its dtype has become too small for a finite value.
+    """
+    return _update_running(running, 1, momentum, _doubles(divided), divisor) != 0
 
 
 cdef class _Prepared:

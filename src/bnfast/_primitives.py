@@ -31,7 +31,6 @@ class Sharing(NamedTuple):
     repeated: tuple[int, ...] = ()  # ... but for these, each of whose indices has its own
     channels: int = 1  # ... and so many neighbouring channels
     uncentred: bool = False  # statistics around 0 rather than the mean
-    fewest_values: int = 1  # of which statistics can be made
     any_eps: bool = True  # rather than positive ones
 
     def shape_of_statistics(self, x: Array, axis: int) -> tuple[int, ...]:
@@ -52,7 +51,7 @@ class Floors(NamedTuple):
     more_eps: Array | None = None  # added to eps
 
 
-BATCH = Sharing(fewest_values=2, any_eps=False)
+BATCH = Sharing(any_eps=False)
 APART = BATCH._replace(repeated=(0,))  # a batch for each index of the first axis
 
 
@@ -125,6 +124,29 @@ def _writable(statistic: Array) -> Array:
 def _put_back(updated: Array | None, statistic: Array) -> None:
     if updated is not None and updated is not statistic:
         statistic[...] = updated
+
+
+def _warn_of(too_large: int) -> None:
+    """Warn of running statistics that the core found too large for their dtype."""
+    if too_large & _core.MEAN_TOO_LARGE:
+        _validation.warn_too_large("running_mean")
+    if too_large & _core.VAR_TOO_LARGE:
+        _validation.warn_too_large("running_var")
+
+
+def update_running(
+    name: str, running: Array, momentum: float, divided: Array, divisor: float = 1.0
+) -> None:
+    """Blend divided / divisor, of float64, into a checked running statistic, as `normalize` does.
+
+    A weight of 0 leaves nothing of what it weighs, also of NaN and infinity: with a `momentum` of 0
+    the statistic stays as it is, with 1 it is that of the batch.
+    """
+    written = _writable(running)
+    too_large = _core.update_running(written, np.ascontiguousarray(divided), momentum, divisor)
+    _put_back(written, running)
+    if too_large:
+        _validation.warn_too_large(name)
 
 
 def probe_memory(kind: str, x: Array, y: Array, num_threads: int) -> None:
@@ -266,6 +288,7 @@ def normalize(
             out,
             _threads.SERIAL_BYTES,
             threads_for,
+            _warn_of,
         )
         if done is not None:
             return done
@@ -287,8 +310,9 @@ def normalize(
         y = _validation.output(out, array, others)
     shape = sharing.shape_of_statistics(array, axis)
     if array.ndim > 1:
-        values, fewest = sharing.values(array, axis), sharing.fewest_values
-        _validation.enough_values("x", array, values, fewest, of_samples=bool(sharing.repeated))
+        values, tracks_unbiased = sharing.values(array, axis), tracked is not None and unbiased
+        what = "channel of each sample" if sharing.repeated else "channel"
+        _validation.enough_values("x", array, values, what, unbiased=tracks_unbiased)
     if array.size == 0:
         return y, np.zeros(shape), np.full(shape, _invstd_of_nothing(epsilon))
 
@@ -297,7 +321,7 @@ def normalize(
     written_mean = written_var = None
     if tracked is not None:
         written_mean, written_var = _writable(tracked[0]), _writable(tracked[1])
-    _core.normalize(
+    too_large = _core.normalize(
         _geometry_of(axis, sharing.repeated, array, y),
         array,
         y,
@@ -320,6 +344,8 @@ def normalize(
     if tracked is not None:
         _put_back(written_mean, tracked[0])
         _put_back(written_var, tracked[1])
+        if too_large:
+            _warn_of(too_large)
     if sharing.channels > 1:
         return y, mean[..., 0].copy(), invstd[..., 0].copy()
     return y, mean, invstd

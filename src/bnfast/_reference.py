@@ -76,6 +76,12 @@ def scale_shift(
     return y
 
 
+def _share(weight: float, values: ArrayLike) -> Array:
+    """Weighted values, where 0 * inf is 0."""
+    values = np.asarray(values, np.float64)
+    return weight * values if weight != 0 else np.zeros(values.shape)
+
+
 def update_running(
     running_mean: Array,
     running_var: Array,
@@ -92,8 +98,8 @@ def update_running(
     count, mean, m2 = moments(x, axis)
     var = m2 / (count - 1 if unbiased else count)
     return (
-        (1 - momentum) * np.asarray(running_mean, np.float64) + momentum * mean,
-        (1 - momentum) * np.asarray(running_var, np.float64) + momentum * var,
+        _share(1 - momentum, running_mean) + _share(momentum, mean),
+        _share(1 - momentum, running_var) + _share(momentum, var),
     )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
+import sys
+import warnings
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any, TypeVar
@@ -544,8 +546,36 @@ def epsilon(value: object, *, training: bool) -> float:
     return eps
 
 
-def enough_values(name: str, x: Array, values: int, fewest: int, *, of_samples: bool) -> None:
-    """Refuse a batch whose statistics would be made of too few values: one has no variance."""
-    if 0 < values < fewest:
-        what = "channel of each sample" if of_samples else "channel in training"
-        raise ValueError(f"{name} must have more than one value per {what}, got shape {x.shape}")
+def fewest_values(unbiased: bool) -> int:
+    """Return of how many values there are statistics, where they are of any.
+
+    The rule of every member and every size of batch, for whatever has its statistics together: a
+    channel, that of a sample or of a ghost, a group, a row, a filter. A biased variance is divided
+    by the number of values: that of one value is 0, and the output the bias, as in Keras. An
+    unbiased one, as running variances are and those of filters may be, is divided by one less: one
+    value has none.
+    """
+    return 2 if unbiased else 1
+
+
+def enough_values(name: str, x: Array, values: int, what: str, *, unbiased: bool) -> None:
+    """Refuse so few values per channel, or `what` else, that they have no such variance."""
+    if 0 < values < fewest_values(unbiased):
+        raise ValueError(
+            f"{name} must have more than one value per {what} for an unbiased variance, "
+            f"got shape {x.shape}"
+        )
+
+
+def warn_too_large(name: str) -> None:
+    """Warn the caller of bnfast that a running statistic has left the range of its dtype."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "")[:7] == "bnfast.":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        f"{name} is infinite from now on: what the batch makes of it is finite, but beyond the "
+        f"range of float32. Keep running statistics in float64: dtype=numpy.float64 of a layer, or "
+        f"arrays of float64",
+        RuntimeWarning,
+        stacklevel=level,
+    )

@@ -99,19 +99,16 @@ def normalize(
     others = {"x": array, "weight": weight, "bias": bias}
     others |= {"running_mean": running_mean, "running_matrix": running_matrix}
     y = _output(out, array, others)
-    if array.ndim > 1:
-        each = array.size // channels if channels else 0
-        _validation.enough_values("x", array, each, 2, of_samples=False)
     if array.size == 0:
         return y, whiten(np.zeros(channels), np.zeros(shape))
     with np.errstate(all="ignore"):
         centre, rest, covariance = _mean_and_covariance(array, axis, shape)
         saved = whiten(centre + rest.reshape(-1), covariance)
         _apply(array, axis, centre, rest, saved.matrix, scale, shift, y)
-        if tracked is not None:
-            batch = saved.mean, covariance if of_covariance else saved.matrix
-            for running, of_batch in zip(tracked, batch, strict=True):
-                running[...] = (1 - new) * running.astype(np.float64) + new * of_batch
+    if tracked is not None:
+        matrix = covariance if of_covariance else saved.matrix
+        _primitives.update_running("running_mean", tracked[0], new, saved.mean)
+        _primitives.update_running("running_matrix", tracked[1], new, matrix)
     return y, saved
 
 

@@ -359,6 +359,10 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     for (size_t i = 0; i < 3; i++) {
         add_elements(forward.array[i], c / together, dtype);
     }
+    /* Forgets what it was, and leaves the range of float32. */
+    const double too_large = CALL(update_running)[dtype](c, 1, 1.0, m2, 1e-200, forward.array[0]);
+    add_doubles(&too_large, 1);
+    add_elements(forward.array[0], c, dtype);
 
     for (size_t k = 0; k < sizeof counts / sizeof *counts; k++) {
         for (size_t i = 0; i < counts[k]; i++) {

@@ -1083,13 +1083,6 @@ size_t bn_row_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
     return 2;
 }
 
-void bn_update_running(const bn_job *job, bn_dtype dtype, double momentum, const double *divided,
-                       double divisor, void *running)
-{
-    job->kernels->update_running[dtype](job->geometry->channels, job->geometry->repeats, momentum,
-                                        divided, divisor, running);
-}
-
 void bn_parameter_gradients(const bn_job *job, bn_dtype dtype, void *dweight, void *dbias)
 {
     job->kernels->parameter_gradients[dtype](job->geometry->channels, job->geometry->repeats,

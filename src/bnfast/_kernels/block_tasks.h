@@ -89,9 +89,4 @@ size_t bn_row_gradient_phases(bn_job *job, size_t threads, bn_phase *phases);
 /* dweight and dbias, of this dtype, once the phases of the gradient have ended. */
 void bn_parameter_gradients(const bn_job *job, bn_dtype dtype, void *dweight, void *dbias);
 
-/* running = (1 - momentum) * running + momentum * batch, where batch is the average of divided / divisor
-   over the repeats. */
-void bn_update_running(const bn_job *job, bn_dtype dtype, double momentum, const double *divided,
-                       double divisor, void *running);
-
 #endif

@@ -182,9 +182,10 @@ typedef void bn_parameter_gradients_kernel(size_t channels, size_t repeats, cons
                                            void *dweight, void *dbias);
 
 /* running = (1 - momentum) * running + momentum * batch, which has the element type; batch is the
-   average of divided / divisor over the repeats. */
-typedef void bn_update_running_kernel(size_t channels, size_t repeats, double momentum,
-                                      const double *divided, double divisor, void *running);
+   average of divided / divisor over the repeats. A weight of 0 leaves nothing of what it weighs, NaN and
+   infinity neither. Returns whether a finite value left the range of the type. */
+typedef int bn_update_running_kernel(size_t channels, size_t repeats, double momentum,
+                                     const double *divided, double divisor, void *running);
 
 /* Chan's merge of b into a. */
 typedef void bn_merge_moments_kernel(size_t channels, size_t count_a, double *mean_a,

@@ -66,8 +66,13 @@ def batch_norm(
     Raises
     ------
     TypeError, ValueError
-        For an argument of the wrong type, dtype, shape or value, or one value per channel in
-        training; before anything is written.
+        For an argument of the wrong type, dtype, shape or value, or one value per channel where
+        there is a running_var to update and it is unbiased; before anything is written.
+
+    Warns
+    -----
+    RuntimeWarning
+        Where a running statistic of float32 becomes infinite, though that of the batch is finite.
 
     Notes
     -----
@@ -80,6 +85,10 @@ def batch_norm(
         running_var  = (1 - momentum) * running_var  + momentum * var * M / (M - 1)
 
     in evaluation, mu = running_mean and var = running_var.
+
+    What has no weight leaves nothing in the running statistics: a momentum of 0 does not touch
+    them, one of 1 forgets what they were, NaN and infinity too. One value per channel has the
+    variance 0, as in Keras, and y is the bias; only with M - 1 it has none.
 
     References
     ----------
@@ -135,7 +144,7 @@ def batch_norm_forward(
     Raises
     ------
     TypeError, ValueError
-        As `batch_norm`.
+        As `batch_norm` without running statistics.
 
     Notes
     -----

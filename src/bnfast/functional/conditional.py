@@ -66,8 +66,13 @@ def conditional_batch_norm(
     Raises
     ------
     TypeError, ValueError
-        For an argument of the wrong type, dtype, shape or value, or one value per channel in
-        training; before anything is written.
+        For an argument of the wrong type, dtype, shape or value, or one value per channel where
+        there is a running_var to update and it is unbiased; before anything is written.
+
+    Warns
+    -----
+    RuntimeWarning
+        As `batch_norm`.
 
     Notes
     -----

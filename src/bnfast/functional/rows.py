@@ -62,8 +62,13 @@ def instance_norm(
     Raises
     ------
     TypeError, ValueError
-        For an argument of the wrong type, dtype, shape or value, or one value per channel with
-        `use_input_stats`; before anything is written.
+        For an argument of the wrong type, dtype, shape or value, or where each sample has one value
+        per channel and running_var, which is unbiased, is updated; before anything is written.
+
+    Warns
+    -----
+    RuntimeWarning
+        As `batch_norm`.
 
     Notes
     -----
@@ -261,8 +266,7 @@ def group_norm(
     Raises
     ------
     TypeError, ValueError
-        For an argument of the wrong type, dtype, shape or value, or where all of `x` is but one
-        value per group of one sample; before anything is written.
+        For an argument of the wrong type, dtype, shape or value; before anything is written.
 
     Notes
     -----
@@ -338,8 +342,6 @@ def group_norm_forward(
     """
     array, channels = _validation.channel_axis_of_samples(x, axis)
     together = _validation.channels_of_group(num_groups, channels)
-    if 0 < array.size == channels // together:
-        _validation.enough_values("x", array, 1, 2, of_samples=True)
     if _validation.flag("per_group", per_group) and together > 1:
         weight = _of_channels("weight", weight, channels, together)
         bias = _of_channels("bias", bias, channels, together)

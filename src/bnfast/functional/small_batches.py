@@ -52,8 +52,13 @@ def ghost_batch_norm(
     Raises
     ------
     TypeError, ValueError
-        For an argument of the wrong type, dtype, shape or value, or one value per channel in the
-        last part; before anything is written.
+        For an argument of the wrong type, dtype, shape or value, or one value per channel of a part
+        where there is a running_var to update and it is unbiased; before anything is written.
+
+    Warns
+    -----
+    RuntimeWarning
+        As `batch_norm`.
 
     Notes
     -----
@@ -109,15 +114,14 @@ def train_on_ghosts(
     if tracked is not None and out is not None:
         statistics = {"running_mean": tracked[0], "running_var": tracked[1]}
         _validation.output(out, x, {"x": x, **statistics})
-    y, mean, invstd, var = _of_ghosts(x, ghost_size, weight, bias, eps, axis, unbiased, out)
-    if tracked is not None:
-        with np.errstate(all="ignore"):
-            for running, ghosts in zip(tracked, (mean, var), strict=True):
-                blended = running.astype(np.float64)
-                for number, ghost in enumerate(ghosts, 1):
-                    new = weight_of_new_ghost(number)
-                    blended = (1 - new) * blended + new * ghost
-                running[...] = blended
+    tracks_unbiased = tracked is not None and bool(unbiased)
+    y, *of_ghosts = _of_ghosts(x, ghost_size, weight, bias, eps, axis, tracks_unbiased, out)
+    mean, invstd, m2, counts = of_ghosts
+    if tracked is not None and x.size > 0:
+        for number, count in enumerate(counts.tolist()):
+            new, divisor = weight_of_new_ghost(number + 1), float(count - tracks_unbiased)
+            _primitives.update_running("running_mean", tracked[0], new, mean[number])
+            _primitives.update_running("running_var", tracked[1], new, m2[number], divisor)
     return y, mean, invstd
 
 
@@ -168,7 +172,7 @@ def ghost_batch_norm_forward(
            [7.]])
     """
     array, _ = _validation.channel_axis_of_samples(x, axis)
-    y, mean, invstd, _ = _of_ghosts(array, ghost_size, weight, bias, eps, axis, True, out)
+    y, mean, invstd, _, _ = _of_ghosts(array, ghost_size, weight, bias, eps, axis, False, out)
     return y, mean, invstd
 
 
@@ -279,8 +283,8 @@ def _of_ghosts(
     axis: int,
     unbiased: bool,
     out: object,
-) -> tuple[Array, Array, Array, Array]:
-    """Return y, and the mean, invstd and variance (float64) of every part."""
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Return y, and of every part the mean, invstd and m2 (float64), and the values per channel."""
     size = _validation.integer_from("ghost_size", ghost_size, 1)
     epsilon = _validation.epsilon(eps, training=True)
     channels = x.shape[axis] if x.ndim > 1 else 0
@@ -291,7 +295,8 @@ def _of_ghosts(
     else:
         y = _validation.output(out, x, {"x": x, "weight": weight, "bias": bias})
     parts = -(-len(x) // size)
-    mean, invstd, var = np.zeros((3, parts, channels))
+    mean, invstd, m2 = np.zeros((3, parts, channels))
+    counts = np.zeros(parts, np.intp)
     pieces = list(
         zip(
             (slice(len(x) // size), slice(len(x) // size, None)),
@@ -301,20 +306,18 @@ def _of_ghosts(
         )
     )
     each = x[0].size // channels if channels and len(x) else 0
-    for _, x_part, _ in pieces:
-        values = each * x_part.shape[1] if len(x_part) else 0
-        _validation.enough_values("x", x, values, 2, of_samples=False)
+    for taken, x_part, _ in pieces:
+        counts[taken] = values = each * x_part.shape[1] if len(x_part) else 0
+        _validation.enough_values("x", x, values, "channel of a ghost", unbiased=unbiased)
     for taken, x_part, y_part in pieces:
         if x_part.size:
-            m2 = np.empty(mean[taken].shape)
             _, mean[taken], invstd[taken] = _primitives.normalize(
                 *(x_part, _moved(x, axis), scale, shift, epsilon),
                 out=y_part,
                 sharing=APART,
-                m2=m2,
+                m2=m2[taken],
             )
-            var[taken] = m2 / np.float64(each * x_part.shape[1] - bool(unbiased))
-    return y, mean, invstd, var
+    return y, mean, invstd, m2, counts
 
 
 class RenormSchedule(NamedTuple):
@@ -421,6 +424,11 @@ def batch_renorm(
     TypeError, ValueError
         For an argument of the wrong type, dtype, shape or value; before anything is written.
 
+    Warns
+    -----
+    RuntimeWarning
+        As `batch_norm`.
+
     Notes
     -----
     In training, with mu and sigma = sqrt(var + eps) of the batch, and the running statistics as
@@ -432,7 +440,10 @@ def batch_renorm(
         running_mean += momentum * (mu - running_mean)
         running_std  += momentum * (sigma - running_std)
 
-    in evaluation, ``y = weight * (x - running_mean) / running_std + bias``.
+    in evaluation, ``y = weight * (x - running_mean) / running_std + bias``. A running_std of 0,
+    which constant channels and a tiny `eps` make, stands for its limit: r and d are at their own,
+    and 0 / 0 is 0, so that evaluation makes the bias of a channel that is still constant. As in
+    `batch_norm`, what has no weight leaves nothing in the running statistics.
 
     References
     ----------
@@ -461,7 +472,7 @@ def batch_renorm(
     _validation.real("momentum", momentum)
     centre = _validation.required_channel_parameter("running_mean", running_mean, channels)
     spread = _validation.required_channel_parameter("running_std", running_std, channels)
-    variance = spread.astype(np.float64) ** 2
+    variance = variance_to_evaluate_with(spread)
     return _primitives.scale_shift(array, axis, centre, variance, weight, bias, 0.0, None, out)
 
 
@@ -530,8 +541,6 @@ def batch_renorm_forward(
         others = {"x": array, "weight": weight, "bias": bias}
         others |= {"running_mean": running_mean, "running_std": running_std}
         _validation.output(out, array, others)
-    each = array.size // channels if channels else 0
-    _validation.enough_values("x", array, each, 2, of_samples=False)
     of = _primitives.deviations(array, channel_axis)
     mean = of.mean
     if of.values == 0:
@@ -542,17 +551,36 @@ def batch_renorm_forward(
     with np.errstate(all="ignore"):
         sigma = of.with_eps(epsilon)
         invstd = 1.0 / sigma
-        r = np.clip(sigma / std, 1.0 / most, most)
         apart = mean - before if of.mean_low is None else mean - before + of.mean_low
-        d = np.clip(apart / std, -furthest, furthest)
+        r = _between(1.0 / most, sigma, std, most)
+        d = _between(-furthest, apart, std, furthest)
         gamma = np.ones(channels) if scale is None else scale.astype(np.float64)
         beta = np.zeros(channels) if shift is None else shift.astype(np.float64)
         by, term = gamma * r * invstd, gamma * d + beta
     y = _primitives.scale_deviations(array, channel_axis, of, by, term, out)
-    with np.errstate(all="ignore"):
-        tracked[0][...] = before + new * (mean - before)
-        tracked[1][...] = std + new * (sigma - std)
+    _primitives.update_running("running_mean", tracked[0], new, mean)
+    _primitives.update_running("running_std", tracked[1], new, sigma)
     return y, Renormalized(mean, invstd, r, d)
+
+
+def _between(least: float, divided: Array, std: Array, most: float) -> Array:
+    """Return divided / std within limits: its own limit where the running deviation goes to 0.
+
+    0 / 0 is 0 then: a batch of the running mean is not off. Limits that leave no choice decide,
+    even if a running statistic is NaN.
+    """
+    if least == most:
+        return np.full(divided.shape, most)
+    quotient = np.divide(divided, std, out=np.zeros_like(divided), where=divided != 0)
+    clipped: Array = np.clip(quotient, least, most)
+    return clipped
+
+
+def variance_to_evaluate_with(std: Array) -> Array:
+    """Return the square of a running deviation, but not 0: that would make NaN of 0 / 0."""
+    with np.errstate(all="ignore"):
+        squares: Array = np.maximum(std.astype(np.float64) ** 2, np.finfo(np.float64).tiny)
+    return squares
 
 
 @in_default_float_mode

@@ -370,7 +370,8 @@ def weight_standardization(
     eps_inside : bool
         Add `eps` under the root, as most libraries do, or to the root, as the authors did.
     unbiased : bool
-        Divide by K - 1 in the variance, as the authors' PyTorch code did, rather than by K.
+        Divide by K - 1 in the variance, as the authors' PyTorch code did, rather than by K; then K
+        must be more than 1.
     out : array like `w`, optional
         Where to write: `w` itself, or an array that shares no element with it.
 
@@ -785,6 +786,14 @@ def _extreme_filters(
     return scaled_channels(w, axis, which, exponent[which]) if which.size else None
 
 
+def _filters(w: object, axis: object, lost: int) -> tuple[Array, int, int]:
+    """Return weights, their axis of filters, its size; `lost` values do not count in variances."""
+    array, own, filters = _validation.weights("w", w, axis)
+    each = array.size // filters if filters else 0
+    _validation.enough_values("w", array, each, "filter", unbiased=lost > 0)
+    return array, own, filters
+
+
 def _forward(
     w: NDArray[Float],
     gain: Parameter | None,
@@ -794,7 +803,7 @@ def _forward(
     out: NDArray[Float] | None,
 ) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
     """Return y, and mean and std, in whose variance `lost` of the values do not count."""
-    array, axis, filters = _validation.weights("w", w, axis)
+    array, axis, filters = _filters(w, axis, lost)
     own = _validation.channel_parameter("gain", gain, filters, "filters")
     if out is not None:
         _validation.output(out, array, {"w": array, "gain": gain}, ("w",))
@@ -825,7 +834,7 @@ def _backward(
     out: NDArray[Float] | None,
 ) -> tuple[NDArray[Float], Parameter]:
     """Return dw = gain / value * (dy - mean(dy) - c * strength**2 / K * sum(dy * c)), and dgain."""
-    array, axis, filters = _validation.weights("w", w, axis)
+    array, axis, filters = _filters(w, axis, lost)
     upstream = _validation.upstream_gradient(dy, array, ("dy", "w"))
     centre = _validation.required_channel_parameter("mean", mean, filters, "filters")
     given = _validation.required_channel_parameter("std", std, filters, "filters")

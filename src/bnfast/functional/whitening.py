@@ -309,8 +309,12 @@ def decorrelated_batch_norm(
     Raises
     ------
     TypeError, ValueError
-        For an argument of the wrong type, dtype, shape or value, or one value per channel in
-        training; before anything is written.
+        For an argument of the wrong type, dtype, shape or value; before anything is written.
+
+    Warns
+    -----
+    RuntimeWarning
+        Where a running statistic of float32 becomes infinite, though that of the batch is finite.
 
     Notes
     -----
@@ -325,7 +329,7 @@ def decorrelated_batch_norm(
 
     in evaluation, mu = running_mean, and W = running_matrix or that of running_matrix + eps I. The
     root is the symmetric one (ZCA): of all that whiten, the nearest to `x`. With one channel in
-    each group it is `batch_norm`.
+    each group it is `batch_norm`. Momenta of 0 and 1 do what they do there.
 
     In float64 throughout, and rounded once. A NaN or infinity makes its whole group NaN, and
     changes no other. Products and eigenvalues are those of NumPy's BLAS and LAPACK: they decide the

@@ -117,6 +117,9 @@ class TrackingLayer(ChannelLayer):
         UserWarning
             `BatchNorm`, once per layer, for a training batch with fewer than 8 values per channel:
             their statistics are mostly noise.
+        RuntimeWarning
+            Where a running statistic of float32 becomes infinite, though that of the batch is
+            finite: the layer needs ``dtype=numpy.float64``.
         """
         array = self._batch(x)
         if self.training:

@@ -179,10 +179,13 @@ class BatchNorm(TrackingLayer):
         return layer
 
     def _before_training(self, x: Array) -> None:
-        if not self._warned and self.num_features < x.size < FEW_VALUES * self.num_features:
+        if self._warned or not 0 < x.size < FEW_VALUES * self.num_features:
+            return
+        values = x.size // self.num_features
+        if values >= _validation.fewest_values(self.unbiased and self.running_var is not None):
             self._warned = True
             warnings.warn(
-                f"x of shape {x.shape} has {x.size // self.num_features} values per channel: their "
+                f"x of shape {x.shape} has {values} value{'s' * (values > 1)} per channel: their "
                 f"statistics are mostly noise. Use a larger batch, or eval() to normalize with the "
                 f"running statistics, or a normalization that does not depend on the batch (layer, "
                 f"group or RMS normalization)",

@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 from bnfast import _validation, functional
 from bnfast._float_mode import in_default_float_mode
 from bnfast.functional import Renormalized, RenormSchedule
-from bnfast.functional.small_batches import train_on_ghosts
+from bnfast.functional.small_batches import train_on_ghosts, variance_to_evaluate_with
 from bnfast.layers._layer import Gradients
 from bnfast.layers._tracking import ChannelLayer, TrackingLayer
 from bnfast.statistics import weight_of_new_batch
@@ -260,7 +260,7 @@ class BatchRenorm(ChannelLayer):
         array = self._batch(x)
         mean, std = self.running_mean, self.running_std
         if not self.training:
-            return self._evaluate(array, out, mean, std.astype(np.float64) ** 2, 0.0)
+            return self._evaluate(array, out, mean, variance_to_evaluate_with(std), 0.0)
         r_max, d_max = self.schedule.at(self.num_batches_tracked)
         weight = self._kept_weight()
         y, saved = functional.batch_renorm_forward(
