@@ -360,7 +360,7 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
         add_elements(forward.array[i], c / together, dtype);
     }
     /* Forgets what it was, and leaves the range of float32. */
-    const double too_large = CALL(update_running)[dtype](c, 1, 1.0, m2, 1e-200, forward.array[0]);
+    double too_large = CALL(update_running)[dtype](c, 1, 1.0, m2, 1e-200, forward.array[0]);
     add_doubles(&too_large, 1);
     add_elements(forward.array[0], c, dtype);
 
