@@ -980,7 +980,7 @@ static int sums_take_long(const bn_job *job, size_t tensors)
 }
 
 /* While a group is done, the beginning of the next group's input is fetched into the second level of
-   cache: so much of it as has room there. (Outputs are written from their end, so that what is fetched
+   cache: so much of it as has room there, or all of what has none. (Outputs are written from their end, so that what is fetched
    then is what is summed next.) */
 static void fetch_ahead(bn_job *job, size_t tensors)
 {
@@ -989,7 +989,10 @@ static void fetch_ahead(bn_job *job, size_t tensors)
     if (geometry->layout == BN_contiguous && !geometry->any_packed) {
         job->ahead = (ptrdiff_t)job->group * geometry->operand[X].channel_stride;
         job->sums_fetch = geometry->outer == 1 && !job->floor && sums_take_long(job, tensors);
-        job->fetched = bn_slab_bytes(job->caches) / bytes;
+        job->fetched = values_per_channel(geometry);
+        if (bytes * job->fetched <= bn_lost_slab_bytes(job->caches)) {
+            job->fetched = bn_slab_bytes(job->caches) / bytes;
+        }
         job->far &= job->fetched < values_per_channel(geometry);
     }
 }
