@@ -9,6 +9,7 @@ import pytest
 import bnfast
 from any_data import all_sites, draw, evaluated, exact, expression, judge
 from search_for_worst import Hunt, differing_bits
+from tolerances import STATISTICS_OF_ANY_DATA
 
 # Layouts and sizes that are summed in ways of their own.
 SITES = [
@@ -136,6 +137,42 @@ def test_what_searches_found_is_within_the_promise(isa, case):
     operands = [np.tile(evaluated(text), (site.trials, 1)) for text in case[1:]]
     for quantity, errors in judge(site, *operands).items():
         assert errors.of_promised(quantity, operands[0].dtype).max() <= 1, quantity
+
+
+@pytest.mark.parametrize("values", ["equal", "two", "spread"])
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_first_shifts_that_miss_the_mean_of_rows_cost_nothing(isa, rng, size, values):
+    x = within_a_quarter(rng, values, size)
+    looked_at = min(-(-size // 2), 32)  # rows whose mean is the first shift: see moments.inc
+    step = size // looked_at
+    x[: looked_at * step : step] = 0
+    assert_variance_is_as_promised(x, 1)
+
+
+@pytest.mark.parametrize("values", ["equal", "two", "spread"])
+@pytest.mark.parametrize("size", [150, 500, 1000, 4000])
+def test_first_shifts_that_miss_the_mean_of_runs_cost_nothing(isa, rng, size, values):
+    x = np.ascontiguousarray(within_a_quarter(rng, values, size).T)
+    spread = (size - 16) // 3  # four vectors of 16 are looked at: see first_shifts in run_sums.inc
+    for start in range(0, 4 * spread, spread):
+        x[:, start : start + 16] = 0
+    assert_variance_is_as_promised(x, 0)
+
+
+def within_a_quarter(rng, values, size, channels=512):
+    """Float32 of (size, channels), each channel near a value of its own between 1 and 2."""
+    near = {
+        "equal": np.ones((size, channels)),
+        "two": rng.choice([1.0, 1.25], (size, channels)),
+        "spread": rng.normal(1.0, 0.1, (size, channels)),
+    }
+    return (near[values] * rng.uniform(1.0, 2.0, channels)).astype(np.float32)
+
+
+def assert_variance_is_as_promised(x, axis):
+    exact = x.astype(np.float64).var(1 - axis)
+    error = np.abs(bnfast.moments(x, axis).var / exact - 1)
+    assert error.max() <= STATISTICS_OF_ANY_DATA[0]
 
 
 def test_binary_features_are_within_the_promise(rng):
