@@ -379,6 +379,9 @@ def _forward_errors(true: Exact, found: dict[str, np.ndarray]) -> dict[str, Any]
     return errors
 
 
+LARGE_MEAN = 4  # standard deviations, as the notes of batch_norm_backward say
+
+
 def _backward_errors(
     site: Site, true: Exact, found: dict[str, np.ndarray], x: np.ndarray, dy: np.ndarray
 ) -> dict[str, Any]:
@@ -388,6 +391,9 @@ def _backward_errors(
     xhat = x.astype(upstream.dtype)
     if site.centred:
         xhat -= mean[:, None]
+    if site.centred and x.dtype == np.float64:  # what rounding left of large means is found again
+        large = np.abs(mean * invstd) > LARGE_MEAN
+        xhat[large] = true.deviation[large]
     if not site.columns:
         xhat = xhat * invstd[:, None]
     products = upstream * xhat

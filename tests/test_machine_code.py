@@ -69,7 +69,7 @@ def reached_from(variant, kernel):
 
 
 # Eight float64 at a time, and their eight float32, which fill half of the widest vectors.
-EIGHTS = ("scale_shift_coefficients", "gradient_coefficients", "recentre", "invstd")
+EIGHTS = ("scale_shift_coefficients", "gradient_coefficients", "standardize", "invstd")
 
 # They convert and choose.
 NO_ARITHMETIC = ("round_mean", "widen", "floor_coefficients")

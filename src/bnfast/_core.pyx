@@ -144,7 +144,7 @@ cdef extern from "block_tasks.h" nogil:
         double *invstd
         const double *variance
         double *sum_dy
-        double *sum_dy_deviation
+        double *sum_dy_xhat
         double *sum_floored
         int constant_statistics
         size_t shared
@@ -768,12 +768,12 @@ cpdef object scale_shift(
 cpdef object gradient(
     Geometry geometry, x, dy, dx, weight, mean, invstd, dweight, dbias, size_t shared,
     bint uncentred, bint constant_statistics, int threads, bias=None, floor=None,
-    sum_floored=None, sum_dy_deviation=None
+    sum_floored=None, sum_dy_xhat=None
 ):
     """Write dx, dweight and dbias; mean and invstd are as `normalize` writes them.
 
     With a floor, which needs the bias, dy counts where y was not below it; `sum_floored` (float64,
-    as large as the mean) receives its sum where y was, `sum_dy_deviation` sum(dy * (x - mean)).
+    as large as the mean) receives its sum where y was, `sum_dy_xhat` sum(dy * (x - mean) * invstd).
     """
     cdef bn_geometry *c = &geometry.c
     cdef size_t coefficients = BN_GRADIENT_COEFFICIENTS
@@ -784,20 +784,22 @@ cpdef object gradient(
     cdef bn_job job = _new_job(c)
     cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
-    _reserve(&workspace, small, _workspace_bytes(c, 3, 4, 1, coefficients))
+    _reserve(&workspace, small, _workspace_bytes(c, 3, 4 + (c.dtype == BN_f64), 1, coefficients))
     job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)
     job.weight = _widened(&workspace, weight, c.channels)
     job.mean = <double *>_widened(&workspace, mean, _statistics(c))
     job.invstd = <double *>_widened(&workspace, invstd, _statistics(c))
     job.sum_dy = _take_doubles(&workspace, _statistics(c))
-    if sum_dy_deviation is None:
-        job.sum_dy_deviation = _take_doubles(&workspace, _statistics(c))
+    if sum_dy_xhat is None:
+        job.sum_dy_xhat = _take_doubles(&workspace, _statistics(c))
     else:
-        job.sum_dy_deviation = _doubles(sum_dy_deviation)
+        job.sum_dy_xhat = _doubles(sum_dy_xhat)
     if floor is not None:
         job.bias = _widened(&workspace, bias, c.channels)
         job.floor = _widened(&workspace, floor, c.channels)
         job.sum_floored = _doubles(sum_floored)
+    if c.dtype == BN_f64 and not uncentred and not constant_statistics:
+        job.mean_low = _take_doubles(&workspace, _statistics(c))
     job.constant_statistics = constant_statistics
     job.shared, job.uncentred = shared, uncentred
     _take_coefficients(&workspace, c, coefficients, &job.coefficients)
@@ -847,15 +849,18 @@ cpdef object row_gradient(
     cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
     cdef size_t rows = _statistics(c)
-    _reserve(&workspace, small, _workspace_bytes(c, 0, 4, 1, BN_ROW_GRADIENT_COEFFICIENTS))
+    _reserve(&workspace, small, _workspace_bytes(c, 0, 4 + (c.dtype == BN_f64), 1,
+                                                 BN_ROW_GRADIENT_COEFFICIENTS))
     job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)
     if weight is not None:
         job.element_weight = _data(weight)
     job.uncentred = uncentred
+    if c.dtype == BN_f64 and not uncentred:
+        job.mean_low = _take_doubles(&workspace, rows)
     job.mean = <double *>_widened(&workspace, mean, rows)
     job.invstd = <double *>_widened(&workspace, invstd, rows)
     job.sum_dy = _take_doubles(&workspace, rows)
-    job.sum_dy_deviation = _take_doubles(&workspace, rows)
+    job.sum_dy_xhat = _take_doubles(&workspace, rows)
     _take_coefficients(&workspace, c, BN_ROW_GRADIENT_COEFFICIENTS, &job.coefficients)
     job.partials = _take_doubles(&workspace, _partials(c))
     if sums is not None:

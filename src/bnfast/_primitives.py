@@ -418,7 +418,7 @@ def gradient(
 
     With the floors `tau`, and then the `bias`, of the forward pass, both checked, dy counts where y
     was not below them. `sums`, float64 (2, *shape of the mean), receives sum(dy) where y was, and
-    sum(dy * (x - mean)) where it was not.
+    sum(dy * (x - mean) * invstd) where it was not.
     """
     if sharing is BATCH:
         done = _core.gradient_at_once(
@@ -508,7 +508,8 @@ def normalize_rows(
     x, normalized = _validation.normalized_axes(x_, normalized_shape, axis)
     epsilon = _validation.real("eps", eps)
     shape = tuple([x.shape[d] for d in normalized])
-    scale = _validation.element_parameter("weight", weight, shape, x.dtype)
+    # 0 times infinity would make NaN of what is equal to its mean.
+    scale = _validation.element_parameter("weight", weight, shape, x.dtype, finite=True)
     shift = _validation.element_parameter("bias", bias, shape, x.dtype)
     if out is None:
         y = _core.empty_output(x)
@@ -578,7 +579,8 @@ def row_gradient(
     upstream = _validation.upstream_gradient(dy, x)
     inverse_std = _validation.saved_statistic("invstd", invstd, rows)
     centre = np.zeros(rows) if uncentred else _validation.saved_statistic("mean", mean, rows)
-    scale = _validation.element_parameter("weight", weight, shape, x.dtype)
+    # 0 times infinity would make NaN of what is equal to its mean.
+    scale = _validation.element_parameter("weight", weight, shape, x.dtype, finite=True)
     if out is None:
         dx = _core.empty_output(x)
     else:

@@ -254,9 +254,16 @@ def class_labels(value: object, samples: int, classes: int) -> NDArray[np.intp]:
 
 
 def element_parameter(
-    name: str, value: object, shape: tuple[int, ...], dtype: np.dtype[Any]
+    name: str,
+    value: object,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    finite: bool = False,
 ) -> Array | None:
-    """Return one value for each element of a row, contiguous and of this dtype, or None."""
+    """Return one value for each element of a row, contiguous and of this dtype, or None.
+
+    Where what is `finite` has to stay so, values beyond the range of the dtype become its largest.
+    """
     if value is None:
         return None
     array = floating_array(name, value)
@@ -269,6 +276,9 @@ def element_parameter(
     if array.dtype == dtype and flags.c_contiguous and flags.aligned:
         return array
     with np.errstate(all="ignore"):
+        if finite:
+            most = np.finfo(dtype).max
+            array = np.where(np.isfinite(array), np.clip(array, -most, most), array)
         return np.array(array, dtype, order="C")
 
 

@@ -176,7 +176,7 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     void *dy = elements(all, dtype, values == CONSTANT ? ORDINARY : values);
     void *y = allocate(all * itemsize), *dx = allocate(all * itemsize);
     double *mean = zeros(c), *mean_low = zeros(c), *m2 = zeros(c), *invstd = zeros(c);
-    double *sum_dy = zeros(c), *sum_dy_deviation = zeros(c);
+    double *sum_dy = zeros(c), *sum_dy_xhat = zeros(c);
     double *other_mean = doubles(c, 0), *other_low = zeros(c), *other_m2 = doubles(c, 2);
     double *weight = doubles(c, 1), *bias = doubles(c, 0);
     const size_t phases = layout == BN_channels_last && c < 64 ? 64 / c + c % 3 : 1;
@@ -223,23 +223,24 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
 
     CALL(round_mean)[dtype](c, mean, backward);
     CALL(gradient_sums)[layout][dtype](extent, dy, strides, x, strides, near, backward, sum_dy,
-                                       sum_dy_deviation);
+                                       sum_dy_xhat);
     double *far_sum = zeros(c), *far_sum_deviation = zeros(c);
     CALL(gradient_sums)[layout][dtype](extent, dy, strides, x, strides, far, backward, far_sum,
                                        far_sum_deviation);
     expect_same(sum_dy, far_sum, c, BN_f64);
-    expect_same(sum_dy_deviation, far_sum_deviation, c, BN_f64);
+    expect_same(sum_dy_xhat, far_sum_deviation, c, BN_f64);
     free(far_sum);
     free(far_sum_deviation);
-    CALL(recentre)[dtype](c, mean, sum_dy, sum_dy_deviation);
-    CALL(gradient_coefficients)[dtype](c, n, mean, invstd, weight, sum_dy, sum_dy_deviation, backward);
+    CALL(standardize)[dtype](c, mean, mean_low, invstd, sum_dy, sum_dy_xhat);
+    CALL(gradient_coefficients)[dtype](c, n, mean, mean_low, invstd, weight, sum_dy,
+                                       sum_dy_xhat, backward);
     add_doubles(sum_dy, c);
-    add_doubles(sum_dy_deviation, c);
+    add_doubles(sum_dy_xhat, c);
     check_output(CALL(input_gradient)[layout][dtype], extent, both, backward, dx_view, &geometry);
 
     CALL(round_mean)[dtype](c, mean, shared);
-    CALL(shared_gradient_coefficients)[dtype](c / together, together, n, mean, invstd, weight,
-                                              sum_dy, sum_dy_deviation, shared);
+    CALL(shared_gradient_coefficients)[dtype](c / together, together, n, mean, NULL, invstd, weight,
+                                              sum_dy, sum_dy_xhat, shared);
     check_output(CALL(shared_input_gradient)[layout][dtype], extent, both, shared, dx_view,
                  &geometry);
     CALL(scale_shift_coefficients)[dtype](c, 0, mean, mean_low, invstd, weight, bias, floored);
@@ -255,7 +256,7 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     CALL(keep_above_floor)[layout][dtype](extent, both, kept_gradient, dx_view, other_low);
     add_elements(dx, all, dtype);
     add_doubles(other_low, c);
-    CALL(gradient_coefficients)[dtype](c, n, mean, invstd, weight, sum_dy, sum_dy_deviation,
+    CALL(gradient_coefficients)[dtype](c, n, mean, NULL, invstd, weight, sum_dy, sum_dy_xhat,
                                        kept_gradient);
     check_output(CALL(floored_input_gradient)[layout][dtype], extent, both, kept_gradient, dx_view,
                  &geometry);
@@ -348,13 +349,13 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
         CALL(widen)(c, forward.array[0], other_m2);
         add_doubles(other_m2, c);
     }
-    CALL(parameter_gradients)[dtype](c, 1, invstd, sum_dy, sum_dy_deviation, forward.array[1],
+    CALL(parameter_gradients)[dtype](c, 1, sum_dy, sum_dy_xhat, forward.array[1],
                                      forward.array[2]);
     for (size_t i = 0; i < 3; i++) {
         add_elements(forward.array[i], c, dtype);
     }
     CALL(update_running)[dtype](c / together, together, 0.1, m2, (double)n, forward.array[0]);
-    CALL(parameter_gradients)[dtype](c / together, together, invstd, sum_dy, sum_dy_deviation,
+    CALL(parameter_gradients)[dtype](c / together, together, sum_dy, sum_dy_xhat,
                                      forward.array[1], forward.array[2]);
     for (size_t i = 0; i < 3; i++) {
         add_elements(forward.array[i], c / together, dtype);
@@ -370,7 +371,7 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
         }
     }
     void *rest[] = {x,          more,      dy,       y,      dx,   mean, mean_low, m2, invstd, sum_dy,
-                    sum_dy_deviation, other_mean, other_low, other_m2, weight, bias};
+                    sum_dy_xhat, other_mean, other_low, other_m2, weight, bias};
     for (size_t i = 0; i < sizeof rest / sizeof *rest; i++) {
         free(rest[i]);
     }

@@ -1,6 +1,9 @@
 /* From task numbers to kernel calls, and the order of the phases. */
 #include "block_tasks.h"
 
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
 #include <string.h>
 
 #include "packing.h"
@@ -138,15 +141,55 @@ static int are_joined(const bn_job *job)
 {
     const bn_geometry *geometry = job->geometry;
     const bn_operand *x = &geometry->operand[X];
-    return job->shared > 1 && !job->uncentred && geometry->layout == BN_contiguous && geometry->chunks == 1 &&
-           geometry->outer == 1 && !x->packed && x->channel_stride == (ptrdiff_t)geometry->inner;
+    return job->shared > 1 && !job->uncentred && geometry->layout == BN_contiguous &&
+           geometry->chunks == 1 && geometry->outer == 1 && !x->packed && !job->scaled &&
+           x->channel_stride == (ptrdiff_t)geometry->inner;
+}
+
+/* The largest power of two up to a positive number, or the smallest one that is normal. */
+static double power_of_two(double number)
+{
+    double power;
+    uint64_t bits;
+    memcpy(&bits, &number, sizeof bits);
+    bits &= UINT64_C(0x7ff0000000000000);
+    memcpy(&power, &bits, sizeof power);
+    return MAX(power, DBL_MIN);
+}
+
+/* What is summed in the place of x where that left the range, in the scratch that x may already lie in: x
+   times a power of two or, for the gradient, how far it is from the mean in about standard deviations. */
+static bn_view scaled_view(const bn_job *job, const bn_box *box, bn_view x, char *scratch)
+{
+    const bn_view scaled = bn_dense_view(box, scratch);
+    for (size_t o = 0; o < box->extent.outer; o++) {
+        for (size_t c = 0; c < box->extent.channels; c++) {
+            const size_t channel = box->channel + c;
+            const double centre = job->dy ? job->mean[channel] : 0.0;
+            const double factor = job->dy ? power_of_two(job->invstd[channel]) : job->factor;
+            const double *from = (const double *)x.data + (ptrdiff_t)o * x.strides.outer +
+                                 (ptrdiff_t)c * x.strides.channel;
+            double *to = (double *)scaled.data + (ptrdiff_t)o * scaled.strides.outer +
+                         (ptrdiff_t)c * scaled.strides.channel;
+            for (size_t i = 0; i < box->extent.inner; i++) {
+                to[i] = (from[i] - centre) * factor;
+            }
+        }
+    }
+    return scaled;
+}
+
+static bn_view x_to_sum(const bn_job *job, const bn_box *box, char *scratch)
+{
+    const bn_view x = bn_view_to_read(job->geometry, X, job->x, box, scratch);
+    return job->scaled ? scaled_view(job, box, x, scratch) : x;
 }
 
 static void moments_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
 {
     const bn_geometry *geometry = job->geometry;
     _Alignas(64) char x_scratch[BN_SCRATCH_BYTES];
-    bn_view x = bn_view_to_read(geometry, X, job->x, box, x_scratch);
+    bn_view x = x_to_sum(job, box, x_scratch);
     bn_extent extent = box->extent;
     if (job->uncentred) { /* the mean remains 0 */
         job->kernels->square_sums[geometry->layout][geometry->dtype](
@@ -188,13 +231,13 @@ static void gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t bl
     _Alignas(64) char dy_scratch[BN_SCRATCH_BYTES], x_scratch[BN_SCRATCH_BYTES];
     const bn_view dy = job->floor ? kept_upstream(job, box, block, dy_scratch)
                                   : bn_view_to_read(geometry, DY, job->dy, box, dy_scratch);
-    const bn_view x = bn_view_to_read(geometry, X, job->x, box, x_scratch);
+    const bn_view x = x_to_sum(job, box, x_scratch);
     (void)count;
     job->kernels->gradient_sums[geometry->layout][geometry->dtype](
         box->extent, dy.data, dy.strides, x.data, x.strides, input_of(job, box),
         coefficients_from(job, box->channel),
         sums_of_block(job, job->sum_dy, 0, block) + box->channel,
-        sums_of_block(job, job->sum_dy_deviation, 1, block) + box->channel);
+        sums_of_block(job, job->sum_dy_xhat, 1, block) + box->channel);
 }
 
 static void weighted_gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block,
@@ -204,14 +247,14 @@ static void weighted_gradient_sums_of_box(const bn_job *job, const bn_box *box, 
     _Alignas(64) char scratch[BN_MOST_INPUTS][BN_SCRATCH_BYTES];
     const bn_view inputs[] = {
         bn_view_to_read(geometry, DY, job->dy, box, scratch[0]),
-        bn_view_to_read(geometry, X, job->x, box, scratch[1]),
+        x_to_sum(job, box, scratch[1]),
         bn_view_to_read(geometry, ELEMENT_WEIGHT, job->element_weight, box, scratch[2]),
     };
     (void)count;
     job->kernels->weighted_gradient_sums[geometry->layout][geometry->dtype](
         box->extent, inputs, input_of(job, box), coefficients_from(job, box->channel),
         sums_of_block(job, job->sum_dy, 0, block) + box->channel,
-        sums_of_block(job, job->sum_dy_deviation, 1, block) + box->channel);
+        sums_of_block(job, job->sum_dy_xhat, 1, block) + box->channel);
 }
 
 static void weighted_sums_and_columns_of_box(const bn_job *job, const bn_box *box, size_t block,
@@ -228,7 +271,7 @@ static void weighted_sums_and_columns_of_box(const bn_job *job, const bn_box *bo
     job->kernels->weighted_sums_and_columns[geometry->layout][geometry->dtype](
         box->extent, inputs, input_of(job, box), coefficients_from(job, box->channel),
         sums_of_block(job, job->sum_dy, 0, block) + box->channel,
-        sums_of_block(job, job->sum_dy_deviation, 1, block) + box->channel,
+        sums_of_block(job, job->sum_dy_xhat, 1, block) + box->channel,
         job->column_sums + box->outer, job->column_sums + columns + box->outer);
 }
 
@@ -237,7 +280,7 @@ static int sums_with_columns(const bn_job *job)
 {
     const bn_geometry *geometry = job->geometry;
     return job->column_sums && job->element_weight && geometry->layout == BN_channels_last &&
-           !geometry->any_packed;
+           !geometry->any_packed && !job->scaled;
 }
 
 static visit *gradient_sums_visit(const bn_job *job)
@@ -396,18 +439,19 @@ static void sum_moments(const bn_job *job, size_t block, range channels)
     clear(sums_of_block(job, job->mean, 0, block), channels);
     clear(sums_of_block(job, job->mean_low, 1, block), channels);
     clear(sums_of_block(job, job->m2, 2, block), channels);
-    sum_block(job, block, channels, job->geometry->operand[X].packed, moments_of_box);
+    sum_block(job, block, channels, job->geometry->operand[X].packed || job->scaled,
+              moments_of_box);
 }
 
 static void sum_gradient(const bn_job *job, size_t block, range channels)
 {
     clear(sums_of_block(job, job->sum_dy, 0, block), channels);
-    clear(sums_of_block(job, job->sum_dy_deviation, 1, block), channels);
+    clear(sums_of_block(job, job->sum_dy_xhat, 1, block), channels);
     if (job->floor) {
         clear(sums_of_block(job, job->sum_floored, 2, block), channels);
     }
     /* What is kept of dy is made in scratch. */
-    sum_block(job, block, channels, job->geometry->any_packed || job->floor,
+    sum_block(job, block, channels, job->geometry->any_packed || job->floor || job->scaled,
               gradient_sums_visit(job));
 }
 
@@ -489,6 +533,213 @@ static void merge_blocks(const bn_job *job, range channels)
     }
 }
 
+/* From groups that were summed as runs, whose moments follow each other, to all of their channels. */
+static void spread_moments(size_t channels, size_t shared, double *moments)
+{
+    for (size_t group = channels / shared; group-- > 0;) {
+        const double of_all = moments[group];
+        for (size_t c = group * shared; c < (group + 1) * shared; c++) {
+            moments[c] = of_all;
+        }
+    }
+}
+
+static void merge_gradient(const bn_job *job, range channels)
+{
+    const size_t c = channels.first;
+    for (size_t block = 1; block < job->geometry->blocks; block++) {
+        job->kernels->merge_sums(channels.count, job->sum_dy + c,
+                                 sums_of_block(job, NULL, 0, block) + c);
+        job->kernels->merge_sums(channels.count, job->sum_dy_xhat + c,
+                                 sums_of_block(job, NULL, 1, block) + c);
+        if (job->floor) {
+            job->kernels->merge_sums(channels.count, job->sum_floored + c,
+                                     sums_of_block(job, NULL, 2, block) + c);
+        }
+    }
+}
+
+/* Gives channels that share their statistics those of all. */
+static void share_moments(const bn_job *job, range channels)
+{
+    const size_t c = channels.first;
+    if (are_joined(job)) {
+        spread_moments(channels.count, job->shared, job->mean + c);
+        spread_moments(channels.count, job->shared, job->mean_low + c);
+        spread_moments(channels.count, job->shared, job->m2 + c);
+    } else if (job->shared > 1) {
+        job->kernels->pool_moments(channels.count / job->shared, job->shared,
+                                   values_per_channel(job->geometry), job->mean + c,
+                                   job->mean_low + c, job->m2 + c);
+    }
+}
+
+static void moments_again(const bn_job *job, range channels)
+{
+    for (size_t block = 0; block < job->geometry->blocks; block++) {
+        sum_moments(job, block, channels);
+    }
+    merge_blocks(job, channels);
+    share_moments(job, channels);
+}
+
+/* the ends of float64's range, from which there is no wider type to retreat to (float32 has float64) */
+
+/* Whether there is nothing to mend: asked of every channel, and so by vectors. */
+static int are_within(size_t count, const double *values, double least, double most)
+{
+    int64_t outside = 0;
+    BN_SIMD_ANY(outside)
+    for (size_t c = 0; c < count; c++) {
+        outside |= values[c] >= least && values[c] <= most ? 0 : 1;
+    }
+    return outside == 0;
+}
+
+/* What x must be multiplied by before it is summed, so that no square leaves the range: 0 where none did.
+   Where all of the variance is tiny, eps is, too; a large mean then says that values are all equal. */
+#define SMALLER 0x1p-600
+#define LARGER 0x1p600
+#define SMALL_INVSTD 0x1p-510
+#define LARGE_INVSTD 0x1p450
+
+static double factor_needed(const bn_job *job, size_t c)
+{
+    if (!job->invstd) {
+        return job->m2[c] <= DBL_MAX ? 0.0 : SMALLER;
+    }
+    if (!(job->invstd[c] > 0.0)) {
+        return SMALLER;
+    }
+    return job->invstd[c] > LARGE_INVSTD && fabs(job->mean[c]) < 0x1p-350 ? LARGER : 0.0;
+}
+
+static void scaled_moments(const bn_job *job, range channels, double factor)
+{
+    const double size = (double)(values_per_channel(job->geometry) * job->shared);
+    bn_job scaled = *job;
+    scaled.scaled = 1;
+    scaled.factor = factor;
+    moments_again(&scaled, channels);
+    for (size_t c = channels.first; c < channels.first + channels.count; c++) {
+        const double eps = job->eps + (job->more_eps ? job->more_eps[c] : 0.0);
+        if (job->invstd) {
+            job->kernels->invstd(1, job->m2 + c, size, eps * factor * factor, NULL,
+                                 job->invstd + c);
+            job->invstd[c] *= factor;
+        }
+        job->mean[c] /= factor;
+        job->mean_low[c] /= factor;
+        job->m2[c] = job->m2[c] / factor / factor; /* infinite, where float64 does not hold it */
+    }
+}
+
+/* Neighbours that need the same factor are summed together. */
+static void mend_moments(const bn_job *job, range channels)
+{
+    const size_t end = channels.first + channels.count;
+    range some = {channels.first, 0};
+    if (job->geometry->dtype == BN_f32 ||
+        (job->invstd && are_within(channels.count, job->invstd + channels.first, SMALL_INVSTD,
+                                   LARGE_INVSTD))) {
+        return;
+    }
+    for (; some.first < end; some.first += some.count) {
+        const double factor = factor_needed(job, some.first);
+        some.count = job->shared;
+        while (some.first + some.count < end &&
+               factor_needed(job, some.first + some.count) == factor) {
+            some.count += job->shared;
+        }
+        if (factor != 0.0) {
+            scaled_moments(job, some, factor);
+        }
+    }
+}
+
+/* Beyond these, products of dy and deviations may leave the range where those of dy and xhat do not. */
+#define LEAST_INVSTD 0x1p-64
+#define MOST_INVSTD 0x1p64
+
+static int is_extreme(double invstd)
+{
+    return invstd > 0.0 && invstd <= DBL_MAX && !(invstd >= LEAST_INVSTD && invstd <= MOST_INVSTD);
+}
+
+static void mend_gradient(const bn_job *job, range channels)
+{
+    const size_t end = channels.first + channels.count;
+    range some = {channels.first, 0};
+    if (job->geometry->dtype == BN_f32 ||
+        are_within(channels.count, job->invstd + channels.first, LEAST_INVSTD, MOST_INVSTD)) {
+        return;
+    }
+    for (; some.first < end; some.first += some.count) {
+        const int extreme = is_extreme(job->invstd[some.first]);
+        bn_coefficients coefficients = coefficients_from(job, some.first);
+        bn_job scaled = *job;
+        some.count = 1;
+        while (some.first + some.count < end &&
+               is_extreme(job->invstd[some.first + some.count]) == extreme) {
+            some.count++;
+        }
+        if (!extreme) {
+            continue;
+        }
+        scaled.scaled = 1;
+        memset(coefficients.array[BN_MEAN], 0, some.count * sizeof(double));
+        for (size_t block = 0; block < job->geometry->blocks; block++) {
+            sum_gradient(&scaled, block, some);
+        }
+        merge_gradient(&scaled, some);
+        job->kernels->round_mean[BN_f64](some.count, job->mean + some.first, coefficients);
+        for (size_t c = some.first; c < some.first + some.count; c++) {
+            const double factor = power_of_two(job->invstd[c]);
+            const double low = job->mean_low ? job->mean_low[c] * factor : 0.0;
+            const double sum = job->sum_dy_xhat[c] - (low == 0.0 ? 0.0 : low * job->sum_dy[c]);
+            job->sum_dy_xhat[c] = sum * (job->invstd[c] / factor);
+        }
+    }
+}
+
+/* In standard deviations: where the mean is larger, what rounding it to one float64 has left is no less
+   than other roundings of the gradient are. */
+#define NOTICED_MEAN 4.0
+
+static int is_noticed(const bn_job *job, size_t c)
+{
+    return fabs(job->mean[c] * job->invstd[c]) > NOTICED_MEAN;
+}
+
+/* That low part, found again from x, by the sums that the forward pass made: of all channels where one needs
+   it, because they may be neighbours in memory, but kept for those alone that do. A mean that differs by
+   more than rounding is not that of x, and is what the caller says. */
+static void find_mean_low(const bn_job *job, range channels)
+{
+    const size_t end = channels.first + channels.count;
+    int64_t any = 0;
+    if (!job->mean_low) {
+        return;
+    }
+    BN_SIMD_ANY(any)
+    for (size_t c = channels.first; c < end; c++) {
+        any |= is_noticed(job, c) ? 1 : 0;
+    }
+    if (!any) {
+        clear(job->mean_low, channels);
+        return;
+    }
+    bn_job again = *job;
+    again.mean = job->sum_dy; /* which have not been summed yet */
+    again.m2 = job->sum_dy_xhat;
+    moments_again(&again, channels);
+    for (size_t c = channels.first; c < end; c++) {
+        const double rest = (again.mean[c] - job->mean[c]) + job->mean_low[c];
+        const int own = is_noticed(job, c) && fabs(rest) <= DBL_EPSILON * fabs(job->mean[c]);
+        job->mean_low[c] = own ? rest : 0.0;
+    }
+}
+
 /* Lets a coefficient array go on beyond its channels and recur. */
 static void repeat(const bn_geometry *geometry, void *array)
 {
@@ -531,6 +782,7 @@ static void prepare_scale_shift(const bn_job *job, range channels)
 static void prepare_gradient(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
+    find_mean_low(job, channels);
     if (!job->floor && !job->column_sums) {
         job->kernels->round_mean[job->geometry->dtype](channels.count, job->mean + c,
                                                        coefficients_from(job, c));
@@ -540,21 +792,11 @@ static void prepare_gradient(const bn_job *job, range channels)
     bn_coefficients forward = coefficients_from(job, c);
     forward.array[BN_SHIFT] = forward.array[BN_FORWARD_SHIFT];
     job->kernels->scale_shift_coefficients[job->geometry->dtype](
-        channels.count, job->column_sums != NULL, job->mean + c, NULL, job->invstd + c,
+        channels.count, job->column_sums != NULL, job->mean + c, parameter_from(job->mean_low, c),
+        job->invstd + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), forward);
     if (job->floor) {
         set_floors(job, channels, BN_FORWARD_SHIFT, BN_FLOOR_OF_FORWARD);
-    }
-}
-
-/* From groups that were summed as runs, whose moments follow each other, to all of their channels. */
-static void spread_moments(size_t channels, size_t shared, double *moments)
-{
-    for (size_t group = channels / shared; group-- > 0;) {
-        const double of_all = moments[group];
-        for (size_t c = group * shared; c < (group + 1) * shared; c++) {
-            moments[c] = of_all;
-        }
     }
 }
 
@@ -562,16 +804,10 @@ static void finish_normalize(const bn_job *job, range channels)
 {
     const size_t c = channels.first, each = values_per_channel(job->geometry);
     merge_blocks(job, channels);
-    if (are_joined(job)) {
-        spread_moments(channels.count, job->shared, job->mean + c);
-        spread_moments(channels.count, job->shared, job->mean_low + c);
-        spread_moments(channels.count, job->shared, job->m2 + c);
-    } else if (job->shared > 1) {
-        job->kernels->pool_moments(channels.count / job->shared, job->shared, each, job->mean + c,
-                                   job->mean_low + c, job->m2 + c);
-    }
+    share_moments(job, channels);
     job->kernels->invstd(channels.count, job->m2 + c, (double)(each * job->shared), job->eps,
                          parameter_from(job->more_eps, c), job->invstd + c);
+    mend_moments(job, channels);
     job->kernels->scale_shift_coefficients[job->geometry->dtype](
         channels.count, 0, job->mean + c, job->mean_low + c, job->invstd + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), coefficients_from(job, c));
@@ -584,18 +820,12 @@ static void finish_normalize(const bn_job *job, range channels)
 static void finish_gradient(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
-    for (size_t block = 1; block < job->geometry->blocks; block++) {
-        job->kernels->merge_sums(channels.count, job->sum_dy + c,
-                                 sums_of_block(job, NULL, 0, block) + c);
-        job->kernels->merge_sums(channels.count, job->sum_dy_deviation + c,
-                                 sums_of_block(job, NULL, 1, block) + c);
-        if (job->floor) {
-            job->kernels->merge_sums(channels.count, job->sum_floored + c,
-                                     sums_of_block(job, NULL, 2, block) + c);
-        }
-    }
-    job->kernels->recentre[job->geometry->dtype](channels.count, job->mean + c, job->sum_dy + c,
-                                                 job->sum_dy_deviation + c);
+    merge_gradient(job, channels);
+    job->kernels->standardize[job->geometry->dtype](channels.count, job->mean + c,
+                                                    parameter_from(job->mean_low, c),
+                                                    job->invstd + c, job->sum_dy + c,
+                                                    job->sum_dy_xhat + c);
+    mend_gradient(job, channels);
     if (job->constant_statistics) {
         job->kernels->scale_shift_coefficients[job->geometry->dtype](
             channels.count, 0, NULL, NULL, job->invstd + c, parameter_from(job->weight, c), NULL,
@@ -606,13 +836,14 @@ static void finish_gradient(const bn_job *job, range channels)
     if (job->shared > 1) {
         job->kernels->shared_gradient_coefficients[job->geometry->dtype](
             channels.count / job->shared, job->shared, values_per_channel(job->geometry),
-            job->mean + c, job->invstd + c, parameter_from(job->weight, c), job->sum_dy + c,
-            job->sum_dy_deviation + c, coefficients_from(job, c));
+            job->mean + c, parameter_from(job->mean_low, c), job->invstd + c,
+            parameter_from(job->weight, c), job->sum_dy + c, job->sum_dy_xhat + c,
+            coefficients_from(job, c));
     } else {
         job->kernels->gradient_coefficients[job->geometry->dtype](
-            channels.count, values_per_channel(job->geometry), job->mean + c, job->invstd + c,
-            parameter_from(job->weight, c), job->sum_dy + c, job->sum_dy_deviation + c,
-            coefficients_from(job, c));
+            channels.count, values_per_channel(job->geometry), job->mean + c,
+            parameter_from(job->mean_low, c), job->invstd + c, parameter_from(job->weight, c),
+            job->sum_dy + c, job->sum_dy_xhat + c, coefficients_from(job, c));
     }
     if (job->uncentred) {
         memset(coefficients_from(job, c).array[BN_OFFSET], 0,
@@ -654,7 +885,7 @@ static bn_job job_of_repeat(const bn_job *job, size_t repeat)
     own.invstd = statistics_of_repeat(job->invstd, channels, repeat);
     own.variance = job->variance ? job->variance + repeat * channels : NULL;
     own.sum_dy = statistics_of_repeat(job->sum_dy, channels, repeat);
-    own.sum_dy_deviation = statistics_of_repeat(job->sum_dy_deviation, channels, repeat);
+    own.sum_dy_xhat = statistics_of_repeat(job->sum_dy_xhat, channels, repeat);
     own.sum_floored = statistics_of_repeat(job->sum_floored, channels, repeat);
     own.element_weight =
         operand_of_repeat(geometry, ELEMENT_WEIGHT, job->element_weight, repeat);
@@ -892,6 +1123,7 @@ static bn_phase channel_phase(const bn_job *job, bn_task *task)
 static void merge_blocks_task(const bn_job *job, size_t number)
 {
     merge_blocks(job, channels_of_task(job, number));
+    mend_moments(job, channels_of_task(job, number));
 }
 
 static void prepare_scale_shift_task(const bn_job *job, size_t number)
@@ -1089,6 +1321,5 @@ size_t bn_row_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
 void bn_parameter_gradients(const bn_job *job, bn_dtype dtype, void *dweight, void *dbias)
 {
     job->kernels->parameter_gradients[dtype](job->geometry->channels, job->geometry->repeats,
-                                             job->invstd, job->sum_dy, job->sum_dy_deviation,
-                                             dweight, dbias);
+                                             job->sum_dy, job->sum_dy_xhat, dweight, dbias);
 }

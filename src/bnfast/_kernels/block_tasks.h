@@ -10,7 +10,7 @@
 #include "geometry.h"
 #include "kernels.h"
 
-/* Sums of a block: mean, mean_low and m2, or sum_dy and sum_dy_deviation. */
+/* Sums of a block: mean, mean_low and m2, or sum_dy and sum_dy_xhat. */
 #define BN_SUMS 3
 
 /* Weight and bias are float64 [channels] and may be NULL; arrays of statistics are float64
@@ -30,15 +30,21 @@ typedef struct {
     const double *more_eps; /* float64 [channels]: of each channel, besides; NULL for none */
 
     /* moments and normalize write mean (+ mean_low), m2 and invstd; scale_shift reads mean and
-       variance and writes invstd; gradient reads mean and invstd. */
+       variance and writes invstd; gradient reads mean and invstd, and finds mean_low again (NULL where
+       the mean is held by one float64). */
     double *mean, *mean_low, *m2, *invstd;
     const double *variance;
-    double *sum_dy, *sum_dy_deviation;
+    double *sum_dy, *sum_dy_xhat; /* the latter is sum(dy * (x - mean)) until all is summed */
     double *sum_floored; /* gradient: of dy where y was below its floor; NULL without floors */
     int constant_statistics; /* gradient: mean and invstd did not come from x */
 
     size_t shared; /* so many neighbouring channels have their statistics together */
     int uncentred; /* statistics are around 0: mean is 0 */
+
+    /* Set for the second sums of float64 channels whose first ones left the range: of values times a
+       power of two. */
+    int scaled;
+    double factor; /* moments: that power; gradient has one for each channel */
 
     /* Where elements rather than channels have parameters, the same for every row: a channel of a
        repeat. Operands that do not step from row to row; NULL for none. Their gradients are sums

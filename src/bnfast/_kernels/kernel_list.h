@@ -28,7 +28,7 @@
 #define BN_FOR_EACH_COEFFICIENT_OPERATION(X) \
     X(scale_shift_coefficients)              \
     X(round_mean)                            \
-    X(recentre)                              \
+    X(standardize)                           \
     X(gradient_coefficients)                 \
     X(shared_gradient_coefficients)          \
     X(floor_coefficients)                    \

@@ -154,22 +154,25 @@ typedef void bn_scale_shift_coefficients_kernel(size_t channels, int plain, cons
 typedef void bn_round_mean_kernel(size_t channels, const double *mean,
                                   bn_coefficients coefficients);
 
-/* From sum(dy * (x - rounded mean)) to sum(dy * (x - mean)). */
-typedef void bn_recentre_kernel(size_t channels, const double *mean, const double *sum_dy,
-                                double *sum_dy_deviation);
+/* From sum(dy * (x - rounded mean)) to sum(dy * xhat), xhat = (x - mean) * invstd: unlike the former, it is
+   about as large as dy, and so are squares of invstd avoided. */
+typedef void bn_standardize_kernel(size_t channels, const double *mean, const double *mean_low,
+                                   const double *invstd, const double *sum_dy, double *sum_dy_xhat);
 
 /* The rest, once the sums over `count` values are known. */
 typedef void bn_gradient_coefficients_kernel(size_t channels, size_t count, const double *mean,
-                                             const double *invstd, const double *weight,
-                                             const double *sum_dy, const double *sum_dy_deviation,
+                                             const double *mean_low, const double *invstd,
+                                             const double *weight, const double *sum_dy,
+                                             const double *sum_dy_xhat,
                                              bn_coefficients coefficients);
 
 /* The same for groups of `shared` channels, of `count` values each, which share their statistics:
-   sum_dy and sum_dy_deviation are summed over a group with the weights of its channels. */
+   sum_dy and sum_dy_xhat are summed over a group with the weights of its channels. */
 typedef void bn_shared_gradient_coefficients_kernel(size_t groups, size_t shared, size_t count,
-                                                    const double *mean, const double *invstd,
-                                                    const double *weight, const double *sum_dy,
-                                                    const double *sum_dy_deviation,
+                                                    const double *mean, const double *mean_low,
+                                                    const double *invstd, const double *weight,
+                                                    const double *sum_dy,
+                                                    const double *sum_dy_xhat,
                                                     bn_coefficients coefficients);
 
 /* What y is held against, the floor; the shift becomes NaN where that is. */
@@ -177,9 +180,8 @@ typedef void bn_floor_coefficients_kernel(size_t channels, const double *floors,
                                           void *floor);
 
 /* The gradients of weight and bias, over all repeats and in the parameters' own type. */
-typedef void bn_parameter_gradients_kernel(size_t channels, size_t repeats, const double *invstd,
-                                           const double *sum_dy, const double *sum_dy_deviation,
-                                           void *dweight, void *dbias);
+typedef void bn_parameter_gradients_kernel(size_t channels, size_t repeats, const double *sum_dy,
+                                           const double *sum_dy_xhat, void *dweight, void *dbias);
 
 /* running = (1 - momentum) * running + momentum * batch, which has the element type; batch is the
    average of divided / divisor over the repeats. A weight of 0 leaves nothing of what it weighs, NaN and

@@ -13,6 +13,8 @@
 
 /* "No dependence between iterations": true for separate and for exactly aliasing arrays. */
 #define BN_SIMD _Pragma("omp simd")
+/* And an integer that says whether anything was so, for which the order does not matter. */
+#define BN_SIMD_ANY(flag) _Pragma(BN_QUOTE(omp simd reduction(| : flag)))
 /* Between readings that must not be woven together: memory is then read in the order in which it lies,
    which the hardware can follow. */
 #define BN_IN_ORDER() __asm__ volatile("" ::: "memory")

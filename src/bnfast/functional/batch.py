@@ -156,8 +156,12 @@ def batch_norm_forward(
 
     For float32 x, mu and var are within 5e-7 of the exact ones, relative to the standard deviation
     and to var, whatever the mean (1e-6 where a few outliers make up the variance); what is left of
-    a large mean after rounding to float64 still enters y. Values up to 1.7e38 are safe: the
-    difference of larger ones may overflow.
+    a large mean after rounding to float64 still enters y. Values up to half of the largest of their
+    dtype are safe, 1.7e38 or 8.9e307, however small their squares are or how large: the difference
+    of larger ones may overflow. Beyond range is what a weight / sqrt(var + eps) beyond the dtype of
+    `x` would multiply: it counts as the largest finite number (where float32 values differ by less
+    than 3e-39 and eps by as little, or float64 ones by less than 6e-309; a constant channel gives
+    its bias all the same).
 
     References
     ----------
@@ -228,6 +232,10 @@ def batch_norm_backward(
         dweight = sum(dy * xmu) * invstd
         dx      = weight * invstd * (dy - dbias / M - xmu * invstd * dweight / M)    in training
         dx      = weight * invstd * dy                                               in evaluation
+
+    Of float64 `x`, what rounding left of a mean of more than 4 standard deviations is found again,
+    which reads `x` once more; a mean that is further off than rounding is taken as it is. Products
+    with xmu may leave the range, those with xmu * invstd must not; nor must dbias.
 
     References
     ----------

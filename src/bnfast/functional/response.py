@@ -250,7 +250,7 @@ def filter_response_norm_backward(
         dtau = None if threshold is None else below.sum(0).astype(threshold.dtype)
         if sign is None:
             return dx, dweight, dbias, dtau, None
-        deps = -0.5 * gamma * (inverse.astype(np.float64) ** 3 * products).sum(0)
+        deps = -0.5 * gamma * (inverse.astype(np.float64) ** 2 * products).sum(0)
         own = deps if len(sign) == channels else deps.sum(keepdims=True)
         return dx, dweight, dbias, dtau, (sign * own).astype(sign.dtype)
 
