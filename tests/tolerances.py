@@ -33,8 +33,8 @@ LARGEST_RATIO = {np.dtype(np.float32): 1e7, np.dtype(np.float64): 1e10}
 # Beyond, products may leave the range of the type.
 LARGEST_EXPONENT = {np.dtype(np.float32): 50, np.dtype(np.float64): 400}
 
-# Sums of at most 64 float32 values, in pairs and quads, then float64: relative error of m2. The square
-# and at most seven additions of a value round with a small bias.
+# Sums of at most 64 float32 values, in pairs and quads, then float64: relative error of m2. Of each
+# value, the square and at most seven additions round with a small bias.
 MOMENTS = 4
 
 # float64 sums by lanes: an error of the mean relative to the largest value, of m2 to itself. The
