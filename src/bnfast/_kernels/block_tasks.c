@@ -131,7 +131,7 @@ static ptrdiff_t ahead_of(const bn_job *job, const bn_box *box)
 
 static bn_input input_of(const bn_job *job, const bn_box *box)
 {
-    return (bn_input){job->geometry->phases, job->far, job->sums_fetch ? ahead_of(job, box) : 0};
+    return (bn_input){job->geometry->phases, job->place, job->sums_fetch ? ahead_of(job, box) : 0};
 }
 
 /* Whether the channels that share their statistics follow each other as one run, of a single chunk each:
@@ -1166,6 +1166,15 @@ static void choose_stores(bn_job *job, size_t threads, size_t operand, const cha
     job->stores = streamed ? BN_streamed : BN_stored;
 }
 
+/* Where so many tensors are read from, if the last call or the last pass has just used them. */
+static bn_place place_of(const bn_job *job, size_t tensors, size_t threads)
+{
+    const size_t bytes = bytes_of_call(job, tensors);
+    return bytes <= bn_level2_bytes(job->caches, threads) ? BN_IN_LEVEL2
+           : bytes <= bn_last_level_bytes(job->caches)    ? BN_IN_LAST_LEVEL
+                                                          : BN_IN_MEMORY;
+}
+
 /* Cuts the channels into groups for so many threads, which read so many tensors; whether its tasks had
    better be fused. */
 static int group_channels(bn_job *job, size_t threads, size_t tensors)
@@ -1200,7 +1209,7 @@ static int group_channels(bn_job *job, size_t threads, size_t tensors)
     }
     job->group = MIN(divide_up(job->group, job->shared) * job->shared, channels);
     job->groups = divide_up(channels, job->group);
-    job->far = bytes_of_call(job, tensors) > bn_near_bytes(job->caches, threads);
+    job->place = place_of(job, tensors, threads);
     return fused;
 }
 
@@ -1225,7 +1234,9 @@ static void fetch_ahead(bn_job *job, size_t tensors)
         if (bytes * job->fetched <= bn_lost_slab_bytes(job->caches)) {
             job->fetched = bn_slab_bytes(job->caches) / bytes;
         }
-        job->far &= job->fetched < values_per_channel(geometry);
+        if (job->fetched >= values_per_channel(geometry)) {
+            job->place = BN_IN_LEVEL2;
+        }
     }
 }
 
@@ -1311,7 +1322,7 @@ size_t bn_row_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
         return bn_gradient_phases(job, threads, phases);
     }
     choose_stores(job, threads, DX, job->dx, job->x, job->dy);
-    job->far = bytes_of_call(job, 2) > bn_near_bytes(job->caches, threads);
+    job->place = place_of(job, 2, threads);
     job->group = MAX((size_t)1, slab / together) * together;
     phases[0] = (bn_phase){row_gradient_task, bn_row_blocks(geometry), 1, 0};
     phases[1] = (bn_phase){merge_columns_task, divide_up(2 * columns, BN_CHANNELS_PER_TASK), 1, 0};

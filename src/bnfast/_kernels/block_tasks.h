@@ -59,7 +59,7 @@ typedef struct {
 
     /* Set by bn_*_phases. */
     size_t group, groups; /* channels in a task, and how many such groups */
-    int far;              /* sums read from beyond the second level of cache */
+    bn_place place;       /* where sums read from */
     bn_stores stores;
     ptrdiff_t ahead;      /* from an element of one group to that of the next one; 0: none is fetched */
     size_t fetched;       /* so many values of each channel */

@@ -49,14 +49,16 @@ typedef struct {
 } bn_coefficients;
 
 /* How an input is summed: how many rows of channels_last side by side, of at most BN_WIDE_ROW elements
-   together (see row_sums.inc), and whether it lies beyond the second level of cache: rows and long runs
-   that follow are then fetched ahead. And how many elements beyond each one of a run the one lies that
-   had better be fetched into that level meanwhile; 0 for none. */
-#define BN_WIDE_ROW 256
+   together (see row_sums.inc), and where it lies, which says how it is walked and what is fetched ahead.
+   And how many elements beyond each one of a run the one lies that had better be fetched into the second
+   level of cache meanwhile; 0 for none. */
+#define BN_WIDE_ROW 64
+
+typedef enum { BN_IN_LEVEL2, BN_IN_LAST_LEVEL, BN_IN_MEMORY } bn_place;
 
 typedef struct {
     size_t phases;
-    int far;
+    bn_place place;
     ptrdiff_t ahead;
 } bn_input;
 
