@@ -559,7 +559,8 @@ static void merge_gradient(const bn_job *job, range channels)
     }
 }
 
-/* Gives channels that share their statistics those of all. */
+/* Pools the moments of the channels that share statistics; each of these channels then holds the pooled
+   moments. */
 static void share_moments(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
@@ -657,7 +658,8 @@ static void mend_moments(const bn_job *job, range channels)
     }
 }
 
-/* Beyond these, products of dy and deviations may leave the range where those of dy and xhat do not. */
+/* 1 / standard deviation of a channel. Outside these bounds dy * (x - mean) may leave the range of float64
+   although dy * xhat does not. */
 #define LEAST_INVSTD 0x1p-64
 #define MOST_INVSTD 0x1p64
 
@@ -1120,7 +1122,7 @@ static bn_phase channel_phase(const bn_job *job, bn_task *task)
                       all <= BN_CHANNELS_PER_TASK};
 }
 
-static void merge_blocks_task(const bn_job *job, size_t number)
+static void finish_moments_task(const bn_job *job, size_t number)
 {
     merge_blocks(job, channels_of_task(job, number));
     mend_moments(job, channels_of_task(job, number));
@@ -1166,7 +1168,7 @@ static void choose_stores(bn_job *job, size_t threads, size_t operand, const cha
     job->stores = streamed ? BN_streamed : BN_stored;
 }
 
-/* Where so many tensors are read from, if the last call or the last pass has just used them. */
+/* The level of memory that holds `tensors` tensors of a call after the previous pass over these tensors. */
 static bn_place place_of(const bn_job *job, size_t tensors, size_t threads)
 {
     const size_t bytes = bytes_of_call(job, tensors);
@@ -1220,9 +1222,9 @@ static int sums_take_long(const bn_job *job, size_t tensors)
     return tensors == 1 ? !job->uncentred : run <= BN_SLOW_RUN_BYTES;
 }
 
-/* While a group is done, the beginning of the next group's input is fetched into the second level of
-   cache: so much of it as has room there, or all of what has none. (Outputs are written from their end, so that what is fetched
-   then is what is summed next.) */
+/* While a group is normalized, the input of the next group is prefetched: as much as the second level of cache
+   has room for, or all of a slab that is too large for that level. (Outputs are written from their end, so that
+   what is prefetched then is what is summed next.) */
 static void fetch_ahead(bn_job *job, size_t tensors)
 {
     const bn_geometry *geometry = job->geometry;
@@ -1268,7 +1270,7 @@ size_t bn_moments_phases(bn_job *job, size_t threads, bn_phase *phases)
 {
     group_channels(job, threads, 1);
     phases[0] = block_phase(job, moments_task);
-    phases[1] = channel_phase(job, merge_blocks_task);
+    phases[1] = channel_phase(job, finish_moments_task);
     return 2;
 }
 
