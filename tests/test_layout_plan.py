@@ -160,7 +160,7 @@ def test_the_plan_is_cached_and_immutable():
 def test_chunks_beyond_the_scratch_memory_are_refused():
     plan = plan_of(np.empty((4, 3, 5, 6), np.float32))
     with pytest.raises(ValueError, match="do not fit the scratch memory"):
-        _core.Geometry(plan._replace(chunk_inner=_layout.CHUNK_BYTES))
+        _core.Geometry(plan._replace(chunk_inner=_layout.MOST_CHUNK_BYTES))
 
 
 @pytest.mark.parametrize("phases", [0, 300])
@@ -192,7 +192,7 @@ def test_chunks_tile_the_channel_and_fit_the_scratch_memory(
         inner = 1
     cut = _layout._cut(layout, itemsize, outer, channels, inner)
     chunk_outer, chunk_inner, chunks_per_run, chunks, chunks_per_block, blocks, phases = cut
-    assert 1 <= chunk_outer * chunk_inner * itemsize <= _layout.CHUNK_BYTES
+    assert 1 <= chunk_outer * chunk_inner * itemsize <= _layout.MOST_CHUNK_BYTES
     assert chunks_per_run == 1 or chunk_outer == 1
     assert (chunks_per_run - 1) * chunk_inner < inner <= chunks_per_run * chunk_inner
     rows = chunks // chunks_per_run

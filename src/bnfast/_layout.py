@@ -16,9 +16,12 @@ from typing import NamedTuple
 CONTIGUOUS = "contiguous"
 CHANNELS_LAST = "channels_last"
 
-# One channel's share of a chunk. Fits the L1 cache next to the other operands, and the scratch
-# buffers of packing.h, which must be as large.
+# One channel's share of a chunk where a channel is a run. Fits the L1 cache next to the other
+# operands.
 CHUNK_BYTES = 16384
+
+# The same where channels are neighbours: what the scratch buffers of packing.h hold.
+MOST_CHUNK_BYTES = 2 * CHUNK_BYTES
 
 # One channel's share of a block where a channel is a run: long enough that starting anew (the first
 # chunk of a block is read twice) costs a thirtieth, short enough that one channel keeps all threads
@@ -31,8 +34,11 @@ RUN_MULTIPLE = 64
 # Rows, or images of short planes, that kernels sum at a time.
 ROWS_TOGETHER = 16
 
-# Rows of a channels_last chunk, for each phase: so many that the merge at its end costs little.
+# Rows of a channels_last chunk, for each phase: so many that the merge at its end costs little, and
+# twice as many of narrow rows, from which memory is waited for at each merge (64 columns: 0.93 of
+# the time). Longer ones would want longer scratch.
 CHUNK_ROWS = 256
+NARROW_ROW_BYTES = 640
 
 # Rows of fewer bytes than STREAM_BYTES are summed several at a time, as one wide row. What a wide
 # row costs, in vectors of VECTOR_BYTES: its own, some time for beginning, and more for a last one
@@ -46,6 +52,10 @@ BEGINNING, BROKEN = 0.25, 0.5
 # Rows of a channels_last block: so many that its partial sums, three float64 a channel, take less
 # than a hundredth of the memory that it covers.
 FEWEST_BLOCK_ROWS = 640
+
+# Blocks are longer than BLOCK_BYTES where there are so many of them already: each begins with a
+# chunk whose first shift reads rows that lie apart (256 MB of 64 columns: 0.92 of the time).
+ENOUGH_BLOCKS = 64
 
 
 # Sums over rows are made block by block: of so many rows that the blocks' own sums cost little, and
@@ -187,9 +197,11 @@ def _cut(
     phases = 1
     if layout == CHANNELS_LAST:
         phases = min(_phases(channels, itemsize), outer)
-        rows = min(CHUNK_ROWS * phases, CHUNK_BYTES // itemsize)
+        row_bytes = channels * itemsize
+        narrow = phases * row_bytes <= NARROW_ROW_BYTES
+        rows = min(CHUNK_ROWS * phases * (2 if narrow else 1), MOST_CHUNK_BYTES // itemsize)
         chunk_outer, chunk_inner, chunks_per_run = rows, 1, 1
-        block_rows = max(FEWEST_BLOCK_ROWS, BLOCK_BYTES // (channels * itemsize))
+        block_rows = max(FEWEST_BLOCK_ROWS, BLOCK_BYTES // row_bytes, outer // ENOUGH_BLOCKS)
         chunks_per_block = _ceil_divide(block_rows, chunk_outer)
     else:
         chunk = CHUNK_BYTES // itemsize

@@ -5,7 +5,7 @@
 #include "geometry.h"
 
 /* Bytes of one scratch buffer; a chunk of one channel must fit, and Geometry sees to it. */
-#define BN_SCRATCH_BYTES ((size_t)16384)
+#define BN_SCRATCH_BYTES ((size_t)32768)
 
 typedef struct {
     size_t outer, channel, inner; /* where the box begins */
