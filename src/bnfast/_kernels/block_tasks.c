@@ -1161,9 +1161,9 @@ static size_t bytes_of_call(const bn_job *job, size_t tensors)
 static void choose_stores(bn_job *job, size_t threads, size_t operand, const char *output,
                           const char *x, const char *dy)
 {
-    const size_t bytes = bytes_of_call(job, operand + 1);
+    const size_t tensors = operand + 1, bytes = bytes_of_call(job, tensors);
     /* In place, a line has been read already; scratch is read again at once. */
-    const int streamed = bytes >= bn_streamed_from(job->caches, threads) && output != x &&
+    const int streamed = bytes >= bn_streamed_from(job->caches, threads, tensors) && output != x &&
                          output != dy && !job->geometry->operand[operand].packed;
     job->stores = streamed ? BN_streamed : BN_stored;
 }
@@ -1171,10 +1171,13 @@ static void choose_stores(bn_job *job, size_t threads, size_t operand, const cha
 /* The level of memory that holds `tensors` tensors of a call after the previous pass over these tensors. */
 static bn_place place_of(const bn_job *job, size_t tensors, size_t threads)
 {
+    const bn_geometry *geometry = job->geometry;
+    const size_t row = geometry->phases * geometry->channels * geometry->itemsize;
+    const int in_order = geometry->layout == BN_channels_last && row <= BN_NARROW_ROW_BYTES;
     const size_t bytes = bytes_of_call(job, tensors);
     return bytes <= bn_level2_bytes(job->caches, threads) ? BN_IN_LEVEL2
-           : bytes <= bn_last_level_bytes(job->caches)    ? BN_IN_LAST_LEVEL
-                                                          : BN_IN_MEMORY;
+           : bytes <= bn_last_level_bytes(job->caches, in_order && tensors == 1) ? BN_IN_LAST_LEVEL
+                                                                                : BN_IN_MEMORY;
 }
 
 /* Cuts the channels into groups for so many threads, which read so many tensors; whether its tasks had
