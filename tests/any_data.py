@@ -212,8 +212,8 @@ def of_pixels(member: str, samples: int, channels: int, plane: int) -> Site:
     )
 
 
-# Around lanes (64), what a lane takes before it is emptied (1024), chunks (4096 values, 256 rows),
-# and blocks (131,072 values, or 640 rows and more).
+# Around lanes (64), what a lane takes before it is emptied (1024), chunks (4096 values, 256 or 512
+# rows), and blocks (131,072 values, or 640 rows and more).
 def sites() -> Iterator[Site]:
     for rows, channels in (
         *(

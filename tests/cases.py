@@ -21,12 +21,14 @@ CONTIGUOUS = [
     (40, 1, 10000),
 ]
 
-# (rows, channels) of one NHWC call. Around rows summed together (16, 32), around a chunk (256), a
-# block (512), and around vectors and tiles of channels.
+# (rows, channels) of one NHWC call. Around rows summed together (16, 32), around a chunk (256, or
+# 512 of narrow rows), a block (640 and more), around vectors and tiles of channels, and around the
+# widest narrow rows (72 channels of float64, 144 of float32).
 CHANNELS_LAST = [
     *[(rows, 5) for rows in (2, 3, 15, 16, 17, 31, 32, 33, 255, 256, 257, 511, 512, 513, 1100)],
     *[(37, channels) for channels in (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33)],
-    *[(33, channels) for channels in (63, 64, 65, 79, 127, 130, 257)],
+    *[(33, channels) for channels in (63, 64, 65, 72, 73, 79, 127, 130, 144, 145, 257)],
+    *[(rows, 66) for rows in (511, 512, 513, 1027)],
     (70, 2049),
     (40000, 3),
     (2100, 70),

@@ -411,7 +411,7 @@ int main(void)
     static const size_t runs[] = {1,  2,  3,  15,  16,  17,  31,   32,   33,   49,
                                   63, 64, 65, 196, 511, 513, 1000, 1025, 2049, 4096};
     static const size_t widths[] = {1,  2,  3,  4,  5,  7,  8,  9,   15,
-                                    16, 17, 31, 33, 63, 64, 65, 70, 130, 1030};
+                                    16, 17, 31, 33, 63, 64, 65, 72, 130, 143, 1030};
     static const size_t rows[] = {1, 2, 15, 16, 17, 31, 32, 33, 70};
     static const size_t many[] = {3, 12, 13}; /* runs, and rows, of many channels */
     for (int dtype = 0; dtype < BN_DTYPES; dtype++) {
