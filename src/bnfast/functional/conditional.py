@@ -101,6 +101,7 @@ def conditional_batch_norm(
     array([[-1.],
            [15.]], dtype=float32)
     """
+    unbiased = _validation.flag("unbiased", unbiased)
     if _validation.flag("training", training):
         y, _, _ = train_conditionally(
             *(x, weight, bias, running_mean, running_var),

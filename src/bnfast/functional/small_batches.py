@@ -81,6 +81,7 @@ def ghost_batch_norm(
            [ 1.]], dtype=float32)
     """
     array, channels = _validation.channel_axis_of_samples(x, axis)
+    unbiased = _validation.flag("unbiased", unbiased)
     if not _validation.flag("training", training):
         _validation.integer_from("ghost_size", ghost_size, 1)
         _validation.real("momentum", momentum)
@@ -470,6 +471,8 @@ def batch_renorm(
         return y
     array, _, channels = _validation.batch("x", x, axis)
     _validation.real("momentum", momentum)
+    _validation.epsilon(eps, training=False)
+    _validation.renorm_limits(r_max, d_max)
     centre = _validation.required_channel_parameter("running_mean", running_mean, channels)
     spread = _validation.required_channel_parameter("running_std", running_std, channels)
     variance = variance_to_evaluate_with(spread)

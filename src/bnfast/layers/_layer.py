@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,6 +24,32 @@ _DONE = "the last one has had its backward"
 _IN_PLACE = "the last call wrote over its input"
 
 
+class Flag:
+    """An attribute that is True or False, and nothing else.
+
+    A fixed one has decided which arrays a layer has, and keeps its value.
+    """
+
+    # Without __get__, an attribute is read from the instance, as fast as any other.
+    def __init__(self, *, fixed: bool = False) -> None:
+        self._fixed = fixed
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __set__(self, instance: object, value: object) -> None:
+        checked, attributes = _validation.flag(self._name, value), instance.__dict__
+        if self._fixed and attributes.get(self._name, checked) != checked:
+            raise AttributeError(
+                f"{self._name} cannot be changed: a layer has its arrays from when it was made"
+            )
+        attributes[self._name] = checked
+
+    if TYPE_CHECKING:
+
+        def __get__(self, instance: object, owner: type) -> bool: ...
+
+
 class Trainable(ABC):
     """What is called, and then its `backward`: a normalization of data, or of weights.
 
@@ -36,7 +62,7 @@ class Trainable(ABC):
     """
 
     num_batches_tracked: int | None = None
-    training: bool = True
+    training = Flag()
 
     _parameters: ClassVar[tuple[str, ...]] = ()  # attributes with a gradient, `<name>_grad`
     _arrays: ClassVar[Mapping[str, str]] = {}  # of the state: PyTorch's names of the attributes
@@ -44,6 +70,11 @@ class Trainable(ABC):
 
     # What `_gradients` needs of the last call, x first, or a reason why there is nothing.
     _saved: tuple[Any, ...] | str = NONE_YET
+
+    def __new__(cls: type[AnyTrainable], *_: Any, **__: Any) -> AnyTrainable:
+        layer = super().__new__(cls)
+        layer.training = True
+        return layer
 
     def train(self: AnyTrainable, mode: bool = True) -> AnyTrainable:
         """Use the statistics of each batch, and track running ones; return the layer itself.
@@ -63,7 +94,7 @@ class Trainable(ABC):
         >>> bnfast.BatchNorm(3).train().training
         True
         """
-        self.training = bool(mode)
+        self.training = _validation.flag("mode", mode)
         return self
 
     def eval(self: AnyTrainable) -> AnyTrainable:
