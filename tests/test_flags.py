@@ -1,4 +1,4 @@
-"""Every argument that is True or False, of every function and layer, and what it does to a layer."""
+"""Every argument that is True or False, of functions and layers, and what it does to a layer."""
 
 import copy
 import inspect

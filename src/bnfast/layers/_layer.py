@@ -210,7 +210,8 @@ class Trainable(ABC):
         ------
         TypeError, ValueError
             If a name is missing or unexpected, or an array is of integers or has the wrong shape;
-            the layer is left as it was. Floats are rounded to the layer's dtype.
+            the layer is left as it was. Floats, of 16 bits (float16, bfloat16) as well, are rounded
+            to the layer's dtype.
 
         Examples
         --------
@@ -235,8 +236,7 @@ class Trainable(ABC):
         }
         tracked = self.num_batches_tracked
         if _COUNTER in state_dict:
-            counter = np.asarray(state_dict[_COUNTER])[()]
-            tracked = _validation.integer_from(_COUNTER, counter, 0)
+            tracked = _validation.counter(_COUNTER, state_dict[_COUNTER])
         for name, array in own.items():
             array[...] = new[name]
         self.num_batches_tracked = tracked
@@ -280,6 +280,30 @@ class Layer(Trainable):
     @abstractmethod
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """Normalize a batch."""
+
+    def _first_statistics(self) -> dict[str, Array | float]:
+        """Return what running statistics begin as."""
+        return {"running_mean": 0.0, "running_var": 1.0}
+
+    @in_default_float_mode
+    def reset_running_stats(self) -> None:
+        """Forget all batches: the running statistics that the layer has are as at first.
+
+        Examples
+        --------
+        >>> import numpy as np, bnfast
+        >>> layer = bnfast.BatchNorm(1)
+        >>> y = layer(np.arange(8.0, dtype=np.float32).reshape(8, 1))
+        >>> layer.reset_running_stats()
+        >>> layer.running_mean, layer.running_var, layer.num_batches_tracked
+        (array([0.], dtype=float32), array([1.], dtype=float32), 0)
+        """
+        for name, first in self._first_statistics().items():
+            statistic = getattr(self, name)
+            if statistic is not None:
+                statistic[...] = first
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked = 0
 
     def _kept_weight(self) -> Array | None:
         """Return the weight as it is now: it may change before backward comes."""

@@ -276,6 +276,9 @@ class BatchRenorm(ChannelLayer):
         self._save(array, y, saved, weight)
         return y
 
+    def _first_statistics(self) -> dict[str, Array | float]:
+        return {"running_mean": 0.0, "running_std": 1.0}
+
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
         if not isinstance(saved[0], Renormalized):
             return super()._gradients(dy, out, x, *saved)

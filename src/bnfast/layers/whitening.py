@@ -111,6 +111,9 @@ class WhiteningLayer(Tracking):
         self._save(array, y, saved, self._kept_weight(), False)
         return y
 
+    def _first_statistics(self) -> dict[str, Array | float]:
+        return {"running_mean": 0.0, "running_matrix": np.eye(self.num_features // self.num_groups)}
+
     def _weight_of_new_batch(self) -> float:
         """Return what the next batch weighs in the running statistics."""
         if self.num_batches_tracked is None:
