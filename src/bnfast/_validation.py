@@ -442,6 +442,18 @@ def _is_same_memory(a: Array, b: Array) -> bool:
     return all(size == 1 or ours == theirs for size, ours, theirs in axes)
 
 
+def memory_of(argument: object) -> Array | None:
+    """Return the memory of an array, a tensor or a buffer as an array; None of what is copied."""
+    if isinstance(argument, np.ndarray):
+        return argument
+    if argument is None or isinstance(argument, (int, float, list, tuple)):
+        return None
+    try:
+        return np.asarray(argument)
+    except Exception:  # no array: refused where it is read
+        return None
+
+
 def output(
     value: object,
     x: Array,
@@ -470,8 +482,9 @@ def output(
         raise ValueError(
             f"out must not overlap itself, got strides {out.strides} for shape {out.shape}"
         )
-    for name, argument in arguments.items():
-        if not isinstance(argument, np.ndarray) or not shares_memory(out, argument):
+    for name, given in arguments.items():
+        argument = memory_of(given)
+        if argument is None or not shares_memory(out, argument):
             continue
         if name not in names:
             raise ValueError(f"out must not share memory with {name}")

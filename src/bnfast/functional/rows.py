@@ -343,6 +343,8 @@ def group_norm_forward(
     array, channels = _validation.channel_axis_of_samples(x, axis)
     together = _validation.channels_of_group(num_groups, channels)
     if _validation.flag("per_group", per_group) and together > 1:
+        if out is not None:
+            _validation.output(out, array, {"weight": weight, "bias": bias})
         weight = _of_channels("weight", weight, channels, together)
         bias = _of_channels("bias", bias, channels, together)
     sharing = Sharing((0,), together)
@@ -419,6 +421,8 @@ def group_norm_backward(
     sharing = Sharing((0,), together)
     if not _validation.flag("per_group", per_group) or together == 1:
         return _primitives.gradient(dy, array, axis, mean, invstd, weight, False, out, sharing)
+    if out is not None:
+        _validation.output(out, array, {"weight": weight})
     own = _of_channels("weight", weight, channels, together)
     # Float64, so that the gradients of channels are not rounded before they are added up.
     wide = np.ones(channels) if own is None else own.astype(np.float64)

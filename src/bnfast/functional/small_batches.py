@@ -475,6 +475,8 @@ def batch_renorm(
     _validation.renorm_limits(r_max, d_max)
     centre = _validation.required_channel_parameter("running_mean", running_mean, channels)
     spread = _validation.required_channel_parameter("running_std", running_std, channels)
+    if out is not None:
+        _validation.output(out, array, {"running_mean": running_mean, "running_std": running_std})
     variance = variance_to_evaluate_with(spread)
     return _primitives.scale_shift(array, axis, centre, variance, weight, bias, 0.0, None, out)
 
@@ -652,6 +654,8 @@ def batch_renorm_backward(
     mean, invstd = saved.mean, saved.invstd
     r = _validation.required_channel_parameter("r", saved.r, channels)
     d = _validation.required_channel_parameter("d", saved.d, channels)
+    if out is not None:
+        _validation.output(out, array, {"weight": weight, "r": saved.r, "d": saved.d})
     gamma = r.astype(np.float64) if own is None else own * r.astype(np.float64)
     dx, of_gamma, dbias = _primitives.gradient(dy, array, axis, mean, invstd, gamma, False, out)
     dtype = array.dtype if own is None else own.dtype
