@@ -233,7 +233,7 @@ def ghost_batch_norm_backward(
     """
     array, channels = _validation.channel_axis_of_samples(x, axis)
     upstream = _validation.upstream_gradient(dy, array)
-    size = _validation.integer_from("ghost_size", ghost_size, 1)
+    size = min(_validation.integer_from("ghost_size", ghost_size, 1), max(len(array), 1))
     parts = -(-len(array) // size)
     centre = _validation.saved_statistic("mean", mean, (parts, channels))
     inverse = _validation.saved_statistic("invstd", invstd, (parts, channels))
@@ -286,7 +286,7 @@ def _of_ghosts(
     out: object,
 ) -> tuple[Array, Array, Array, Array, Array]:
     """Return y, and of every part the mean, invstd and m2 (float64), and the values per channel."""
-    size = _validation.integer_from("ghost_size", ghost_size, 1)
+    size = min(_validation.integer_from("ghost_size", ghost_size, 1), max(len(x), 1))
     epsilon = _validation.epsilon(eps, training=True)
     channels = x.shape[axis] if x.ndim > 1 else 0
     scale = _validation.channel_parameter("weight", weight, channels)
