@@ -1,9 +1,12 @@
 """No argument but x, w and dy may be the output, in whatever dtype it comes."""
 
+import inspect
+
 import numpy as np
 import pytest
 
 import bnfast
+from public_calls import public_calls
 
 ONES = np.ones(4)
 
@@ -70,3 +73,41 @@ def test_an_element_parameter_of_another_dtype_within_the_output_is_refused():
     out, weight = memory.view(np.float32)[:12].reshape(3, 4), memory[:4]
     with pytest.raises(ValueError, match="out must not share memory with weight"):
         bnfast.layer_norm(X, 4, weight, out=out)
+
+
+@pytest.mark.parametrize("wrap", [np.asarray, memoryview], ids=["array", "memoryview"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        n
+        for n in bnfast.functional.__all__
+        if "out" in inspect.signature(getattr(bnfast, n)).parameters
+    ],
+)
+def test_no_other_argument_may_lie_in_the_output(monkeypatch, rng, name, wrap):
+    function, tried = getattr(bnfast, name), []
+
+    def called(*arguments, **keywords):
+        bound = inspect.signature(function).bind(*arguments, **keywords)
+        bound.apply_defaults()
+        given = bound.arguments
+        first = next(argument for argument in ("x", "w", "v") if argument in given)
+        x = given[first]
+        for argument, array in given.items():
+            if argument in ("dy", "dw", first) or not isinstance(array, np.ndarray):
+                continue
+            out = np.zeros_like(x)
+            within = out.reshape(-1).view(array.dtype)[: array.size].reshape(array.shape)
+            within[...] = array
+            bound.arguments = {**given, argument: wrap(within), "out": out}
+            with pytest.raises((TypeError, ValueError), match=r"share memory|in place and must be"):
+                function(*bound.args, **bound.kwargs)
+            np.testing.assert_array_equal(within, array)
+            tried.append(argument)
+        return function(*arguments, **keywords)
+
+    x, dy = rng.normal(size=(2, 8, 4, 4, 4)).astype(np.float32)
+    calls = public_calls(x, dy, np.ones(4, np.float32), np.zeros(4, np.float32))
+    monkeypatch.setattr(bnfast, name, called)
+    calls[name]()
+    assert tried

@@ -57,6 +57,15 @@ def filled(layer, rng):
     return layer
 
 
+def test_reset_statistics_are_as_at_first(make, dtype, rng):
+    layer = filled(make(dtype=dtype), rng)
+    first, own = make(dtype=dtype).state_dict(), layer.state_dict()
+    layer.reset_running_stats()
+    for name, array in layer.state_dict().items():
+        tracked = name.startswith(("running", "num"))
+        np.testing.assert_array_equal(array, first[name] if tracked else own[name])
+
+
 def function_of(layer, x, dy):
     """What the functions give: y, then dx, dweight and dbias."""
     weight, bias, eps = layer.weight, layer.bias, layer.eps

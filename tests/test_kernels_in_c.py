@@ -12,6 +12,7 @@ from bnfast import _core
 
 KERNELS = Path(__file__).parent.parent / "src" / "bnfast" / "_kernels"
 CHECK = Path(__file__).parent / "c" / "kernel_check.c"
+BITS = CHECK.with_name("expected_bits.txt")  # whose change is said in the changelog
 
 pytestmark = [
     pytest.mark.skipif(not KERNELS.is_dir(), reason="needs the source tree"),
@@ -92,6 +93,10 @@ def expected(builds):
 def test_the_checks_tell_values_apart(expected):
     hashes = [line.split()[-1] for line in expected.splitlines()]
     assert len(set(hashes)) == len(hashes)
+
+
+def test_the_bits_of_all_kernels_are_as_before(expected):
+    assert expected == BITS.read_text(encoding="utf-8")
 
 
 def test_no_variant_reads_or_writes_out_of_bounds(builds, expected):

@@ -420,6 +420,7 @@ def test_the_counter_may_be_missing_as_in_old_checkpoints(rng):
         ({"running_var": np.ones(3, int)}, TypeError, "running_var must"),
         ({"num_batches_tracked": -1}, ValueError, "num_batches_tracked must"),
         ({"num_batches_tracked": 1.5}, TypeError, "num_batches_tracked must"),
+        ({"num_batches_tracked": np.uint64(2**63)}, ValueError, "num_batches_tracked must be at"),
         ({"gamma": np.ones(3)}, ValueError, r"unexpected \['gamma'\]"),
     ],
     ids=str,
@@ -433,6 +434,32 @@ def test_a_bad_state_changes_nothing(rng, change, error, message):
     np.testing.assert_equal(layer.state_dict(), before)
     with pytest.raises(ValueError, match=r"missing \['weight', 'bias'"):
         layer.load_state_dict({})
+
+
+def test_a_state_of_half_precision_is_taken_exactly(dtype, rng):
+    layer = BatchNorm(3, dtype=dtype)
+    half = {
+        name: rng.uniform(0.5, 2, 3).astype(np.float16)
+        for name in ("weight", "bias", "running_mean", "running_var")
+    }
+    layer.load_state_dict(half)
+    for name, array in layer.state_dict().items():
+        if name in half:
+            assert array.dtype == dtype
+            np.testing.assert_array_equal(array, half[name])
+
+
+def test_reset_statistics_are_those_of_a_new_layer(rng):
+    layer, new = BatchNorm(3), BatchNorm(3)
+    layer(images(rng))
+    layer.weight += 1
+    tracked, running_mean = layer.state_dict(), layer.running_mean
+    layer.reset_running_stats()
+    assert layer.running_mean is running_mean
+    np.testing.assert_equal(layer.state_dict(), new.state_dict() | {"weight": tracked["weight"]})
+    plain = BatchNorm(3, track_running_stats=False)
+    plain.reset_running_stats()
+    assert plain.running_mean is None
 
 
 def test_keras_weights_in_keras_order(dtype, rng):
@@ -480,6 +507,20 @@ def test_bad_keras_weights(name, bad):
     names = ("gamma", "beta", "moving_mean", "moving_variance")
     with pytest.raises((TypeError, ValueError), match=f"^{name} must"):
         BatchNorm.from_keras(**({n: np.ones(4) for n in names} | {name: bad}))
+
+
+@pytest.mark.parametrize("axis", [[3], (3,), np.int64(3)], ids=repr)
+def test_the_axis_of_keras_may_be_in_a_list(axis):
+    assert BatchNorm.from_keras(*np.ones((4, 2)), axis=axis).axis == 3
+
+
+def test_weights_of_keras_that_are_too_few_say_which_are_none():
+    with pytest.raises(TypeError, match="gamma is None of a layer with scale=False"):
+        BatchNorm.from_keras(*np.ones((3, 2)))  # get_weights() of such a layer
+    with pytest.raises(
+        ValueError, match=r"axis must be one integer, or a list of one, got \[1, 2\]"
+    ):
+        BatchNorm.from_keras(*np.ones((4, 2)), axis=[1, 2])
 
 
 def test_the_representation_says_how_to_make_it():

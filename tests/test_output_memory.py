@@ -1,6 +1,7 @@
 """Outputs begin at cache lines; the memory of large ones goes to the next, within a limit."""
 
 import gc
+import resource
 import subprocess
 import sys
 import threading
@@ -268,3 +269,20 @@ def test_a_bad_variable_is_an_import_error(monkeypatch, value):
     done = subprocess.run([sys.executable, "-c", "import bnfast"], capture_output=True, text=True)
     assert done.returncode != 0
     assert "ImportError: BNFAST_OUTPUT_POOL_LIMIT must be a number of bytes" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
+def test_what_resized_outputs_leave_goes_back_to_the_system(rng):
+    def resident():
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+
+    x = rng.standard_normal((32, 64, 28, 28), np.float32)
+    before = resident()
+    for rows in rng.choice([24, 32], 200):
+        y = bnfast.batch_norm_forward(x[:rows])[0]
+        y.resize((2 * rows, *y.shape[1:]), refcheck=False)
+    del y
+    assert resident() - before < bnfast.get_output_pool_limit() + BYTES
+    bnfast.set_output_pool_limit(0)
+    assert resident() - before < BYTES // 4

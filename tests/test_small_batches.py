@@ -343,3 +343,14 @@ SAVED = bnfast.batch_renorm_forward(X, np.zeros(3), np.ones(3))[1]
 def test_bad_arguments_are_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("size", [6, 7, 2**40, 2**63, 10**30])
+def test_a_ghost_has_no_more_samples_than_the_batch(dtype, rng, size):
+    x, dy = rng.normal(size=(2, 6, 4)).astype(dtype)
+    y, mean, invstd = bnfast.ghost_batch_norm_forward(x, size)
+    expected, *_ = bnfast.batch_norm_forward(x)
+    np.testing.assert_array_equal(y, expected)
+    assert mean.shape == (1, 4)
+    dx, *_ = bnfast.ghost_batch_norm_backward(dy, x, size, mean, invstd)
+    np.testing.assert_array_equal(dx, bnfast.batch_norm_backward(dy, x, mean[0], invstd[0])[0])

@@ -152,6 +152,22 @@ def test_gradients_of_the_family_are_autograds(isa, rng, name):
         np.testing.assert_allclose(a, tensor.grad.numpy(), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_half_precision_checkpoints_are_taken_exactly(half):
+    theirs = torch.nn.BatchNorm1d(3)
+    torch.nn.init.uniform_(theirs.weight)
+    theirs = theirs.to(getattr(torch, half))
+    ours = bnfast.BatchNorm(3)
+    ours.load_state_dict(theirs.state_dict())
+    np.testing.assert_array_equal(ours.weight, theirs.weight.detach().float().numpy())
+
+
+def test_a_tensor_that_requires_grad_is_named_with_what_to_do():
+    theirs = torch.nn.BatchNorm1d(3)
+    with pytest.raises(TypeError, match=r"^weight must be an array, .*; weight.detach\(\) is one$"):
+        bnfast.BatchNorm(3).load_state_dict({**theirs.state_dict(), "weight": theirs.weight})
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [

@@ -46,7 +46,8 @@ def floating_array(name: str, value: object) -> Array:
         except MemoryError:
             raise
         except Exception as error:
-            raise TypeError(f"{name} must be an array, got {_describe(value)}") from error
+            hint = f"; {name}.detach() is one" if getattr(value, "requires_grad", False) else ""
+            raise TypeError(f"{name} must be an array, got {_describe(value)}{hint}") from error
     array: Array = value
     dtype = array.dtype
     if dtype.char not in "fd" or not dtype.isnative:
@@ -282,13 +283,34 @@ def element_parameter(
         return np.array(array, dtype, order="C")
 
 
+def _single_at_least(name: str, value: object) -> object:
+    """Return floats of fewer bits, NumPy's, of ml_dtypes or PyTorch's, as float32; others as is."""
+    try:
+        dtype = np.asarray(value).dtype
+    except Exception:  # PyTorch's bfloat16 has no array of its own; what has none at all is refused
+        as_single = getattr(value, "float", None)
+        return as_single() if callable(as_single) else value
+    narrow = dtype == np.float16 or dtype.name == "bfloat16"
+    return np.asarray(value).astype(np.float32) if narrow else value
+
+
 def state(name: str, value: object, shape: tuple[int, ...]) -> Array:
     """Return an array of a layer's state."""
+    value = _single_at_least(name, value)
     if len(shape) == 1:
         return required_channel_parameter(name, value, shape[0])
     array = floating_array(name, value)
     _of_shape(name, array, shape)
     return array
+
+
+def counter(name: str, value: object) -> int:
+    """Return a number of batches, which a state keeps as int64."""
+    number = integer_from(name, np.asarray(value)[()], 0)
+    most = np.iinfo(np.int64).max
+    if number > most:
+        raise ValueError(f"{name} must be at most {most}, got {number}")
+    return number
 
 
 def required_channel_parameter(
@@ -420,6 +442,18 @@ def _is_same_memory(a: Array, b: Array) -> bool:
     return all(size == 1 or ours == theirs for size, ours, theirs in axes)
 
 
+def memory_of(argument: object) -> Array | None:
+    """Return the memory of an array, a tensor or a buffer as an array; None of what is copied."""
+    if isinstance(argument, np.ndarray):
+        return argument
+    if argument is None or isinstance(argument, (int, float, list, tuple)):
+        return None
+    try:
+        return np.asarray(argument)
+    except Exception:  # no array: refused where it is read
+        return None
+
+
 def output(
     value: object,
     x: Array,
@@ -448,8 +482,9 @@ def output(
         raise ValueError(
             f"out must not overlap itself, got strides {out.strides} for shape {out.shape}"
         )
-    for name, argument in arguments.items():
-        if not isinstance(argument, np.ndarray) or not shares_memory(out, argument):
+    for name, given in arguments.items():
+        argument = memory_of(given)
+        if argument is None or not shares_memory(out, argument):
             continue
         if name not in names:
             raise ValueError(f"out must not share memory with {name}")

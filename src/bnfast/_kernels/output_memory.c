@@ -3,10 +3,8 @@
 
    Nobody waits for the pool: who finds another thread at it goes without. So a process that was forked
    in the middle of things cannot hang on it either: in such a one it stays unused. */
-#if defined(__linux__)
-#define _GNU_SOURCE /* madvise */
-#include <sys/mman.h>
-#endif
+#define _GNU_SOURCE /* MAP_ANONYMOUS, mremap, madvise */
+#define _DARWIN_C_SOURCE
 
 #include "output_memory.h"
 
@@ -14,12 +12,17 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
-/* Blocks are whole huge pages, so that the size of an output tells that of its block. What is smaller
-   than one (an output that was resized) is no block. */
+/* Blocks are whole huge pages, mapped, so that all of one goes back to the system when it is freed: of what
+   malloc had cut up, 1.2 GiB stayed with a process that resized its outputs. What is smaller than a page (an
+   output that was resized) is no block, and comes from malloc. Before the first byte of either lies how many
+   bytes there are: realloc is not told. */
 #define PAGE ((size_t)2 << 20)
 #define BLOCKS 16
 #define TRIES 10000
+#define SMALL_HEAD ((size_t)64) /* a line, at whose end lies the number of bytes */
 
 typedef struct {
     void *memory;
@@ -67,21 +70,62 @@ static size_t make_room(size_t limit, size_t blocks, size_t bytes, block *out)
     return removed;
 }
 
-static void free_blocks(const block *blocks, size_t count)
+/* Of the system: what lies before a block. */
+static size_t small_page(void) { return (size_t)sysconf(_SC_PAGESIZE); }
+
+static size_t *capacity_of(void *memory) { return (size_t *)memory - 1; }
+
+static void unmap(char *from, const char *to)
 {
-    for (size_t i = 0; i < count; i++) {
-        free(blocks[i].memory);
+    if (from < to) {
+        (void)munmap(from, (size_t)(to - from));
     }
 }
 
+/* So many pages, which begin at one. */
 static void *new_block(size_t bytes)
 {
-    void *memory = aligned_alloc(PAGE, bytes);
-#if defined(__linux__)
-    if (memory != NULL) {
-        (void)madvise(memory, bytes, MADV_HUGEPAGE); /* a wish */
+    const size_t head = small_page();
+    if (bytes > SIZE_MAX - PAGE - head) {
+        return NULL;
     }
+    const size_t mapped = head + bytes + PAGE;
+    char *begin = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (begin == MAP_FAILED) {
+        return NULL;
+    }
+    char *memory = begin + head;
+    memory += (PAGE - (uintptr_t)memory % PAGE) % PAGE;
+    unmap(begin, memory - head);
+    unmap(memory + bytes, begin + mapped);
+#if defined(__linux__)
+    (void)madvise(memory, bytes, MADV_HUGEPAGE); /* a wish */
 #endif
+    *capacity_of(memory) = bytes;
+    return memory;
+}
+
+static void free_block(void *memory)
+{
+    unmap((char *)memory - small_page(), (char *)memory + *capacity_of(memory));
+}
+
+static void free_blocks(const block *blocks, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        free_block(blocks[i].memory);
+    }
+}
+
+/* Memory of fewer bytes than a page. */
+static void *new_small(size_t bytes)
+{
+    char *before = malloc(SMALL_HEAD + bytes);
+    if (before == NULL) {
+        return NULL;
+    }
+    void *memory = before + SMALL_HEAD;
+    *capacity_of(memory) = bytes;
     return memory;
 }
 
@@ -103,7 +147,7 @@ void *bn_take_output(size_t bytes)
     const size_t wanted = block_bytes(bytes);
     void *memory = NULL;
     if (bytes < PAGE || wanted == 0) {
-        return wanted == 0 ? NULL : malloc(bytes ? bytes : 1);
+        return wanted == 0 ? NULL : new_small(bytes);
     }
     if (enter()) {
         for (size_t i = pool.count; i-- > 0 && memory == NULL;) {
@@ -122,13 +166,17 @@ void *bn_take_output(size_t bytes)
     return memory;
 }
 
-void bn_return_output(void *memory, size_t bytes)
+void bn_return_output(void *memory)
 {
     block removed[BLOCKS + 1];
     size_t count = 0;
-    const block returned = {memory, block_bytes(bytes)};
-    if (bytes < PAGE || !enter()) {
-        free(memory);
+    const block returned = {memory, *capacity_of(memory)};
+    if (returned.bytes < PAGE) {
+        free((char *)memory - SMALL_HEAD);
+        return;
+    }
+    if (!enter()) {
+        free_block(memory);
         return;
     }
     const size_t limit = atomic_load(&pool.limit);
@@ -175,18 +223,46 @@ void *bn_output_calloc(void *context, size_t count, size_t size)
     return memory == NULL ? NULL : memset(memory, 0, count * size);
 }
 
+/* The block itself, grown or shrunk by whole pages, or NULL. */
+static void *resized_block(void *memory, size_t wanted)
+{
+#if defined(__linux__)
+    const size_t head = small_page(), before = head + *capacity_of(memory);
+    char *begin = mremap((char *)memory - head, before, head + wanted, MREMAP_MAYMOVE);
+    if (begin == MAP_FAILED) {
+        return NULL;
+    }
+    *capacity_of(begin + head) = wanted;
+    return begin + head;
+#else
+    (void)memory, (void)wanted;
+    return NULL;
+#endif
+}
+
 void *bn_output_realloc(void *context, void *memory, size_t bytes)
 {
-    const size_t wanted = bytes < PAGE ? (bytes ? bytes : 1) : block_bytes(bytes);
+    const size_t wanted = block_bytes(bytes);
+    void *moved;
     (void)context;
-    return wanted == 0 ? NULL : realloc(memory, wanted);
+    if (memory == NULL || wanted == 0) {
+        return wanted == 0 ? NULL : bn_take_output(bytes);
+    }
+    const size_t before = *capacity_of(memory);
+    moved = before >= PAGE && bytes >= PAGE ? resized_block(memory, wanted) : NULL;
+    if (moved == NULL && (moved = bn_take_output(bytes)) != NULL) {
+        memcpy(moved, memory, before < bytes ? before : bytes);
+        bn_return_output(memory);
+    }
+    return moved;
 }
 
 void bn_output_free(void *context, void *memory, size_t bytes)
 {
     (void)context;
+    (void)bytes;
     if (memory != NULL) {
-        bn_return_output(memory, bytes);
+        bn_return_output(memory);
     }
 }
 

@@ -6,7 +6,7 @@
 
 /* Memory for so many bytes, NULL if there is none; and its return. */
 void *bn_take_output(size_t bytes);
-void bn_return_output(void *memory, size_t bytes);
+void bn_return_output(void *memory);
 
 /* The same in the terms of an allocator, as NumPy's arrays want it (NEP 49). */
 void *bn_output_malloc(void *context, size_t bytes);

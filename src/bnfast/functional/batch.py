@@ -106,6 +106,8 @@ def batch_norm(
     >>> mean, var
     (array([0.2, 2. ], dtype=float32), array([ 1.1, 20.9], dtype=float32))
     """
+    if unbiased is not True:
+        unbiased = _validation.flag("unbiased", unbiased)
     if training is not False and _validation.flag("training", training):
         y, _, _ = _primitives.normalize(
             x, axis, weight, bias, eps, running_mean, running_var, momentum, unbiased, out

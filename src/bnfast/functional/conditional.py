@@ -101,6 +101,7 @@ def conditional_batch_norm(
     array([[-1.],
            [15.]], dtype=float32)
     """
+    unbiased = _validation.flag("unbiased", unbiased)
     if _validation.flag("training", training):
         y, _, _ = train_conditionally(
             *(x, weight, bias, running_mean, running_var),
@@ -191,8 +192,9 @@ def train_conditionally(
     scale = _validation.sample_parameter("weight", weight, len(array), channels)
     shift = _validation.sample_parameter("bias", bias, len(array), channels)
     for name, given in (("weight", weight), ("bias", bias)):
-        if isinstance(given, np.ndarray):  # read after the running statistics have been updated
-            _validation.running_statistics(running_mean, running_var, given, channels, called=name)
+        memory = _validation.memory_of(given)
+        if memory is not None:  # read after the running statistics have been updated
+            _validation.running_statistics(running_mean, running_var, memory, channels, called=name)
     if out is not None:
         _validation.output(out, array, {"x": array, "weight": weight, "bias": bias})
     y, mean, invstd = _primitives.normalize(

@@ -343,6 +343,8 @@ def group_norm_forward(
     array, channels = _validation.channel_axis_of_samples(x, axis)
     together = _validation.channels_of_group(num_groups, channels)
     if _validation.flag("per_group", per_group) and together > 1:
+        if out is not None:
+            _validation.output(out, array, {"weight": weight, "bias": bias})
         weight = _of_channels("weight", weight, channels, together)
         bias = _of_channels("bias", bias, channels, together)
     sharing = Sharing((0,), together)
@@ -417,8 +419,10 @@ def group_norm_backward(
     num_groups = _validation.groups_of_statistics("mean", mean)
     together = _validation.channels_of_group(num_groups, channels) if channels else 1
     sharing = Sharing((0,), together)
-    if not per_group or together == 1:
+    if not _validation.flag("per_group", per_group) or together == 1:
         return _primitives.gradient(dy, array, axis, mean, invstd, weight, False, out, sharing)
+    if out is not None:
+        _validation.output(out, array, {"weight": weight})
     own = _of_channels("weight", weight, channels, together)
     # Float64, so that the gradients of channels are not rounded before they are added up.
     wide = np.ones(channels) if own is None else own.astype(np.float64)
@@ -615,7 +619,16 @@ def layer_norm_backward(
     array([2., 2.])
     """
     return _primitives.row_gradient(
-        dy, x, normalized_shape, axis, mean, invstd, weight, False, parameters, out
+        dy,
+        x,
+        normalized_shape,
+        axis,
+        mean,
+        invstd,
+        weight,
+        False,
+        _validation.flag("parameters", parameters),
+        out,
     )
 
 
@@ -781,6 +794,15 @@ def rms_norm_backward(
     array([0. , 2.8])
     """
     dx, dweight, _ = _primitives.row_gradient(
-        dy, x, normalized_shape, axis, None, invrms, weight, True, parameters, out
+        dy,
+        x,
+        normalized_shape,
+        axis,
+        None,
+        invrms,
+        weight,
+        True,
+        _validation.flag("parameters", parameters),
+        out,
     )
     return dx, dweight

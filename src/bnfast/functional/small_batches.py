@@ -81,6 +81,7 @@ def ghost_batch_norm(
            [ 1.]], dtype=float32)
     """
     array, channels = _validation.channel_axis_of_samples(x, axis)
+    unbiased = _validation.flag("unbiased", unbiased)
     if not _validation.flag("training", training):
         _validation.integer_from("ghost_size", ghost_size, 1)
         _validation.real("momentum", momentum)
@@ -232,7 +233,7 @@ def ghost_batch_norm_backward(
     """
     array, channels = _validation.channel_axis_of_samples(x, axis)
     upstream = _validation.upstream_gradient(dy, array)
-    size = _validation.integer_from("ghost_size", ghost_size, 1)
+    size = min(_validation.integer_from("ghost_size", ghost_size, 1), max(len(array), 1))
     parts = -(-len(array) // size)
     centre = _validation.saved_statistic("mean", mean, (parts, channels))
     inverse = _validation.saved_statistic("invstd", invstd, (parts, channels))
@@ -285,7 +286,7 @@ def _of_ghosts(
     out: object,
 ) -> tuple[Array, Array, Array, Array, Array]:
     """Return y, and of every part the mean, invstd and m2 (float64), and the values per channel."""
-    size = _validation.integer_from("ghost_size", ghost_size, 1)
+    size = min(_validation.integer_from("ghost_size", ghost_size, 1), max(len(x), 1))
     epsilon = _validation.epsilon(eps, training=True)
     channels = x.shape[axis] if x.ndim > 1 else 0
     scale = _validation.channel_parameter("weight", weight, channels)
@@ -470,8 +471,12 @@ def batch_renorm(
         return y
     array, _, channels = _validation.batch("x", x, axis)
     _validation.real("momentum", momentum)
+    _validation.epsilon(eps, training=False)
+    _validation.renorm_limits(r_max, d_max)
     centre = _validation.required_channel_parameter("running_mean", running_mean, channels)
     spread = _validation.required_channel_parameter("running_std", running_std, channels)
+    if out is not None:
+        _validation.output(out, array, {"running_mean": running_mean, "running_std": running_std})
     variance = variance_to_evaluate_with(spread)
     return _primitives.scale_shift(array, axis, centre, variance, weight, bias, 0.0, None, out)
 
@@ -649,6 +654,8 @@ def batch_renorm_backward(
     mean, invstd = saved.mean, saved.invstd
     r = _validation.required_channel_parameter("r", saved.r, channels)
     d = _validation.required_channel_parameter("d", saved.d, channels)
+    if out is not None:
+        _validation.output(out, array, {"weight": weight, "r": saved.r, "d": saved.d})
     gamma = r.astype(np.float64) if own is None else own * r.astype(np.float64)
     dx, of_gamma, dbias = _primitives.gradient(dy, array, axis, mean, invstd, gamma, False, out)
     dtype = array.dtype if own is None else own.dtype

@@ -453,8 +453,10 @@ def weight_standardization_forward(
     >>> mean, std
     (array([ 2., 20.]), array([ 1., 10.]))
     """
-    deviation = _Deviation(_validation.epsilon(eps, training=False), bool(eps_inside))
-    return _forward(w, gain, deviation, int(bool(unbiased)), axis, out)
+    deviation = _Deviation(
+        _validation.epsilon(eps, training=False), _validation.flag("eps_inside", eps_inside)
+    )
+    return _forward(w, gain, deviation, int(_validation.flag("unbiased", unbiased)), axis, out)
 
 
 @in_default_float_mode
@@ -518,8 +520,12 @@ def weight_standardization_backward(
     >>> bool(abs(dw.sum()) < 1e-12), dgain.round(3)
     (True, array([-1.225]))
     """
-    deviation = _Deviation(_validation.epsilon(eps, training=False), bool(eps_inside))
-    return _backward(dy, w, mean, std, gain, deviation, int(bool(unbiased)), axis, out)
+    deviation = _Deviation(
+        _validation.epsilon(eps, training=False), _validation.flag("eps_inside", eps_inside)
+    )
+    return _backward(
+        dy, w, mean, std, gain, deviation, int(_validation.flag("unbiased", unbiased)), axis, out
+    )
 
 
 @in_default_float_mode
@@ -770,7 +776,9 @@ class _ScaledLength(NamedTuple):
 
 def _scaled(gamma: object, eps: object, floor: object) -> _ScaledLength:
     scale = _validation.real("gamma", gamma)
-    return _ScaledLength(scale, _validation.epsilon(eps, training=False), bool(floor))
+    return _ScaledLength(
+        scale, _validation.epsilon(eps, training=False), _validation.flag("floor", floor)
+    )
 
 
 def _extreme_filters(
@@ -1009,6 +1017,7 @@ def spectral_norm_forward(
     array, axis, rows = _validation.weights("w", w, dim, "dim")
     least = _validation.real("eps", eps)
     steps = _validation.integer_from("n_power_iterations", n_power_iterations, 0)
+    v_first = _validation.flag("v_first", v_first)
     left, right = _singular_vectors(u, v, array, rows)
     if out is None:
         y = _primitives.empty_output(array)

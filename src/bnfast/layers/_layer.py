@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,6 +24,32 @@ _DONE = "the last one has had its backward"
 _IN_PLACE = "the last call wrote over its input"
 
 
+class Flag:
+    """An attribute that is True or False, and nothing else.
+
+    A fixed one has decided which arrays a layer has, and keeps its value.
+    """
+
+    # Without __get__, an attribute is read from the instance, as fast as any other.
+    def __init__(self, *, fixed: bool = False) -> None:
+        self._fixed = fixed
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __set__(self, instance: object, value: object) -> None:
+        checked, attributes = _validation.flag(self._name, value), instance.__dict__
+        if self._fixed and attributes.get(self._name, checked) != checked:
+            raise AttributeError(
+                f"{self._name} cannot be changed: a layer has its arrays from when it was made"
+            )
+        attributes[self._name] = checked
+
+    if TYPE_CHECKING:
+
+        def __get__(self, instance: object, owner: type) -> bool: ...
+
+
 class Trainable(ABC):
     """What is called, and then its `backward`: a normalization of data, or of weights.
 
@@ -36,7 +62,7 @@ class Trainable(ABC):
     """
 
     num_batches_tracked: int | None = None
-    training: bool = True
+    training = Flag()
 
     _parameters: ClassVar[tuple[str, ...]] = ()  # attributes with a gradient, `<name>_grad`
     _arrays: ClassVar[Mapping[str, str]] = {}  # of the state: PyTorch's names of the attributes
@@ -44,6 +70,11 @@ class Trainable(ABC):
 
     # What `_gradients` needs of the last call, x first, or a reason why there is nothing.
     _saved: tuple[Any, ...] | str = NONE_YET
+
+    def __new__(cls: type[AnyTrainable], *_: Any, **__: Any) -> AnyTrainable:
+        layer = super().__new__(cls)
+        layer.training = True
+        return layer
 
     def train(self: AnyTrainable, mode: bool = True) -> AnyTrainable:
         """Use the statistics of each batch, and track running ones; return the layer itself.
@@ -63,7 +94,7 @@ class Trainable(ABC):
         >>> bnfast.BatchNorm(3).train().training
         True
         """
-        self.training = bool(mode)
+        self.training = _validation.flag("mode", mode)
         return self
 
     def eval(self: AnyTrainable) -> AnyTrainable:
@@ -179,7 +210,8 @@ class Trainable(ABC):
         ------
         TypeError, ValueError
             If a name is missing or unexpected, or an array is of integers or has the wrong shape;
-            the layer is left as it was. Floats are rounded to the layer's dtype.
+            the layer is left as it was. Floats, of 16 bits (float16, bfloat16) as well, are rounded
+            to the layer's dtype.
 
         Examples
         --------
@@ -204,8 +236,7 @@ class Trainable(ABC):
         }
         tracked = self.num_batches_tracked
         if _COUNTER in state_dict:
-            counter = np.asarray(state_dict[_COUNTER])[()]
-            tracked = _validation.integer_from(_COUNTER, counter, 0)
+            tracked = _validation.counter(_COUNTER, state_dict[_COUNTER])
         for name, array in own.items():
             array[...] = new[name]
         self.num_batches_tracked = tracked
@@ -249,6 +280,30 @@ class Layer(Trainable):
     @abstractmethod
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """Normalize a batch."""
+
+    def _first_statistics(self) -> dict[str, Array | float]:
+        """Return what running statistics begin as."""
+        return {"running_mean": 0.0, "running_var": 1.0}
+
+    @in_default_float_mode
+    def reset_running_stats(self) -> None:
+        """Forget all batches: the running statistics that the layer has are as at first.
+
+        Examples
+        --------
+        >>> import numpy as np, bnfast
+        >>> layer = bnfast.BatchNorm(1)
+        >>> y = layer(np.arange(8.0, dtype=np.float32).reshape(8, 1))
+        >>> layer.reset_running_stats()
+        >>> layer.running_mean, layer.running_var, layer.num_batches_tracked
+        (array([0.], dtype=float32), array([1.], dtype=float32), 0)
+        """
+        for name, first in self._first_statistics().items():
+            statistic = getattr(self, name)
+            if statistic is not None:
+                statistic[...] = first
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked = 0
 
     def _kept_weight(self) -> Array | None:
         """Return the weight as it is now: it may change before backward comes."""

@@ -10,13 +10,15 @@ from numpy.typing import DTypeLike, NDArray
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
 from bnfast._primitives import Sharing
-from bnfast.layers._layer import Gradients, Layer
+from bnfast.layers._layer import Flag, Gradients, Layer
 
 Array = NDArray[Any]
 
 
 class ChannelLayer(Layer):
     """A layer with a weight and a bias for each channel, which evaluates by given statistics."""
+
+    affine = Flag(fixed=True)
 
     _sharing: ClassVar[Sharing] = _primitives.BATCH  # whose statistics are made together
 
@@ -25,7 +27,7 @@ class ChannelLayer(Layer):
     ) -> None:
         self.num_features = _validation.integer_from("num_features", num_features, 0)
         self.eps = _validation.epsilon(eps, training=False)
-        self.affine = bool(affine)
+        self.affine = affine
         self.axis = _validation.integer("axis", axis)
         self.dtype = _validation.floating_dtype("dtype", dtype)
         if self.affine:
@@ -69,8 +71,29 @@ class ChannelLayer(Layer):
         return {**super().__getstate__(), "_evaluation": _primitives.Evaluation()}
 
 
-class TrackingLayer(ChannelLayer):
+class Tracking(Layer):
+    """A layer that may have running statistics, which it tracks unless told otherwise."""
+
+    track_running_stats = Flag()
+
+    _running: ClassVar[tuple[str, str]] = ("running_mean", "running_var")
+
+    def _running_statistics(self) -> tuple[Array | None, Array | None]:
+        """Return both, or None twice: of a layer that has none, and tracks none."""
+        first, second = (getattr(self, name) for name in self._running)
+        if (first is None or second is None) and (self.track_running_stats or first is not second):
+            missing = self._running[0 if first is None else 1]
+            raise ValueError(f"{missing} must be an array, of a layer with running statistics")
+        return first, second
+
+    def _statistics_to_track(self) -> tuple[Array | None, Array | None]:
+        return self._running_statistics() if self.track_running_stats else (None, None)
+
+
+class TrackingLayer(ChannelLayer, Tracking):
     """A layer of channels: in training by the statistics of the input, else by the running ones."""
+
+    unbiased = Flag()
 
     def __init__(
         self,
@@ -85,8 +108,8 @@ class TrackingLayer(ChannelLayer):
     ) -> None:
         super().__init__(num_features, eps, affine, axis, dtype)
         self.momentum = None if momentum is None else _validation.real("momentum", momentum)
-        self.track_running_stats = bool(track_running_stats)
-        self.unbiased = bool(unbiased)
+        self.track_running_stats = track_running_stats
+        self.unbiased = unbiased
         if self.track_running_stats:
             self.running_mean = np.zeros(self.num_features, self.dtype)
             self.running_var = np.ones(self.num_features, self.dtype)
@@ -125,9 +148,10 @@ class TrackingLayer(ChannelLayer):
         if self.training:
             self._before_training(array)
             return self._normalize(array, out, True)
-        if self.running_mean is None or self.running_var is None:
+        running_mean, running_var = self._running_statistics()
+        if running_mean is None or running_var is None:
             return self._normalize(array, out, False)
-        return self._evaluate(array, out, self.running_mean, self.running_var, self.eps)
+        return self._evaluate(array, out, running_mean, running_var, self.eps)
 
     def _before_training(self, x: Array) -> None:
         """See a batch before the layer is trained on it."""
@@ -138,14 +162,13 @@ class TrackingLayer(ChannelLayer):
         if training:
             y, mean, invstd = _primitives.normalize(
                 *given,
-                self.running_mean,
-                self.running_var,
+                *self._statistics_to_track(),
                 self._weight_of_new_batch(),
                 self.unbiased,
                 out,
                 self._sharing,
             )
-            if x.size > 0:
+            if x.size > 0 and self.track_running_stats:
                 self._count()
         else:
             y, mean, invstd = _primitives.normalize(*given, out=out, sharing=self._sharing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -120,12 +121,12 @@ class BatchNorm(TrackingLayer):
         cls,
         gamma: ArrayLike | None,
         beta: ArrayLike | None,
-        moving_mean: ArrayLike,
-        moving_variance: ArrayLike,
+        moving_mean: ArrayLike | None = None,
+        moving_variance: ArrayLike | None = None,
         *,
         momentum: float = 0.99,
         epsilon: float = 1e-3,
-        axis: int = -1,
+        axis: int | Sequence[int] = -1,
     ) -> BatchNorm:
         """Return a layer with the weights of a ``keras.layers.BatchNormalization``.
 
@@ -137,7 +138,7 @@ class BatchNorm(TrackingLayer):
         momentum : float
             The weight of the OLD statistics, as in Keras.
         epsilon, axis
-            Keras's, with Keras's defaults.
+            Keras's, with Keras's defaults; an axis in a list, as ``tf.keras`` keeps it, will do.
 
         Returns
         -------
@@ -157,6 +158,14 @@ class BatchNorm(TrackingLayer):
         >>> layer.axis, layer.eps, layer.unbiased
         (-1, 0.001, False)
         """
+        if moving_mean is None or moving_variance is None:
+            raise TypeError(
+                "gamma, beta, moving_mean and moving_variance are wanted: gamma is None of a layer "
+                "with scale=False, beta of one with center=False"
+            )
+        axes = _validation.integers("axis", axis)
+        if len(axes) != 1:
+            raise ValueError(f"axis must be one integer, or a list of one, got {axis}")
         mean = _validation.floating_array("moving_mean", moving_mean)
         if mean.ndim != 1:
             raise ValueError(f"moving_mean must have 1 dimension, got shape {mean.shape}")
@@ -169,7 +178,7 @@ class BatchNorm(TrackingLayer):
             epsilon,
             1.0 - _validation.real("momentum", momentum),
             affine=gamma is not None or beta is not None,
-            axis=axis,
+            axis=axes[0],
             unbiased=False,
             dtype=mean.dtype,
         )

@@ -108,10 +108,9 @@ class ConditionalBatchNorm(TrackingLayer):
         dtype: DTypeLike = np.float32,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, False, track_running_stats, axis, unbiased, dtype
+            num_features, eps, momentum, True, track_running_stats, axis, unbiased, dtype
         )
         self.num_classes = _validation.integer_from("num_classes", num_classes, 1)
-        self.affine = True
         self.weight = np.ones((self.num_classes, self.num_features), self.dtype)
         self.bias = np.zeros((self.num_classes, self.num_features), self.dtype)
 
@@ -143,16 +142,17 @@ class ConditionalBatchNorm(TrackingLayer):
         array, _ = _validation.channel_axis_of_samples(self._batch(x), self.axis)
         chosen = _validation.class_labels(labels, len(array), self.num_classes)
         weight, bias = (self._of_samples(name, chosen) for name in ("weight", "bias"))
-        running_mean, running_var = self.running_mean, self.running_var
+        running_mean, running_var = self._running_statistics()
         if self.training or running_mean is None or running_var is None:
-            tracked = (running_mean, running_var) if self.training else (None, None)
-            seen, new = self.num_batches_tracked, 0.0
+            tracks = self.training and self.track_running_stats
+            tracked = (running_mean, running_var) if tracks else (None, None)
+            seen, new = self.num_batches_tracked if tracks else None, 0.0
             if seen is not None:
                 new = weight_of_new_batch(self.momentum, seen + 1)
             y, *statistics = train_conditionally(
                 array, weight, bias, *tracked, new, self.eps, self.axis, self.unbiased, out
             )
-            if self.training and seen is not None and array.size > 0:
+            if seen is not None and array.size > 0:
                 self.num_batches_tracked = seen + 1
             self._save(array, y, *statistics, weight, chosen, True)
             return y

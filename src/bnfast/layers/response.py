@@ -10,7 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _validation, functional
 from bnfast._float_mode import in_default_float_mode
-from bnfast.layers._layer import Gradients, Layer
+from bnfast.layers._layer import Flag, Gradients, Layer
 
 Array = NDArray[Any]
 
@@ -74,6 +74,9 @@ class FilterResponseNorm(Layer):
     array([1., 0.], dtype=float32)
     """
 
+    affine = Flag(fixed=True)
+    thresholded = Flag(fixed=True)
+
     tau: Array | None = None
     learned_eps: Array | None = None
     tau_grad: Array | None = None
@@ -96,7 +99,7 @@ class FilterResponseNorm(Layer):
     ) -> None:
         self.num_features = _validation.integer_from("num_features", num_features, 0)
         self.eps = _validation.epsilon(eps, training=True)
-        self.affine, self.thresholded = bool(affine), bool(thresholded)
+        self.affine, self.thresholded = affine, thresholded
         self.axis = _validation.integer("axis", axis)
         self.dtype = _validation.floating_dtype("dtype", dtype)
         self._first_eps = (

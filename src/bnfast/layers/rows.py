@@ -11,13 +11,15 @@ from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _validation, functional
 from bnfast._float_mode import in_default_float_mode
-from bnfast.layers._layer import Gradients, Layer
+from bnfast.layers._layer import Flag, Gradients, Layer
 
 Array = NDArray[Any]
 
 
 class _RowLayer(Layer):
     """A layer of rows, with a weight for each of their elements."""
+
+    elementwise_affine = Flag(fixed=True)
 
     def __init__(
         self,
@@ -29,7 +31,7 @@ class _RowLayer(Layer):
     ) -> None:
         self.normalized_shape = _validation.sizes("normalized_shape", normalized_shape)
         self.eps = None if eps is None else _validation.real("eps", eps)
-        self.elementwise_affine = bool(elementwise_affine)
+        self.elementwise_affine = elementwise_affine
         self.axis = None if axis is None else _validation.integers("axis", axis)
         self.dtype = _validation.floating_dtype("dtype", dtype)
         if self.elementwise_affine:
@@ -130,7 +132,7 @@ class LayerNorm(_RowLayer):
         super().__init__(
             normalized_shape, _validation.real("eps", eps), elementwise_affine, axis, dtype
         )
-        if self.elementwise_affine and bias:
+        if _validation.flag("bias", bias) and self.elementwise_affine:
             self.bias = np.zeros(self.normalized_shape, self.dtype)
 
     def _normalize(self, x: Array, out: Array | None) -> tuple[Array, ...]:

@@ -10,7 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 from bnfast import _validation, functional
 from bnfast._float_mode import in_default_float_mode
 from bnfast._primitives import APART
-from bnfast.layers._layer import Gradients, Layer
+from bnfast.layers._layer import Flag, Gradients, Layer
 from bnfast.layers._tracking import TrackingLayer
 
 Array = NDArray[Any]
@@ -154,6 +154,8 @@ class GroupNorm(Layer):
     array([192., 192., 192., 192.], dtype=float32)
     """
 
+    affine = Flag(fixed=True)
+
     _shown = ("num_groups", "num_channels", "eps", "affine", "axis", "dtype")
 
     def __init__(
@@ -170,7 +172,7 @@ class GroupNorm(Layer):
         _validation.channels_of_group(num_groups, self.num_channels)
         self.num_groups = int(num_groups)
         self.eps = _validation.real("eps", eps)
-        self.affine = bool(affine)
+        self.affine = affine
         self.axis = _validation.integer("axis", axis)
         self.dtype = _validation.floating_dtype("dtype", dtype)
         if self.affine:

@@ -113,11 +113,12 @@ class GhostBatchNorm(TrackingLayer):
         return array
 
     def _normalize(self, x: Array, out: Array | None, training: bool) -> Array:
-        seen = self.num_batches_tracked
+        tracks = training and self.track_running_stats
+        seen = self.num_batches_tracked if tracks else None
         tracked = None
-        if training and self.running_mean is not None and self.running_var is not None:
+        if tracks:
             tracked = _validation.running_statistics(
-                self.running_mean, self.running_var, x, self.num_features
+                *self._running_statistics(), x, self.num_features
             )
         y, mean, invstd = train_on_ghosts(
             x,
@@ -131,7 +132,7 @@ class GhostBatchNorm(TrackingLayer):
             self.unbiased,
             out,
         )
-        if training and seen is not None and x.size > 0:
+        if seen is not None and x.size > 0:
             self.num_batches_tracked = seen + len(mean)
         self._save(x, y, mean, invstd, self._kept_weight(), False)
         return y
@@ -274,6 +275,9 @@ class BatchRenorm(ChannelLayer):
             self.num_batches_tracked += 1
         self._save(array, y, saved, weight)
         return y
+
+    def _first_statistics(self) -> dict[str, Array | float]:
+        return {"running_mean": 0.0, "running_std": 1.0}
 
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
         if not isinstance(saved[0], Renormalized):

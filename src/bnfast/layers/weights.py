@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 from bnfast import _validation, functional
 from bnfast._float_mode import in_default_float_mode
 from bnfast.functional.weights import keep_singular_vectors, lengths_of_filters
-from bnfast.layers._layer import Gradients, Trainable
+from bnfast.layers._layer import Flag, Gradients, Trainable
 
 Array = NDArray[Any]
 
@@ -145,7 +145,7 @@ class _Standardization(Trainable):
         self.eps = _validation.epsilon(eps, training=False)
         self.axis = _validation.integer("axis", axis)
         self.dtype = _validation.floating_dtype("dtype", dtype)
-        if gain:
+        if _validation.flag("gain", gain):
             self.gain = np.ones(self.num_filters, self.dtype)
 
     @in_default_float_mode
@@ -244,6 +244,9 @@ class WeightStandardization(_Standardization):
            [0., 0.]])
     """
 
+    eps_inside = Flag()
+    unbiased = Flag()
+
     _shown = ("num_filters", "eps", "gain", "axis", "eps_inside", "unbiased", "dtype")
 
     def __init__(
@@ -258,7 +261,7 @@ class WeightStandardization(_Standardization):
         dtype: DTypeLike = np.float32,
     ) -> None:
         super().__init__(num_filters, eps, gain, axis, dtype)
-        self.eps_inside, self.unbiased = bool(eps_inside), bool(unbiased)
+        self.eps_inside, self.unbiased = eps_inside, unbiased
 
     def _standardize(
         self, w: Array, gain: Array | None, out: Array | None
@@ -337,6 +340,8 @@ class ScaledWeightStandardization(_Standardization):
     array([-0.707], dtype=float32)
     """
 
+    floor = Flag()
+
     _shown = ("num_filters", "gamma", "eps", "gain", "axis", "floor", "dtype")
 
     def __init__(
@@ -352,7 +357,7 @@ class ScaledWeightStandardization(_Standardization):
     ) -> None:
         super().__init__(num_filters, eps, gain, axis, dtype)
         self.gamma = _validation.real("gamma", gamma)
-        self.floor = bool(floor)
+        self.floor = floor
 
     def _standardize(
         self, w: Array, gain: Array | None, out: Array | None
@@ -437,6 +442,8 @@ class SpectralNorm(Trainable):
     array([-0.111,  0.333])
     """
 
+    v_first = Flag()
+
     _arrays: ClassVar[Mapping[str, str]] = {"_u": "u", "_v": "v"}
 
     @in_default_float_mode
@@ -456,7 +463,7 @@ class SpectralNorm(Trainable):
         )
         self.eps = _validation.real("eps", eps)
         self.dim = axis
-        self.v_first = bool(v_first)
+        self.v_first = v_first
         self.shape = array.shape
         generator = np.random.default_rng(rng)
         u = generator.normal(size=rows)

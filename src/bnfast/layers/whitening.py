@@ -13,13 +13,14 @@ from bnfast import _validation, _whitening
 from bnfast._float_mode import in_default_float_mode
 from bnfast._whitening import WHITENING
 from bnfast.functional import IterativelyWhitened, Whitened
-from bnfast.layers._layer import Gradients, Layer
+from bnfast.layers._layer import Flag, Gradients
+from bnfast.layers._tracking import Tracking
 from bnfast.statistics import weight_of_new_batch
 
 Array = NDArray[Any]
 
 
-class WhiteningLayer(Layer):
+class WhiteningLayer(Tracking):
     """A layer that whitens: in training by the statistics of the input, else by the running ones.
 
     Attributes
@@ -29,7 +30,9 @@ class WhiteningLayer(Layer):
     """
 
     running_matrix: Array | None = None
+    affine = Flag(fixed=True)
 
+    _running: ClassVar[tuple[str, str]] = ("running_mean", "running_matrix")
     _arrays: ClassVar[Mapping[str, str]] = {
         name: name for name in ("weight", "bias", "running_mean", "running_matrix")
     }
@@ -51,8 +54,8 @@ class WhiteningLayer(Layer):
         self.num_groups = int(num_groups)
         self.eps = _validation.epsilon(eps, training=False)
         self.momentum = None if momentum is None else _validation.real("momentum", momentum)
-        self.affine = bool(affine)
-        self.track_running_stats = bool(track_running_stats)
+        self.affine = affine
+        self.track_running_stats = track_running_stats
         self.averaged = _validation.choice("averaged", averaged, _whitening.AVERAGED)
         self.axis = _validation.integer("axis", axis)
         self.dtype = _validation.floating_dtype("dtype", dtype)
@@ -92,19 +95,24 @@ class WhiteningLayer(Layer):
         array, _, _ = _validation.batch("x", x, self.axis)
         _validation.same_channels("x", array, self.axis, self.num_features)
         common = array, self.axis, self.num_groups, self._whiten, self.weight, self.bias
-        running = self.running_mean, self.running_matrix
-        if not self.training and self.track_running_stats:
-            y, statistics = _whitening.evaluate(*common, *running, self.averaged, out)
+        mean, matrix = self._running_statistics()
+        if not self.training and mean is not None and matrix is not None:
+            y, statistics = _whitening.evaluate(*common, mean, matrix, self.averaged, out)
             self._save(array, y, statistics, self._kept_weight(), True)
             return y
         _validation.epsilon(self.eps, training=True)
+        tracks = self.training and self.track_running_stats
+        tracked = (mean, matrix) if tracks else (None, None)
         y, saved = _whitening.normalize(
-            *common, *running, self._weight_of_new_batch(), self.averaged, out
+            *common, *tracked, self._weight_of_new_batch(), self.averaged, out
         )
-        if self.training and self.num_batches_tracked is not None and array.size > 0:
+        if tracks and self.num_batches_tracked is not None and array.size > 0:
             self.num_batches_tracked += 1
         self._save(array, y, saved, self._kept_weight(), False)
         return y
+
+    def _first_statistics(self) -> dict[str, Array | float]:
+        return {"running_mean": 0.0, "running_matrix": np.eye(self.num_features // self.num_groups)}
 
     def _weight_of_new_batch(self) -> float:
         """Return what the next batch weighs in the running statistics."""
