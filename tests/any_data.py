@@ -344,8 +344,11 @@ def judge(
     mean: of the standard deviation, besides its own rounding; variance: of itself; output: absolute
     up to |y| = 2 (with outliers 1), and as much of |y| from there on, whose ulps grow too;
     where values are `normal`, absolute.
-    dbias: of sum(|dy|); dweight: of sum(|dy * xhat|); dx, element by element: of the terms that it
-    is the sum of, (|dy| + mean|dy| + |xhat| mean|dy * xhat|) * invstd.
+    dbias: of sum(|dy|); dweight: of sum(|dy * xhat|), and of sum(|dy|) more where the mean, which
+    is large, is found again: to a rounding of the standard deviation; dx, element by element: of
+    the terms that it is the sum of, (|dy| + mean|dy| + |xhat| mean|dy * xhat|) * invstd. Sizes near
+    the smallest numbers, such as those of products of which one factor is always 0, count as
+    larger: see `fewest_bits`.
     """
     true, found = exact(x, site.centred), run(site, x, dy)
     with np.errstate(all="ignore"):
@@ -382,6 +385,14 @@ def _forward_errors(true: Exact, found: dict[str, np.ndarray]) -> dict[str, Any]
 LARGE_MEAN = 4  # standard deviations, as the notes of batch_norm_backward say
 
 
+def fewest_bits(dtype: np.dtype, factor: np.ndarray) -> np.ndarray:
+    """The least size of a gradient that products and results can have all bits of.
+
+    `factor` is what these are multiplied by to become the gradient.
+    """
+    return float(np.finfo(dtype).tiny) * 2.0**10 * np.maximum(1, factor)
+
+
 def _backward_errors(
     site: Site, true: Exact, found: dict[str, np.ndarray], x: np.ndarray, dy: np.ndarray
 ) -> dict[str, Any]:
@@ -391,26 +402,29 @@ def _backward_errors(
     xhat = x.astype(upstream.dtype)
     if site.centred:
         xhat -= mean[:, None]
-    if site.centred and x.dtype == np.float64:  # what rounding left of large means is found again
-        large = np.abs(mean * invstd) > LARGE_MEAN
-        xhat[large] = true.deviation[large]
+    large = np.full(len(x), site.centred and x.dtype == np.float64)
+    large &= np.abs(mean * invstd) > LARGE_MEAN
+    xhat[large] = true.deviation[large]  # what rounding left of large means is found again
     if not site.columns:
         xhat = xhat * invstd[:, None]
     products = upstream * xhat
     terms, weights = np.abs(upstream), np.abs(products)
     few_terms, few_weights = has_outliers(terms), has_outliers(weights)
+    least = fewest_bits(x.dtype, invstd)
     if "dbias" in found:
         errors["dbias"] = np.abs(found["dbias"] - upstream.sum(1)) / terms.sum(1), few_terms
     if "dweight" in found:
-        off = np.abs(found["dweight"] - products.sum(1)) / weights.sum(1)
-        errors["dweight"] = off, few_weights
+        off = np.abs(found["dweight"] - products.sum(1))
+        sums = weights.sum(1) + np.where(large, terms.sum(1), 0)
+        errors["dweight"] = off / np.maximum(sums, least), few_weights
     if "dx" in found:
         slope, steep = products.mean(1, keepdims=True), weights.mean(1, keepdims=True)
         dx, size = upstream - xhat * slope, terms + np.abs(xhat) * steep
         if site.centred:
             dx, size = dx - upstream.mean(1, keepdims=True), size + terms.mean(1, keepdims=True)
-        off = np.abs(found["dx"] / invstd[:, None] - dx) / size
-        errors["dx"] = off.max(1), few_terms | few_weights
+        off = np.abs(found["dx"] / invstd[:, None] - dx)
+        size = np.maximum(size, fewest_bits(x.dtype, 1 / invstd)[:, None])
+        errors["dx"] = (off / size).max(1), few_terms | few_weights
     return errors
 
 
