@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import bnfast
+from bnfast import _validation
 
 C = 3
 X = np.arange(2 * C * 4, dtype=np.float32).reshape(2, C, 4) / 7
@@ -427,3 +428,50 @@ def test_what_the_forward_pass_returned():
         *(bnfast.iterative_norm_backward, TypeError, "what iterative_norm_forward returned"),
         *("saved must be", X, X, (ones(), ones())),
     )
+
+
+@pytest.mark.parametrize("size", [2**60, 2**62, 10**30])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("num_features", bnfast.BatchNorm),
+        ("num_features", bnfast.InstanceNorm),
+        ("num_features", bnfast.FilterResponseNorm),
+        ("num_features", bnfast.BatchRenorm),
+        ("num_features", lambda size: bnfast.IterNorm(size, 1)),
+        ("num_channels", lambda size: bnfast.GroupNorm(1, size)),
+        ("num_filters", bnfast.WeightStandardization),
+        ("num_classes", lambda size: bnfast.ConditionalBatchNorm(3, size)),
+        ("num_classes by num_features", lambda _: bnfast.ConditionalBatchNorm(2**30, 2**31)),
+        ("normalized_shape", bnfast.LayerNorm),
+        ("normalized_shape", lambda size: bnfast.RMSNorm((size, 2))),
+        ("normalized_shape", lambda _: bnfast.LayerNorm((1,) * 65)),
+    ],
+)
+def test_sizes_that_no_array_has_are_named(name, make, size):
+    with pytest.raises(ValueError, match=rf"^{name} must be "):
+        make(size)
+
+
+@pytest.mark.parametrize("name", ["ghost_batch_norm", "decorrelated_batch_norm", "iterative_norm"])
+def test_as_many_axes_as_there_can_be_are_named_where_one_more_is_needed(name):
+    x = np.zeros((4, 2, *[1] * (_validation.MOST_AXES - 2)), np.float32)
+    more = (2,) if name == "ghost_batch_norm" else ()
+    forward = getattr(bnfast, f"{name}_forward")
+    with pytest.raises(ValueError, match=r"^x must have at most "):
+        forward(x, *more)
+    y, *_ = forward(x[..., 0, 0], *more)
+    assert y.shape == x.shape[:-2]
+    bnfast.batch_norm_forward(x)
+
+
+def test_messages_say_what_is_likely_meant():
+    with pytest.raises(
+        ValueError, match=r"along axis 1, got shape .*; of channels last it is axis=-1$"
+    ):
+        bnfast.BatchNorm(3)(np.zeros((4, 5, 5, 3), np.float32))
+    for x in (np.zeros((4, 3), np.uint8), [[1, 2], [3, 4]], np.zeros((4, 3), np.float16)):
+        with pytest.raises(TypeError, match=r"; numpy.asarray\(x, numpy.float32\) is such$"):
+            bnfast.moments(x)
+    with pytest.raises(TypeError, match=r"got complex128 array of shape \(4, 3\)$"):
+        bnfast.moments(np.zeros((4, 3), complex))

@@ -24,6 +24,10 @@ Saved = TypeVar("Saved")
 # Beyond this much work numpy gives up on whether two arrays share an element.
 _OVERLAP_WORK = 10_000
 
+# What an array can have, of float64.
+MOST_AXES = 64 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
+_MOST_ELEMENTS = sys.maxsize // 8
+
 
 def _describe(value: object) -> str:
     if isinstance(value, np.ndarray):
@@ -51,8 +55,10 @@ def floating_array(name: str, value: object) -> Array:
     array: Array = value
     dtype = array.dtype
     if dtype.char not in "fd" or not dtype.isnative:
+        numbers = np.can_cast(dtype, np.float64) and dtype.isnative
+        hint = f"; numpy.asarray({name}, numpy.float32) is such" if numbers else ""
         raise TypeError(
-            f"{name} must be float32 or float64 in native byte order, got {_describe(array)}"
+            f"{name} must be float32 or float64 in native byte order, got {_describe(array)}{hint}"
         )
     return array
 
@@ -170,14 +176,20 @@ def sizes(name: str, value: object) -> tuple[int, ...]:
         raise ValueError(f"{name} must have at least one size, got none")
     if min(shape) < 0:
         raise ValueError(f"{name} must have no negative size, got {value}")
+    if len(shape) > MOST_AXES or math.prod(shape) > _MOST_ELEMENTS:
+        raise ValueError(
+            f"{name} must be that of an array, of at most {MOST_AXES} axes and {_MOST_ELEMENTS} "
+            f"elements, got {reprlib.repr(value)}"
+        )
     return shape
 
 
 def same_channels(name: str, x: Array, axis: int, channels: int, called: str = "channels") -> None:
     """Refuse a batch with another number of channels than a layer has."""
     if x.ndim < 2 or x.shape[axis] != channels:
+        hint = "; of channels last it is axis=-1" if x.shape[-1:] == (channels,) else ""
         raise ValueError(
-            f"{name} must have {channels} {called} along axis {axis}, got shape {x.shape}"
+            f"{name} must have {channels} {called} along axis {axis}, got shape {x.shape}{hint}"
         )
 
 
@@ -536,6 +548,23 @@ def integer_from(name: str, value: object, least: int) -> int:
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")
     return number
+
+
+def size(name: str, value: object, least: int = 0) -> int:
+    """Return a number of channels, or of what else an array has a place for each of."""
+    number = integer_from(name, value, least)
+    if number > _MOST_ELEMENTS:
+        raise ValueError(f"{name} must be at most {_MOST_ELEMENTS}, got {number}")
+    return number
+
+
+def room_for_axes(name: str, x: Array, more: int) -> None:
+    """Refuse an array with so many axes that NumPy has none left where some more are used."""
+    if x.ndim + more > MOST_AXES:
+        raise ValueError(
+            f"{name} must have at most {MOST_AXES - more} dimensions, got {x.ndim}: NumPy has "
+            f"{MOST_AXES}, and {more} more are used"
+        )
 
 
 def floating_dtype(name: str, value: Any) -> np.dtype[Any]:

@@ -86,6 +86,7 @@ def normalize(
     batch.
     """
     array, axis, channels = _validation.batch("x", x, axis)
+    _validation.room_for_axes("x", array, 2)
     shape = _shape_of_matrices(num_groups, channels)
     new = _validation.real("momentum", momentum)
     of_covariance = _validation.choice("averaged", averaged, AVERAGED) == COVARIANCE
@@ -126,6 +127,7 @@ def evaluate(
 ) -> tuple[Array, Statistics]:
     """Return y from running statistics, and the mean and the matrix that made it (float64)."""
     array, axis, channels = _validation.batch("x", x, axis)
+    _validation.room_for_axes("x", array, 2)
     shape = _shape_of_matrices(num_groups, channels)
     of_covariance = _validation.choice("averaged", averaged, AVERAGED) == COVARIANCE
     centre = _validation.required_channel_parameter("running_mean", running_mean, channels)
@@ -159,6 +161,7 @@ def gradient(
     mean and matrix are constants.
     """
     array, axis, channels = _validation.batch("x", x, axis)
+    _validation.room_for_axes("x", array, 2)
     upstream = _validation.upstream_gradient(dy, array)
     centre = _validation.saved_statistic("mean", mean, (channels,))
     whitening = _validation.matrices_of_groups("matrix", matrix, channels)

@@ -266,6 +266,7 @@ def ghost_batch_norm_backward(
 
 def _split(x: Array, size: int) -> tuple[Array, Array]:
     """Return views: the whole parts, and the rest as one part, each with an axis of parts first."""
+    _validation.room_for_axes("x", x, 1)
     whole = len(x) // size
     return x[: whole * size].reshape(whole, size, *x.shape[1:]), x[None, whole * size :]
 

@@ -25,7 +25,7 @@ class ChannelLayer(Layer):
     def __init__(
         self, num_features: int, eps: float, affine: bool, axis: int, dtype: DTypeLike
     ) -> None:
-        self.num_features = _validation.integer_from("num_features", num_features, 0)
+        self.num_features = _validation.size("num_features", num_features)
         self.eps = _validation.epsilon(eps, training=False)
         self.affine = affine
         self.axis = _validation.integer("axis", axis)

@@ -110,7 +110,8 @@ class ConditionalBatchNorm(TrackingLayer):
         super().__init__(
             num_features, eps, momentum, True, track_running_stats, axis, unbiased, dtype
         )
-        self.num_classes = _validation.integer_from("num_classes", num_classes, 1)
+        self.num_classes = _validation.size("num_classes", num_classes, 1)
+        _validation.sizes("num_classes by num_features", (self.num_classes, self.num_features))
         self.weight = np.ones((self.num_classes, self.num_features), self.dtype)
         self.bias = np.zeros((self.num_classes, self.num_features), self.dtype)
 

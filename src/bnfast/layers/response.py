@@ -97,7 +97,7 @@ class FilterResponseNorm(Layer):
         axis: int = 1,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.num_features = _validation.integer_from("num_features", num_features, 0)
+        self.num_features = _validation.size("num_features", num_features)
         self.eps = _validation.epsilon(eps, training=True)
         self.affine, self.thresholded = affine, thresholded
         self.axis = _validation.integer("axis", axis)

@@ -168,7 +168,7 @@ class GroupNorm(Layer):
         axis: int = 1,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.num_channels = _validation.integer_from("num_channels", num_channels, 0)
+        self.num_channels = _validation.size("num_channels", num_channels)
         _validation.channels_of_group(num_groups, self.num_channels)
         self.num_groups = int(num_groups)
         self.eps = _validation.real("eps", eps)

@@ -141,7 +141,7 @@ class _Standardization(Trainable):
     def __init__(
         self, num_filters: int, eps: float, gain: bool, axis: int, dtype: DTypeLike
     ) -> None:
-        self.num_filters = _validation.integer_from("num_filters", num_filters, 0)
+        self.num_filters = _validation.size("num_filters", num_filters)
         self.eps = _validation.epsilon(eps, training=False)
         self.axis = _validation.integer("axis", axis)
         self.dtype = _validation.floating_dtype("dtype", dtype)

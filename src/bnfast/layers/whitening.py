@@ -49,7 +49,7 @@ class WhiteningLayer(Tracking):
         axis: int,
         dtype: DTypeLike,
     ) -> None:
-        self.num_features = _validation.integer_from("num_features", num_features, 0)
+        self.num_features = _validation.size("num_features", num_features)
         _validation.channels_of_group(num_groups, self.num_features)
         self.num_groups = int(num_groups)
         self.eps = _validation.epsilon(eps, training=False)
