@@ -54,7 +54,8 @@ typedef struct {
    level of cache meanwhile; 0 for none. */
 #define BN_WIDE_ROW 64
 
-/* Rows of at most so many bytes are narrow: read as one stream, in the order in which they lie. */
+/* Rows of at most so many bytes are narrow: read as one stream, and from memory in the order in which they
+   lie, where registers or the first level of cache hold their lanes. */
 #define BN_NARROW_ROW_BYTES ((size_t)576)
 
 typedef enum { BN_IN_LEVEL2, BN_IN_LAST_LEVEL, BN_IN_MEMORY } bn_place;
