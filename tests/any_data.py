@@ -347,11 +347,10 @@ def judge(
     mean: of the standard deviation, besides its own rounding; variance: of itself; output: absolute
     up to |y| = 2 (with outliers 1), and as much of |y| from there on, whose ulps grow too;
     where values are `normal`, absolute.
-    dbias: of sum(|dy|); dweight: of sum(|dy * xhat|), and of sum(|dy|) more where the mean, which
-    is large, is found again: to a rounding of the standard deviation; dx, element by element: of
-    the terms that it is the sum of, (|dy| + mean|dy| + |xhat| mean|dy * xhat|) * invstd. Sizes near
-    the smallest numbers, such as those of products of which one factor is always 0, count as
-    larger: see `fewest_bits`.
+    dbias: of sum(|dy|); dweight: of sum(|dy * xhat|); dx, element by element: of the terms that it
+    is the sum of, (|dy| + mean|dy| + |xhat| mean|dy * xhat|) * invstd. Sizes near the smallest
+    numbers, such as those of products of which one factor is always 0, count as larger: see
+    `fewest_bits`.
     """
     true, found = exact(x, site.centred), run(site, x, dy)
     with np.errstate(all="ignore"):
@@ -418,8 +417,7 @@ def _backward_errors(
         errors["dbias"] = np.abs(found["dbias"] - upstream.sum(1)) / terms.sum(1), few_terms
     if "dweight" in found:
         off = np.abs(found["dweight"] - products.sum(1))
-        sums = weights.sum(1) + np.where(large, terms.sum(1), 0)
-        errors["dweight"] = off / np.maximum(sums, least), few_weights
+        errors["dweight"] = off / np.maximum(weights.sum(1), least), few_weights
     if "dx" in found:
         slope, steep = products.mean(1, keepdims=True), weights.mean(1, keepdims=True)
         dx, size = upstream - xhat * slope, terms + np.abs(xhat) * steep

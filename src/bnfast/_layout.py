@@ -34,9 +34,9 @@ RUN_MULTIPLE = 64
 # Rows, or images of short planes, that kernels sum at a time.
 ROWS_TOGETHER = 16
 
-# Rows of a channels_last chunk, for each phase: so many that the merge at its end costs little, and
-# twice as many of narrow rows, from which memory is waited for at each merge (64 columns: 0.93 of
-# the time). Longer ones would want longer scratch.
+# Rows of a channels_last chunk, for each phase: so many that the merge at its end costs little. Of
+# rows of at most NARROW_ROW_BYTES twice as many: each merge lets memory wait (tables of 64 columns
+# take 0.93 of the time). Longer chunks would want longer scratch.
 CHUNK_ROWS = 256
 NARROW_ROW_BYTES = 640
 
@@ -53,8 +53,8 @@ BEGINNING, BROKEN = 0.25, 0.5
 # than a hundredth of the memory that it covers.
 FEWEST_BLOCK_ROWS = 640
 
-# Blocks are longer than BLOCK_BYTES where there are so many of them already: each begins with a
-# chunk whose first shift reads rows that lie apart (256 MB of 64 columns: 0.92 of the time).
+# A long array has about this many blocks, each longer than BLOCK_BYTES: every block begins with a
+# first shift, which reads rows that lie apart (256 MB of 64 columns take 0.92 of the time).
 ENOUGH_BLOCKS = 64
 
 

@@ -295,7 +295,7 @@ def element_parameter(
         return np.array(array, dtype, order="C")
 
 
-def _single_at_least(name: str, value: object) -> object:
+def _single_at_least(value: object) -> object:
     """Return floats of fewer bits, NumPy's, of ml_dtypes or PyTorch's, as float32; others as is."""
     try:
         dtype = np.asarray(value).dtype
@@ -308,7 +308,7 @@ def _single_at_least(name: str, value: object) -> object:
 
 def state(name: str, value: object, shape: tuple[int, ...]) -> Array:
     """Return an array of a layer's state."""
-    value = _single_at_least(name, value)
+    value = _single_at_least(value)
     if len(shape) == 1:
         return required_channel_parameter(name, value, shape[0])
     array = floating_array(name, value)

@@ -82,7 +82,7 @@ static void unmap(char *from, const char *to)
     }
 }
 
-/* So many pages, which begin at one. */
+/* Maps `bytes`, whole huge pages, from a multiple of PAGE on. */
 static void *new_block(size_t bytes)
 {
     const size_t head = small_page();
