@@ -207,9 +207,25 @@ def test_batch_renorm_evaluates_with_its_running_statistics(dtype, rng, axis):
     x, _, weight, bias = inputs(rng, (6, 3, 5, 4), axis, dtype)
     mean, std = rng.normal(size=3).astype(dtype), rng.uniform(0.5, 3, 3).astype(dtype)
     got = bnfast.batch_renorm(x, mean, std, weight, bias, axis=axis)
-    variance = std.astype(np.float64) ** 2
-    expected = bnfast.batch_norm(x, mean, variance, weight, bias, eps=0.0, axis=axis)
-    np.testing.assert_array_equal(got, expected)
+    shape = [1, -1, 1, 1] if axis == 1 else [-1]
+    wide = (a.astype(np.longdouble).reshape(shape) for a in (mean, std, weight, bias))
+    centre, spread, scale, shift = wide
+    expected = (x - centre) / spread * scale + shift
+    np.testing.assert_allclose(
+        got, expected.astype(dtype), atol=OUTPUT * eps_of(dtype), rtol=4 * eps_of(dtype)
+    )
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e-160, 1e160, 1e200, 1e300])
+def test_batch_renorm_evaluates_at_the_ends_of_the_range(size):
+    x, dy = np.array([[3.0], [1.0]]) * size, np.array([[1.0], [2.0]])
+    mean, std = np.array([size]), np.array([2 * size])
+    np.testing.assert_allclose(bnfast.batch_renorm(x, mean, std), [[1.0], [0.0]], rtol=1e-15)
+    layer = bnfast.BatchRenorm(1, dtype=np.float64).eval()
+    layer.running_mean, layer.running_std = mean, std
+    np.testing.assert_allclose(layer(x), [[1.0], [0.0]], rtol=1e-15)
+    np.testing.assert_allclose(layer.backward(dy), dy / std, rtol=1e-15)
+    np.testing.assert_allclose(layer.weight_grad, [1.0], rtol=1e-15)
 
 
 def test_gradients_of_batch_renorm_with_r_and_d_frozen(rng, axis):

@@ -470,16 +470,13 @@ def batch_renorm(
             out=out,
         )
         return y
-    array, _, channels = _validation.batch("x", x, axis)
+    array, _, _ = _validation.batch("x", x, axis)
     _validation.real("momentum", momentum)
     _validation.epsilon(eps, training=False)
     _validation.renorm_limits(r_max, d_max)
-    centre = _validation.required_channel_parameter("running_mean", running_mean, channels)
-    spread = _validation.required_channel_parameter("running_std", running_std, channels)
-    if out is not None:
-        _validation.output(out, array, {"running_mean": running_mean, "running_std": running_std})
-    variance = variance_to_evaluate_with(spread)
-    return _primitives.scale_shift(array, axis, centre, variance, weight, bias, 0.0, None, out)
+    given = array, axis, running_mean, running_std, weight, bias
+    y, _ = evaluate_renorm(*given, None, out)
+    return y
 
 
 @in_default_float_mode
@@ -582,11 +579,37 @@ def _between(least: float, divided: Array, std: Array, most: float) -> Array:
     return clipped
 
 
-def variance_to_evaluate_with(std: Array) -> Array:
-    """Return the square of a running deviation, but not 0: that would make NaN of 0 / 0."""
+# Smaller running deviations, 0 among them, stand for this one: its inverse times a weight must not
+# be infinite, which would make NaN of an x that is equal to its mean.
+_SMALLEST_STD = 1e-290
+
+
+def evaluate_renorm(
+    x: Array,
+    axis: object,
+    running_mean: object,
+    running_std: object,
+    weight: object,
+    bias: object,
+    kept: _primitives.Evaluation | None,
+    out: object,
+) -> tuple[Array, Array]:
+    """Return y, and the 1 / std (float64) that made it, whose squares float64 need not hold."""
+    array, _, channels = _validation.batch("x", x, axis)
+    centre = _validation.required_channel_parameter("running_mean", running_mean, channels)
+    spread = _validation.required_channel_parameter("running_std", running_std, channels)
+    own = _validation.channel_parameter("weight", weight, channels)
+    if out is not None:
+        others = {"weight": weight, "running_mean": running_mean, "running_std": running_std}
+        _validation.output(out, array, others)
+    wide = spread.astype(np.float64)
     with np.errstate(all="ignore"):
-        squares: Array = np.maximum(std.astype(np.float64) ** 2, np.finfo(np.float64).tiny)
-    return squares
+        wide[np.abs(wide) < _SMALLEST_STD] = _SMALLEST_STD
+        inverse = 1.0 / wide
+        scale = inverse if own is None else own * inverse
+    unit = np.ones(channels)
+    y = _primitives.scale_shift(array, axis, centre, unit, scale, bias, 0.0, kept, out)
+    return y, inverse
 
 
 @in_default_float_mode

@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 from bnfast import _validation, functional
 from bnfast._float_mode import in_default_float_mode
 from bnfast.functional import Renormalized, RenormSchedule
-from bnfast.functional.small_batches import train_on_ghosts, variance_to_evaluate_with
+from bnfast.functional.small_batches import evaluate_renorm, train_on_ghosts
 from bnfast.layers._layer import Gradients
 from bnfast.layers._tracking import ChannelLayer, TrackingLayer
 from bnfast.statistics import weight_of_new_batch
@@ -261,7 +261,10 @@ class BatchRenorm(ChannelLayer):
         array = self._batch(x)
         mean, std = self.running_mean, self.running_std
         if not self.training:
-            return self._evaluate(array, out, mean, variance_to_evaluate_with(std), 0.0)
+            given = array, self.axis, mean, std, self.weight, self.bias
+            y, inverse_std = evaluate_renorm(*given, self._evaluation, out)
+            self._save(array, y, mean.copy(), inverse_std, self._kept_weight(), True)
+            return y
         r_max, d_max = self.schedule.at(self.num_batches_tracked)
         weight = self._kept_weight()
         y, saved = functional.batch_renorm_forward(
