@@ -181,7 +181,7 @@ def test_cuts_do_not_depend_on_the_number_of_channels_where_a_channel_is_a_run()
 @given(
     layout=st.sampled_from([CONTIGUOUS, CHANNELS_LAST]),
     itemsize=st.sampled_from([4, 8]),
-    outer=st.integers(1, 5000),
+    outer=st.integers(1, 5000) | st.integers(1, 10_000_000),
     channels=st.integers(1, 5000),
     inner=st.integers(2, 300_000),
 )
@@ -199,6 +199,8 @@ def test_chunks_tile_the_channel_and_fit_the_scratch_memory(
     assert (rows - 1) * chunk_outer < outer <= rows * chunk_outer
     assert chunks == rows * chunks_per_run
     assert (blocks - 1) * chunks_per_block < chunks <= blocks * chunks_per_block
+    if layout == CHANNELS_LAST:
+        assert blocks <= _layout.ENOUGH_BLOCKS + 1
     if layout == CHANNELS_LAST:
         assert chunks_per_block * chunk_outer >= _layout.FEWEST_BLOCK_ROWS
     if layout == CHANNELS_LAST and channels * itemsize < _layout.STREAM_BYTES:

@@ -211,3 +211,39 @@ def test_forked_children_are_serial_and_never_hang(fork_first):
     code = CHILD.format(fork_first=fork_first, expected=4 if _core.HAS_OPENMP else 1)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+SMALL_STACK = """
+import sys, threading
+sys.path.insert(0, {tests!r})
+import numpy as np
+import bnfast
+from public_calls import public_calls
+
+bnfast.set_num_threads(1)
+of_blas = "decorrelated", "iterative", "spectral"
+
+def do_all():
+    rng = np.random.default_rng(0)
+    for dtype, size in ((np.float32, 1), (np.float64, 1), (np.float64, 1e200)):
+        for axes in ((0, 1, 2, 3), (0, 2, 3, 1)):  # dense, and neighbouring channels
+            x, dy = (rng.normal(size=(2, 8, 64, 40, 30)) * size).astype(dtype)
+            x, dy = (a.transpose(np.argsort(axes))[:, :, :, ::2] for a in (x, dy / size))
+            weight, bias = rng.normal(size=(2, x.shape[1])).astype(dtype)
+            for name, call in public_calls(x, dy, weight, bias).items():
+                if not name.startswith(of_blas):
+                    call()
+    print("done")
+
+do_all()  # what is imported and planned needs more, and needs it once
+threading.stack_size(128 << 10)  # what musl gives a thread
+thread = threading.Thread(target=do_all)
+thread.start()
+thread.join()
+"""
+
+
+def test_a_call_needs_less_stack_than_a_thread_of_musl_has():
+    code = SMALL_STACK.format(tests=os.path.dirname(__file__))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "done\ndone\n"), done.stderr

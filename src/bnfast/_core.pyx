@@ -154,6 +154,8 @@ cdef extern from "block_tasks.h" nogil:
         double *column_sums
         double *partials
         bn_coefficients coefficients
+        char *scratch
+        size_t scratch_bytes
         int prepared
 
     ctypedef void bn_task(const bn_job *job, size_t number) noexcept
@@ -167,8 +169,11 @@ cdef extern from "block_tasks.h" nogil:
     enum:
         BN_MAX_PHASES
         BN_SUMS
+        BN_BUFFERS
 
-    void bn_do_task(const bn_job *job, const bn_phase *phase, size_t number) noexcept
+    void bn_do_tasks(
+        const bn_job *job, const bn_phase *phase, size_t thread, size_t first, size_t end
+    ) noexcept
     size_t bn_moments_phases(bn_job *job, size_t threads, bn_phase *phases)
     size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases)
     size_t bn_scale_shift_phases(bn_job *job, size_t threads, bn_phase *phases)
@@ -411,14 +416,22 @@ cdef class Geometry:
 cdef enum:
     SMALL_WORKSPACE = 16384
 
-# Channel arrays of one call, each on its own cache lines: in the caller's `small` memory where they
-# fit there. Nothing between _reserve and _release may raise.
+# Channel arrays of one call, each on its own cache lines, and its scratch: in the caller's `small`
+# memory where they fit there. Nothing between _reserve and _release may raise.
 ctypedef struct _Workspace:
     char *next
     char *heap
 
 
-cdef int _reserve(_Workspace *workspace, char *small, size_t bytes_) except -1:
+cdef int _reserve(
+    _Workspace *workspace, char *small, size_t bytes_, bn_job *job, int threads, bint made=False
+) except -1:
+    """Of so many bytes, and the job's scratch: for packed operands, or where an input is `made`."""
+    cdef size_t scratch = 0
+    if made or job.geometry.any_packed:
+        job.scratch_bytes = _padded(min(<size_t>BN_SCRATCH_BYTES, _bytes_of_repeat(job.geometry)))
+        scratch = <size_t>threads * BN_BUFFERS * job.scratch_bytes
+        bytes_ += scratch
     workspace.heap = NULL
     if bytes_ + 64 > SMALL_WORKSPACE:
         workspace.heap = <char *>malloc(bytes_ + 64)
@@ -426,7 +439,13 @@ cdef int _reserve(_Workspace *workspace, char *small, size_t bytes_) except -1:
             raise MemoryError("no memory for the statistics of the channels")
         small = workspace.heap
     workspace.next = _at_line(small)
+    if scratch > 0:
+        job.scratch = <char *>_take(workspace, scratch)
     return 0
+
+
+cdef inline size_t _bytes_of_repeat(const bn_geometry *c) noexcept:
+    return c.outer * c.channels * c.inner * c.itemsize
 
 
 cdef inline char *_at_line(char *memory) noexcept:
@@ -518,7 +537,7 @@ cdef bn_job _new_job(const bn_geometry *geometry) noexcept:
 
 cdef void _do_all(bn_job *job, bn_phases phases_of, int threads) noexcept:
     cdef const bn_geometry *c = job.geometry
-    if threads == 1 and c.outer * c.inner * _statistics(c) * c.itemsize < BN_BRIEF_BYTES:
+    if threads == 1 and c.repeats * _bytes_of_repeat(c) < BN_BRIEF_BYTES:
         _do(job, phases_of, 1)
     else:
         with nogil:
@@ -534,25 +553,22 @@ cdef void _do(bn_job *job, bn_phases phases_of, int threads) noexcept nogil:
 
 cdef void _run_phase(const bn_job *job, const bn_phase *phase, int threads) noexcept nogil:
     cdef size_t repeats = 1 if phase.of_all else job.geometry.repeats
-    cdef Py_ssize_t number, part, tasks = <Py_ssize_t>(repeats * phase.tasks)
+    cdef Py_ssize_t part, tasks = <Py_ssize_t>(repeats * phase.tasks)
     if threads == 1 or tasks == 1 or phase.brief:
         # No OpenMP region at all: cheaper, and safe in a forked child.
-        for number in range(tasks):
-            bn_do_task(job, phase, <size_t>number)
+        bn_do_tasks(job, phase, 0, 0, <size_t>tasks)
     else:
         # All threads, also of fewer tasks: see thresholds.h.
         for part in prange(threads, num_threads=threads, schedule="static"):
-            _do_tasks(job, phase, part * tasks // threads, (part + 1) * tasks // threads)
+            _do_part(job, phase, <size_t>part, <size_t>tasks, <size_t>threads)
 
 
-cdef void _do_tasks(
-    const bn_job *job, const bn_phase *phase, Py_ssize_t first, Py_ssize_t end
+cdef void _do_part(
+    const bn_job *job, const bn_phase *phase, size_t part, size_t tasks, size_t parts
 ) noexcept nogil:
     """Do some tasks in a thread of OpenMP's, which may have inherited any float mode."""
     cdef bn_float_mode before = bn_enter_default_float_mode()
-    cdef Py_ssize_t number
-    for number in range(first, end):
-        bn_do_task(job, phase, <size_t>number)
+    bn_do_tasks(job, phase, part, part * tasks // parts, (part + 1) * tasks // parts)
     bn_leave_default_float_mode(before)
 
 
@@ -562,7 +578,7 @@ def moments(Geometry geometry, x, mean, m2, int threads, mean_low=None):
     cdef bn_job job = _new_job(c)
     cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
-    _reserve(&workspace, small, _workspace_bytes(c, 0, 1, 1, 0))
+    _reserve(&workspace, small, _workspace_bytes(c, 0, 1, 1, 0), &job, threads)
     job.x = _data(x)
     job.mean, job.m2 = _doubles(mean), _doubles(m2)
     if mean_low is None:
@@ -598,7 +614,7 @@ cpdef int normalize(
     cdef size_t coefficients = (
         BN_SCALE_SHIFT_COEFFICIENTS if floor is None else BN_FLOORED_COEFFICIENTS
     )
-    _reserve(&workspace, small, _workspace_bytes(c, 4, 2, 1, coefficients))
+    _reserve(&workspace, small, _workspace_bytes(c, 4, 2, 1, coefficients), &job, threads)
     job.x, job.y = _data(x), _data(y)
     job.weight = _widened(&workspace, weight, c.channels)
     job.bias = _widened(&workspace, bias, c.channels)
@@ -745,7 +761,7 @@ cpdef object scale_shift(
             weight, bias, mean, variance = (
                 prepared.weight, prepared.bias, prepared.mean, prepared.variance
             )
-    _reserve(&workspace, small, _workspace_bytes(c, 4, 1, 0, BN_SCALE_SHIFT_COEFFICIENTS))
+    _reserve(&workspace, small, _workspace_bytes(c, 4, 1, 0, BN_SCALE_SHIFT_COEFFICIENTS), &job, threads)
     job.x, job.y = _data(x), _data(y)
     job.eps = eps
     if prepared is not None:
@@ -784,7 +800,8 @@ cpdef object gradient(
     cdef bn_job job = _new_job(c)
     cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
-    _reserve(&workspace, small, _workspace_bytes(c, 3, 4 + (c.dtype == BN_f64), 1, coefficients))
+    _reserve(&workspace, small, _workspace_bytes(c, 3, 4 + (c.dtype == BN_f64), 1, coefficients),
+             &job, threads, floor is not None)
     job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)
     job.weight = _widened(&workspace, weight, c.channels)
     job.mean = <double *>_widened(&workspace, mean, _statistics(c))
@@ -821,7 +838,7 @@ cpdef object normalize_rows(
     cdef bn_job job = _new_job(c)
     cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
-    _reserve(&workspace, small, _workspace_bytes(c, 0, 2, 1, BN_SCALE_SHIFT_COEFFICIENTS))
+    _reserve(&workspace, small, _workspace_bytes(c, 0, 2, 1, BN_SCALE_SHIFT_COEFFICIENTS), &job, threads)
     job.x, job.y = _data(x), _data(y)
     if weight is not None:
         job.element_weight = _data(weight)
@@ -850,7 +867,7 @@ cpdef object row_gradient(
     cdef char small[SMALL_WORKSPACE]
     cdef size_t rows = _statistics(c)
     _reserve(&workspace, small, _workspace_bytes(c, 0, 4 + (c.dtype == BN_f64), 1,
-                                                 BN_ROW_GRADIENT_COEFFICIENTS))
+                                                 BN_ROW_GRADIENT_COEFFICIENTS), &job, threads)
     job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)
     if weight is not None:
         job.element_weight = _data(weight)

@@ -116,6 +116,12 @@ static void clear(double *array, range channels)
     }
 }
 
+/* The scratch of an operand: up to BN_MOST_INPUTS inputs, and then an output. */
+static char *buffer_of(const bn_job *job, size_t which)
+{
+    return job->scratch ? job->scratch + which * job->scratch_bytes : NULL;
+}
+
 /* one box: one kernel call */
 
 /* `count` is the number of values that the block has summed before this box. */
@@ -179,8 +185,10 @@ static bn_view scaled_view(const bn_job *job, const bn_box *box, bn_view x, char
     return scaled;
 }
 
-static bn_view x_to_sum(const bn_job *job, const bn_box *box, char *scratch)
+/* What x is summed from is in the first buffer if it is in any. */
+static bn_view x_to_sum(const bn_job *job, const bn_box *box)
 {
+    char *scratch = buffer_of(job, 0);
     const bn_view x = bn_view_to_read(job->geometry, X, job->x, box, scratch);
     return job->scaled ? scaled_view(job, box, x, scratch) : x;
 }
@@ -188,8 +196,7 @@ static bn_view x_to_sum(const bn_job *job, const bn_box *box, char *scratch)
 static void moments_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
 {
     const bn_geometry *geometry = job->geometry;
-    _Alignas(64) char x_scratch[BN_SCRATCH_BYTES];
-    bn_view x = x_to_sum(job, box, x_scratch);
+    bn_view x = x_to_sum(job, box);
     bn_extent extent = box->extent;
     if (job->uncentred) { /* the mean remains 0 */
         job->kernels->square_sums[geometry->layout][geometry->dtype](
@@ -210,15 +217,14 @@ static void moments_of_box(const bn_job *job, const bn_box *box, size_t block, s
 }
 
 /* dy where y was not below its floor, made in scratch; the rest is added up. */
-static bn_view kept_upstream(const bn_job *job, const bn_box *box, size_t block, char *scratch)
+static bn_view kept_upstream(const bn_job *job, const bn_box *box, size_t block)
 {
     const bn_geometry *geometry = job->geometry;
-    _Alignas(64) char dy_scratch[BN_SCRATCH_BYTES], x_scratch[BN_SCRATCH_BYTES];
     const bn_view inputs[] = {
-        bn_view_to_read(geometry, DY, job->dy, box, dy_scratch),
-        bn_view_to_read(geometry, X, job->x, box, x_scratch),
+        bn_view_to_read(geometry, DY, job->dy, box, buffer_of(job, 1)),
+        bn_view_to_read(geometry, X, job->x, box, buffer_of(job, 0)),
     };
-    const bn_view kept = bn_dense_view(box, scratch);
+    const bn_view kept = bn_dense_view(box, buffer_of(job, 2));
     job->kernels->keep_above_floor[geometry->layout][geometry->dtype](
         box->extent, inputs, coefficients_from(job, box->channel), kept,
         sums_of_block(job, job->sum_floored, 2, block) + box->channel);
@@ -228,10 +234,10 @@ static bn_view kept_upstream(const bn_job *job, const bn_box *box, size_t block,
 static void gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
 {
     const bn_geometry *geometry = job->geometry;
-    _Alignas(64) char dy_scratch[BN_SCRATCH_BYTES], x_scratch[BN_SCRATCH_BYTES];
-    const bn_view dy = job->floor ? kept_upstream(job, box, block, dy_scratch)
-                                  : bn_view_to_read(geometry, DY, job->dy, box, dy_scratch);
-    const bn_view x = x_to_sum(job, box, x_scratch);
+    const bn_view dy = job->floor
+                           ? kept_upstream(job, box, block)
+                           : bn_view_to_read(geometry, DY, job->dy, box, buffer_of(job, 1));
+    const bn_view x = x_to_sum(job, box);
     (void)count;
     job->kernels->gradient_sums[geometry->layout][geometry->dtype](
         box->extent, dy.data, dy.strides, x.data, x.strides, input_of(job, box),
@@ -244,11 +250,10 @@ static void weighted_gradient_sums_of_box(const bn_job *job, const bn_box *box, 
                                           size_t count)
 {
     const bn_geometry *geometry = job->geometry;
-    _Alignas(64) char scratch[BN_MOST_INPUTS][BN_SCRATCH_BYTES];
     const bn_view inputs[] = {
-        bn_view_to_read(geometry, DY, job->dy, box, scratch[0]),
-        x_to_sum(job, box, scratch[1]),
-        bn_view_to_read(geometry, ELEMENT_WEIGHT, job->element_weight, box, scratch[2]),
+        bn_view_to_read(geometry, DY, job->dy, box, buffer_of(job, 1)),
+        x_to_sum(job, box),
+        bn_view_to_read(geometry, ELEMENT_WEIGHT, job->element_weight, box, buffer_of(job, 2)),
     };
     (void)count;
     job->kernels->weighted_gradient_sums[geometry->layout][geometry->dtype](
@@ -305,11 +310,11 @@ static void write_part(const bn_job *job, const bn_box *box, bn_output_kernel *k
                        const tensor *from, tensor to)
 {
     const bn_geometry *geometry = job->geometry;
-    _Alignas(64) char from_scratch[BN_MOST_INPUTS][BN_SCRATCH_BYTES], to_scratch[BN_SCRATCH_BYTES];
+    char *to_scratch = buffer_of(job, BN_MOST_INPUTS);
     bn_view inputs[BN_MOST_INPUTS];
     for (size_t i = 0; i < count; i++) {
         inputs[i] =
-            bn_view_to_read(geometry, from[i].operand, from[i].data, box, from_scratch[i]);
+            bn_view_to_read(geometry, from[i].operand, from[i].data, box, buffer_of(job, i));
     }
     const bn_view output = bn_view_to_write(geometry, to.operand, to.data, box, to_scratch);
     bn_coefficients coefficients = coefficients_from(job, box->channel);
@@ -434,11 +439,16 @@ static void write_block(const bn_job *job, size_t block, range channels, visit *
     BN_FENCE_STREAMS();
 }
 
-static void sum_moments(const bn_job *job, size_t block, range channels)
+static void clear_moments(const bn_job *job, size_t block, range channels)
 {
     clear(sums_of_block(job, job->mean, 0, block), channels);
     clear(sums_of_block(job, job->mean_low, 1, block), channels);
     clear(sums_of_block(job, job->m2, 2, block), channels);
+}
+
+static void sum_moments(const bn_job *job, size_t block, range channels)
+{
+    clear_moments(job, block, channels);
     sum_block(job, block, channels, job->geometry->operand[X].packed || job->scaled,
               moments_of_box);
 }
@@ -615,12 +625,24 @@ static double factor_needed(const bn_job *job, size_t c)
     return job->invstd[c] > LARGE_INVSTD && fabs(job->mean[c]) < 0x1p-350 ? LARGER : 0.0;
 }
 
-static void scaled_moments(const bn_job *job, range channels, double factor)
+/* The same job with x scaled in scratch: its own, or `rare` where it has none. */
+static bn_job scaled_job(const bn_job *job, double factor, char *rare)
 {
-    const double size = (double)(values_per_channel(job->geometry) * job->shared);
     bn_job scaled = *job;
     scaled.scaled = 1;
     scaled.factor = factor;
+    if (!job->scratch) {
+        scaled.scratch = rare;
+        scaled.scratch_bytes = BN_SCRATCH_BYTES;
+    }
+    return scaled;
+}
+
+BN_NOINLINE void scaled_moments(const bn_job *job, range channels, double factor)
+{
+    const double size = (double)(values_per_channel(job->geometry) * job->shared);
+    _Alignas(64) char rare[BN_SCRATCH_BYTES];
+    const bn_job scaled = scaled_job(job, factor, rare);
     moments_again(&scaled, channels);
     for (size_t c = channels.first; c < channels.first + channels.count; c++) {
         const double eps = job->eps + (job->more_eps ? job->more_eps[c] : 0.0);
@@ -668,6 +690,28 @@ static int is_extreme(double invstd)
     return invstd > 0.0 && invstd <= DBL_MAX && !(invstd >= LEAST_INVSTD && invstd <= MOST_INVSTD);
 }
 
+/* Sums of dy * xhat with x made xhat, but for a factor, before it is summed. Nothing but the sums may need the
+   mean meanwhile: it is 0 for them, as that of xhat is. (What is above a floor is told by it: such jobs, those
+   of filter response norm, are uncentred.) */
+BN_NOINLINE void scaled_gradient(const bn_job *job, range channels)
+{
+    const bn_coefficients coefficients = coefficients_from(job, channels.first);
+    _Alignas(64) char rare[BN_SCRATCH_BYTES];
+    const bn_job scaled = scaled_job(job, 1.0, rare);
+    memset(coefficients.array[BN_MEAN], 0, channels.count * sizeof(double));
+    for (size_t block = 0; block < job->geometry->blocks; block++) {
+        sum_gradient(&scaled, block, channels);
+    }
+    merge_gradient(&scaled, channels);
+    job->kernels->round_mean[BN_f64](channels.count, job->mean + channels.first, coefficients);
+    for (size_t c = channels.first; c < channels.first + channels.count; c++) {
+        const double factor = power_of_two(job->invstd[c]);
+        const double low = job->mean_low ? job->mean_low[c] * factor : 0.0;
+        const double sum = job->sum_dy_xhat[c] - (low == 0.0 ? 0.0 : low * job->sum_dy[c]);
+        job->sum_dy_xhat[c] = sum * (job->invstd[c] / factor);
+    }
+}
+
 static void mend_gradient(const bn_job *job, range channels)
 {
     const size_t end = channels.first + channels.count;
@@ -678,28 +722,13 @@ static void mend_gradient(const bn_job *job, range channels)
     }
     for (; some.first < end; some.first += some.count) {
         const int extreme = is_extreme(job->invstd[some.first]);
-        bn_coefficients coefficients = coefficients_from(job, some.first);
-        bn_job scaled = *job;
         some.count = 1;
         while (some.first + some.count < end &&
                is_extreme(job->invstd[some.first + some.count]) == extreme) {
             some.count++;
         }
-        if (!extreme) {
-            continue;
-        }
-        scaled.scaled = 1;
-        memset(coefficients.array[BN_MEAN], 0, some.count * sizeof(double));
-        for (size_t block = 0; block < job->geometry->blocks; block++) {
-            sum_gradient(&scaled, block, some);
-        }
-        merge_gradient(&scaled, some);
-        job->kernels->round_mean[BN_f64](some.count, job->mean + some.first, coefficients);
-        for (size_t c = some.first; c < some.first + some.count; c++) {
-            const double factor = power_of_two(job->invstd[c]);
-            const double low = job->mean_low ? job->mean_low[c] * factor : 0.0;
-            const double sum = job->sum_dy_xhat[c] - (low == 0.0 ? 0.0 : low * job->sum_dy[c]);
-            job->sum_dy_xhat[c] = sum * (job->invstd[c] / factor);
+        if (extreme) {
+            scaled_gradient(job, some);
         }
     }
 }
@@ -713,29 +742,48 @@ static int is_noticed(const bn_job *job, size_t c)
     return fabs(job->mean[c] * job->invstd[c]) > NOTICED_MEAN;
 }
 
-/* That low part, found again from x, by the sums that the forward pass made: of all channels where one needs
-   it, because they may be neighbours in memory, but kept for those alone that do. A mean that differs by
-   more than rounding is not that of x, and is what the caller says. */
-static void find_mean_low(const bn_job *job, range channels)
+static int any_noticed(const bn_job *job, range channels)
 {
-    const size_t end = channels.first + channels.count;
     int64_t any = 0;
-    if (!job->mean_low) {
-        return;
-    }
     BN_SIMD_ANY(any)
-    for (size_t c = channels.first; c < end; c++) {
+    for (size_t c = channels.first; c < channels.first + channels.count; c++) {
         any |= is_noticed(job, c) ? 1 : 0;
     }
-    if (!any) {
+    return any != 0;
+}
+
+/* What rounding has left of the mean is found again from x, by the sums that the forward pass made: of all
+   channels of a task where one needs it, because they may be neighbours in memory, but kept for those alone
+   that do. These sums stand where those of the gradient will. */
+static bn_job job_of_mean_low(const bn_job *job)
+{
+    bn_job again = *job;
+    again.mean = job->sum_dy;
+    again.m2 = job->sum_dy_xhat;
+    return again;
+}
+
+static void sum_mean_low(const bn_job *job, size_t block, range channels)
+{
+    const bn_job again = job_of_mean_low(job);
+    if (any_noticed(job, channels)) {
+        sum_moments(&again, block, channels);
+    } else {
+        clear_moments(&again, block, channels);
+    }
+}
+
+/* A mean that differs by more than rounding is not that of x, and is what the caller says. */
+static void finish_mean_low(const bn_job *job, range channels)
+{
+    const bn_job again = job_of_mean_low(job);
+    if (!any_noticed(job, channels)) {
         clear(job->mean_low, channels);
         return;
     }
-    bn_job again = *job;
-    again.mean = job->sum_dy; /* which have not been summed yet */
-    again.m2 = job->sum_dy_xhat;
-    moments_again(&again, channels);
-    for (size_t c = channels.first; c < end; c++) {
+    merge_blocks(&again, channels);
+    share_moments(&again, channels);
+    for (size_t c = channels.first; c < channels.first + channels.count; c++) {
         const double rest = (again.mean[c] - job->mean[c]) + job->mean_low[c];
         const int own = is_noticed(job, c) && fabs(rest) <= DBL_EPSILON * fabs(job->mean[c]);
         job->mean_low[c] = own ? rest : 0.0;
@@ -781,10 +829,13 @@ static void prepare_scale_shift(const bn_job *job, range channels)
     repeat_coefficients(job, channels, BN_SCALE_SHIFT_COEFFICIENTS);
 }
 
+/* Once the low part of the mean is known. */
 static void prepare_gradient(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
-    find_mean_low(job, channels);
+    if (job->mean_low) {
+        finish_mean_low(job, channels);
+    }
     if (!job->floor && !job->column_sums) {
         job->kernels->round_mean[job->geometry->dtype](channels.count, job->mean + c,
                                                        coefficients_from(job, c));
@@ -903,13 +954,26 @@ static bn_job job_of_repeat(const bn_job *job, size_t repeat)
     return own;
 }
 
-void bn_do_task(const bn_job *job, const bn_phase *phase, size_t number)
+static void do_task(const bn_job *job, const bn_phase *phase, size_t number)
 {
     if (job->geometry->repeats == 1 || phase->of_all) {
         phase->task(job, number);
     } else {
         const bn_job own = job_of_repeat(job, number / phase->tasks);
         phase->task(&own, number % phase->tasks);
+    }
+}
+
+void bn_do_tasks(const bn_job *job, const bn_phase *phase, size_t thread, size_t first, size_t end)
+{
+    bn_job own;
+    if (thread > 0 && job->scratch) {
+        own = *job;
+        own.scratch += thread * BN_BUFFERS * job->scratch_bytes;
+        job = &own;
+    }
+    for (size_t number = first; number < end; number++) {
+        do_task(job, phase, number);
     }
 }
 
@@ -925,6 +989,11 @@ static size_t task_block(const bn_job *job, size_t number) { return number / job
 static void moments_task(const bn_job *job, size_t number)
 {
     sum_moments(job, task_block(job, number), task_channels(job, number));
+}
+
+static void mean_low_task(const bn_job *job, size_t number)
+{
+    sum_mean_low(job, task_block(job, number), task_channels(job, number));
 }
 
 static void gradient_sums_task(const bn_job *job, size_t number)
@@ -955,15 +1024,25 @@ static void fused_normalize_task(const bn_job *job, size_t number)
     }
 }
 
-static void fused_gradient_task(const bn_job *job, size_t number)
+/* From the statistics to the coefficients of dx, for some channels alone. */
+static void sum_gradient_of_all_blocks(const bn_job *job, range channels)
 {
-    const range channels = channels_of_group(job, number);
     const size_t blocks = job->geometry->blocks;
+    for (size_t block = 0; job->mean_low && block < blocks; block++) {
+        sum_mean_low(job, block, channels);
+    }
     prepare_gradient(job, channels);
     for (size_t block = 0; block < blocks; block++) {
         sum_gradient(job, block, channels);
     }
     finish_gradient(job, channels);
+}
+
+static void fused_gradient_task(const bn_job *job, size_t number)
+{
+    const range channels = channels_of_group(job, number);
+    const size_t blocks = job->geometry->blocks;
+    sum_gradient_of_all_blocks(job, channels);
     for (size_t block = blocks; block-- > 0;) {
         write_block(job, block, channels, gradient_visit(job));
     }
@@ -1000,7 +1079,6 @@ static void add_columns(const bn_job *job, range rows, double *sums)
     const size_t most_columns = geometry->any_packed
                                     ? BN_SCRATCH_BYTES / rows_together(geometry) / geometry->itemsize
                                     : columns;
-    _Alignas(64) char dy_scratch[BN_SCRATCH_BYTES], x_scratch[BN_SCRATCH_BYTES];
     for (size_t row = 0; row < rows.count; row += most_rows) {
         for (size_t column = 0, some; column < columns; column += some) {
             some = MIN(most_columns, *walked - column % *walked);
@@ -1013,8 +1091,8 @@ static void add_columns(const bn_job *job, range rows, double *sums)
                            walked == &geometry->inner ? some : 1},
             };
             const bn_view inputs[] = {
-                bn_view_to_read(geometry, DY, job->dy, &box, dy_scratch),
-                bn_view_to_read(geometry, X, job->x, &box, x_scratch),
+                bn_view_to_read(geometry, DY, job->dy, &box, buffer_of(job, 1)),
+                bn_view_to_read(geometry, X, job->x, &box, buffer_of(job, 0)),
             };
             job->kernels->column_sums[geometry->layout][geometry->dtype](
                 box.extent, inputs, coefficients_from(job, box.channel), sums + column,
@@ -1051,11 +1129,7 @@ static void add_columns_and_write(const bn_job *job, range rows, double *sums)
 static void row_gradient(const bn_job *job, range rows)
 {
     const size_t blocks = job->geometry->blocks;
-    prepare_gradient(job, rows);
-    for (size_t block = 0; block < blocks; block++) {
-        sum_gradient(job, block, rows);
-    }
-    finish_gradient(job, rows);
+    sum_gradient_of_all_blocks(job, rows);
     if (may_write_with_columns(job)) {
         add_columns_and_write(job, rows, job->column_sums);
         return;
@@ -1304,17 +1378,24 @@ size_t bn_scale_shift_phases(bn_job *job, size_t threads, bn_phase *phases)
 
 size_t bn_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
 {
+    const bn_geometry *geometry = job->geometry;
+    size_t count = 0;
     choose_stores(job, threads, DX, job->dx, job->x, job->dy);
     if (group_channels(job, threads, 2)) {
         fetch_ahead(job, 2);
         phases[0] = fused_phase(job, fused_gradient_task);
         return 1;
     }
-    phases[0] = channel_phase(job, prepare_gradient_task);
-    phases[1] = block_phase(job, gradient_sums_task);
-    phases[2] = channel_phase(job, finish_gradient_task);
-    phases[3] = piece_phase(job, threads, input_gradient_task);
-    return 4;
+    if (job->mean_low && any_noticed(job, (range){0, geometry->repeats * geometry->channels})) {
+        phases[count++] = block_phase(job, mean_low_task);
+    } else {
+        job->mean_low = NULL;
+    }
+    phases[count++] = channel_phase(job, prepare_gradient_task);
+    phases[count++] = block_phase(job, gradient_sums_task);
+    phases[count++] = channel_phase(job, finish_gradient_task);
+    phases[count++] = piece_phase(job, threads, input_gradient_task);
+    return count;
 }
 
 size_t bn_row_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)

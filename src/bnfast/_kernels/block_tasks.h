@@ -13,6 +13,9 @@
 /* Sums of a block: mean, mean_low and m2, or sum_dy and sum_dy_xhat. */
 #define BN_SUMS 3
 
+/* Scratch of a thread: for each input of a kernel, and its output. */
+#define BN_BUFFERS ((size_t)BN_MOST_INPUTS + 1)
+
 /* Weight and bias are float64 [channels] and may be NULL; arrays of statistics are float64
    [repeats][channels], and those of coefficients as long for each repeat as
    bn_coefficients_length says. */
@@ -55,6 +58,11 @@ typedef struct {
 
     double *partials; /* [repeats][blocks - 1][BN_SUMS][channels]: of every block but the first */
     bn_coefficients coefficients;
+
+    /* Buffers of so many bytes, BN_BUFFERS for each thread, where a box goes through scratch; else NULL. */
+    char *scratch;
+    size_t scratch_bytes;
+
     int prepared; /* scale_shift: these hold already what statistics and parameters make of them */
 
     /* Set by bn_*_phases. */
@@ -77,10 +85,11 @@ typedef struct {
     int brief; /* not worth waking a team */
 } bn_phase;
 
-/* Does one of the tasks of a phase: those of the first repeat, then those of the next one. */
-void bn_do_task(const bn_job *job, const bn_phase *phase, size_t number);
+/* Does some of the tasks of a phase (those of the first repeat, then those of the next one) as this thread of the
+   job. */
+void bn_do_tasks(const bn_job *job, const bn_phase *phase, size_t thread, size_t first, size_t end);
 
-#define BN_MAX_PHASES 4
+#define BN_MAX_PHASES 5
 
 /* How this job is done by so many threads: returns the number of phases.
    Which operand stands where in the geometry is said by its position below. */

@@ -4,7 +4,7 @@
 
 #include "geometry.h"
 
-/* Bytes of one scratch buffer; a chunk of one channel must fit, and Geometry sees to it. */
+/* Most bytes of one scratch buffer; a chunk of one channel must fit, and Geometry sees to it. */
 #define BN_SCRATCH_BYTES ((size_t)32768)
 
 typedef struct {
