@@ -221,8 +221,10 @@ def sites() -> Iterator[Site]:
             (128, 256),
             (8, 256),
             (9, 64),
+            (10, 64),
             (11, 64),
             (12, 512),
+            (13, 64),
             (15, 64),
             (32, 128),
             (17, 64),
@@ -347,10 +349,13 @@ def judge(
     mean: of the standard deviation, besides its own rounding; variance: of itself; output: absolute
     up to |y| = 2 (with outliers 1), and as much of |y| from there on, whose ulps grow too;
     where values are `normal`, absolute.
-    dbias: of sum(|dy|); dweight: of sum(|dy * xhat|); dx, element by element: of the terms that it
-    is the sum of, (|dy| + mean|dy| + |xhat| mean|dy * xhat|) * invstd. Sizes near the smallest
-    numbers, such as those of products of which one factor is always 0, count as larger: see
-    `fewest_bits`.
+    dbias: of sum(|dy|); dweight: of sum(|dy * xhat|) where the mean is held by float64, else (of
+    float64 data with a large mean, itself found again to a rounding of the standard deviation) of
+    sum(|dy| * (1 + |xhat|)); dx, element by element: of the terms that it is the sum of,
+    (|dy| + mean|dy| + |xhat| mean|dy * xhat|) * invstd. Sizes near the smallest numbers, such as
+    those of products of which one factor is always 0, count as larger: see `fewest_bits`.
+
+    What is usable and has made NaN is infinitely far off.
     """
     true, found = exact(x, site.centred), run(site, x, dy)
     with np.errstate(all="ignore"):
@@ -360,10 +365,16 @@ def judge(
             errors = _backward_errors(site, true, found, x, dy)
     usable = true.usable if dy is None else true.usable & moderate(np.abs(dy).mean(1), dy.dtype)
     return {
-        name: Errors(np.where(usable, error, np.nan).astype(np.float64), outliers)
+        name: Errors(_of_usable(usable, error), outliers)
         for name, (error, outliers) in errors.items()
         if normal == (name == "output of normal values")
     }
+
+
+def _of_usable(usable: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """Errors that no comparison passes over."""
+    known = np.where(np.isnan(error), np.inf, error)
+    return np.where(usable, known, np.nan).astype(np.float64)
 
 
 def _forward_errors(true: Exact, found: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -417,7 +428,8 @@ def _backward_errors(
         errors["dbias"] = np.abs(found["dbias"] - upstream.sum(1)) / terms.sum(1), few_terms
     if "dweight" in found:
         off = np.abs(found["dweight"] - products.sum(1))
-        errors["dweight"] = off / np.maximum(weights.sum(1), least), few_weights
+        size = weights.sum(1) + np.where(large, terms.sum(1), 0)
+        errors["dweight"] = off / np.maximum(size, least), few_weights
     if "dx" in found:
         slope, steep = products.mean(1, keepdims=True), weights.mean(1, keepdims=True)
         dx, size = upstream - xhat * slope, terms + np.abs(xhat) * steep

@@ -343,8 +343,9 @@ def tame(values: np.ndarray) -> np.ndarray:
 def differing_bits(site: Site, operands: tuple[np.ndarray, ...]) -> str | None:
     """What changes the bits of a result, where nothing should."""
     expected = run(site, *operands)
-    before, wanted = _core.active_isa(), _threads._wanted
+    before, wanted, allowed = _core.active_isa(), _threads._wanted, _threads.allowed_threads
     serial = _threads.SERIAL_BYTES, _threads.BYTES_PER_THREAD
+    caches = _core.cache_sizes()
     order = np.arange(len(operands[0]))[::-1]
 
     def as_expected(found: dict[str, np.ndarray], back: slice | np.ndarray) -> bool:
@@ -360,12 +361,19 @@ def differing_bits(site: Site, operands: tuple[np.ndarray, ...]) -> str | None:
                 return f"instruction set {isa}"
         if not as_expected(run(site, *(values[order] for values in operands)), order):
             return "its neighbours"
+        for sizes in ((0, 0), (0, 1 << 40), (1 << 40, 1 << 40)):
+            _core.assume_cache_sizes(*sizes)
+            if not as_expected(run(site, *operands), slice(None)):
+                return f"sizes of the caches: {sizes}"
         _threads.SERIAL_BYTES, _threads.BYTES_PER_THREAD = 0, 1
+        _threads.allowed_threads = lambda: 64  # also on one processor
         bnfast.set_num_threads(2)
         if not as_expected(run(site, *operands), slice(None)):
             return "two threads"
     finally:
         _core.activate(before)
+        _core.assume_cache_sizes(*caches)
+        _threads.allowed_threads = allowed
         _threads.SERIAL_BYTES, _threads.BYTES_PER_THREAD = serial
         bnfast.set_num_threads(wanted)
     return None

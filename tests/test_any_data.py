@@ -131,6 +131,32 @@ def test_the_worst_in_float64_of_a_short_search_is_within_the_promise(name, dire
     check_short_search(name, direction, "float64", generations=3)
 
 
+@pytest.mark.skipif(np.finfo(np.longdouble).nmant <= 52, reason="long double is float64")
+@pytest.mark.parametrize("name", ["batch channels_last 11x64", "instance nchw 1x64x49"])
+@pytest.mark.parametrize("ratio", [10, 1e3, 1e6])
+def test_dweight_of_values_at_a_large_mean_is_off_by_roundings_of_the_deviation(rng, name, ratio):
+    site = all_sites()[name]
+    for _ in range(20):
+        x = rng.normal(ratio, 1, (site.trials, site.size))
+        x[:, :3] = exact(x).mean[:, None]
+        dy = np.zeros_like(x)
+        dy[:, :3] = rng.normal(size=(site.trials, 3))  # only where x is the mean but for its ulp
+        assert judge(site, x, dy)["dweight"].of_promised("dweight", x.dtype).max() <= 1
+
+
+def test_nan_is_as_far_off_as_can_be(rng, monkeypatch):
+    def broken(x, axis):
+        right = moments(x, axis)
+        return bnfast.Moments(right.count, np.where(right.mean > 0, np.nan, right.mean), right.m2)
+
+    site = all_sites()["moments channels_last 128x64"]
+    x = rng.normal(0, 1, (site.trials, site.size)).astype(np.float32)
+    moments = bnfast.moments
+    monkeypatch.setattr(bnfast, "moments", broken)
+    found = judge(site, x)["mean"].error
+    np.testing.assert_array_equal(np.isinf(found), x.mean(1, dtype=np.float64) > 0)
+
+
 @pytest.mark.parametrize("case", FOUND, ids=lambda case: case[0])
 def test_what_searches_found_is_within_the_promise(isa, case):
     site = all_sites()[case[0]]
