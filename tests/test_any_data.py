@@ -76,6 +76,15 @@ FOUND = [
         " 67.469986, 203.31119, 76.75831, 67.469986, 76.75831]),"
         " [1, 2, 2, 1, 1, 1, 5, 1, 1, 1, 1])",
     ),
+    (  # variance, 5.0e-7, with sums as they are now: all ten roundings of four values in 64 add up
+        "moments channels_last 64x4096",
+        "np.repeat(np.float32([2.9802795e-06, 2.9802802e-06, 9.735271e-07, 2.9802802e-06,"
+        " 2.9802795e-06, 2.871505e-06, 2.9802795e-06, 2.871505e-06, 9.735271e-07, 2.87985e-06,"
+        " 2.9802802e-06, 2.9802795e-06, 2.9802802e-06, 9.735271e-07, 2.9802802e-06, 2.9802795e-06,"
+        " 2.871505e-06, 2.9802795e-06, 2.871505e-06, 2.9802795e-06, 2.8704176e-06, 2.9802738e-06,"
+        " 9.735271e-07, 2.9802795e-06]),"
+        " [4, 1, 1, 1, 6, 1, 1, 1, 1, 1, 1, 17, 1, 1, 1, 6, 1, 1, 1, 5, 1, 1, 1, 8])",
+    ),
     (  # dweight, 9.3e-7: what is large comes first, and swallows the rest of its lane bit by bit
         "batch channels_last 17x64",
         "np.repeat(np.float32([121458.375, -799726.7]), [1, 16])",
@@ -129,6 +138,18 @@ def test_the_worst_gradients_of_a_short_search_are_within_the_promise(name):
 @pytest.mark.parametrize("name", [name for name in SITES if "batch" in name][:5])
 def test_the_worst_in_float64_of_a_short_search_is_within_the_promise(name, direction):
     check_short_search(name, direction, "float64", generations=3)
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).nmant <= 52, reason="long double is float64")
+def test_many_planes_of_a_group_in_float64_are_within_the_promise(isa):
+    # Found by the search: as one run of 25088 values the variance was 31 ulps off.
+    values = [1171847.0564347757, 569438.7299200593, 1186163.4844567098, 1106050.1096319663]
+    which = [0, 1, 2, 3, 2, 1, 0, 1, 0, 1, 3, 1, 3, 1, 3, 0]
+    times = [129, 120, 11, 1, 2, 108, 1, 245, 1, 336, 1, 966, 2887, 1, 19640, 639]
+    site = all_sites()["group nchw 2x64x784"]
+    x = np.tile(np.repeat(np.array(values)[which], times), (site.trials, 1))
+    for quantity, errors in judge(site, x).items():
+        assert errors.of_promised(quantity, x.dtype).max() <= 1, quantity
 
 
 @pytest.mark.skipif(np.finfo(np.longdouble).nmant <= 52, reason="long double is float64")
@@ -233,7 +254,7 @@ def test_what_is_exact_hangs_on_no_rounding(rng, name):
 def test_a_broken_promise_is_noticed(rng, monkeypatch):
     def off(x, axis):
         right = moments(x, axis)
-        return bnfast.Moments(right.count, right.mean + 6e-7 * right.std, right.m2 * (1 + 1.2e-6))
+        return bnfast.Moments(right.count, right.mean + 8e-7 * right.std, right.m2 * (1 + 1.5e-6))
 
     site = all_sites()["moments channels_last 128x64"]
     x = rng.normal(0, 1, (site.trials, site.size)).astype(np.float32)

@@ -761,7 +761,8 @@ cpdef object scale_shift(
             weight, bias, mean, variance = (
                 prepared.weight, prepared.bias, prepared.mean, prepared.variance
             )
-    _reserve(&workspace, small, _workspace_bytes(c, 4, 1, 0, BN_SCALE_SHIFT_COEFFICIENTS), &job, threads)
+    _reserve(&workspace, small, _workspace_bytes(c, 4, 1, 0, BN_SCALE_SHIFT_COEFFICIENTS),
+             &job, threads)
     job.x, job.y = _data(x), _data(y)
     job.eps = eps
     if prepared is not None:
@@ -838,7 +839,8 @@ cpdef object normalize_rows(
     cdef bn_job job = _new_job(c)
     cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
-    _reserve(&workspace, small, _workspace_bytes(c, 0, 2, 1, BN_SCALE_SHIFT_COEFFICIENTS), &job, threads)
+    _reserve(&workspace, small, _workspace_bytes(c, 0, 2, 1, BN_SCALE_SHIFT_COEFFICIENTS),
+             &job, threads)
     job.x, job.y = _data(x), _data(y)
     if weight is not None:
         job.element_weight = _data(weight)

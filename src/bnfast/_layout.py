@@ -34,11 +34,11 @@ RUN_MULTIPLE = 64
 # Rows, or images of short planes, that kernels sum at a time.
 ROWS_TOGETHER = 16
 
-# Rows of a channels_last chunk, for each phase: so many that the merge at its end costs little. Of
-# rows of at most NARROW_ROW_BYTES twice as many: each merge lets memory wait (tables of 64 columns
-# take 0.93 of the time). Longer chunks would want longer scratch.
+# Rows of a channels_last chunk, for each phase: so many that the merge at its end costs little; and
+# twice as many of at most LONG_CHUNK_ROW_BYTES, because each merge lets memory wait (tables of 64
+# columns take 0.93 of the time). Longer chunks would want longer scratch.
 CHUNK_ROWS = 256
-NARROW_ROW_BYTES = 640
+LONG_CHUNK_ROW_BYTES = 640
 
 # Rows of fewer bytes than STREAM_BYTES are summed several at a time, as one wide row. What a wide
 # row costs, in vectors of VECTOR_BYTES: its own, some time for beginning, and more for a last one
@@ -200,7 +200,7 @@ def _cut(
     if layout == CHANNELS_LAST:
         phases = min(_phases(channels, itemsize), outer)
         row_bytes = channels * itemsize
-        narrow = phases * row_bytes <= NARROW_ROW_BYTES
+        narrow = phases * row_bytes <= LONG_CHUNK_ROW_BYTES
         rows = min(CHUNK_ROWS * phases * (2 if narrow else 1), MOST_CHUNK_BYTES // itemsize)
         chunk_outer, chunk_inner, chunks_per_run = rows, 1, 1
         block_rows = max(FEWEST_BLOCK_ROWS, BLOCK_BYTES // row_bytes, outer // ENOUGH_BLOCKS)

@@ -140,13 +140,21 @@ static bn_input input_of(const bn_job *job, const bn_box *box)
     return (bn_input){job->geometry->phases, job->place, job->sums_fetch ? ahead_of(job, box) : 0};
 }
 
+#define BN_JOINED_BYTES ((size_t)32768)
+
 /* Whether the channels that share their statistics follow each other as one run, of a single chunk each:
    the group is then summed as that run, and its moments stand where those of the first channels would
-   until `spread_moments`. A single chunk is a single block, so that the same task does both. */
+   until `spread_moments`. A single chunk is a single block, so that the same task does both. Not of more than
+   BN_JOINED_BYTES: the sums of float64, which have nothing wider to be emptied into, round once more for every
+   kilobyte (32 planes of 784: 31 ulps). */
 static int are_joined(const bn_job *job)
 {
     const bn_geometry *geometry = job->geometry;
     const bn_operand *x = &geometry->operand[X];
+    const size_t bytes = job->shared * geometry->inner * geometry->itemsize;
+    if (bytes > BN_JOINED_BYTES) {
+        return 0;
+    }
     return job->shared > 1 && !job->uncentred && geometry->layout == BN_contiguous &&
            geometry->chunks == 1 && geometry->outer == 1 && !x->packed && !job->scaled &&
            x->channel_stride == (ptrdiff_t)geometry->inner;
@@ -1050,8 +1058,8 @@ static void fused_gradient_task(const bn_job *job, size_t number)
 
 /* rows: channels of repeats, whose elements have parameters */
 
-/* So many at a time where they go through scratch, and the multiple of which a group of them is: as many as
-   are added up before lanes are emptied, so that groups change no sum. */
+/* So many at a time where they go through scratch, and the multiple of which a group of them is: groups then
+   change no sum. */
 static size_t rows_together(const bn_geometry *geometry)
 {
     return geometry->layout == BN_contiguous ? BN_ADDED_ROWS
@@ -1247,10 +1255,10 @@ static bn_place place_of(const bn_job *job, size_t tensors, size_t threads)
 {
     const bn_geometry *geometry = job->geometry;
     const size_t row = geometry->phases * geometry->channels * geometry->itemsize;
-    const int in_order = geometry->layout == BN_channels_last && row <= BN_NARROW_ROW_BYTES;
+    const int narrow = geometry->layout == BN_channels_last && row <= BN_NARROW_ROW_BYTES;
     const size_t bytes = bytes_of_call(job, tensors);
     return bytes <= bn_level2_bytes(job->caches, threads) ? BN_IN_LEVEL2
-           : bytes <= bn_last_level_bytes(job->caches, in_order && tensors == 1) ? BN_IN_LAST_LEVEL
+           : bytes <= bn_last_level_bytes(job->caches, narrow && tensors == 1) ? BN_IN_LAST_LEVEL
                                                                                 : BN_IN_MEMORY;
 }
 

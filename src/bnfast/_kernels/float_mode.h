@@ -49,8 +49,8 @@ static inline void bn_write_float_mode(bn_float_mode mode) { (void)mode; }
 #endif
 
 /* Compilers know nothing of the mode, and may move arithmetic across these: what they enclose is a
-   call of a function that they do not see through. The mode is written only where it is another:
-   that takes longer than to read it (5 ns). */
+   call of a function that they do not see through. To write the mode takes longer than to read it (5 ns),
+   so it is written only where it is not the default already. */
 static inline bn_float_mode bn_enter_default_float_mode(void)
 {
     const bn_float_mode before = bn_read_float_mode();

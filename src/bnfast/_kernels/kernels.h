@@ -127,8 +127,9 @@ typedef void bn_weighted_gradient_sums_kernel(bn_extent extent, const bn_view *i
                                               double *sum_dy, double *sum_dy_deviation);
 
 /* column_sums: adds sum(dy * xhat) and sum(dy) over the channels of a box, which are rows, to two arrays
-   of its elements; xhat = (x - mean) * scale + forward_shift. The inputs are dy and x. So many rows, or of
-   channels_last, where they are neighbours, so many bytes of them, are added before lanes are emptied. */
+   of its elements; xhat = (x - mean) * scale + forward_shift. The inputs are dy and x. Lanes are emptied
+   after so many rows (or of channels_last, where rows are neighbours, so many bytes of them) or a part of these:
+   boxes of a multiple of them change no sum. */
 #define BN_ADDED_ROWS ((size_t)16)
 #define BN_ADDED_NEIGHBOURS_BYTES ((size_t)1024)
 typedef void bn_column_sums_kernel(bn_extent extent, const bn_view *inputs,
@@ -160,8 +161,8 @@ typedef void bn_scale_shift_coefficients_kernel(size_t channels, int plain, cons
 typedef void bn_round_mean_kernel(size_t channels, const double *mean,
                                   bn_coefficients coefficients);
 
-/* From sum(dy * (x - rounded mean)) to sum(dy * xhat), xhat = (x - mean) * invstd: unlike the former, it is
-   about as large as dy, and so are squares of invstd avoided. */
+/* Makes sum(dy * xhat) of sum(dy * (x - rounded mean)), where xhat = (x - mean) * invstd. The gradient's formula
+   goes on with sum(dy * xhat), which is about as large as dy, because squares of invstd may leave the range. */
 typedef void bn_standardize_kernel(size_t channels, const double *mean, const double *mean_low,
                                    const double *invstd, const double *sum_dy, double *sum_dy_xhat);
 

@@ -156,7 +156,7 @@ def batch_norm_forward(
         var = mean((x - mu)**2)
         y   = weight * (x - mu) / sqrt(var + eps) + bias
 
-    For float32 x, mu and var are within 5e-7 of the exact ones, relative to the standard deviation
+    For float32 x, mu and var are within 6e-7 of the exact ones, relative to the standard deviation
     and to var, whatever the mean (1e-6 where a few outliers make up the variance); what is left of
     a large mean after rounding to float64 still enters y. Values up to half of the largest of their
     dtype are safe, 1.7e38 or 8.9e307, however small their squares are or how large: the difference
@@ -236,7 +236,8 @@ def batch_norm_backward(
         dx      = weight * invstd * dy                                               in evaluation
 
     Of float64 `x`, what rounding left of a mean of more than 4 standard deviations is found again,
-    which reads `x` once more; a mean that is further off than rounding is taken as it is. Products
+    which reads `x` once more, to a rounding of the standard deviation; a mean that is further off
+    than rounding is taken as it is. Products
     with xmu may leave the range, those with xmu * invstd must not; nor must dbias. dx is rounded as
     its terms are: a constant in dy, which dx does not depend on, costs dx half of the constant's
     ulp (6e-8 of the constant in float32).
@@ -277,9 +278,9 @@ def moments(x: NDArray[Float], axis: int = 1) -> Moments:
     Moments
         With ``count``, ``mean`` and ``m2`` (float64), ``var`` and ``std``; `Moments.merge` joins
         those of two parts of a data set. The moments of an empty batch are ``(0, 0, 0)``. For
-        float32 data m2 is within a relative 5e-7 of the exact one (1e-6 where a few outliers make
-        up the variance), and the mean within 5e-7
-        standard deviations, whatever the mean; for float64 data within 1e-14.
+        float32 data m2 is within a relative 6e-7 of the exact one, and the mean within 6e-7
+        standard deviations, whatever the mean (1e-6 where a few outliers make up the variance); for
+        float64 data both within 1e-14.
 
     Raises
     ------
