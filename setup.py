@@ -49,10 +49,18 @@ class BuildVariants(build_ext):
     """Compile each variant_<isa>.c with its own flags; use OpenMP where the compiler has it."""
 
     def build_extension(self, ext):
-        """Build the variants, then the extension that links them."""
+        """Build an extension, of the core first the variants that it links."""
+        ext.extra_compile_args = [*C_FLAGS, *VARIANTS["baseline"]]
+        ext.extra_link_args = [*STRICT]
+        if ext.name == "bnfast._core":
+            self.add_kernels(ext)
+        super().build_extension(ext)
+
+    def add_kernels(self, ext):
+        """Compile the kernels for each instruction set, and let the extension use OpenMP."""
         openmp = ["-fopenmp"] if self.has_openmp() else []
-        ext.extra_compile_args = [*C_FLAGS, *VARIANTS["baseline"], *openmp]
-        ext.extra_link_args = [*STRICT, *openmp]
+        ext.extra_compile_args += openmp
+        ext.extra_link_args += openmp
         ext.extra_objects = []
         kernel_flags = [*KERNEL_FLAGS]
         if self.accepts(NO_CALLS_FOR_LOOPS):
@@ -65,7 +73,6 @@ class BuildVariants(build_ext):
                 for isa, isa_flags in VARIANTS.items()
             ]
             ext.extra_objects += [path for objects in compiled for path in objects.result()]
-        super().build_extension(ext)
 
     def compile_variant(self, isa, flags):
         """Compile the kernels for one instruction set; return the paths of what came out."""
@@ -149,10 +156,17 @@ core = Extension(
     ],
 )
 
+primitives = Extension(
+    "bnfast._primitives",
+    sources=["src/bnfast/_primitives.pyx"],
+    include_dirs=core.include_dirs,
+    define_macros=core.define_macros,
+)
+
 setup(
     cmdclass={"build_ext": BuildVariants},
     ext_modules=cythonize(
-        [core],
+        [core, primitives],
         build_dir="build/cython",  # generated C stays out of src/
         compiler_directives={
             "language_level": 3,

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bnfast
 from bnfast import _core, _layout, _primitives
 from bnfast._layout import CHANNELS_LAST, CONTIGUOUS, plan_layout, plan_rows
 
@@ -150,11 +151,49 @@ def test_misaligned_memory_is_packed():
     assert not plan_of(x).operands[0].direct
 
 
-def test_the_plan_is_cached_and_immutable():
+def test_the_plan_is_immutable():
     x = np.empty((4, 3, 5, 6), np.float32)
-    assert _primitives._geometry_of(1, (), x) is _primitives._geometry_of(1, (), x.copy())
     with pytest.raises(AttributeError):
         plan_of(x).outer = 7
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """The shapes and strides that are planned from now on."""
+    seen = []
+
+    def plan_layout(shape, axes, repeated, itemsize, strides, aligned):
+        seen.append((shape, *strides))
+        return _layout.plan_layout(shape, axes, repeated, itemsize, strides, aligned)
+
+    monkeypatch.setattr(_primitives, "plan_layout", plan_layout)
+    return seen
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 1, 0, 2)])
+def test_arrays_of_the_same_shape_and_strides_are_planned_once(planned, order):
+    x = np.ones([(4, 3, 71, 6)[d] for d in order], np.float32).transpose(np.argsort(order))
+    for _ in range(3):
+        bnfast.moments(x.copy(order="K"))
+    assert planned == [((4, 3, 71, 6), x.strides)]
+
+
+def test_another_dtype_shape_stride_axis_or_reduction_is_planned_anew(planned):
+    x = np.ones((4, 3, 73, 8), np.float32)
+    for array in (x, x.astype(np.float64), x[:3], x[:, :, ::2], np.moveaxis(x, 3, 2)):
+        bnfast.moments(array)
+    bnfast.moments(x, axis=2)
+    bnfast.instance_norm_forward(x)
+    bnfast.group_norm_forward(x, 3)  # as instance normalization
+    assert len(planned) == 7
+
+
+def test_the_stride_of_an_axis_of_one_element_is_moot(planned):
+    x = np.ones((4, 3, 1, 79), np.float32)
+    other = np.lib.stride_tricks.as_strided(x, strides=(*x.strides[:2], 4, 4))
+    bnfast.moments(x)
+    bnfast.moments(other)
+    assert len(planned) == 1
 
 
 def test_chunks_beyond_the_scratch_memory_are_refused():

@@ -5,7 +5,6 @@
 cimport cython
 cimport numpy as cnp
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from cpython.long cimport PyLong_AsLongAndOverflow
 from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.ref cimport Py_INCREF
@@ -18,91 +17,6 @@ from libc.string cimport memcmp, memset, strcpy
 import numpy
 
 cnp.import_array()
-
-
-cdef extern from "kernels.h" nogil:
-    enum:
-        BN_WIDE_ROW
-
-    ctypedef enum bn_dtype:
-        BN_f32
-        BN_f64
-
-    ctypedef enum bn_layout:
-        BN_contiguous
-        BN_channels_last
-
-    enum:
-        BN_SCALE_SHIFT_COEFFICIENTS
-        BN_GRADIENT_COEFFICIENTS
-        BN_ROW_GRADIENT_COEFFICIENTS
-        BN_SHARED_GRADIENT_COEFFICIENTS
-        BN_FLOORED_COEFFICIENTS
-        BN_FLOORED_GRADIENT_COEFFICIENTS
-
-    ctypedef struct bn_coefficients:
-        void **array
-
-    ctypedef void bn_widen_kernel(size_t channels, const float *narrow, double *wide) noexcept
-    ctypedef int bn_update_running_kernel(size_t channels, size_t repeats, double momentum,
-                                          const double *divided, double divisor,
-                                          void *running) noexcept
-    ctypedef float bn_memory_probe(size_t lines, const float *start, float *to) noexcept
-
-    ctypedef struct bn_kernels:
-        const char *isa
-        const char *flags
-        bn_widen_kernel *widen
-        bn_update_running_kernel *update_running[2]
-        bn_memory_probe *probe_copy
-        bn_memory_probe *probe_streaming_copy
-        bn_memory_probe *probe_read
-        bn_memory_probe *probe_in_place
-
-
-cdef extern from "geometry.h" nogil:
-    enum:
-        BN_MAX_OPERANDS
-        BN_MAX_AXES
-
-    ctypedef struct bn_operand:
-        int packed
-        ptrdiff_t outer_stride
-        ptrdiff_t channel_stride
-        ptrdiff_t *outer_axis_strides
-        ptrdiff_t *inner_axis_strides
-        ptrdiff_t *repeat_axis_strides
-        ptrdiff_t *channel_axis_strides
-
-    ctypedef struct bn_geometry:
-        bn_layout layout
-        bn_dtype dtype
-        size_t itemsize
-        size_t repeats
-        size_t repeat_axes
-        size_t *repeat_axis_sizes
-        size_t channel_axes
-        size_t *channel_axis_sizes
-        size_t outer
-        size_t channels
-        size_t inner
-        size_t outer_axes
-        size_t inner_axes
-        size_t *outer_axis_sizes
-        size_t *inner_axis_sizes
-        size_t chunk_outer
-        size_t chunk_inner
-        size_t chunks_per_run
-        size_t chunks
-        size_t chunks_per_block
-        size_t blocks
-        size_t phases
-        size_t rows_of_block
-        int any_packed
-        bn_operand *operand
-
-    size_t bn_coefficients_length(const bn_geometry *geometry)
-    size_t bn_row_blocks(const bn_geometry *geometry)
 
 
 cdef extern from "cache_sizes.h" nogil:
@@ -349,9 +263,6 @@ def build_facts():
 cdef class Geometry:
     """A `LayoutPlan` in C; immutable."""
 
-    cdef bn_geometry c
-    cdef readonly tuple walked
-
     def __init__(self, plan):
         cdef bn_geometry *c = &self.c
         cdef bn_operand *operand
@@ -389,6 +300,7 @@ cdef class Geometry:
         c.phases = plan.phases
         c.rows_of_block = plan.rows_of_block
         self.walked = plan.walked
+        self.in_order = plan.walked == tuple(sorted(plan.walked))
         for k, layout in enumerate(plan.operands):
             operand = &c.operand[k]
             operand.packed = not layout.direct
@@ -476,6 +388,25 @@ cdef const double *_widened(_Workspace *workspace, parameter, size_t count) noex
     wide = _take_doubles(workspace, count)
     active.widen(count, <const float *>_data(parameter), wide)
     return wide
+
+
+cdef double *_statistic(
+    _Workspace *workspace, statistic, const bn_geometry *c, size_t shared
+) noexcept:
+    """A statistic as float64 of each channel: 0 for None; of neighbours that have it together."""
+    cdef size_t i, count = _statistics(c)
+    cdef double *spread
+    cdef const double *given
+    if statistic is not None and shared == 1:
+        return <double *>_widened(workspace, statistic, count)
+    spread = _take_doubles(workspace, count)
+    if statistic is None:
+        memset(spread, 0, count * sizeof(double))
+        return spread
+    given = _widened(workspace, statistic, count // shared)
+    for i in range(count):
+        spread[i] = given[i // shared]
+    return spread
 
 
 cdef size_t _padded(size_t bytes_) noexcept nogil:
@@ -572,8 +503,11 @@ cdef void _do_part(
     bn_leave_default_float_mode(before)
 
 
-def moments(Geometry geometry, x, mean, m2, int threads, mean_low=None):
-    """Write the mean and m2 of every channel of x (float64), and what rounding left of the mean."""
+cdef int moments(Geometry geometry, x, mean, mean_low, m2, int threads) except -1:
+    """Write the mean and m2 of every channel of x (float64), and what rounding left of the mean.
+
+    `mean_low` may be None.
+    """
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
     cdef _Workspace workspace
@@ -588,20 +522,21 @@ def moments(Geometry geometry, x, mean, m2, int threads, mean_low=None):
     job.partials = _take_doubles(&workspace, _partials(c))
     _do_all(&job, bn_moments_phases, threads)
     _release(&workspace)
+    return 0
 
 
-cpdef int normalize(
+cdef int normalize(
     Geometry geometry, x, y, weight, bias, double eps, mean, invstd, m2, size_t shared,
-    bint uncentred, running_mean, running_var, double momentum, double correction, int threads,
-    floor=None, more_eps=None
+    bint centred, running_mean, running_var, double momentum, double correction, floor, more_eps,
+    int threads
 ) except -1:
     """Write y, mean and invstd (float64) from the statistics of x, and update the running ones.
 
     Return MEAN_TOO_LARGE or VAR_TOO_LARGE, or both, of those whose dtype has become too small for a
     finite value; else 0.
 
-    Mean and invstd have one value for each channel of each repeat, the same for those `shared`
-    neighbouring ones that have their statistics together; m2 is as large, or None. The running
+    Mean and invstd have one value for each channel of each repeat, or for each `shared` neighbours
+    that have their statistics together; m2, which may be None, for each channel. The running
     variance takes m2 / (count - correction), averaged over the repeats as the mean is. Channels may
     have a floor, and an eps of their own besides.
     """
@@ -611,16 +546,21 @@ cpdef int normalize(
     cdef char small[SMALL_WORKSPACE]
     cdef double values
     cdef int too_large = 0
+    cdef size_t i
     cdef size_t coefficients = (
         BN_SCALE_SHIFT_COEFFICIENTS if floor is None else BN_FLOORED_COEFFICIENTS
     )
-    _reserve(&workspace, small, _workspace_bytes(c, 4, 2, 1, coefficients), &job, threads)
+    _reserve(&workspace, small, _workspace_bytes(c, 4, 4, 1, coefficients), &job, threads)
     job.x, job.y = _data(x), _data(y)
     job.weight = _widened(&workspace, weight, c.channels)
     job.bias = _widened(&workspace, bias, c.channels)
     job.floor = _widened(&workspace, floor, c.channels)
     job.eps, job.more_eps = eps, _widened(&workspace, more_eps, c.channels)
-    job.mean, job.invstd = _doubles(mean), _doubles(invstd)
+    if shared == 1:
+        job.mean, job.invstd = _doubles(mean), _doubles(invstd)
+    else:
+        job.mean = _take_doubles(&workspace, _statistics(c))
+        job.invstd = _take_doubles(&workspace, _statistics(c))
     job.mean_low = _take_doubles(&workspace, _statistics(c))
     if m2 is None:
         job.m2 = _take_doubles(&workspace, _statistics(c))
@@ -628,8 +568,12 @@ cpdef int normalize(
         job.m2 = _doubles(m2)
     _take_coefficients(&workspace, c, coefficients, &job.coefficients)
     job.partials = _take_doubles(&workspace, _partials(c))
-    job.shared, job.uncentred = shared, uncentred
+    job.shared, job.uncentred = shared, not centred
     _do_all(&job, bn_normalize_phases, threads)
+    if shared > 1:
+        for i in range(_statistics(c) // shared):
+            _doubles(mean)[i] = job.mean[i * shared]
+            _doubles(invstd)[i] = job.invstd[i * shared]
     if running_mean is not None:
         if _update_running(running_mean, c.repeats, momentum, job.mean, 1.0):
             too_large |= _MEAN_TOO_LARGE
@@ -661,7 +605,7 @@ cdef int _update_running(
     )
 
 
-def update_running(running, divided, double momentum, double divisor):
+cdef int update_running(running, divided, double momentum, double divisor) except -1:
     """Blend divided / divisor, float64 and as large, into a running statistic.
 
     Return whether its dtype has become too small for a finite value.
@@ -671,12 +615,6 @@ def update_running(running, divided, double momentum, double divisor):
 
 cdef class _Prepared:
     """Copies of parameters and statistics, and the coefficients made of them; immutable."""
-
-    cdef object weight, bias, mean, variance, invstd, memory
-    cdef double eps
-    cdef bn_dtype dtype
-    cdef size_t length
-    cdef bn_coefficients coefficients
 
     def __cinit__(self, Geometry geometry, weight, bias, double eps, mean, variance):
         cdef bn_geometry *c = &geometry.c
@@ -704,6 +642,11 @@ cdef class _Prepared:
         )
 
 
+cdef inline cnp.ndarray _empty_channels(Py_ssize_t channels, int kind):
+    cdef cnp.npy_intp size = channels
+    return cnp.PyArray_EMPTY(1, &size, kind, 0)
+
+
 cdef object _copied(array):
     return None if array is None else cnp.PyArray_NewCopy(array, cnp.NPY_CORDER)
 
@@ -727,8 +670,6 @@ cdef class Evaluation:
     prepare them again.
     """
 
-    cdef _Prepared prepared
-
     @property
     def saved(self):
         """(mean, invstd, weight) of the last call, never written again; None before the first."""
@@ -741,9 +682,9 @@ cdef class Evaluation:
         return Evaluation, ()
 
 
-cpdef object scale_shift(
+cdef int scale_shift(
     Geometry geometry, x, y, weight, bias, double eps, mean, variance, Evaluation kept, int threads
-):
+) except -1:
     """Write y from given statistics; what is prepared for it is kept, unless `kept` is None."""
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
@@ -780,20 +721,22 @@ cpdef object scale_shift(
     if kept is not None and not job.prepared:
         with cython.critical_section(kept):
             kept.prepared = prepared
+    return 0
 
 
-cpdef object gradient(
+cdef int gradient(
     Geometry geometry, x, dy, dx, weight, mean, invstd, dweight, dbias, size_t shared,
-    bint uncentred, bint constant_statistics, int threads, bias=None, floor=None,
-    sum_floored=None, sum_dy_xhat=None
-):
-    """Write dx, dweight and dbias; mean and invstd are as `normalize` writes them.
+    bint constant_statistics, bias, floor, dfloor, sum_floored, sum_dy_xhat, int threads
+) except -1:
+    """Write dx, dweight and dbias; mean and invstd are as `normalize` writes them, or mean is None.
 
-    With a floor, which needs the bias, dy counts where y was not below it; `sum_floored` (float64,
-    as large as the mean) receives its sum where y was, `sum_dy_xhat` sum(dy * (x - mean) * invstd).
+    With a floor, which needs the bias, dy counts where y was not below it; `dfloor` receives its
+    sum where y was. `sum_floored` and `sum_dy_xhat` (float64, as large as the mean) receive that
+    sum for each repeat, and sum(dy * (x - mean) * invstd). All three may be None.
     """
     cdef bn_geometry *c = &geometry.c
     cdef size_t coefficients = BN_GRADIENT_COEFFICIENTS
+    cdef bint centred = mean is not None
     if floor is not None:
         coefficients = BN_FLOORED_GRADIENT_COEFFICIENTS
     elif shared > 1:
@@ -801,12 +744,12 @@ cpdef object gradient(
     cdef bn_job job = _new_job(c)
     cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
-    _reserve(&workspace, small, _workspace_bytes(c, 3, 4 + (c.dtype == BN_f64), 1, coefficients),
-             &job, threads, floor is not None)
+    _reserve(&workspace, small, _workspace_bytes(c, 3, 8, 1, coefficients), &job, threads,
+             floor is not None)
     job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)
     job.weight = _widened(&workspace, weight, c.channels)
-    job.mean = <double *>_widened(&workspace, mean, _statistics(c))
-    job.invstd = <double *>_widened(&workspace, invstd, _statistics(c))
+    job.mean = _statistic(&workspace, mean, c, shared)
+    job.invstd = _statistic(&workspace, invstd, c, shared)
     job.sum_dy = _take_doubles(&workspace, _statistics(c))
     if sum_dy_xhat is None:
         job.sum_dy_xhat = _take_doubles(&workspace, _statistics(c))
@@ -815,69 +758,81 @@ cpdef object gradient(
     if floor is not None:
         job.bias = _widened(&workspace, bias, c.channels)
         job.floor = _widened(&workspace, floor, c.channels)
-        job.sum_floored = _doubles(sum_floored)
-    if c.dtype == BN_f64 and not uncentred and not constant_statistics:
+        if sum_floored is None:
+            job.sum_floored = _take_doubles(&workspace, _statistics(c))
+        else:
+            job.sum_floored = _doubles(sum_floored)
+    if c.dtype == BN_f64 and centred and not constant_statistics:
         job.mean_low = _take_doubles(&workspace, _statistics(c))
     job.constant_statistics = constant_statistics
-    job.shared, job.uncentred = shared, uncentred
+    job.shared, job.uncentred = shared, not centred
     _take_coefficients(&workspace, c, coefficients, &job.coefficients)
     job.partials = _take_doubles(&workspace, _partials(c))
     _do_all(&job, bn_gradient_phases, threads)
     bn_parameter_gradients(&job, _dtype(dweight), _data(dweight), _data(dbias))
+    if dfloor is not None:
+        job.kernels.parameter_gradients[<int>_dtype(dfloor)](
+            c.channels, c.repeats, job.sum_floored, job.sum_floored, _data(dfloor), _data(dfloor)
+        )
     _release(&workspace)
+    return 0
 
 
-cpdef object normalize_rows(
-    Geometry geometry, x, y, weight, bias, double eps, mean, invstd, bint uncentred, int threads
-):
+cdef int normalize_rows(
+    Geometry geometry, x, y, weight, bias, double eps, mean, invstd, int threads
+) except -1:
     """Write y, mean and invstd (float64) from the statistics of the rows of x.
 
-    Rows are the channels of the geometry's repeats; weight and bias are operands of the dtype of x:
-    both or neither or, where statistics are around 0, weight alone.
+    Without a mean, which may be None, they are around 0. Rows are the channels of the geometry's
+    repeats; weight and bias are operands of the dtype of x: both or neither or, where statistics
+    are around 0, weight alone.
     """
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
     cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
-    _reserve(&workspace, small, _workspace_bytes(c, 0, 2, 1, BN_SCALE_SHIFT_COEFFICIENTS),
+    _reserve(&workspace, small, _workspace_bytes(c, 0, 3, 1, BN_SCALE_SHIFT_COEFFICIENTS),
              &job, threads)
     job.x, job.y = _data(x), _data(y)
     if weight is not None:
         job.element_weight = _data(weight)
     if bias is not None:
         job.element_bias = _data(bias)
-    job.eps, job.uncentred = eps, uncentred
-    job.mean, job.invstd = _doubles(mean), _doubles(invstd)
+    job.eps, job.uncentred = eps, mean is None
+    job.invstd = _doubles(invstd)
+    job.mean = _take_doubles(&workspace, _statistics(c)) if mean is None else _doubles(mean)
     job.mean_low = _take_doubles(&workspace, _statistics(c))
     job.m2 = _take_doubles(&workspace, _statistics(c))
     _take_coefficients(&workspace, c, BN_SCALE_SHIFT_COEFFICIENTS, &job.coefficients)
     job.partials = _take_doubles(&workspace, _partials(c))
     _do_all(&job, bn_normalize_phases, threads)
     _release(&workspace)
+    return 0
 
 
-cpdef object row_gradient(
-    Geometry geometry, x, dy, dx, weight, mean, invstd, sums, bint uncentred, int threads
-):
+cdef int row_gradient(
+    Geometry geometry, x, dy, dx, weight, mean, invstd, sums, int threads
+) except -1:
     """Write dx, and to sums[0] the gradients of weight and bias; `sums` may be None.
 
-    They are float64, [blocks of rows][2][elements of a row in the order of the walk].
+    They are float64, [blocks of rows][2][elements of a row in the order of the walk]. Mean and
+    invstd are as `normalize_rows` writes them.
     """
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
     cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
     cdef size_t rows = _statistics(c)
-    _reserve(&workspace, small, _workspace_bytes(c, 0, 4 + (c.dtype == BN_f64), 1,
-                                                 BN_ROW_GRADIENT_COEFFICIENTS), &job, threads)
+    _reserve(&workspace, small, _workspace_bytes(c, 0, 5, 1, BN_ROW_GRADIENT_COEFFICIENTS),
+             &job, threads)
     job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)
     if weight is not None:
         job.element_weight = _data(weight)
-    job.uncentred = uncentred
-    if c.dtype == BN_f64 and not uncentred:
+    job.uncentred = mean is None
+    if c.dtype == BN_f64 and mean is not None:
         job.mean_low = _take_doubles(&workspace, rows)
-    job.mean = <double *>_widened(&workspace, mean, rows)
-    job.invstd = <double *>_widened(&workspace, invstd, rows)
+    job.mean = _statistic(&workspace, mean, c, 1)
+    job.invstd = _statistic(&workspace, invstd, c, 1)
     job.sum_dy = _take_doubles(&workspace, rows)
     job.sum_dy_xhat = _take_doubles(&workspace, rows)
     _take_coefficients(&workspace, c, BN_ROW_GRADIENT_COEFFICIENTS, &job.coefficients)
@@ -886,6 +841,7 @@ cpdef object row_gradient(
         job.column_sums = _doubles(sums)
     _do_all(&job, bn_row_gradient_phases, threads)
     _release(&workspace)
+    return 0
 
 
 cdef enum:
@@ -983,9 +939,6 @@ cdef void _without_gaps(cnp.ndarray x, cnp.npy_intp *strides) noexcept:
     for place in range(ndim - 1, -1, -1):
         strides[order[place]] = step
         step *= cnp.PyArray_DIM(x, order[place])
-
-
-include "_common_calls.pxi"
 
 
 def probe_memory(kind, x, y, int threads):

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
-from bnfast._primitives import Floors, Sharing
+from bnfast._primitives import Reduction
 
 Float = TypeVar("Float", np.float32, np.float64)
 Parameter = NDArray[np.float32] | NDArray[np.float64]
 
-_RESPONSES = Sharing(repeated=(0,), uncentred=True, any_eps=False)
+_RESPONSES = Reduction(per_sample=True, centred=False, any_eps=False)
 
 
 @in_default_float_mode
@@ -138,17 +138,19 @@ def filter_response_norm_forward(
     array([[0.2 ],
            [0.02]])
     """
-    array, channels = _validation.channel_axis_of_samples(x, axis)
-    threshold = _validation.channel_parameter("tau", tau, channels)
-    learned = _learned_eps(learned_eps, channels)
-    more = None if learned is None else np.abs(np.broadcast_to(learned, channels)).copy()
-    if out is not None:
-        _validation.output(out, array, {"x": array, "tau": tau, "learned_eps": learned_eps})
+    more = reads = None
+    if learned_eps is not None:
+        _, channels = _validation.channel_axis_of_samples(x, axis)
+        learned = _learned_eps(learned_eps, channels)
+        more = np.abs(np.broadcast_to(learned, channels)).copy()
+        reads = {"learned_eps": learned_eps}
     z, _, invrms = _primitives.normalize(
-        *(array, axis, weight, bias, eps),
+        *(x, axis, weight, bias, eps),
         out=out,
-        sharing=_RESPONSES,
-        floors=Floors(threshold, more),
+        over=_RESPONSES,
+        tau=tau,
+        more_eps=more,
+        reads=reads,
     )
     return z, invrms
 
@@ -224,41 +226,27 @@ def filter_response_norm_backward(
     >>> gradients[3]
     array([1.])
     """
+    given = x, axis, invrms, weight, bias, tau, out, _RESPONSES
+    if learned_eps is None:
+        dx, dweight, dbias, dtau = _primitives.gradient_above_floors(dy, *given, None, None)
+        return dx, dweight, dbias, dtau, None
     array, channels = _validation.channel_axis_of_samples(x, axis)
-    scale = _validation.channel_parameter("weight", weight, channels)
-    shift = _validation.channel_parameter("bias", bias, channels)
-    threshold = _validation.channel_parameter("tau", tau, channels)
     learned = _learned_eps(learned_eps, channels)
-    of_planes: tuple[int, int] = (len(array), channels)
-    if out is not None:
-        others = {"x": array, "dy": dy, "bias": bias, "tau": tau}
-        others |= {"invrms": invrms, "learned_eps": learned_eps}
-        _validation.output(out, array, others)
-    inverse = _validation.saved_statistic("invrms", invrms, of_planes)
+    scale = _validation.channel_parameter("weight", weight, channels)
+    sums = np.zeros((2, len(array), channels))
+    reads = {"learned_eps": learned_eps}
+    dx, dweight, dbias, dtau = _primitives.gradient_above_floors(dy, *given, sums, reads)
     gamma = 1.0 if scale is None else scale.astype(np.float64)
-    sign = None if learned is None else np.sign(learned)
-    no_mean = np.zeros(of_planes)
-    sums = np.zeros((2, *of_planes))
-    dx, dweight, dbias = _primitives.gradient(
-        *(dy, array, axis, no_mean, inverse, scale, False, out, _RESPONSES),
-        bias=shift,
-        tau=threshold,
-        sums=sums,
-    )
-    below, products = sums
+    wide = np.asarray(invrms, np.float64)
     with np.errstate(all="ignore"):
-        dtau = None if threshold is None else below.sum(0).astype(threshold.dtype)
-        if sign is None:
-            return dx, dweight, dbias, dtau, None
-        deps = -0.5 * gamma * (inverse.astype(np.float64) ** 2 * products).sum(0)
-        own = deps if len(sign) == channels else deps.sum(keepdims=True)
-        return dx, dweight, dbias, dtau, (sign * own).astype(sign.dtype)
+        deps = -0.5 * gamma * (wide**2 * sums[1]).sum(0)
+        own = deps if len(learned) == channels else deps.sum(keepdims=True)
+        return dx, dweight, dbias, dtau, (np.sign(learned) * own).astype(learned.dtype)
 
 
-def _learned_eps(value: object, channels: int) -> Parameter | None:
-    """Return one value for each channel, or one for all; None where there is none."""
-    if value is None:
-        return None
+def _learned_eps(value: object, channels: int) -> Parameter:
+    """Return one value for each channel, or one for all."""
     array = _validation.floating_array("learned_eps", value)
     one_for_all = array.shape == (1,)
-    return _validation.channel_parameter("learned_eps", array, 1 if one_for_all else channels)
+    count = 1 if one_for_all else channels
+    return _validation.required_channel_parameter("learned_eps", array, count)

@@ -10,12 +10,10 @@ from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
-from bnfast._primitives import APART, Sharing
+from bnfast._primitives import GROUPS, PER_SAMPLE
 
 Float = TypeVar("Float", np.float32, np.float64)
 Parameter = NDArray[np.float32] | NDArray[np.float64]
-
-_MACHINE_EPS = {np.dtype(t): float(np.finfo(t).eps) for t in (np.float32, np.float64)}
 
 
 @in_default_float_mode
@@ -97,14 +95,14 @@ def instance_norm(
     <BLANKLINE>
            [[-1.,  1.]]], dtype=float32)
     """
-    _validation.channel_axis_of_samples(x, axis)
     if not _validation.flag("use_input_stats", use_input_stats):
+        _validation.channel_axis_of_samples(x, axis)
         _validation.real("momentum", momentum)
         return _primitives.scale_shift(
             x, axis, running_mean, running_var, weight, bias, eps, None, out
         )
     y, _, _ = _primitives.normalize(
-        *(x, axis, weight, bias, eps, running_mean, running_var, momentum, True, out, APART)
+        *(x, axis, weight, bias, eps, running_mean, running_var, momentum, True, out, PER_SAMPLE)
     )
     return y
 
@@ -156,8 +154,7 @@ def instance_norm_forward(
     array([[ 2.],
            [20.]])
     """
-    _validation.channel_axis_of_samples(x, axis)
-    return _primitives.normalize(x, axis, weight, bias, eps, out=out, sharing=APART)
+    return _primitives.normalize(x, axis, weight, bias, eps, out=out, over=PER_SAMPLE)
 
 
 @in_default_float_mode
@@ -223,8 +220,7 @@ def instance_norm_backward(
     >>> dbias
     array([3.])
     """
-    _validation.channel_axis_of_samples(x, axis)
-    return _primitives.gradient(dy, x, axis, mean, invstd, weight, False, out, APART)
+    return _primitives.gradient(dy, x, axis, mean, invstd, weight, False, out, PER_SAMPLE)
 
 
 @in_default_float_mode
@@ -340,15 +336,15 @@ def group_norm_forward(
     >>> mean
     array([[ 2., 20.]])
     """
-    array, channels = _validation.channel_axis_of_samples(x, axis)
-    together = _validation.channels_of_group(num_groups, channels)
-    if _validation.flag("per_group", per_group) and together > 1:
-        if out is not None:
-            _validation.output(out, array, {"weight": weight, "bias": bias})
+    reads = None
+    if _validation.flag("per_group", per_group):
+        _, channels = _validation.channel_axis_of_samples(x, axis)
+        together = _validation.channels_of_group(num_groups, channels)
+        reads = {"weight": weight, "bias": bias}
         weight = _of_channels("weight", weight, channels, together)
         bias = _of_channels("bias", bias, channels, together)
-    sharing = Sharing((0,), together)
-    return _primitives.normalize(array, axis, weight, bias, eps, out=out, sharing=sharing)
+    given = x, axis, weight, bias, eps
+    return _primitives.normalize(*given, out=out, over=GROUPS, num_groups=num_groups, reads=reads)
 
 
 @in_default_float_mode
@@ -415,18 +411,20 @@ def group_norm_backward(
     >>> dbias
     array([1., 1., 1., 1.])
     """
+    if not _validation.flag("per_group", per_group):
+        return _primitives.gradient(
+            dy, x, axis, mean, invstd, weight, False, out, GROUPS, grouped=True
+        )
     array, channels = _validation.channel_axis_of_samples(x, axis)
     num_groups = _validation.groups_of_statistics("mean", mean)
     together = _validation.channels_of_group(num_groups, channels) if channels else 1
-    sharing = Sharing((0,), together)
-    if not _validation.flag("per_group", per_group) or together == 1:
-        return _primitives.gradient(dy, array, axis, mean, invstd, weight, False, out, sharing)
-    if out is not None:
-        _validation.output(out, array, {"weight": weight})
     own = _of_channels("weight", weight, channels, together)
     # Float64, so that the gradients of channels are not rounded before they are added up.
     wide = np.ones(channels) if own is None else own.astype(np.float64)
-    dx, *gradients = _primitives.gradient(dy, array, axis, mean, invstd, wide, False, out, sharing)
+    reads = {"weight": weight}
+    dx, *gradients = _primitives.gradient(
+        dy, array, axis, mean, invstd, wide, False, out, GROUPS, grouped=True, reads=reads
+    )
     dtype = array.dtype if own is None else own.dtype
     with np.errstate(all="ignore"):
         dweight, dbias = (g.reshape(-1, together).sum(1).astype(dtype) for g in gradients)
@@ -551,7 +549,7 @@ def layer_norm_forward(
     >>> mean
     array([ 2., 20.])
     """
-    return _primitives.normalize_rows(x, normalized_shape, axis, weight, bias, eps, False, out)
+    return _primitives.normalize_rows(x, normalized_shape, axis, weight, bias, eps, True, out)
 
 
 @in_default_float_mode
@@ -626,7 +624,7 @@ def layer_norm_backward(
         mean,
         invstd,
         weight,
-        False,
+        True,
         _validation.flag("parameters", parameters),
         out,
     )
@@ -732,10 +730,8 @@ def rms_norm_forward(
     >>> invrms.round(3)
     array([0.2 , 0.02])
     """
-    if eps is None:
-        eps = _MACHINE_EPS[_validation.floating_array("x", x).dtype]
     y, _, invrms = _primitives.normalize_rows(
-        x, normalized_shape, axis, weight, None, eps, True, out
+        x, normalized_shape, axis, weight, None, eps, False, out
     )
     return y, invrms
 
@@ -801,7 +797,7 @@ def rms_norm_backward(
         None,
         invrms,
         weight,
-        True,
+        False,
         _validation.flag("parameters", parameters),
         out,
     )

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
+from bnfast._deviations import deviations, scale_deviations
 from bnfast._float_mode import in_default_float_mode
-from bnfast._primitives import APART
+from bnfast._primitives import PER_SAMPLE
 
 Array = NDArray[Any]
 Float = TypeVar("Float", np.float32, np.float64)
@@ -255,7 +256,7 @@ def ghost_batch_norm_backward(
         if x_part.size:
             _, *gradients = _primitives.gradient(
                 *(dy_part, x_part, _moved(array, axis), centre[taken], inverse[taken], wide),
-                *(False, dx_part, APART),
+                *(False, dx_part, PER_SAMPLE),
             )
             sums += gradients
     dtype = array.dtype if own is None else own.dtype
@@ -316,7 +317,7 @@ def _of_ghosts(
             _, mean[taken], invstd[taken] = _primitives.normalize(
                 *(x_part, _moved(x, axis), scale, shift, epsilon),
                 out=y_part,
-                sharing=APART,
+                over=PER_SAMPLE,
                 m2=m2[taken],
             )
     return y, mean, invstd, m2, counts
@@ -544,7 +545,7 @@ def batch_renorm_forward(
         others = {"x": array, "weight": weight, "bias": bias}
         others |= {"running_mean": running_mean, "running_std": running_std}
         _validation.output(out, array, others)
-    of = _primitives.deviations(array, channel_axis)
+    of = deviations(array, channel_axis)
     mean = of.mean
     if of.values == 0:
         nothing = np.ones(channels)
@@ -560,7 +561,7 @@ def batch_renorm_forward(
         gamma = np.ones(channels) if scale is None else scale.astype(np.float64)
         beta = np.zeros(channels) if shift is None else shift.astype(np.float64)
         by, term = gamma * r * invstd, gamma * d + beta
-    y = _primitives.scale_deviations(array, channel_axis, of, by, term, out)
+    y = scale_deviations(array, channel_axis, of, by, term, out)
     _primitives.update_running("running_mean", tracked[0], new, mean)
     _primitives.update_running("running_std", tracked[1], new, sigma)
     return y, Renormalized(mean, invstd, r, d)

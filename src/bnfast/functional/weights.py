@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
+from bnfast._deviations import deviations, scale_deviations
 from bnfast._float_mode import in_default_float_mode
-from bnfast._primitives import Sharing
+from bnfast._primitives import Reduction
 from bnfast._scaling import (
     ScaledChannels,
     exponents_to_one,
@@ -24,8 +25,8 @@ Array = NDArray[Any]
 Float = TypeVar("Float", np.float32, np.float64)
 Parameter = NDArray[np.float32] | NDArray[np.float64]
 
-_LENGTH = Sharing(uncentred=True)
-_DEVIATION = Sharing()
+_LENGTH = Reduction(centred=False)
+_DEVIATION = Reduction()
 
 # Filters up to this length, and down to its reciprocal, need no care: squares and quotients of them
 # and of ordinary gradients stay within the range of the dtype.
@@ -145,7 +146,7 @@ def weight_norm_forward(
     if in_place:  # copied while they are there
         special = _special_filters(filters, axis, _norms(filters, axis), least)
     w, _, invrms = _primitives.normalize(
-        filters, axis, lengths / root, None, 0.0, out=target, sharing=_LENGTH
+        filters, axis, lengths / root, None, 0.0, out=target, over=_LENGTH
     )
     with np.errstate(divide="ignore"):
         norm = root / invrms
@@ -154,7 +155,7 @@ def weight_norm_forward(
     if special is not None:
         which, copies, exponent = special
         again, _, invrms = _primitives.normalize(
-            copies, 0, lengths[which] / root, None, 0.0, sharing=_LENGTH
+            copies, 0, lengths[which] / root, None, 0.0, over=_LENGTH
         )
         with np.errstate(all="ignore"):
             norm[which] = np.ldexp(root / invrms, -exponent)
@@ -237,7 +238,7 @@ def weight_norm_backward(
         their_upstream = np.moveaxis(upstream, axis, 0)[special.which]  # it may be overwritten
     with np.errstate(all="ignore"):
         dv, dlengths, _ = _primitives.gradient(
-            *(upstream, filters, axis, np.zeros(len(wide)), root / wide, lengths / root, False),
+            *(upstream, filters, axis, None, root / wide, lengths / root, False),
             target,
             _LENGTH,
         )
@@ -247,7 +248,7 @@ def weight_norm_backward(
             theirs, short = lengths[which], wide[which] < least
             invrms = root / _norms(copies, 0)  # those given may be rounded to a few bits
             again, products, _ = _primitives.gradient(
-                *(their_upstream, copies, 0, np.zeros(len(which)), invrms, theirs / root),
+                *(their_upstream, copies, 0, None, invrms, theirs / root),
                 *(False, None, _LENGTH),
             )
             again, products = scaled(again, exponent), products / root
@@ -815,18 +816,18 @@ def _forward(
     own = _validation.channel_parameter("gain", gain, filters, "filters")
     if out is not None:
         _validation.output(out, array, {"w": array, "gain": gain}, ("w",))
-    of = _primitives.deviations(array, axis, lost)
+    of = deviations(array, axis, lost)
     each = of.values
     extreme = _extreme_filters(array, axis, of.std, by)
     with np.errstate(all="ignore"):
         scale = by.divisor(of.std, each, lost).scale(own)
-        y = _primitives.scale_deviations(array, axis, of, scale, out=out)
+        y = scale_deviations(array, axis, of, scale, out=out)
         if extreme is not None:
             which, copies, exponent = extreme
-            anew = _primitives.deviations(copies, 0, lost)
+            anew = deviations(copies, 0, lost)
             divisor = by.scaled(exponent).divisor(anew.std, each, lost)
             scale = divisor.scale(None if own is None else own[which])
-            np.moveaxis(y, axis, 0)[which] = _primitives.scale_deviations(copies, 0, anew, scale)
+            np.moveaxis(y, axis, 0)[which] = scale_deviations(copies, 0, anew, scale)
     return y, of.mean, of.std
 
 
@@ -867,7 +868,7 @@ def _backward(
         dgain *= ratio
         if extreme is not None:
             which, copies, exponent = extreme
-            anew = _primitives.deviations(copies, 0, lost)  # those given may have lost bits
+            anew = deviations(copies, 0, lost)  # those given may have lost bits
             strength, ratio = by.scaled(exponent).divisor(anew.std, each, lost).as_normalization()
             weight = ratio if own is None else own[which] * ratio
             again, products, _ = _primitives.gradient(

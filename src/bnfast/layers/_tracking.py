@@ -9,7 +9,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
-from bnfast._primitives import Sharing
+from bnfast._primitives import Reduction
 from bnfast.layers._layer import Flag, Gradients, Layer
 
 Array = NDArray[Any]
@@ -20,7 +20,7 @@ class ChannelLayer(Layer):
 
     affine = Flag(fixed=True)
 
-    _sharing: ClassVar[Sharing] = _primitives.BATCH  # whose statistics are made together
+    _over: ClassVar[Reduction] = _primitives.BATCH  # whose statistics are made together
 
     def __init__(
         self, num_features: int, eps: float, affine: bool, axis: int, dtype: DTypeLike
@@ -61,9 +61,9 @@ class ChannelLayer(Layer):
 
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
         mean, invstd, weight, constant = saved
-        sharing = _primitives.BATCH if constant else self._sharing
+        over = _primitives.BATCH if constant else self._over
         dx, dweight, dbias = _primitives.gradient(
-            dy, x, self.axis, mean, invstd, weight, constant, out, sharing
+            dy, x, self.axis, mean, invstd, weight, constant, out, over
         )
         return dx, None if weight is None else dweight, dbias
 
@@ -166,12 +166,12 @@ class TrackingLayer(ChannelLayer, Tracking):
                 self._weight_of_new_batch(),
                 self.unbiased,
                 out,
-                self._sharing,
+                self._over,
             )
             if x.size > 0 and self.track_running_stats:
                 self._count()
         else:
-            y, mean, invstd = _primitives.normalize(*given, out=out, sharing=self._sharing)
+            y, mean, invstd = _primitives.normalize(*given, out=out, over=self._over)
         self._save(x, y, mean, invstd, self._kept_weight(), False)
         return y
 

@@ -9,7 +9,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _validation, functional
 from bnfast._float_mode import in_default_float_mode
-from bnfast._primitives import APART
+from bnfast._primitives import PER_SAMPLE
 from bnfast.layers._layer import Flag, Gradients, Layer
 from bnfast.layers._tracking import TrackingLayer
 
@@ -79,7 +79,7 @@ class InstanceNorm(TrackingLayer):
     _shown = (
         *("num_features", "eps", "momentum", "affine", "track_running_stats", "axis", "dtype"),
     )
-    _sharing = APART
+    _over = PER_SAMPLE
 
     def __init__(
         self,

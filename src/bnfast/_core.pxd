@@ -1,0 +1,137 @@
+# What rooms above may call in C: _primitives.
+
+cimport numpy as cnp
+from libc.stddef cimport ptrdiff_t, size_t
+
+
+cdef extern from "kernels.h" nogil:
+    enum:
+        BN_WIDE_ROW
+
+    ctypedef enum bn_dtype:
+        BN_f32
+        BN_f64
+
+    ctypedef enum bn_layout:
+        BN_contiguous
+        BN_channels_last
+
+    enum:
+        BN_SCALE_SHIFT_COEFFICIENTS
+        BN_GRADIENT_COEFFICIENTS
+        BN_ROW_GRADIENT_COEFFICIENTS
+        BN_SHARED_GRADIENT_COEFFICIENTS
+        BN_FLOORED_COEFFICIENTS
+        BN_FLOORED_GRADIENT_COEFFICIENTS
+
+    ctypedef struct bn_coefficients:
+        void **array
+
+    ctypedef void bn_widen_kernel(size_t channels, const float *narrow, double *wide) noexcept
+    ctypedef int bn_update_running_kernel(size_t channels, size_t repeats, double momentum,
+                                          const double *divided, double divisor,
+                                          void *running) noexcept
+    ctypedef void bn_parameter_gradients_kernel(size_t channels, size_t repeats,
+                                                const double *sum_dy, const double *sum_dy_xhat,
+                                                void *dweight, void *dbias) noexcept
+    ctypedef float bn_memory_probe(size_t lines, const float *start, float *to) noexcept
+
+    ctypedef struct bn_kernels:
+        const char *isa
+        const char *flags
+        bn_widen_kernel *widen
+        bn_update_running_kernel *update_running[2]
+        bn_parameter_gradients_kernel *parameter_gradients[2]
+        bn_memory_probe *probe_copy
+        bn_memory_probe *probe_streaming_copy
+        bn_memory_probe *probe_read
+        bn_memory_probe *probe_in_place
+
+
+cdef extern from "geometry.h" nogil:
+    enum:
+        BN_MAX_OPERANDS
+        BN_MAX_AXES
+
+    ctypedef struct bn_operand:
+        int packed
+        ptrdiff_t outer_stride
+        ptrdiff_t channel_stride
+        ptrdiff_t *outer_axis_strides
+        ptrdiff_t *inner_axis_strides
+        ptrdiff_t *repeat_axis_strides
+        ptrdiff_t *channel_axis_strides
+
+    ctypedef struct bn_geometry:
+        bn_layout layout
+        bn_dtype dtype
+        size_t itemsize
+        size_t repeats
+        size_t repeat_axes
+        size_t *repeat_axis_sizes
+        size_t channel_axes
+        size_t *channel_axis_sizes
+        size_t outer
+        size_t channels
+        size_t inner
+        size_t outer_axes
+        size_t inner_axes
+        size_t *outer_axis_sizes
+        size_t *inner_axis_sizes
+        size_t chunk_outer
+        size_t chunk_inner
+        size_t chunks_per_run
+        size_t chunks
+        size_t chunks_per_block
+        size_t blocks
+        size_t phases
+        size_t rows_of_block
+        int any_packed
+        bn_operand *operand
+
+    size_t bn_coefficients_length(const bn_geometry *geometry)
+    size_t bn_row_blocks(const bn_geometry *geometry)
+
+
+cdef class Geometry:
+    cdef bn_geometry c
+    cdef readonly tuple walked
+    cdef readonly bint in_order
+
+
+cdef class _Prepared:
+    cdef object weight, bias, mean, variance, invstd, memory
+    cdef double eps
+    cdef bn_dtype dtype
+    cdef size_t length
+    cdef bn_coefficients coefficients
+
+    cdef bint is_of(self, Geometry geometry, weight, bias, double eps, mean, variance) noexcept
+
+
+cdef class Evaluation:
+    cdef _Prepared prepared
+
+
+cpdef cnp.ndarray empty_output(cnp.ndarray x)
+
+cdef int moments(Geometry geometry, x, mean, mean_low, m2, int threads) except -1
+cdef int normalize(
+    Geometry geometry, x, y, weight, bias, double eps, mean, invstd, m2, size_t shared,
+    bint centred, running_mean, running_var, double momentum, double correction, floor, more_eps,
+    int threads
+) except -1
+cdef int scale_shift(
+    Geometry geometry, x, y, weight, bias, double eps, mean, variance, Evaluation kept, int threads
+) except -1
+cdef int gradient(
+    Geometry geometry, x, dy, dx, weight, mean, invstd, dweight, dbias, size_t shared,
+    bint constant_statistics, bias, floor, dfloor, sum_floored, sum_dy_xhat, int threads
+) except -1
+cdef int normalize_rows(
+    Geometry geometry, x, y, weight, bias, double eps, mean, invstd, int threads
+) except -1
+cdef int row_gradient(
+    Geometry geometry, x, dy, dx, weight, mean, invstd, sums, int threads
+) except -1
+cdef int update_running(running, divided, double momentum, double divisor) except -1

@@ -1,0 +1,107 @@
+from collections.abc import Mapping
+from typing import Any
+
+from numpy.typing import NDArray
+
+from bnfast._core import Evaluation as Evaluation
+from bnfast._core import empty_output as empty_output
+
+Array = NDArray[Any]
+Reads = Mapping[str, object] | None
+
+class Reduction:
+    per_sample: bool
+    centred: bool
+    any_eps: bool
+    def __init__(
+        self, *, per_sample: bool = False, centred: bool = True, any_eps: bool = True
+    ) -> None: ...
+
+BATCH: Reduction
+PER_SAMPLE: Reduction
+GROUPS: Reduction
+
+def invstd_of_nothing(eps: float) -> float: ...
+def moments(x: object, axis: object, mean_low: Array | None = None) -> tuple[int, Array, Array]: ...
+def normalize(
+    x: object,
+    axis: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    running_mean: object = None,
+    running_var: object = None,
+    momentum: object = 0.0,
+    unbiased: bool = True,
+    out: object = None,
+    over: Reduction = ...,
+    num_groups: object = None,
+    m2: Array | None = None,
+    tau: object = None,
+    more_eps: Array | None = None,
+    reads: Reads = None,
+) -> tuple[Array, Array, Array]: ...
+def scale_shift(
+    x: object,
+    axis: object,
+    mean: object,
+    variance: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    kept: Evaluation | None = None,
+    out: object = None,
+    reads: Reads = None,
+) -> Array: ...
+def gradient(
+    dy: object,
+    x: object,
+    axis: object,
+    mean: object,
+    invstd: object,
+    weight: object,
+    constant_statistics: bool,
+    out: object = None,
+    over: Reduction = ...,
+    grouped: bool = False,
+    reads: Reads = None,
+) -> tuple[Array, Array, Array]: ...
+def gradient_above_floors(
+    dy: object,
+    x: object,
+    axis: object,
+    invstd: object,
+    weight: object,
+    bias: object,
+    tau: object,
+    out: object,
+    over: Reduction,
+    sums: Array | None,
+    reads: Reads,
+) -> tuple[Array, Array, Array, Array | None]: ...
+def normalize_rows(
+    x: object,
+    normalized_shape: object,
+    axis: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    centred: bool,
+    out: object = None,
+) -> tuple[Array, Any, Array]: ...
+def row_gradient(
+    dy: object,
+    x: object,
+    normalized_shape: object,
+    axis: object,
+    mean: object,
+    invstd: object,
+    weight: object,
+    centred: bool,
+    parameters: bool,
+    out: object = None,
+) -> tuple[Array, Array | None, Array | None]: ...
+def update_running(
+    name: str, running: Array, momentum: float, divided: Array, divisor: float = 1.0
+) -> None: ...
+def probe_memory(kind: str, x: Array, y: Array, num_threads: int) -> None: ...
