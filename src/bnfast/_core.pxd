@@ -122,11 +122,15 @@ cdef int normalize(
     int threads
 ) except -1
 cdef int scale_shift(
-    Geometry geometry, x, y, weight, bias, double eps, mean, variance, Evaluation kept, int threads
+    Geometry geometry, x, y, weight, bias, double eps, mean, variance, bint of_samples,
+    Evaluation kept, int threads
 ) except -1
 cdef int gradient(
     Geometry geometry, x, dy, dx, weight, mean, invstd, dweight, dbias, size_t shared,
     bint constant_statistics, bias, floor, dfloor, sum_floored, sum_dy_xhat, int threads
+) except -1
+cdef int gradient_of_samples(
+    Geometry geometry, x, dy, dx, weight, mean, invstd, sum_dy, sum_dy_xhat, int threads
 ) except -1
 cdef int normalize_rows(
     Geometry geometry, x, y, weight, bias, double eps, mean, invstd, int threads

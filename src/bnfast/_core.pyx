@@ -12,7 +12,7 @@ from cython.parallel cimport prange
 from libc.stddef cimport ptrdiff_t, size_t
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcmp, memset, strcpy
+from libc.string cimport memcmp, memcpy, memset, strcpy
 
 import numpy
 
@@ -61,6 +61,7 @@ cdef extern from "block_tasks.h" nogil:
         double *sum_dy_xhat
         double *sum_floored
         int constant_statistics
+        size_t parameters_of_repeat
         size_t shared
         int uncentred
         char *element_weight
@@ -409,6 +410,19 @@ cdef double *_statistic(
     return spread
 
 
+cdef double *_of_each_repeat(_Workspace *workspace, statistic, const bn_geometry *c) noexcept:
+    """Statistics of channels as float64, for all repeats the same."""
+    cdef double *given = <double *>_widened(workspace, statistic, c.channels)
+    cdef double *repeated
+    cdef size_t repeat
+    if c.repeats == 1:
+        return given
+    repeated = _take_doubles(workspace, _statistics(c))
+    for repeat in range(c.repeats):
+        memcpy(repeated + repeat * c.channels, given, c.channels * sizeof(double))
+    return repeated
+
+
 cdef size_t _padded(size_t bytes_) noexcept nogil:
     return (bytes_ + 63) // 64 * 64
 
@@ -683,9 +697,13 @@ cdef class Evaluation:
 
 
 cdef int scale_shift(
-    Geometry geometry, x, y, weight, bias, double eps, mean, variance, Evaluation kept, int threads
+    Geometry geometry, x, y, weight, bias, double eps, mean, variance, bint of_samples,
+    Evaluation kept, int threads
 ) except -1:
-    """Write y from given statistics; what is prepared for it is kept, unless `kept` is None."""
+    """Write y from given statistics; what is prepared for it is kept, unless `kept` is None.
+
+    Where weight and bias are those `of_samples`, the repeats, these have the same statistics.
+    """
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
     cdef _Workspace workspace
@@ -702,7 +720,7 @@ cdef int scale_shift(
             weight, bias, mean, variance = (
                 prepared.weight, prepared.bias, prepared.mean, prepared.variance
             )
-    _reserve(&workspace, small, _workspace_bytes(c, 4, 1, 0, BN_SCALE_SHIFT_COEFFICIENTS),
+    _reserve(&workspace, small, _workspace_bytes(c, 2, 5, 0, BN_SCALE_SHIFT_COEFFICIENTS),
              &job, threads)
     job.x, job.y = _data(x), _data(y)
     job.eps = eps
@@ -712,10 +730,12 @@ cdef int scale_shift(
         job.invstd = _take_doubles(&workspace, _statistics(c))
         _take_coefficients(&workspace, c, BN_SCALE_SHIFT_COEFFICIENTS, &job.coefficients)
     if not job.prepared:
-        job.weight = _widened(&workspace, weight, c.channels)
-        job.bias = _widened(&workspace, bias, c.channels)
-        job.mean = <double *>_widened(&workspace, mean, _statistics(c))
-        job.variance = _widened(&workspace, variance, _statistics(c))
+        if of_samples:
+            job.parameters_of_repeat = c.channels
+        job.weight = _widened(&workspace, weight, _statistics(c) if of_samples else c.channels)
+        job.bias = _widened(&workspace, bias, _statistics(c) if of_samples else c.channels)
+        job.mean = _of_each_repeat(&workspace, mean, c)
+        job.variance = _of_each_repeat(&workspace, variance, c)
     _do_all(&job, bn_scale_shift_phases, threads)
     _release(&workspace)
     if kept is not None and not job.prepared:
@@ -774,6 +794,33 @@ cdef int gradient(
         job.kernels.parameter_gradients[<int>_dtype(dfloor)](
             c.channels, c.repeats, job.sum_floored, job.sum_floored, _data(dfloor), _data(dfloor)
         )
+    _release(&workspace)
+    return 0
+
+
+cdef int gradient_of_samples(
+    Geometry geometry, x, dy, dx, weight, mean, invstd, sum_dy, sum_dy_xhat, int threads
+) except -1:
+    """Write dx = dy * weight * invstd, with a weight (float64) for each channel of each repeat.
+
+    All repeats have the same statistics, which did not come from x; `sum_dy` and `sum_dy_xhat`
+    (float64, as large as the weight) receive sum(dy) and sum(dy * (x - mean) * invstd) of each.
+    """
+    cdef bn_geometry *c = &geometry.c
+    cdef bn_job job = _new_job(c)
+    cdef _Workspace workspace
+    cdef char small[SMALL_WORKSPACE]
+    _reserve(&workspace, small, _workspace_bytes(c, 2, 2, 1, BN_GRADIENT_COEFFICIENTS),
+             &job, threads)
+    job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)
+    job.weight, job.parameters_of_repeat = _doubles(weight), c.channels
+    job.mean = _of_each_repeat(&workspace, mean, c)
+    job.invstd = _of_each_repeat(&workspace, invstd, c)
+    job.sum_dy, job.sum_dy_xhat = _doubles(sum_dy), _doubles(sum_dy_xhat)
+    job.constant_statistics = True
+    _take_coefficients(&workspace, c, BN_GRADIENT_COEFFICIENTS, &job.coefficients)
+    job.partials = _take_doubles(&workspace, _partials(c))
+    _do_all(&job, bn_gradient_phases, threads)
     _release(&workspace)
     return 0
 

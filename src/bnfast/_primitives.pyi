@@ -53,6 +53,26 @@ def scale_shift(
     out: object = None,
     reads: Reads = None,
 ) -> Array: ...
+def scale_shift_samples(
+    x: object,
+    axis: object,
+    mean: object,
+    variance: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    out: object = None,
+) -> Array: ...
+def gradient_of_samples(
+    dy: Array,
+    x: Array,
+    axis: object,
+    mean: Array,
+    invstd: Array,
+    weight: Array,
+    sums: Array,
+    dx: Array,
+) -> None: ...
 def gradient(
     dy: object,
     x: object,

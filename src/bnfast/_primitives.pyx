@@ -186,6 +186,15 @@ cdef inline object _of_channels(str name, value, Py_ssize_t channels):
     return _validation.channel_parameter(name, value, channels)
 
 
+cdef object _of_samples(str name, value, cnp.ndarray x, Py_ssize_t channels):
+    """One value for each channel of each sample."""
+    cdef cnp.npy_intp shape[2]
+    shape[0], shape[1] = cnp.PyArray_DIM(x, 0), channels
+    if value is None or _is_of_shape(value, 2, shape):
+        return value
+    return _validation.sample_parameter(name, value, shape[0], channels)
+
+
 cdef inline object _required(str name, value, Py_ssize_t channels):
     if _is_of_channels(value, channels):
         return value
@@ -540,8 +549,30 @@ def scale_shift(
     )
     if cnp.PyArray_SIZE(x) > 0:
         _core.scale_shift(
-            _geometry(axis, BATCH, x, y, None), x, y, scale, shift, epsilon, centre, spread, kept,
-            _threads_for(x, 2)
+            _geometry(axis, BATCH, x, y, None), x, y, scale, shift, epsilon, centre, spread, False,
+            kept, _threads_for(x, 2)
+        )
+    return y
+
+
+def scale_shift_samples(x_, axis_, mean, variance, weight, bias, eps, out=None):
+    """As `scale_shift`, with a weight and a bias for channels of samples: (N, C), or None."""
+    cdef Py_ssize_t axis
+    cdef cnp.ndarray x = _batch(x_, axis_, &axis, PER_SAMPLE)
+    cdef Py_ssize_t channels = _channels(x, axis)
+    cdef double epsilon = _eps(eps, False, False)
+    scale = _of_samples("weight", weight, x, channels)
+    shift = _of_samples("bias", bias, x, channels)
+    centre = _required("running_mean", mean, channels)
+    spread = _required("running_var", variance, channels)
+    y = _output(
+        out, x, ("x", "weight", "bias", "running_mean", "running_var"),
+        (x, weight, bias, mean, variance), None, 1
+    )
+    if cnp.PyArray_SIZE(x) > 0:
+        _core.scale_shift(
+            _geometry(axis, PER_SAMPLE, x, y, None), x, y, scale, shift, epsilon, centre, spread,
+            True, None, _threads_for(x, 2)
         )
     return y
 
@@ -575,6 +606,21 @@ def gradient_above_floors(
     )
 
 
+def gradient_of_samples(dy, x_, axis_, mean, invstd, weight, sums, cnp.ndarray dx):
+    """Write dx = dy * weight * invstd, with a weight (float64) for each channel of each sample.
+
+    `sums`, float64 (2, N, C), receives sum(dy) and sum(dy * (x - mean) * invstd). Everything has
+    been checked.
+    """
+    cdef Py_ssize_t axis
+    cdef cnp.ndarray x = _batch(x_, axis_, &axis, PER_SAMPLE)
+    if cnp.PyArray_SIZE(x) > 0:
+        _core.gradient_of_samples(
+            _geometry(axis, PER_SAMPLE, x, dy, dx), x, dy, dx, weight, mean, invstd, sums[0],
+            sums[1], _threads_for(x, 5)
+        )
+
+
 cdef tuple _gradient(
     dy, x_, axis_, mean, invstd, weight, bint constant_statistics, out, Reduction over,
     bint grouped, bias, tau, sums, reads
@@ -602,7 +648,9 @@ cdef tuple _gradient(
     )
     kind = cnp.PyArray_TYPE(x if scale is None else <cnp.ndarray>scale)
     dweight, dbias = _zeros(1, &channels, kind), _zeros(1, &channels, kind)
-    dtau = None if floor is None else numpy.zeros_like(floor)
+    dtau = None
+    if floor is not None:
+        dtau = _zeros(1, &channels, cnp.PyArray_TYPE(<cnp.ndarray>floor))
     if cnp.PyArray_SIZE(x) > 0:
         _core.gradient(
             _geometry(axis, over, x, upstream, dx), x, upstream, dx, scale,

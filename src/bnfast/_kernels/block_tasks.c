@@ -940,6 +940,8 @@ static bn_job job_of_repeat(const bn_job *job, size_t repeat)
     own.y = operand_of_repeat(geometry, Y, job->y, repeat);
     own.dy = operand_of_repeat(geometry, DY, job->dy, repeat);
     own.dx = operand_of_repeat(geometry, DX, job->dx, repeat);
+    own.weight = parameter_from(job->weight, repeat * job->parameters_of_repeat);
+    own.bias = parameter_from(job->bias, repeat * job->parameters_of_repeat);
     own.mean = statistics_of_repeat(job->mean, channels, repeat);
     own.mean_low = statistics_of_repeat(job->mean_low, channels, repeat);
     own.m2 = statistics_of_repeat(job->m2, channels, repeat);

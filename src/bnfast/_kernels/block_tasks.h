@@ -16,7 +16,7 @@
 /* Scratch of a thread: for each input of a kernel, and its output. */
 #define BN_BUFFERS ((size_t)BN_MOST_INPUTS + 1)
 
-/* Weight and bias are float64 [channels] and may be NULL; arrays of statistics are float64
+/* Weight and bias are float64 [channels], or [repeats][channels], and may be NULL; arrays of statistics are float64
    [repeats][channels], and those of coefficients as long for each repeat as
    bn_coefficients_length says. */
 typedef struct {
@@ -28,6 +28,7 @@ typedef struct {
     char *dy, *dx; /* gradient, besides x */
 
     const double *weight, *bias;
+    size_t parameters_of_repeat; /* from those of one repeat to those of the next; 0: they have the same */
     const double *floor; /* float64 [channels]; NULL for none */
     double eps;
     const double *more_eps; /* float64 [channels]: of each channel, besides; NULL for none */

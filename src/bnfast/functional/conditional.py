@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -108,21 +107,10 @@ def conditional_batch_norm(
             *(momentum, eps, axis, unbiased, out),
         )
         return y
-    array, channels = _validation.channel_axis_of_samples(x, axis)
     _validation.real("momentum", momentum)
-    epsilon = _validation.epsilon(eps, training=False)
-    scale = _validation.sample_parameter("weight", weight, len(array), channels)
-    shift = _validation.sample_parameter("bias", bias, len(array), channels)
-    centre = _validation.required_channel_parameter("running_mean", running_mean, channels)
-    spread = _validation.required_channel_parameter("running_var", running_var, channels)
-    if out is None:
-        y = _primitives.empty_output(array)
-    else:
-        others = {"x": array, "weight": weight, "bias": bias}
-        others |= {"running_mean": running_mean, "running_var": running_var}
-        y = _validation.output(out, array, others)
-    _scale_shift(array, axis, centre, spread, scale, shift, epsilon, y)
-    return y
+    return _primitives.scale_shift_samples(
+        x, axis, running_mean, running_var, weight, bias, eps, out
+    )
 
 
 @in_default_float_mode
@@ -191,17 +179,20 @@ def train_conditionally(
     array, channels = _validation.channel_axis_of_samples(x, axis)
     scale = _validation.sample_parameter("weight", weight, len(array), channels)
     shift = _validation.sample_parameter("bias", bias, len(array), channels)
-    for name, given in (("weight", weight), ("bias", bias)):
-        memory = _validation.memory_of(given)
-        if memory is not None:  # read after the running statistics have been updated
-            _validation.running_statistics(running_mean, running_var, memory, channels, called=name)
-    if out is not None:
-        _validation.output(out, array, {"x": array, "weight": weight, "bias": bias})
+    if running_mean is not None:  # the parameters are read after it has been updated
+        for name, given in (("weight", weight), ("bias", bias)):
+            memory = _validation.memory_of(given)
+            if memory is not None:
+                _validation.running_statistics(
+                    running_mean, running_var, memory, channels, called=name
+                )
     y, mean, invstd = _primitives.normalize(
-        array, axis, None, None, eps, running_mean, running_var, momentum, unbiased, out
+        *(array, axis, None, None, eps, running_mean, running_var, momentum, unbiased, out),
+        reads={"weight": weight, "bias": bias},
     )
     if scale is not None or shift is not None:
-        _scale_shift(y, axis, np.zeros(channels), np.ones(channels), scale, shift, 0.0, y)
+        zeros, ones = np.zeros(channels), np.ones(channels)
+        _primitives.scale_shift_samples(y, axis, zeros, ones, scale, shift, 0.0, y)
     return y, mean, invstd
 
 
@@ -292,9 +283,9 @@ def conditional_batch_norm_backward(
         x_read = "x, which training reads once more" if through_statistics else "x"
         others = {"dy": upstream, x_read: array, "weight": weight, "mean": mean, "invstd": invstd}
         dx = _validation.output(out, array, others)
-    of_samples = (len(array), channels)
+    of_samples: tuple[int, int] = (len(array), channels)
     factor = np.ones(of_samples) if own is None else own.astype(np.float64)
-    dweight, dbias = np.empty(of_samples), np.empty(of_samples)
+    sums = np.zeros((2, *of_samples))
     with np.errstate(all="ignore"):
         if not through_statistics:
             factor *= inverse
@@ -302,57 +293,10 @@ def conditional_batch_norm_backward(
         # invstd keeps products within range.
         power = np.ldexp(1.0, np.frexp(inverse)[1] - 1)
         factor /= power
-        for some, (x_part, dy_part, dx_part) in _samples(axis, array, upstream, dx):
-            wide = factor[some].ravel()
-            means, powers = (_repeated(values, wide.size) for values in (centre, power))
-            _, *gradients = _primitives.gradient(
-                dy_part, x_part, axis, means, powers, wide, True, dx_part
-            )
-            for gradient, sums in zip((dweight, dbias), gradients, strict=True):
-                gradient[some] = sums.reshape(gradient[some].shape)
+        _primitives.gradient_of_samples(upstream, array, axis, centre, power, factor, sums, dx)
+        dbias, dweight = sums
         dweight *= inverse / power
         if through_statistics:
             _primitives.gradient(dx, array, axis, centre, inverse, None, False, dx)
         dtype = array.dtype if own is None else own.dtype
         return dx, dweight.astype(dtype, copy=False), dbias.astype(dtype, copy=False)
-
-
-def _samples(axis: int, *arrays: Array) -> Iterator[tuple[slice | int, list[Array]]]:
-    """Yield views of samples, and which they are: all at once where channels follow each other."""
-    first = arrays[0]
-    if first.ndim > 1 and axis % first.ndim == 1 and all(a.flags.c_contiguous for a in arrays):
-        samples, channels, *others = first.shape
-        yield slice(None), [a.reshape(1, samples * channels, *others) for a in arrays]
-        return
-    for n in range(len(first)):
-        yield n, [a[n : n + 1] for a in arrays]
-
-
-def _repeated(values: Array, size: int) -> Array:
-    """Return the values of channels again and again, for samples whose channels follow."""
-    return values if len(values) == size else np.resize(values, size)
-
-
-def _scale_shift(
-    x: Array,
-    axis: int,
-    mean: Array,
-    variance: Array,
-    weight: Array | None,
-    bias: Array | None,
-    eps: float,
-    y: Array,
-) -> None:
-    """Write y, which may be x, from given statistics and the parameters of each sample."""
-    for some, (x_part, y_part) in _samples(axis, x, y):
-        channels = x_part.shape[axis]
-        _primitives.scale_shift(
-            x_part,
-            axis,
-            _repeated(mean, channels),
-            _repeated(variance, channels),
-            None if weight is None else weight[some].ravel(),
-            None if bias is None else bias[some].ravel(),
-            eps,
-            out=y_part,
-        )
