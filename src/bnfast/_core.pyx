@@ -327,34 +327,60 @@ cdef class Geometry:
 
 
 cdef enum:
-    SMALL_WORKSPACE = 16384
+    SMALL_WORKSPACE = 16384  # bytes, on the stack
 
-# Channel arrays of one call, each on its own cache lines, and its scratch: in the caller's `small`
-# memory where they fit there. Nothing between _reserve and _release may raise.
+# Memory of one call: each array begins at a cache line, in the `small` memory of the caller as long
+# as there is room, and then in a block of its own. `blocks` is the last of these, which begins with
+# the address of the one before. Nothing between _begin and _end may raise.
 ctypedef struct _Workspace:
     char *next
-    char *heap
+    char *end
+    void *blocks
+    bint failed
 
 
-cdef int _reserve(
-    _Workspace *workspace, char *small, size_t bytes_, bn_job *job, int threads, bint made=False
-) except -1:
-    """Of so many bytes, and the job's scratch: for packed operands, or where an input is `made`."""
-    cdef size_t scratch = 0
+cdef inline _Workspace _begin(char *small, size_t bytes_) noexcept:
+    cdef _Workspace workspace
+    workspace.next, workspace.end = _at_line(small), small + bytes_
+    workspace.blocks, workspace.failed = NULL, False
+    return workspace
+
+
+cdef int _end(_Workspace *workspace) except -1:
+    """Give the memory back, and raise if there was none."""
+    cdef void *before
+    while workspace.blocks is not NULL:
+        before = (<void **>workspace.blocks)[0]
+        free(workspace.blocks)
+        workspace.blocks = before
+    if workspace.failed:
+        raise MemoryError("no memory for the statistics of the channels")
+    return 0
+
+
+cdef void *_take(_Workspace *workspace, size_t bytes_) noexcept:
+    """Memory for an array; NULL, and the call has `failed`, where there is none."""
+    cdef void *taken = workspace.next
+    cdef char *block
+    if workspace.end >= workspace.next and bytes_ <= <size_t>(workspace.end - workspace.next):
+        workspace.next = _at_line(workspace.next + bytes_)
+        return taken
+    block = <char *>malloc(bytes_ + sizeof(void *) + 63)
+    if block is NULL:
+        workspace.failed = True
+        return NULL
+    (<void **>block)[0] = workspace.blocks
+    workspace.blocks = block
+    return _at_line(block + sizeof(void *))
+
+
+cdef void _take_scratch(
+    _Workspace *workspace, bn_job *job, int threads, bint made=False
+) noexcept:
+    """Of all threads of a job: for packed operands, or where an input is `made`."""
     if made or job.geometry.any_packed:
         job.scratch_bytes = _padded(min(<size_t>BN_SCRATCH_BYTES, _bytes_of_repeat(job.geometry)))
-        scratch = <size_t>threads * BN_BUFFERS * job.scratch_bytes
-        bytes_ += scratch
-    workspace.heap = NULL
-    if bytes_ + 64 > SMALL_WORKSPACE:
-        workspace.heap = <char *>malloc(bytes_ + 64)
-        if workspace.heap is NULL:
-            raise MemoryError("no memory for the statistics of the channels")
-        small = workspace.heap
-    workspace.next = _at_line(small)
-    if scratch > 0:
-        job.scratch = <char *>_take(workspace, scratch)
-    return 0
+        job.scratch = <char *>_take(workspace, <size_t>threads * BN_BUFFERS * job.scratch_bytes)
 
 
 cdef inline size_t _bytes_of_repeat(const bn_geometry *c) noexcept:
@@ -363,16 +389,6 @@ cdef inline size_t _bytes_of_repeat(const bn_geometry *c) noexcept:
 
 cdef inline char *_at_line(char *memory) noexcept:
     return <char *>((<uintptr_t>memory + 63) // 64 * 64)
-
-
-cdef void _release(_Workspace *workspace) noexcept:
-    free(workspace.heap)
-
-
-cdef void *_take(_Workspace *workspace, size_t bytes_) noexcept:
-    cdef void *taken = workspace.next
-    workspace.next += _padded(bytes_)
-    return taken
 
 
 cdef double *_take_doubles(_Workspace *workspace, size_t count) noexcept:
@@ -387,7 +403,8 @@ cdef const double *_widened(_Workspace *workspace, parameter, size_t count) noex
     if cnp.PyArray_TYPE(<cnp.ndarray>parameter) == cnp.NPY_FLOAT64:
         return <const double *>_data(parameter)
     wide = _take_doubles(workspace, count)
-    active.widen(count, <const float *>_data(parameter), wide)
+    if wide is not NULL:
+        active.widen(count, <const float *>_data(parameter), wide)
     return wide
 
 
@@ -401,12 +418,9 @@ cdef double *_statistic(
     if statistic is not None and shared == 1:
         return <double *>_widened(workspace, statistic, count)
     spread = _take_doubles(workspace, count)
-    if statistic is None:
-        memset(spread, 0, count * sizeof(double))
-        return spread
-    given = _widened(workspace, statistic, count // shared)
-    for i in range(count):
-        spread[i] = given[i // shared]
+    given = NULL if statistic is None else _widened(workspace, statistic, count // shared)
+    for i in range(0 if workspace.failed else count):
+        spread[i] = 0.0 if given is NULL else given[i // shared]
     return spread
 
 
@@ -418,7 +432,7 @@ cdef double *_of_each_repeat(_Workspace *workspace, statistic, const bn_geometry
     if c.repeats == 1:
         return given
     repeated = _take_doubles(workspace, _statistics(c))
-    for repeat in range(c.repeats):
+    for repeat in range(0 if workspace.failed else c.repeats):
         memcpy(repeated + repeat * c.channels, given, c.channels * sizeof(double))
     return repeated
 
@@ -438,19 +452,6 @@ cdef inline size_t _partials(const bn_geometry *c) noexcept:
 
 cdef inline size_t _coefficient_bytes(const bn_geometry *c) noexcept:
     return c.repeats * bn_coefficients_length(c) * c.itemsize
-
-
-cdef size_t _workspace_bytes(
-    const bn_geometry *c, size_t parameters, size_t statistics, size_t partials,
-    size_t coefficients
-) noexcept:
-    """Of so many arrays of float64 parameters, statistics, partial sums, and of coefficients."""
-    return (
-        parameters * _padded(c.channels * sizeof(double))
-        + statistics * _padded(_statistics(c) * sizeof(double))
-        + partials * _padded(_partials(c) * sizeof(double))
-        + coefficients * _padded(_coefficient_bytes(c))
-    )
 
 
 cdef void _take_coefficients(
@@ -480,13 +481,19 @@ cdef bn_job _new_job(const bn_geometry *geometry) noexcept:
     return job
 
 
-cdef void _do_all(bn_job *job, bn_phases phases_of, int threads) noexcept:
+cdef int _do_all(
+    bn_job *job, _Workspace *workspace, bn_phases phases_of, int threads
+) except -1:
+    """Do a job, if all of its memory was to be had."""
     cdef const bn_geometry *c = job.geometry
+    if workspace.failed:
+        return _end(workspace)
     if threads == 1 and c.repeats * _bytes_of_repeat(c) < BN_BRIEF_BYTES:
         _do(job, phases_of, 1)
     else:
         with nogil:
             _do(job, phases_of, threads)
+    return 0
 
 
 cdef void _do(bn_job *job, bn_phases phases_of, int threads) noexcept nogil:
@@ -524,9 +531,9 @@ cdef int moments(Geometry geometry, x, mean, mean_low, m2, int threads) except -
     """
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
-    cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
-    _reserve(&workspace, small, _workspace_bytes(c, 0, 1, 1, 0), &job, threads)
+    cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
+    _take_scratch(&workspace, &job, threads)
     job.x = _data(x)
     job.mean, job.m2 = _doubles(mean), _doubles(m2)
     if mean_low is None:
@@ -534,8 +541,8 @@ cdef int moments(Geometry geometry, x, mean, mean_low, m2, int threads) except -
     else:
         job.mean_low = _doubles(mean_low)
     job.partials = _take_doubles(&workspace, _partials(c))
-    _do_all(&job, bn_moments_phases, threads)
-    _release(&workspace)
+    _do_all(&job, &workspace, bn_moments_phases, threads)
+    _end(&workspace)
     return 0
 
 
@@ -556,15 +563,15 @@ cdef int normalize(
     """
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
-    cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
+    cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
     cdef double values
     cdef int too_large = 0
     cdef size_t i
     cdef size_t coefficients = (
         BN_SCALE_SHIFT_COEFFICIENTS if floor is None else BN_FLOORED_COEFFICIENTS
     )
-    _reserve(&workspace, small, _workspace_bytes(c, 4, 4, 1, coefficients), &job, threads)
+    _take_scratch(&workspace, &job, threads)
     job.x, job.y = _data(x), _data(y)
     job.weight = _widened(&workspace, weight, c.channels)
     job.bias = _widened(&workspace, bias, c.channels)
@@ -583,7 +590,7 @@ cdef int normalize(
     _take_coefficients(&workspace, c, coefficients, &job.coefficients)
     job.partials = _take_doubles(&workspace, _partials(c))
     job.shared, job.uncentred = shared, not centred
-    _do_all(&job, bn_normalize_phases, threads)
+    _do_all(&job, &workspace, bn_normalize_phases, threads)
     if shared > 1:
         for i in range(_statistics(c) // shared):
             _doubles(mean)[i] = job.mean[i * shared]
@@ -595,7 +602,7 @@ cdef int normalize(
         values = <double>(c.outer * c.inner)
         if _update_running(running_var, c.repeats, momentum, job.m2, values - correction):
             too_large |= _VAR_TOO_LARGE
-    _release(&workspace)
+    _end(&workspace)
     return too_large
 
 
@@ -633,14 +640,13 @@ cdef class _Prepared:
     def __cinit__(self, Geometry geometry, weight, bias, double eps, mean, variance):
         cdef bn_geometry *c = &geometry.c
         cdef _Workspace arrays
+        cdef size_t bytes_ = BN_SCALE_SHIFT_COEFFICIENTS * _padded(_coefficient_bytes(c)) + 64
         self.weight, self.bias = _copied(weight), _copied(bias)
         self.mean, self.variance = _copied(mean), _copied(variance)
         self.invstd = _empty_channels(<Py_ssize_t>c.channels, cnp.NPY_FLOAT64)
         self.eps, self.dtype, self.length = eps, c.dtype, bn_coefficients_length(c)
-        self.memory = PyBytes_FromStringAndSize(
-            NULL, <Py_ssize_t>_workspace_bytes(c, 0, 0, 0, BN_SCALE_SHIFT_COEFFICIENTS) + 64
-        )
-        arrays.next = _at_line(<char *>self.memory)
+        self.memory = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>bytes_)
+        arrays = _begin(<char *>self.memory, bytes_)
         _take_coefficients(&arrays, c, BN_SCALE_SHIFT_COEFFICIENTS, &self.coefficients)
 
     cdef bint is_of(self, Geometry geometry, weight, bias, double eps, mean, variance) noexcept:
@@ -706,8 +712,8 @@ cdef int scale_shift(
     """
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
-    cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
+    cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
     cdef _Prepared prepared = None
     if kept is not None:
         with cython.critical_section(kept):
@@ -720,8 +726,7 @@ cdef int scale_shift(
             weight, bias, mean, variance = (
                 prepared.weight, prepared.bias, prepared.mean, prepared.variance
             )
-    _reserve(&workspace, small, _workspace_bytes(c, 2, 5, 0, BN_SCALE_SHIFT_COEFFICIENTS),
-             &job, threads)
+    _take_scratch(&workspace, &job, threads)
     job.x, job.y = _data(x), _data(y)
     job.eps = eps
     if prepared is not None:
@@ -736,8 +741,8 @@ cdef int scale_shift(
         job.bias = _widened(&workspace, bias, _statistics(c) if of_samples else c.channels)
         job.mean = _of_each_repeat(&workspace, mean, c)
         job.variance = _of_each_repeat(&workspace, variance, c)
-    _do_all(&job, bn_scale_shift_phases, threads)
-    _release(&workspace)
+    _do_all(&job, &workspace, bn_scale_shift_phases, threads)
+    _end(&workspace)
     if kept is not None and not job.prepared:
         with cython.critical_section(kept):
             kept.prepared = prepared
@@ -762,10 +767,9 @@ cdef int gradient(
     elif shared > 1:
         coefficients = BN_SHARED_GRADIENT_COEFFICIENTS
     cdef bn_job job = _new_job(c)
-    cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
-    _reserve(&workspace, small, _workspace_bytes(c, 3, 8, 1, coefficients), &job, threads,
-             floor is not None)
+    cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
+    _take_scratch(&workspace, &job, threads, floor is not None)
     job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)
     job.weight = _widened(&workspace, weight, c.channels)
     job.mean = _statistic(&workspace, mean, c, shared)
@@ -788,13 +792,13 @@ cdef int gradient(
     job.shared, job.uncentred = shared, not centred
     _take_coefficients(&workspace, c, coefficients, &job.coefficients)
     job.partials = _take_doubles(&workspace, _partials(c))
-    _do_all(&job, bn_gradient_phases, threads)
+    _do_all(&job, &workspace, bn_gradient_phases, threads)
     bn_parameter_gradients(&job, _dtype(dweight), _data(dweight), _data(dbias))
     if dfloor is not None:
         job.kernels.parameter_gradients[<int>_dtype(dfloor)](
             c.channels, c.repeats, job.sum_floored, job.sum_floored, _data(dfloor), _data(dfloor)
         )
-    _release(&workspace)
+    _end(&workspace)
     return 0
 
 
@@ -808,10 +812,9 @@ cdef int gradient_of_samples(
     """
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
-    cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
-    _reserve(&workspace, small, _workspace_bytes(c, 2, 2, 1, BN_GRADIENT_COEFFICIENTS),
-             &job, threads)
+    cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
+    _take_scratch(&workspace, &job, threads)
     job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)
     job.weight, job.parameters_of_repeat = _doubles(weight), c.channels
     job.mean = _of_each_repeat(&workspace, mean, c)
@@ -820,8 +823,8 @@ cdef int gradient_of_samples(
     job.constant_statistics = True
     _take_coefficients(&workspace, c, BN_GRADIENT_COEFFICIENTS, &job.coefficients)
     job.partials = _take_doubles(&workspace, _partials(c))
-    _do_all(&job, bn_gradient_phases, threads)
-    _release(&workspace)
+    _do_all(&job, &workspace, bn_gradient_phases, threads)
+    _end(&workspace)
     return 0
 
 
@@ -836,10 +839,9 @@ cdef int normalize_rows(
     """
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
-    cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
-    _reserve(&workspace, small, _workspace_bytes(c, 0, 3, 1, BN_SCALE_SHIFT_COEFFICIENTS),
-             &job, threads)
+    cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
+    _take_scratch(&workspace, &job, threads)
     job.x, job.y = _data(x), _data(y)
     if weight is not None:
         job.element_weight = _data(weight)
@@ -852,8 +854,8 @@ cdef int normalize_rows(
     job.m2 = _take_doubles(&workspace, _statistics(c))
     _take_coefficients(&workspace, c, BN_SCALE_SHIFT_COEFFICIENTS, &job.coefficients)
     job.partials = _take_doubles(&workspace, _partials(c))
-    _do_all(&job, bn_normalize_phases, threads)
-    _release(&workspace)
+    _do_all(&job, &workspace, bn_normalize_phases, threads)
+    _end(&workspace)
     return 0
 
 
@@ -867,11 +869,10 @@ cdef int row_gradient(
     """
     cdef bn_geometry *c = &geometry.c
     cdef bn_job job = _new_job(c)
-    cdef _Workspace workspace
     cdef char small[SMALL_WORKSPACE]
+    cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
     cdef size_t rows = _statistics(c)
-    _reserve(&workspace, small, _workspace_bytes(c, 0, 5, 1, BN_ROW_GRADIENT_COEFFICIENTS),
-             &job, threads)
+    _take_scratch(&workspace, &job, threads)
     job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)
     if weight is not None:
         job.element_weight = _data(weight)
@@ -886,8 +887,8 @@ cdef int row_gradient(
     job.partials = _take_doubles(&workspace, _partials(c))
     if sums is not None:
         job.column_sums = _doubles(sums)
-    _do_all(&job, bn_row_gradient_phases, threads)
-    _release(&workspace)
+    _do_all(&job, &workspace, bn_row_gradient_phases, threads)
+    _end(&workspace)
     return 0
 
 
