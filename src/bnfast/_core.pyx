@@ -455,11 +455,13 @@ cdef inline size_t _coefficient_bytes(const bn_geometry *c) noexcept:
 
 
 cdef void _take_coefficients(
-    _Workspace *workspace, const bn_geometry *c, size_t arrays, bn_coefficients *coefficients
+    _Workspace *workspace, const bn_geometry *c, unsigned int wanted, bn_coefficients *coefficients
 ) noexcept:
+    """Arrays for a set of coefficients."""
     cdef size_t i
-    for i in range(arrays):
-        coefficients.array[i] = _take(workspace, _coefficient_bytes(c))
+    for i in range(BN_COEFFICIENTS):
+        if wanted >> i & 1:
+            coefficients.array[i] = _take(workspace, _coefficient_bytes(c))
 
 
 cdef char *_data(cnp.ndarray array) noexcept:
@@ -568,8 +570,8 @@ cdef int normalize(
     cdef double values
     cdef int too_large = 0
     cdef size_t i
-    cdef size_t coefficients = (
-        BN_SCALE_SHIFT_COEFFICIENTS if floor is None else BN_FLOORED_COEFFICIENTS
+    cdef unsigned int coefficients = (
+        BN_OUTPUT_COEFFICIENTS if floor is None else BN_FLOORED_OUTPUT_COEFFICIENTS
     )
     _take_scratch(&workspace, &job, threads)
     job.x, job.y = _data(x), _data(y)
@@ -640,14 +642,14 @@ cdef class _Prepared:
     def __cinit__(self, Geometry geometry, weight, bias, double eps, mean, variance):
         cdef bn_geometry *c = &geometry.c
         cdef _Workspace arrays
-        cdef size_t bytes_ = BN_SCALE_SHIFT_COEFFICIENTS * _padded(_coefficient_bytes(c)) + 64
+        cdef size_t bytes_ = BN_COEFFICIENTS * _padded(_coefficient_bytes(c)) + 64
         self.weight, self.bias = _copied(weight), _copied(bias)
         self.mean, self.variance = _copied(mean), _copied(variance)
         self.invstd = _empty_channels(<Py_ssize_t>c.channels, cnp.NPY_FLOAT64)
         self.eps, self.dtype, self.length = eps, c.dtype, bn_coefficients_length(c)
         self.memory = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>bytes_)
         arrays = _begin(<char *>self.memory, bytes_)
-        _take_coefficients(&arrays, c, BN_SCALE_SHIFT_COEFFICIENTS, &self.coefficients)
+        _take_coefficients(&arrays, c, BN_OUTPUT_COEFFICIENTS, &self.coefficients)
 
     cdef bint is_of(self, Geometry geometry, weight, bias, double eps, mean, variance) noexcept:
         cdef bn_geometry *c = &geometry.c
@@ -733,7 +735,7 @@ cdef int scale_shift(
         job.invstd, job.coefficients = _doubles(prepared.invstd), prepared.coefficients
     else:
         job.invstd = _take_doubles(&workspace, _statistics(c))
-        _take_coefficients(&workspace, c, BN_SCALE_SHIFT_COEFFICIENTS, &job.coefficients)
+        _take_coefficients(&workspace, c, BN_OUTPUT_COEFFICIENTS, &job.coefficients)
     if not job.prepared:
         if of_samples:
             job.parameters_of_repeat = c.channels
@@ -760,9 +762,11 @@ cdef int gradient(
     sum for each repeat, and sum(dy * (x - mean) * invstd). All three may be None.
     """
     cdef bn_geometry *c = &geometry.c
-    cdef size_t coefficients = BN_GRADIENT_COEFFICIENTS
+    cdef unsigned int coefficients = BN_GRADIENT_COEFFICIENTS
     cdef bint centred = mean is not None
-    if floor is not None:
+    if constant_statistics:
+        coefficients = BN_CONSTANT_GRADIENT_COEFFICIENTS
+    elif floor is not None:
         coefficients = BN_FLOORED_GRADIENT_COEFFICIENTS
     elif shared > 1:
         coefficients = BN_SHARED_GRADIENT_COEFFICIENTS
@@ -821,7 +825,7 @@ cdef int gradient_of_samples(
     job.invstd = _of_each_repeat(&workspace, invstd, c)
     job.sum_dy, job.sum_dy_xhat = _doubles(sum_dy), _doubles(sum_dy_xhat)
     job.constant_statistics = True
-    _take_coefficients(&workspace, c, BN_GRADIENT_COEFFICIENTS, &job.coefficients)
+    _take_coefficients(&workspace, c, BN_CONSTANT_GRADIENT_COEFFICIENTS, &job.coefficients)
     job.partials = _take_doubles(&workspace, _partials(c))
     _do_all(&job, &workspace, bn_gradient_phases, threads)
     _end(&workspace)
@@ -852,7 +856,7 @@ cdef int normalize_rows(
     job.mean = _take_doubles(&workspace, _statistics(c)) if mean is None else _doubles(mean)
     job.mean_low = _take_doubles(&workspace, _statistics(c))
     job.m2 = _take_doubles(&workspace, _statistics(c))
-    _take_coefficients(&workspace, c, BN_SCALE_SHIFT_COEFFICIENTS, &job.coefficients)
+    _take_coefficients(&workspace, c, BN_OUTPUT_COEFFICIENTS, &job.coefficients)
     job.partials = _take_doubles(&workspace, _partials(c))
     _do_all(&job, &workspace, bn_normalize_phases, threads)
     _end(&workspace)

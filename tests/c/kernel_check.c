@@ -151,8 +151,10 @@ static void check_output(bn_output_kernel *kernel, bn_extent extent, const bn_vi
     const size_t all = extent.outer * extent.channels * extent.inner;
     kernel(extent, inputs, coefficients, output, (bn_manner){BN_stored, 0});
     add_elements(output.data, all, geometry->dtype);
-    for (size_t i = 0; i < BN_MOST_COEFFICIENTS && coefficients.array[i]; i++) {
-        recur(geometry, coefficients.array[i]);
+    for (size_t i = 0; i < BN_COEFFICIENTS; i++) {
+        if (coefficients.array[i]) {
+            recur(geometry, coefficients.array[i]);
+        }
     }
     coefficients.period = bn_period(geometry);
     for (int way = 0; way < 4; way++) {
@@ -186,13 +188,16 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     bn_coefficients forward = {.period = 0}, backward = {.period = 0}, shared = {.period = 0};
     bn_coefficients floored = {.period = 0}, kept_gradient = {.period = 0}, of_rows = {.period = 0};
     bn_coefficients *each[] = {&forward, &backward, &shared, &floored, &kept_gradient, &of_rows};
-    static const size_t counts[] = {BN_SCALE_SHIFT_COEFFICIENTS, BN_GRADIENT_COEFFICIENTS,
-                                    BN_SHARED_GRADIENT_COEFFICIENTS, BN_FLOORED_COEFFICIENTS,
-                                    BN_FLOORED_GRADIENT_COEFFICIENTS,
-                                    BN_ROW_GRADIENT_COEFFICIENTS};
-    for (size_t k = 0; k < sizeof counts / sizeof *counts; k++) {
-        for (size_t i = 0; i < counts[k]; i++) {
-            each[k]->array[i] = allocate(bn_coefficients_length(&geometry) * itemsize);
+    static const unsigned sets[] = {
+        BN_OUTPUT_COEFFICIENTS,         BN_GRADIENT_COEFFICIENTS,
+        BN_SHARED_GRADIENT_COEFFICIENTS, BN_FLOORED_OUTPUT_COEFFICIENTS,
+        BN_FLOORED_GRADIENT_COEFFICIENTS, BN_ROW_GRADIENT_COEFFICIENTS | BN_OUTPUT_COEFFICIENTS,
+    };
+    for (size_t k = 0; k < sizeof sets / sizeof *sets; k++) {
+        for (int i = 0; i < BN_COEFFICIENTS; i++) {
+            if (sets[k] & BN_SET(i)) {
+                each[k]->array[i] = allocate(bn_coefficients_length(&geometry) * itemsize);
+            }
         }
     }
     const bn_view x_view = {x, strides}, y_view = {y, strides}, dx_view = {dx, strides};
@@ -252,7 +257,7 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     again.array[BN_SHIFT] = again.array[BN_FORWARD_SHIFT];
     CALL(scale_shift_coefficients)[dtype](c, 0, mean, NULL, invstd, weight, bias, again);
     CALL(floor_coefficients)[dtype](c, other_mean, kept_gradient.array[BN_FORWARD_SHIFT],
-                                    kept_gradient.array[BN_FLOOR_OF_FORWARD]);
+                                    kept_gradient.array[BN_FLOOR]);
     CALL(keep_above_floor)[layout][dtype](extent, both, kept_gradient, dx_view, other_low);
     add_elements(dx, all, dtype);
     add_doubles(other_low, c);
@@ -365,8 +370,8 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     add_doubles(&too_large, 1);
     add_elements(forward.array[0], c, dtype);
 
-    for (size_t k = 0; k < sizeof counts / sizeof *counts; k++) {
-        for (size_t i = 0; i < counts[k]; i++) {
+    for (size_t k = 0; k < sizeof sets / sizeof *sets; k++) {
+        for (int i = 0; i < BN_COEFFICIENTS; i++) {
             free(each[k]->array[i]);
         }
     }

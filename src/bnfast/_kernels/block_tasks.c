@@ -94,7 +94,7 @@ static size_t period_of(const bn_geometry *geometry, size_t channels)
 static bn_coefficients coefficients_from(const bn_job *job, size_t channel)
 {
     bn_coefficients from = job->coefficients;
-    for (size_t i = 0; i < BN_MOST_COEFFICIENTS; i++) {
+    for (size_t i = 0; i < BN_COEFFICIENTS; i++) {
         if (from.array[i]) {
             from.array[i] = element_at(job->geometry, from.array[i], channel);
         }
@@ -810,20 +810,22 @@ static void repeat(const bn_geometry *geometry, void *array)
 }
 
 /* They recur where a box may have all channels: so does the task, then. */
-static void repeat_coefficients(const bn_job *job, range channels, size_t arrays)
+static void repeat_coefficients(const bn_job *job, range channels)
 {
     const int all = channels.count == job->geometry->channels;
-    for (size_t i = 0; all && i < arrays && job->coefficients.array[i]; i++) {
-        repeat(job->geometry, job->coefficients.array[i]);
+    for (size_t i = 0; all && i < BN_COEFFICIENTS; i++) {
+        if (job->coefficients.array[i]) {
+            repeat(job->geometry, job->coefficients.array[i]);
+        }
     }
 }
 
-static void set_floors(const bn_job *job, range channels, size_t shift, size_t floor)
+static void set_floors(const bn_job *job, range channels, bn_coefficient shift)
 {
     const bn_coefficients coefficients = coefficients_from(job, channels.first);
     job->kernels->floor_coefficients[job->geometry->dtype](
         channels.count, job->floor + channels.first, coefficients.array[shift],
-        coefficients.array[floor]);
+        coefficients.array[BN_FLOOR]);
 }
 
 static void prepare_scale_shift(const bn_job *job, range channels)
@@ -834,7 +836,7 @@ static void prepare_scale_shift(const bn_job *job, range channels)
     job->kernels->scale_shift_coefficients[job->geometry->dtype](
         channels.count, 0, job->mean + c, NULL, job->invstd + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), coefficients_from(job, c));
-    repeat_coefficients(job, channels, BN_SCALE_SHIFT_COEFFICIENTS);
+    repeat_coefficients(job, channels);
 }
 
 /* Once the low part of the mean is known. */
@@ -857,7 +859,7 @@ static void prepare_gradient(const bn_job *job, range channels)
         job->invstd + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), forward);
     if (job->floor) {
-        set_floors(job, channels, BN_FORWARD_SHIFT, BN_FLOOR_OF_FORWARD);
+        set_floors(job, channels, BN_FORWARD_SHIFT);
     }
 }
 
@@ -873,9 +875,9 @@ static void finish_normalize(const bn_job *job, range channels)
         channels.count, 0, job->mean + c, job->mean_low + c, job->invstd + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), coefficients_from(job, c));
     if (job->floor) {
-        set_floors(job, channels, BN_SHIFT, BN_FLOOR);
+        set_floors(job, channels, BN_SHIFT);
     }
-    repeat_coefficients(job, channels, BN_MOST_COEFFICIENTS);
+    repeat_coefficients(job, channels);
 }
 
 static void finish_gradient(const bn_job *job, range channels)
@@ -891,7 +893,7 @@ static void finish_gradient(const bn_job *job, range channels)
         job->kernels->scale_shift_coefficients[job->geometry->dtype](
             channels.count, 0, NULL, NULL, job->invstd + c, parameter_from(job->weight, c), NULL,
             coefficients_from(job, c));
-        repeat_coefficients(job, channels, BN_SCALE_SHIFT_COEFFICIENTS);
+        repeat_coefficients(job, channels);
         return;
     }
     if (job->shared > 1) {
@@ -910,7 +912,7 @@ static void finish_gradient(const bn_job *job, range channels)
         memset(coefficients_from(job, c).array[BN_OFFSET], 0,
                channels.count * job->geometry->itemsize);
     }
-    repeat_coefficients(job, channels, BN_MOST_COEFFICIENTS);
+    repeat_coefficients(job, channels);
 }
 
 /* one repeat: the same job, with its part of everything that repeats have of their own */
@@ -955,7 +957,7 @@ static bn_job job_of_repeat(const bn_job *job, size_t repeat)
     own.element_bias = operand_of_repeat(geometry, ELEMENT_BIAS, job->element_bias, repeat);
     own.partials = statistics_of_repeat(
         job->partials, (geometry->blocks - 1) * BN_SUMS * channels, repeat);
-    for (size_t i = 0; i < BN_MOST_COEFFICIENTS; i++) {
+    for (size_t i = 0; i < BN_COEFFICIENTS; i++) {
         if (job->coefficients.array[i]) {
             own.coefficients.array[i] = element_at(geometry, job->coefficients.array[i],
                                                    repeat * bn_coefficients_length(geometry));

@@ -35,16 +35,32 @@ typedef struct {
 /* Per channel, in the element type. What the rounded mean leaves of the mean is in the constant term: in
    the shift, the offset. Arrays are [channels]; with a period, channels_last ones go on up to that and
    recur, so that rows which follow each other closely can be walked as one. */
-enum { BN_MEAN, BN_SCALE, BN_SHIFT, BN_SCALE_SHIFT_COEFFICIENTS };
-enum { BN_SLOPE = BN_SHIFT, BN_OFFSET, BN_GRADIENT_COEFFICIENTS };
-enum { BN_WEIGHT = BN_GRADIENT_COEFFICIENTS, BN_SHARED_GRADIENT_COEFFICIENTS };
-enum { BN_FORWARD_SHIFT = BN_GRADIENT_COEFFICIENTS, BN_ROW_GRADIENT_COEFFICIENTS };
-enum { BN_FLOOR = BN_SCALE_SHIFT_COEFFICIENTS, BN_FLOORED_COEFFICIENTS };
-enum { BN_FLOOR_OF_FORWARD = BN_ROW_GRADIENT_COEFFICIENTS, BN_FLOORED_GRADIENT_COEFFICIENTS };
-#define BN_MOST_COEFFICIENTS BN_FLOORED_GRADIENT_COEFFICIENTS
+typedef enum {
+    BN_MEAN,
+    BN_SCALE,
+    BN_SHIFT,         /* of the output */
+    BN_SLOPE,         /* of the gradient */
+    BN_OFFSET,
+    BN_WEIGHT,        /* of channels that share their statistics */
+    BN_FORWARD_SHIFT, /* that of the output, in a gradient which makes y or xhat again */
+    BN_FLOOR,
+    BN_COEFFICIENTS
+} bn_coefficient;
+
+/* The arrays of a job, as a set; what a kernel does not use may be NULL. */
+#define BN_SET(coefficient) (1u << (coefficient))
+#define BN_OUTPUT_COEFFICIENTS (BN_SET(BN_MEAN) | BN_SET(BN_SCALE) | BN_SET(BN_SHIFT))
+#define BN_FLOORED_OUTPUT_COEFFICIENTS (BN_OUTPUT_COEFFICIENTS | BN_SET(BN_FLOOR))
+#define BN_GRADIENT_COEFFICIENTS \
+    (BN_SET(BN_MEAN) | BN_SET(BN_SCALE) | BN_SET(BN_SLOPE) | BN_SET(BN_OFFSET))
+#define BN_SHARED_GRADIENT_COEFFICIENTS (BN_GRADIENT_COEFFICIENTS | BN_SET(BN_WEIGHT))
+#define BN_ROW_GRADIENT_COEFFICIENTS (BN_GRADIENT_COEFFICIENTS | BN_SET(BN_FORWARD_SHIFT))
+#define BN_FLOORED_GRADIENT_COEFFICIENTS (BN_ROW_GRADIENT_COEFFICIENTS | BN_SET(BN_FLOOR))
+/* With constant statistics, dx is an output of dy. */
+#define BN_CONSTANT_GRADIENT_COEFFICIENTS BN_OUTPUT_COEFFICIENTS
 
 typedef struct {
-    void *array[BN_MOST_COEFFICIENTS];
+    void *array[BN_COEFFICIENTS];
     size_t period;
 } bn_coefficients;
 
