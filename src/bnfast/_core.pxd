@@ -52,7 +52,12 @@ cdef extern from "kernels.h" nogil:
 
 cdef extern from "geometry.h" nogil:
     enum:
-        BN_MAX_OPERANDS
+        BN_X
+        BN_DY
+        BN_ELEMENT_WEIGHT
+        BN_ELEMENT_BIAS
+        BN_Y
+        BN_DX
         BN_MAX_AXES
 
     ctypedef struct bn_operand:

@@ -43,10 +43,7 @@ cdef extern from "block_tasks.h" nogil:
         const bn_kernels *kernels
         const bn_geometry *geometry
         bn_caches caches
-        char *x
-        char *y
-        char *dy
-        char *dx
+        char **operand
         const double *weight
         const double *bias
         const double *floor
@@ -64,8 +61,6 @@ cdef extern from "block_tasks.h" nogil:
         size_t parameters_of_repeat
         size_t shared
         int uncentred
-        char *element_weight
-        char *element_bias
         double *column_sums
         double *partials
         bn_coefficients coefficients
@@ -264,15 +259,16 @@ def build_facts():
 cdef class Geometry:
     """A `LayoutPlan` in C; immutable."""
 
-    def __init__(self, plan):
+    def __init__(self, plan, roles):
+        """Of a plan whose operands have these roles."""
         cdef bn_geometry *c = &self.c
         cdef bn_operand *operand
-        cdef Py_ssize_t k, axis, itemsize = plan.itemsize
-        if len(plan.operands) > BN_MAX_OPERANDS or BN_MAX_AXES < max(
+        cdef Py_ssize_t role, axis, itemsize = plan.itemsize
+        if BN_MAX_AXES < max(
             map(len, (plan.repeat_axis_sizes, plan.channel_axis_sizes, plan.outer_axis_sizes,
                       plan.inner_axis_sizes))
         ):
-            raise ValueError("the plan has too many operands or axes")
+            raise ValueError("the plan has too many axes")
         if plan.chunk_outer * plan.chunk_inner * itemsize > BN_SCRATCH_BYTES:
             raise ValueError("the plan's chunks do not fit the scratch memory of packing.h")
         if plan.phases < 1 or (plan.phases > 1 and plan.phases * plan.channels > BN_WIDE_ROW):
@@ -302,8 +298,8 @@ cdef class Geometry:
         c.rows_of_block = plan.rows_of_block
         self.walked = plan.walked
         self.in_order = plan.walked == tuple(sorted(plan.walked))
-        for k, layout in enumerate(plan.operands):
-            operand = &c.operand[k]
+        for role, layout in zip(roles, plan.operands, strict=True):
+            operand = &c.operand[role]
             operand.packed = not layout.direct
             c.any_packed |= operand.packed
             for axis, stride in enumerate(layout.repeat_axis_strides):
@@ -414,11 +410,12 @@ cdef double *_statistic(
     """A statistic as float64 of each channel: 0 for None; of neighbours that have it together."""
     cdef size_t i, count = _statistics(c)
     cdef double *spread
-    cdef const double *given
+    cdef const double *given = NULL
     if statistic is not None and shared == 1:
         return <double *>_widened(workspace, statistic, count)
     spread = _take_doubles(workspace, count)
-    given = NULL if statistic is None else _widened(workspace, statistic, count // shared)
+    if statistic is not None:
+        given = _widened(workspace, statistic, count // shared)
     for i in range(0 if workspace.failed else count):
         spread[i] = 0.0 if given is NULL else given[i // shared]
     return spread
@@ -458,7 +455,7 @@ cdef void _take_coefficients(
     _Workspace *workspace, const bn_geometry *c, unsigned int wanted, bn_coefficients *coefficients
 ) noexcept:
     """Arrays for a set of coefficients."""
-    cdef size_t i
+    cdef int i
     for i in range(BN_COEFFICIENTS):
         if wanted >> i & 1:
             coefficients.array[i] = _take(workspace, _coefficient_bytes(c))
@@ -536,7 +533,7 @@ cdef int moments(Geometry geometry, x, mean, mean_low, m2, int threads) except -
     cdef char small[SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
     _take_scratch(&workspace, &job, threads)
-    job.x = _data(x)
+    job.operand[BN_X] = _data(x)
     job.mean, job.m2 = _doubles(mean), _doubles(m2)
     if mean_low is None:
         job.mean_low = _take_doubles(&workspace, _statistics(c))
@@ -574,7 +571,7 @@ cdef int normalize(
         BN_OUTPUT_COEFFICIENTS if floor is None else BN_FLOORED_OUTPUT_COEFFICIENTS
     )
     _take_scratch(&workspace, &job, threads)
-    job.x, job.y = _data(x), _data(y)
+    job.operand[BN_X], job.operand[BN_Y] = _data(x), _data(y)
     job.weight = _widened(&workspace, weight, c.channels)
     job.bias = _widened(&workspace, bias, c.channels)
     job.floor = _widened(&workspace, floor, c.channels)
@@ -729,7 +726,7 @@ cdef int scale_shift(
                 prepared.weight, prepared.bias, prepared.mean, prepared.variance
             )
     _take_scratch(&workspace, &job, threads)
-    job.x, job.y = _data(x), _data(y)
+    job.operand[BN_X], job.operand[BN_Y] = _data(x), _data(y)
     job.eps = eps
     if prepared is not None:
         job.invstd, job.coefficients = _doubles(prepared.invstd), prepared.coefficients
@@ -774,7 +771,7 @@ cdef int gradient(
     cdef char small[SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
     _take_scratch(&workspace, &job, threads, floor is not None)
-    job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)
+    job.operand[BN_X], job.operand[BN_DY], job.operand[BN_DX] = _data(x), _data(dy), _data(dx)
     job.weight = _widened(&workspace, weight, c.channels)
     job.mean = _statistic(&workspace, mean, c, shared)
     job.invstd = _statistic(&workspace, invstd, c, shared)
@@ -819,7 +816,7 @@ cdef int gradient_of_samples(
     cdef char small[SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
     _take_scratch(&workspace, &job, threads)
-    job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)
+    job.operand[BN_X], job.operand[BN_DY], job.operand[BN_DX] = _data(x), _data(dy), _data(dx)
     job.weight, job.parameters_of_repeat = _doubles(weight), c.channels
     job.mean = _of_each_repeat(&workspace, mean, c)
     job.invstd = _of_each_repeat(&workspace, invstd, c)
@@ -846,11 +843,11 @@ cdef int normalize_rows(
     cdef char small[SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
     _take_scratch(&workspace, &job, threads)
-    job.x, job.y = _data(x), _data(y)
+    job.operand[BN_X], job.operand[BN_Y] = _data(x), _data(y)
     if weight is not None:
-        job.element_weight = _data(weight)
+        job.operand[BN_ELEMENT_WEIGHT] = _data(weight)
     if bias is not None:
-        job.element_bias = _data(bias)
+        job.operand[BN_ELEMENT_BIAS] = _data(bias)
     job.eps, job.uncentred = eps, mean is None
     job.invstd = _doubles(invstd)
     job.mean = _take_doubles(&workspace, _statistics(c)) if mean is None else _doubles(mean)
@@ -877,9 +874,9 @@ cdef int row_gradient(
     cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
     cdef size_t rows = _statistics(c)
     _take_scratch(&workspace, &job, threads)
-    job.x, job.dy, job.dx = _data(x), _data(dy), _data(dx)
+    job.operand[BN_X], job.operand[BN_DY], job.operand[BN_DX] = _data(x), _data(dy), _data(dx)
     if weight is not None:
-        job.element_weight = _data(weight)
+        job.operand[BN_ELEMENT_WEIGHT] = _data(weight)
     job.uncentred = mean is None
     if c.dtype == BN_f64 and mean is not None:
         job.mean_low = _take_doubles(&workspace, rows)

@@ -14,7 +14,15 @@ from cpython.long cimport PyLong_AsLongAndOverflow
 
 from bnfast cimport _core
 from bnfast._core cimport Evaluation as _Evaluation
-from bnfast._core cimport Geometry
+from bnfast._core cimport (
+    BN_DX,
+    BN_DY,
+    BN_ELEMENT_BIAS,
+    BN_ELEMENT_WEIGHT,
+    BN_X,
+    BN_Y,
+    Geometry,
+)
 
 import numpy
 
@@ -368,10 +376,14 @@ cdef object _layout_of(cnp.ndarray second, cnp.ndarray third, cnp.ndarray x):
     )
 
 
-cdef Geometry _kept(key, plan):
+# Of calls on so many arrays.
+cdef tuple _ROLES = ((), (BN_X,), (BN_X, BN_Y), (BN_X, BN_DY, BN_DX))
+
+
+cdef Geometry _kept(key, plan, tuple roles):
     if len(_plans) >= _MOST_PLANS:
         _plans.clear()
-    _plans[key] = geometry = Geometry(plan)
+    _plans[key] = geometry = Geometry(plan, roles)
     return geometry
 
 
@@ -385,9 +397,8 @@ cdef Geometry _geometry(
         return found
     strides, aligned = _layout_of(second, third, x)
     repeated = (0,) if over.per_sample else ()
-    return _kept(key, plan_layout(
-        (<object>x).shape, (axis,), repeated, x.itemsize, strides, aligned
-    ))
+    plan = plan_layout((<object>x).shape, (axis,), repeated, x.itemsize, strides, aligned)
+    return _kept(key, plan, _ROLES[len(strides)])
 
 
 cdef Geometry _geometry_of_rows(
@@ -403,9 +414,11 @@ cdef Geometry _geometry_of_rows(
     strides, aligned = _layout_of(second, third, x)
     normalized = tuple(range(rows, x.ndim)) if axes is None else axes
     inputs = len(strides) - 1  # all but the output
-    return _kept(key, plan_rows(
+    plan = plan_rows(
         (<object>x).shape, normalized, x.itemsize, strides, aligned, inputs, parameters
-    ))
+    )
+    of_elements = (BN_ELEMENT_WEIGHT, BN_ELEMENT_BIAS)[:parameters]
+    return _kept(key, plan, _ROLES[len(strides)] + of_elements)
 
 
 cdef int _threads_for(cnp.ndarray x, int passes) except -1:

@@ -15,9 +15,6 @@
 
 static size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
-/* Where the operands stand in the geometry. */
-enum { X = 0, Y = 1, DY = 1, DX = 2, ELEMENT_BIAS = 2, ELEMENT_WEIGHT = 3 };
-
 typedef struct {
     size_t first, count;
 } range;
@@ -116,10 +113,27 @@ static void clear(double *array, range channels)
     }
 }
 
-/* The scratch of an operand: up to BN_MOST_INPUTS inputs, and then an output. */
-static char *buffer_of(const bn_job *job, size_t which)
+/* A kernel of the layout and type of a job. */
+#define KERNEL_OF(job, name) \
+    ((job)->kernels->name[(job)->geometry->layout][(job)->geometry->dtype])
+
+/* The scratch of an operand. */
+static char *buffer_of(const bn_job *job, bn_role role)
 {
-    return job->scratch ? job->scratch + which * job->scratch_bytes : NULL;
+    return job->scratch ? job->scratch + role * job->scratch_bytes : NULL;
+}
+
+/* Whether an output takes the place of an input. */
+static int is_in_place(const bn_job *job, bn_role output)
+{
+    const char *to = job->operand[output];
+    return to == job->operand[BN_X] || to == job->operand[BN_DY];
+}
+
+/* A box of an operand to read. */
+static bn_view input_view(const bn_job *job, bn_role role, const bn_box *box)
+{
+    return bn_view_to_read(job->geometry, role, job->operand[role], box, buffer_of(job, role));
 }
 
 /* one box: one kernel call */
@@ -150,7 +164,7 @@ static bn_input input_of(const bn_job *job, const bn_box *box)
 static int are_joined(const bn_job *job)
 {
     const bn_geometry *geometry = job->geometry;
-    const bn_operand *x = &geometry->operand[X];
+    const bn_operand *x = &geometry->operand[BN_X];
     const size_t bytes = job->shared * geometry->inner * geometry->itemsize;
     if (bytes > BN_JOINED_BYTES) {
         return 0;
@@ -179,8 +193,8 @@ static bn_view scaled_view(const bn_job *job, const bn_box *box, bn_view x, char
     for (size_t o = 0; o < box->extent.outer; o++) {
         for (size_t c = 0; c < box->extent.channels; c++) {
             const size_t channel = box->channel + c;
-            const double centre = job->dy ? job->mean[channel] : 0.0;
-            const double factor = job->dy ? power_of_two(job->invstd[channel]) : job->factor;
+            const double centre = job->operand[BN_DY] ? job->mean[channel] : 0.0;
+            const double factor = job->operand[BN_DY] ? power_of_two(job->invstd[channel]) : job->factor;
             const double *from = (const double *)x.data + (ptrdiff_t)o * x.strides.outer +
                                  (ptrdiff_t)c * x.strides.channel;
             double *to = (double *)scaled.data + (ptrdiff_t)o * scaled.strides.outer +
@@ -193,21 +207,18 @@ static bn_view scaled_view(const bn_job *job, const bn_box *box, bn_view x, char
     return scaled;
 }
 
-/* What x is summed from is in the first buffer if it is in any. */
 static bn_view x_to_sum(const bn_job *job, const bn_box *box)
 {
-    char *scratch = buffer_of(job, 0);
-    const bn_view x = bn_view_to_read(job->geometry, X, job->x, box, scratch);
-    return job->scaled ? scaled_view(job, box, x, scratch) : x;
+    const bn_view x = input_view(job, BN_X, box);
+    return job->scaled ? scaled_view(job, box, x, buffer_of(job, BN_X)) : x;
 }
 
 static void moments_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
 {
-    const bn_geometry *geometry = job->geometry;
     bn_view x = x_to_sum(job, box);
     bn_extent extent = box->extent;
     if (job->uncentred) { /* the mean remains 0 */
-        job->kernels->square_sums[geometry->layout][geometry->dtype](
+        KERNEL_OF(job, square_sums)(
             extent, x.data, x.strides, input_of(job, box),
             sums_of_block(job, job->m2, 2, block) + box->channel);
         return;
@@ -217,7 +228,7 @@ static void moments_of_box(const bn_job *job, const bn_box *box, size_t block, s
         extent.inner *= job->shared;
         x.strides.channel *= (ptrdiff_t)job->shared;
     }
-    job->kernels->moments[geometry->layout][geometry->dtype](
+    KERNEL_OF(job, moments)(
         extent, x.data, x.strides, input_of(job, box), count,
         sums_of_block(job, job->mean, 0, block) + box->channel,
         sums_of_block(job, job->mean_low, 1, block) + box->channel,
@@ -227,13 +238,12 @@ static void moments_of_box(const bn_job *job, const bn_box *box, size_t block, s
 /* dy where y was not below its floor, made in scratch; the rest is added up. */
 static bn_view kept_upstream(const bn_job *job, const bn_box *box, size_t block)
 {
-    const bn_geometry *geometry = job->geometry;
     const bn_view inputs[] = {
-        bn_view_to_read(geometry, DY, job->dy, box, buffer_of(job, 1)),
-        bn_view_to_read(geometry, X, job->x, box, buffer_of(job, 0)),
+        input_view(job, BN_DY, box),
+        input_view(job, BN_X, box),
     };
-    const bn_view kept = bn_dense_view(box, buffer_of(job, 2));
-    job->kernels->keep_above_floor[geometry->layout][geometry->dtype](
+    const bn_view kept = bn_dense_view(box, buffer_of(job, BN_DX)); /* which is not written yet */
+    KERNEL_OF(job, keep_above_floor)(
         box->extent, inputs, coefficients_from(job, box->channel), kept,
         sums_of_block(job, job->sum_floored, 2, block) + box->channel);
     return kept;
@@ -241,13 +251,10 @@ static bn_view kept_upstream(const bn_job *job, const bn_box *box, size_t block)
 
 static void gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
 {
-    const bn_geometry *geometry = job->geometry;
-    const bn_view dy = job->floor
-                           ? kept_upstream(job, box, block)
-                           : bn_view_to_read(geometry, DY, job->dy, box, buffer_of(job, 1));
+    const bn_view dy = job->floor ? kept_upstream(job, box, block) : input_view(job, BN_DY, box);
     const bn_view x = x_to_sum(job, box);
     (void)count;
-    job->kernels->gradient_sums[geometry->layout][geometry->dtype](
+    KERNEL_OF(job, gradient_sums)(
         box->extent, dy.data, dy.strides, x.data, x.strides, input_of(job, box),
         coefficients_from(job, box->channel),
         sums_of_block(job, job->sum_dy, 0, block) + box->channel,
@@ -257,14 +264,13 @@ static void gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t bl
 static void weighted_gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block,
                                           size_t count)
 {
-    const bn_geometry *geometry = job->geometry;
     const bn_view inputs[] = {
-        bn_view_to_read(geometry, DY, job->dy, box, buffer_of(job, 1)),
+        input_view(job, BN_DY, box),
         x_to_sum(job, box),
-        bn_view_to_read(geometry, ELEMENT_WEIGHT, job->element_weight, box, buffer_of(job, 2)),
+        input_view(job, BN_ELEMENT_WEIGHT, box),
     };
     (void)count;
-    job->kernels->weighted_gradient_sums[geometry->layout][geometry->dtype](
+    KERNEL_OF(job, weighted_gradient_sums)(
         box->extent, inputs, input_of(job, box), coefficients_from(job, box->channel),
         sums_of_block(job, job->sum_dy, 0, block) + box->channel,
         sums_of_block(job, job->sum_dy_xhat, 1, block) + box->channel);
@@ -276,12 +282,12 @@ static void weighted_sums_and_columns_of_box(const bn_job *job, const bn_box *bo
     const bn_geometry *geometry = job->geometry;
     const size_t columns = geometry->outer * geometry->inner;
     const bn_view inputs[] = {
-        bn_view_to_read(geometry, DY, job->dy, box, NULL),
-        bn_view_to_read(geometry, X, job->x, box, NULL),
-        bn_view_to_read(geometry, ELEMENT_WEIGHT, job->element_weight, box, NULL),
+        input_view(job, BN_DY, box),
+        input_view(job, BN_X, box),
+        input_view(job, BN_ELEMENT_WEIGHT, box),
     };
     (void)count;
-    job->kernels->weighted_sums_and_columns[geometry->layout][geometry->dtype](
+    KERNEL_OF(job, weighted_sums_and_columns)(
         box->extent, inputs, input_of(job, box), coefficients_from(job, box->channel),
         sums_of_block(job, job->sum_dy, 0, block) + box->channel,
         sums_of_block(job, job->sum_dy_xhat, 1, block) + box->channel,
@@ -292,14 +298,14 @@ static void weighted_sums_and_columns_of_box(const bn_job *job, const bn_box *bo
 static int sums_with_columns(const bn_job *job)
 {
     const bn_geometry *geometry = job->geometry;
-    return job->column_sums && job->element_weight && geometry->layout == BN_channels_last &&
+    return job->column_sums && job->operand[BN_ELEMENT_WEIGHT] && geometry->layout == BN_channels_last &&
            !geometry->any_packed && !job->scaled;
 }
 
 static visit *gradient_sums_visit(const bn_job *job)
 {
     return sums_with_columns(job)  ? weighted_sums_and_columns_of_box
-           : job->element_weight ? weighted_gradient_sums_of_box
+           : job->operand[BN_ELEMENT_WEIGHT] ? weighted_gradient_sums_of_box
                                  : gradient_sums_of_box;
 }
 
@@ -308,89 +314,66 @@ static bn_manner manner_of(const bn_job *job, const bn_box *box)
     return (bn_manner){job->stores, job->sums_fetch ? 0 : ahead_of(job, box)};
 }
 
-/* An operand of a call: where it stands in the geometry, and its memory. */
+/* How an output is made: the kernel, what it reads in its order, and what it writes. */
 typedef struct {
-    size_t operand;
-    char *data;
-} tensor;
+    bn_output_kernel *kernel;
+    size_t inputs;
+    bn_role input[BN_MOST_INPUTS], output;
+} output_method;
 
-static void write_part(const bn_job *job, const bn_box *box, bn_output_kernel *kernel, size_t count,
-                       const tensor *from, tensor to)
+static output_method forward_method(const bn_job *job)
+{
+    if (job->operand[BN_ELEMENT_BIAS]) {
+        return (output_method){KERNEL_OF(job, affine), 3,
+                               {BN_X, BN_ELEMENT_WEIGHT, BN_ELEMENT_BIAS}, BN_Y};
+    }
+    if (job->operand[BN_ELEMENT_WEIGHT]) {
+        return (output_method){KERNEL_OF(job, scaled), 2, {BN_X, BN_ELEMENT_WEIGHT}, BN_Y};
+    }
+    return (output_method){
+        job->floor ? KERNEL_OF(job, floored_scale_shift) : KERNEL_OF(job, scale_shift), 1, {BN_X}, BN_Y};
+}
+
+static output_method gradient_method(const bn_job *job)
+{
+    if (job->constant_statistics) { /* dx = dy * weight * invstd: a scale_shift that never reads x */
+        return (output_method){KERNEL_OF(job, scale_shift), 1, {BN_DY}, BN_DX};
+    }
+    if (job->operand[BN_ELEMENT_WEIGHT]) {
+        return (output_method){KERNEL_OF(job, weighted_input_gradient), 3,
+                               {BN_DY, BN_X, BN_ELEMENT_WEIGHT}, BN_DX};
+    }
+    return (output_method){job->floor        ? KERNEL_OF(job, floored_input_gradient)
+                           : job->shared > 1 ? KERNEL_OF(job, shared_input_gradient)
+                                             : KERNEL_OF(job, input_gradient),
+                           2, {BN_DY, BN_X}, BN_DX};
+}
+
+static void write_part(const bn_job *job, const bn_box *box, const output_method *method)
 {
     const bn_geometry *geometry = job->geometry;
-    char *to_scratch = buffer_of(job, BN_MOST_INPUTS);
+    char *to = job->operand[method->output], *scratch = buffer_of(job, method->output);
     bn_view inputs[BN_MOST_INPUTS];
-    for (size_t i = 0; i < count; i++) {
-        inputs[i] =
-            bn_view_to_read(geometry, from[i].operand, from[i].data, box, buffer_of(job, i));
+    for (size_t i = 0; i < method->inputs; i++) {
+        inputs[i] = input_view(job, method->input[i], box);
     }
-    const bn_view output = bn_view_to_write(geometry, to.operand, to.data, box, to_scratch);
+    const bn_view output = bn_view_to_write(geometry, method->output, to, box, scratch);
     bn_coefficients coefficients = coefficients_from(job, box->channel);
     coefficients.period = period_of(geometry, box->extent.channels);
-    kernel(box->extent, inputs, coefficients, output, manner_of(job, box));
-    bn_written(geometry, to.operand, to.data, box, to_scratch);
+    method->kernel(box->extent, inputs, coefficients, output, manner_of(job, box));
+    bn_written(geometry, method->output, to, box, scratch);
 }
 
-static void write_box(const bn_job *job, const bn_box *box, bn_output_kernel *kernel, size_t count,
-                      const tensor *from, tensor to)
+/* The output of a call: y, or dx. */
+static void output_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
 {
+    const output_method method = job->operand[BN_DX] ? gradient_method(job) : forward_method(job);
     const size_t run = bn_channel_run(job->geometry), end = box->channel + box->extent.channels;
     bn_box part = *box;
+    (void)block, (void)count;
     for (; part.channel < end; part.channel += part.extent.channels) {
         part.extent.channels = MIN(run - part.channel % run, end - part.channel);
-        write_part(job, &part, kernel, count, from, to);
-    }
-}
-
-static void scale_shift_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
-{
-    const bn_geometry *geometry = job->geometry;
-    const tensor from[] = {
-        {X, job->x},
-        {ELEMENT_WEIGHT, job->element_weight},
-        {ELEMENT_BIAS, job->element_bias},
-    };
-    (void)block, (void)count;
-    if (job->element_bias) {
-        write_box(job, box, job->kernels->affine[geometry->layout][geometry->dtype], 3, from,
-                  (tensor){Y, job->y});
-    } else if (job->element_weight) {
-        write_box(job, box, job->kernels->scaled[geometry->layout][geometry->dtype], 2, from,
-                  (tensor){Y, job->y});
-    } else {
-        write_box(job, box,
-                  (job->floor ? job->kernels->floored_scale_shift
-                              : job->kernels->scale_shift)[geometry->layout][geometry->dtype],
-                  1, from, (tensor){Y, job->y});
-    }
-}
-
-/* With constant statistics dx = dy * weight * invstd: a scale_shift that never reads x. */
-static void scaled_gradient_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
-{
-    const bn_geometry *geometry = job->geometry;
-    const tensor from[] = {{DY, job->dy}};
-    (void)block, (void)count;
-    write_box(job, box, job->kernels->scale_shift[geometry->layout][geometry->dtype], 1, from,
-              (tensor){DX, job->dx});
-}
-
-static void input_gradient_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
-{
-    const bn_geometry *geometry = job->geometry;
-    const tensor from[] = {{DY, job->dy}, {X, job->x}, {ELEMENT_WEIGHT, job->element_weight}};
-    (void)block, (void)count;
-    if (job->element_weight) {
-        write_box(job, box,
-                  job->kernels->weighted_input_gradient[geometry->layout][geometry->dtype], 3, from,
-                  (tensor){DX, job->dx});
-    } else {
-        write_box(job, box,
-                  (job->floor        ? job->kernels->floored_input_gradient
-                   : job->shared > 1 ? job->kernels->shared_input_gradient
-                                     : job->kernels->input_gradient)[geometry->layout]
-                                                                    [geometry->dtype],
-                  2, from, (tensor){DX, job->dx});
+        write_part(job, &part, &method);
     }
 }
 
@@ -457,7 +440,7 @@ static void clear_moments(const bn_job *job, size_t block, range channels)
 static void sum_moments(const bn_job *job, size_t block, range channels)
 {
     clear_moments(job, block, channels);
-    sum_block(job, block, channels, job->geometry->operand[X].packed || job->scaled,
+    sum_block(job, block, channels, job->geometry->operand[BN_X].packed || job->scaled,
               moments_of_box);
 }
 
@@ -471,11 +454,6 @@ static void sum_gradient(const bn_job *job, size_t block, range channels)
     /* What is kept of dy is made in scratch. */
     sum_block(job, block, channels, job->geometry->any_packed || job->floor || job->scaled,
               gradient_sums_visit(job));
-}
-
-static visit *gradient_visit(const bn_job *job)
-{
-    return job->constant_statistics ? scaled_gradient_of_box : input_gradient_of_box;
 }
 
 /* one piece of an output: a part of outer by a part of the channels by a part of inner */
@@ -917,12 +895,12 @@ static void finish_gradient(const bn_job *job, range channels)
 
 /* one repeat: the same job, with its part of everything that repeats have of their own */
 
-static char *operand_of_repeat(const bn_geometry *geometry, size_t operand, char *data,
+static char *operand_of_repeat(const bn_geometry *geometry, bn_role role, char *data,
                                size_t repeat)
 {
     for (size_t axis = geometry->repeat_axes; data && axis-- > 0;) {
         const size_t size = geometry->repeat_axis_sizes[axis];
-        data += (ptrdiff_t)(repeat % size) * geometry->operand[operand].repeat_axis_strides[axis];
+        data += (ptrdiff_t)(repeat % size) * geometry->operand[role].repeat_axis_strides[axis];
         repeat /= size;
     }
     return data;
@@ -938,10 +916,10 @@ static bn_job job_of_repeat(const bn_job *job, size_t repeat)
     const bn_geometry *geometry = job->geometry;
     const size_t channels = geometry->channels;
     bn_job own = *job;
-    own.x = operand_of_repeat(geometry, X, job->x, repeat);
-    own.y = operand_of_repeat(geometry, Y, job->y, repeat);
-    own.dy = operand_of_repeat(geometry, DY, job->dy, repeat);
-    own.dx = operand_of_repeat(geometry, DX, job->dx, repeat);
+    for (size_t role = 0; role < BN_ROLES; role++) {
+        own.operand[role] =
+            operand_of_repeat(geometry, (bn_role)role, job->operand[role], repeat);
+    }
     own.weight = parameter_from(job->weight, repeat * job->parameters_of_repeat);
     own.bias = parameter_from(job->bias, repeat * job->parameters_of_repeat);
     own.mean = statistics_of_repeat(job->mean, channels, repeat);
@@ -952,9 +930,6 @@ static bn_job job_of_repeat(const bn_job *job, size_t repeat)
     own.sum_dy = statistics_of_repeat(job->sum_dy, channels, repeat);
     own.sum_dy_xhat = statistics_of_repeat(job->sum_dy_xhat, channels, repeat);
     own.sum_floored = statistics_of_repeat(job->sum_floored, channels, repeat);
-    own.element_weight =
-        operand_of_repeat(geometry, ELEMENT_WEIGHT, job->element_weight, repeat);
-    own.element_bias = operand_of_repeat(geometry, ELEMENT_BIAS, job->element_bias, repeat);
     own.partials = statistics_of_repeat(
         job->partials, (geometry->blocks - 1) * BN_SUMS * channels, repeat);
     for (size_t i = 0; i < BN_COEFFICIENTS; i++) {
@@ -1015,12 +990,12 @@ static void gradient_sums_task(const bn_job *job, size_t number)
 
 static void scale_shift_task(const bn_job *job, size_t number)
 {
-    write_piece(job, number, scale_shift_of_box);
+    write_piece(job, number, output_of_box);
 }
 
 static void input_gradient_task(const bn_job *job, size_t number)
 {
-    write_piece(job, number, gradient_visit(job));
+    write_piece(job, number, output_of_box);
 }
 
 static void fused_normalize_task(const bn_job *job, size_t number)
@@ -1032,7 +1007,7 @@ static void fused_normalize_task(const bn_job *job, size_t number)
     }
     finish_normalize(job, channels);
     for (size_t block = blocks; block-- > 0;) {
-        write_block(job, block, channels, scale_shift_of_box);
+        write_block(job, block, channels, output_of_box);
     }
 }
 
@@ -1056,7 +1031,7 @@ static void fused_gradient_task(const bn_job *job, size_t number)
     const size_t blocks = job->geometry->blocks;
     sum_gradient_of_all_blocks(job, channels);
     for (size_t block = blocks; block-- > 0;) {
-        write_block(job, block, channels, gradient_visit(job));
+        write_block(job, block, channels, output_of_box);
     }
 }
 
@@ -1103,10 +1078,10 @@ static void add_columns(const bn_job *job, range rows, double *sums)
                            walked == &geometry->inner ? some : 1},
             };
             const bn_view inputs[] = {
-                bn_view_to_read(geometry, DY, job->dy, &box, buffer_of(job, 1)),
-                bn_view_to_read(geometry, X, job->x, &box, buffer_of(job, 0)),
+                input_view(job, BN_DY, &box),
+                input_view(job, BN_X, &box),
             };
-            job->kernels->column_sums[geometry->layout][geometry->dtype](
+            KERNEL_OF(job, column_sums)(
                 box.extent, inputs, coefficients_from(job, box.channel), sums + column,
                 sums + columns + column);
         }
@@ -1118,9 +1093,9 @@ static void add_columns(const bn_job *job, range rows, double *sums)
 static int may_write_with_columns(const bn_job *job)
 {
     const bn_geometry *geometry = job->geometry;
-    return job->element_weight && geometry->layout == BN_contiguous && geometry->outer == 1 &&
+    return job->operand[BN_ELEMENT_WEIGHT] && geometry->layout == BN_contiguous && geometry->outer == 1 &&
            !geometry->any_packed && bn_channel_run(geometry) == geometry->channels &&
-           job->stores == BN_stored && job->dx != job->x && job->dx != job->dy;
+           job->stores == BN_stored && !is_in_place(job, BN_DX);
 }
 
 static void add_columns_and_write(const bn_job *job, range rows, double *sums)
@@ -1128,13 +1103,13 @@ static void add_columns_and_write(const bn_job *job, range rows, double *sums)
     const bn_geometry *geometry = job->geometry;
     const bn_box box = {.channel = rows.first, .extent = {1, rows.count, geometry->inner}};
     const bn_view inputs[] = {
-        bn_view_to_read(geometry, DY, job->dy, &box, NULL),
-        bn_view_to_read(geometry, X, job->x, &box, NULL),
-        bn_view_to_read(geometry, ELEMENT_WEIGHT, job->element_weight, &box, NULL),
+        input_view(job, BN_DY, &box),
+        input_view(job, BN_X, &box),
+        input_view(job, BN_ELEMENT_WEIGHT, &box),
     };
-    job->kernels->columns_and_gradient[geometry->layout][geometry->dtype](
+    KERNEL_OF(job, columns_and_gradient)(
         box.extent, inputs, coefficients_from(job, box.channel),
-        bn_view_to_write(geometry, DX, job->dx, &box, NULL), sums, sums + geometry->inner);
+        bn_view_to_write(geometry, BN_DX, job->operand[BN_DX], &box, NULL), sums, sums + geometry->inner);
 }
 
 /* Some rows in one go, while they are in the cache. The job has the column sums of the task's own block. */
@@ -1150,7 +1125,7 @@ static void row_gradient(const bn_job *job, range rows)
         add_columns(job, rows, job->column_sums);
     }
     for (size_t block = blocks; block-- > 0;) {
-        write_block(job, block, rows, input_gradient_of_box);
+        write_block(job, block, rows, output_of_box);
     }
 }
 
@@ -1244,13 +1219,11 @@ static size_t bytes_of_call(const bn_job *job, size_t tensors)
            geometry->itemsize;
 }
 
-static void choose_stores(bn_job *job, size_t threads, size_t operand, const char *output,
-                          const char *x, const char *dy)
+static void choose_stores(bn_job *job, size_t threads, bn_role output, size_t tensors)
 {
-    const size_t tensors = operand + 1, bytes = bytes_of_call(job, tensors);
     /* In place, a line has been read already; scratch is read again at once. */
-    const int streamed = bytes >= bn_streamed_from(job->caches, threads, tensors) && output != x &&
-                         output != dy && !job->geometry->operand[operand].packed;
+    const int streamed = bytes_of_call(job, tensors) >= bn_streamed_from(job->caches, threads, tensors) &&
+                         !is_in_place(job, output) && !job->geometry->operand[output].packed;
     job->stores = streamed ? BN_streamed : BN_stored;
 }
 
@@ -1319,7 +1292,7 @@ static void fetch_ahead(bn_job *job, size_t tensors)
     const bn_geometry *geometry = job->geometry;
     const size_t bytes = job->group * geometry->itemsize * tensors;
     if (geometry->layout == BN_contiguous && !geometry->any_packed) {
-        job->ahead = (ptrdiff_t)job->group * geometry->operand[X].channel_stride;
+        job->ahead = (ptrdiff_t)job->group * geometry->operand[BN_X].channel_stride;
         job->sums_fetch = geometry->outer == 1 && !job->floor && sums_take_long(job, tensors);
         job->fetched = values_per_channel(geometry);
         if (bytes * job->fetched <= bn_lost_slab_bytes(job->caches)) {
@@ -1365,7 +1338,7 @@ size_t bn_moments_phases(bn_job *job, size_t threads, bn_phase *phases)
 
 size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases)
 {
-    choose_stores(job, threads, Y, job->y, job->x, NULL);
+    choose_stores(job, threads, BN_Y, 2);
     if (group_channels(job, threads, 1)) {
         fetch_ahead(job, 1);
         phases[0] = fused_phase(job, fused_normalize_task);
@@ -1380,7 +1353,7 @@ size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases)
 size_t bn_scale_shift_phases(bn_job *job, size_t threads, bn_phase *phases)
 {
     size_t count = 0;
-    choose_stores(job, threads, Y, job->y, job->x, NULL);
+    choose_stores(job, threads, BN_Y, 2);
     if (!job->prepared) {
         phases[count++] = channel_phase(job, prepare_scale_shift_task);
     }
@@ -1392,7 +1365,7 @@ size_t bn_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
 {
     const bn_geometry *geometry = job->geometry;
     size_t count = 0;
-    choose_stores(job, threads, DX, job->dx, job->x, job->dy);
+    choose_stores(job, threads, BN_DX, 3);
     if (group_channels(job, threads, 2)) {
         fetch_ahead(job, 2);
         phases[0] = fused_phase(job, fused_gradient_task);
@@ -1419,7 +1392,7 @@ size_t bn_row_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
     if (!job->column_sums) {
         return bn_gradient_phases(job, threads, phases);
     }
-    choose_stores(job, threads, DX, job->dx, job->x, job->dy);
+    choose_stores(job, threads, BN_DX, 3);
     job->place = place_of(job, 2, threads);
     job->group = MAX((size_t)1, slab / together) * together;
     phases[0] = (bn_phase){row_gradient_task, bn_row_blocks(geometry), 1, 0};

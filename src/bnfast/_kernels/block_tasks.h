@@ -13,8 +13,8 @@
 /* Sums of a block: mean, mean_low and m2, or sum_dy and sum_dy_xhat. */
 #define BN_SUMS 3
 
-/* Scratch of a thread: for each input of a kernel, and its output. */
-#define BN_BUFFERS ((size_t)BN_MOST_INPUTS + 1)
+/* Scratch of a thread: for each operand. */
+#define BN_BUFFERS ((size_t)BN_ROLES)
 
 /* Weight and bias are float64 [channels], or [repeats][channels], and may be NULL; arrays of statistics are float64
    [repeats][channels], and those of coefficients as long for each repeat as
@@ -24,8 +24,9 @@ typedef struct {
     const bn_geometry *geometry;
     bn_caches caches;
 
-    char *x, *y;   /* moments, normalize, scale_shift */
-    char *dy, *dx; /* gradient, besides x */
+    /* NULL for those that the call has not. Where elements rather than channels have parameters, these are
+       operands that do not step from row to row: a row is a channel of a repeat. */
+    char *operand[BN_ROLES];
 
     const double *weight, *bias;
     size_t parameters_of_repeat; /* from those of one repeat to those of the next; 0: they have the same */
@@ -50,11 +51,8 @@ typedef struct {
     int scaled;
     double factor; /* moments: that power; gradient has one for each channel */
 
-    /* Where elements rather than channels have parameters, the same for every row: a channel of a
-       repeat. Operands that do not step from row to row; NULL for none. Their gradients are sums
-       over rows of dy * xhat and dy, [blocks of rows][2][outer * inner] float64, of which the
-       first become those of all. */
-    char *element_weight, *element_bias;
+    /* The gradients of the parameters of elements are sums over rows of dy * xhat and dy,
+       [blocks of rows][2][outer * inner] float64, of which the first become those of all. */
     double *column_sums; /* NULL where they are not wanted */
 
     double *partials; /* [repeats][blocks - 1][BN_SUMS][channels]: of every block but the first */
@@ -92,15 +90,12 @@ void bn_do_tasks(const bn_job *job, const bn_phase *phase, size_t thread, size_t
 
 #define BN_MAX_PHASES 5
 
-/* How this job is done by so many threads: returns the number of phases.
-   Which operand stands where in the geometry is said by its position below. */
-size_t bn_moments_phases(bn_job *job, size_t threads, bn_phase *phases);     /* x */
-size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases);   /* x, y */
-size_t bn_scale_shift_phases(bn_job *job, size_t threads, bn_phase *phases); /* x, y */
-size_t bn_gradient_phases(bn_job *job, size_t threads, bn_phase *phases);    /* x, dy, dx */
-
-/* Parameters of elements are operand 3, the weight, and 2, the bias (which is dx in the gradient). */
-size_t bn_row_gradient_phases(bn_job *job, size_t threads, bn_phase *phases);
+/* How this job is done by so many threads: returns the number of phases. */
+size_t bn_moments_phases(bn_job *job, size_t threads, bn_phase *phases);      /* of x */
+size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases);    /* x to y */
+size_t bn_scale_shift_phases(bn_job *job, size_t threads, bn_phase *phases);  /* x to y */
+size_t bn_gradient_phases(bn_job *job, size_t threads, bn_phase *phases);     /* x and dy to dx */
+size_t bn_row_gradient_phases(bn_job *job, size_t threads, bn_phase *phases); /* with parameters of elements */
 
 /* dweight and dbias, of this dtype, once the phases of the gradient have ended. */
 void bn_parameter_gradients(const bn_job *job, bn_dtype dtype, void *dweight, void *dbias);

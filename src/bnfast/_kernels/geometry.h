@@ -9,7 +9,17 @@
 
 #include "kernels.h"
 
-#define BN_MAX_OPERANDS 4
+/* What an operand is to a call. X is the first: see scaled_job. */
+typedef enum {
+    BN_X,
+    BN_DY,
+    BN_ELEMENT_WEIGHT,
+    BN_ELEMENT_BIAS,
+    BN_Y,
+    BN_DX,
+    BN_ROLES
+} bn_role;
+
 #define BN_MAX_AXES 64
 
 /* An operand is walked directly, with these strides in elements, or packed: its chunks are gathered
@@ -52,7 +62,7 @@ typedef struct {
     size_t rows_of_block;
 
     int any_packed;
-    bn_operand operand[BN_MAX_OPERANDS];
+    bn_operand operand[BN_ROLES]; /* of those that the call has */
 } bn_geometry;
 
 /* Coefficients of dense channels_last rows recur with this period, so that a few channels make long

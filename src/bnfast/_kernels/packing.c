@@ -97,10 +97,10 @@ static ptrdiff_t channel_offset(const bn_geometry *geometry, const bn_operand *l
 }
 
 /* Visits the box in the order of scratch, (outer, channel, inner), one strided run at a time. */
-static void copy_box(const bn_geometry *geometry, size_t operand, char *data, const bn_box *box,
+static void copy_box(const bn_geometry *geometry, bn_role role, char *data, const bn_box *box,
                      char *scratch, int to_scratch)
 {
-    const bn_operand *layout = &geometry->operand[operand];
+    const bn_operand *layout = &geometry->operand[role];
     const size_t itemsize = geometry->itemsize;
     position outer;
     go_to(&outer, geometry->outer_axes, geometry->outer_axis_sizes, layout->outer_axis_strides,
@@ -143,10 +143,10 @@ bn_view bn_dense_view(const bn_box *box, char *scratch)
     return (bn_view){scratch, {(ptrdiff_t)(box->extent.channels * run), (ptrdiff_t)run}};
 }
 
-bn_view bn_view_to_write(const bn_geometry *geometry, size_t operand, char *data,
+bn_view bn_view_to_write(const bn_geometry *geometry, bn_role role, char *data,
                          const bn_box *box, char *scratch)
 {
-    const bn_operand *layout = &geometry->operand[operand];
+    const bn_operand *layout = &geometry->operand[role];
     if (layout->packed) {
         return bn_dense_view(box, scratch);
     }
@@ -156,19 +156,19 @@ bn_view bn_view_to_write(const bn_geometry *geometry, size_t operand, char *data
                      {layout->outer_stride, layout->channel_stride}};
 }
 
-bn_view bn_view_to_read(const bn_geometry *geometry, size_t operand, char *data,
+bn_view bn_view_to_read(const bn_geometry *geometry, bn_role role, char *data,
                         const bn_box *box, char *scratch)
 {
-    if (geometry->operand[operand].packed) {
-        copy_box(geometry, operand, data, box, scratch, 1);
+    if (geometry->operand[role].packed) {
+        copy_box(geometry, role, data, box, scratch, 1);
     }
-    return bn_view_to_write(geometry, operand, data, box, scratch);
+    return bn_view_to_write(geometry, role, data, box, scratch);
 }
 
-void bn_written(const bn_geometry *geometry, size_t operand, char *data, const bn_box *box,
+void bn_written(const bn_geometry *geometry, bn_role role, char *data, const bn_box *box,
                 char *scratch)
 {
-    if (geometry->operand[operand].packed) {
-        copy_box(geometry, operand, data, box, scratch, 0);
+    if (geometry->operand[role].packed) {
+        copy_box(geometry, role, data, box, scratch, 0);
     }
 }

@@ -16,14 +16,14 @@ typedef struct {
 bn_view bn_dense_view(const bn_box *box, char *scratch);
 
 /* A box to read: the operand's own elements, or scratch filled with them. */
-bn_view bn_view_to_read(const bn_geometry *geometry, size_t operand, char *data,
+bn_view bn_view_to_read(const bn_geometry *geometry, bn_role role, char *data,
                         const bn_box *box, char *scratch);
 
 /* A box to write: the operand's own elements, or scratch. bn_written puts scratch in its place, and
    does nothing for a direct operand. */
-bn_view bn_view_to_write(const bn_geometry *geometry, size_t operand, char *data,
+bn_view bn_view_to_write(const bn_geometry *geometry, bn_role role, char *data,
                          const bn_box *box, char *scratch);
-void bn_written(const bn_geometry *geometry, size_t operand, char *data, const bn_box *box,
+void bn_written(const bn_geometry *geometry, bn_role role, char *data, const bn_box *box,
                 char *scratch);
 
 #endif
