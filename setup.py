@@ -133,8 +133,12 @@ core = Extension(
         *(
             f"{KERNELS}/{name}.c"
             for name in (
-                "block_tasks",
-                "packing",
+                "schedule",
+                "tasks",
+                "row_tasks",
+                "coefficients",
+                "kernel_calls",
+                "operands",
                 "dispatch",
                 "cpu_features",
                 "cache_sizes",

@@ -307,7 +307,7 @@ def test_parameters_of_elements_are_direct_and_the_same_for_all_rows(window):
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_every_element_is_visited_once(data):
-    """Walks the merged axes as packing.c does."""
+    """Walks the merged axes as operands.c does."""
     ndim = data.draw(st.integers(2, 5))
     shape = tuple(data.draw(st.lists(st.integers(1, 4), min_size=ndim, max_size=ndim)))
     axis = data.draw(st.integers(0, ndim - 1))

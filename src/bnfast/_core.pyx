@@ -1,5 +1,5 @@
 # The only Cython room: buffers in, GIL off, prange over the tasks of each phase.
-# It knows neither the formulas nor the strides: jobs are made here, done in block_tasks.c.
+# It knows neither the formulas nor the strides: jobs are made here, done in schedule.c and tasks.c.
 """Compiled core of bnfast. Private: call it through ``_primitives`` only."""
 
 cimport cython
@@ -33,12 +33,12 @@ cdef extern from "thresholds.h" nogil:
     size_t BN_BRIEF_BYTES
 
 
-cdef extern from "packing.h" nogil:
+cdef extern from "operands.h" nogil:
     enum:
         BN_SCRATCH_BYTES
 
 
-cdef extern from "block_tasks.h" nogil:
+cdef extern from "job.h" nogil:
     ctypedef struct bn_job:
         const bn_kernels *kernels
         const bn_geometry *geometry
@@ -270,7 +270,7 @@ cdef class Geometry:
         ):
             raise ValueError("the plan has too many axes")
         if plan.chunk_outer * plan.chunk_inner * itemsize > BN_SCRATCH_BYTES:
-            raise ValueError("the plan's chunks do not fit the scratch memory of packing.h")
+            raise ValueError("the plan's chunks do not fit the scratch memory of operands.h")
         if plan.phases < 1 or (plan.phases > 1 and plan.phases * plan.channels > BN_WIDE_ROW):
             raise ValueError("the plan's wide rows do not fit those of kernels.h")
         memset(c, 0, sizeof(bn_geometry))

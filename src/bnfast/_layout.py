@@ -20,7 +20,7 @@ CHANNELS_LAST = "channels_last"
 # operands.
 CHUNK_BYTES = 16384
 
-# The same where channels are neighbours: what the scratch buffers of packing.h hold.
+# The same where channels are neighbours: what the scratch buffers of operands.h hold.
 MOST_CHUNK_BYTES = 2 * CHUNK_BYTES
 
 # One channel's share of a block where a channel is a run: long enough that starting anew (the first

@@ -1,6 +1,6 @@
 /* A box of an operand as something a kernel can walk: where it lies, or packed into scratch. */
-#ifndef BN_PACKING_H
-#define BN_PACKING_H
+#ifndef BN_OPERANDS_H
+#define BN_OPERANDS_H
 
 #include "geometry.h"
 

@@ -1,6 +1,6 @@
 /* Odd strides and misaligned elements, chunk by chunk: memcpy moves single elements, so nothing is
    assumed of addresses. */
-#include "packing.h"
+#include "operands.h"
 
 #include <string.h>
 

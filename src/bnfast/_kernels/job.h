@@ -3,8 +3,8 @@
    A task is a group of neighbouring channels of one repeat, by one block or, where it is fused, by all
    blocks. How channels are grouped and who runs which task changes no bit: the sums of a channel
    depend on its chunks and blocks alone. */
-#ifndef BN_BLOCK_TASKS_H
-#define BN_BLOCK_TASKS_H
+#ifndef BN_JOB_H
+#define BN_JOB_H
 
 #include "cache_sizes.h"
 #include "geometry.h"

@@ -1,0 +1,177 @@
+/* What a job is made of: chunks and blocks of its channels, and of each operand, coefficient and sum the part
+   that belongs to a box. */
+#ifndef BN_BOXES_H
+#define BN_BOXES_H
+
+#include <float.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "job.h"
+#include "operands.h"
+#include "thresholds.h"
+
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+
+static inline size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
+
+typedef struct {
+    size_t first, count;
+} range;
+
+/* chunks and blocks */
+
+static inline bn_box box_of_chunk(const bn_geometry *geometry, size_t chunk, range channels)
+{
+    bn_box box = {.channel = channels.first, .extent = {.channels = channels.count}};
+    if (geometry->chunks_per_run > 1) {
+        box.outer = chunk / geometry->chunks_per_run;
+        box.inner = chunk % geometry->chunks_per_run * geometry->chunk_inner;
+        box.extent.outer = 1;
+        box.extent.inner = MIN(geometry->chunk_inner, geometry->inner - box.inner);
+    } else {
+        box.outer = chunk * geometry->chunk_outer;
+        box.extent.outer = MIN(geometry->chunk_outer, geometry->outer - box.outer);
+        box.extent.inner = geometry->inner;
+    }
+    return box;
+}
+
+static inline range chunks_of_block(const bn_geometry *geometry, size_t block)
+{
+    const size_t first = block * geometry->chunks_per_block;
+    return (range){first, MIN(geometry->chunks_per_block, geometry->chunks - first)};
+}
+
+static inline size_t values_per_channel(const bn_geometry *geometry)
+{
+    return geometry->outer * geometry->inner;
+}
+
+static inline size_t values_of_block(const bn_geometry *geometry, size_t block)
+{
+    const range chunks = chunks_of_block(geometry, block);
+    size_t values = 0;
+    for (size_t i = 0; i < chunks.count; i++) {
+        const bn_box box = box_of_chunk(geometry, chunks.first + i, (range){0, 1});
+        values += box.extent.outer * box.extent.inner;
+    }
+    return values;
+}
+
+static inline range channels_of_group(const bn_job *job, size_t group)
+{
+    const size_t first = group * job->group;
+    return (range){first, MIN(job->group, job->geometry->channels - first)};
+}
+
+/* How many channels of a box go to a kernel at a time: all, unless scratch must hold them. */
+static inline size_t channels_at_once(const bn_geometry *geometry, const bn_box *box, int in_scratch)
+{
+    const size_t each = box->extent.outer * box->extent.inner * geometry->itemsize;
+    return in_scratch ? MAX((size_t)1, BN_SCRATCH_BYTES / each) : box->extent.channels;
+}
+
+static inline void *element_at(const bn_geometry *geometry, void *array, size_t index)
+{
+    return (char *)array + index * geometry->itemsize;
+}
+
+static inline const double *parameter_from(const double *parameter, size_t channel)
+{
+    return parameter ? parameter + channel : NULL;
+}
+
+/* A box of all channels may be walked as one run where its rows are dense. */
+static inline size_t period_of(const bn_geometry *geometry, size_t channels)
+{
+    return channels == geometry->channels ? bn_period(geometry) : 0;
+}
+
+static inline bn_coefficients coefficients_from(const bn_job *job, size_t channel)
+{
+    bn_coefficients from = job->coefficients;
+    for (size_t i = 0; i < BN_COEFFICIENTS; i++) {
+        if (from.array[i]) {
+            from.array[i] = element_at(job->geometry, from.array[i], channel);
+        }
+    }
+    return from;
+}
+
+/* The sums of one block: those of the first lie in the job's own arrays. */
+static inline double *sums_of_block(const bn_job *job, double *own, size_t which, size_t block)
+{
+    const size_t channels = job->geometry->channels;
+    return block == 0 ? own : job->partials + ((block - 1) * BN_SUMS + which) * channels;
+}
+
+static inline void clear(double *array, range channels)
+{
+    for (size_t c = channels.first; c < channels.first + channels.count; c++) {
+        array[c] = 0.0;
+    }
+}
+
+/* A kernel of the layout and type of a job. */
+#define KERNEL_OF(job, name) \
+    ((job)->kernels->name[(job)->geometry->layout][(job)->geometry->dtype])
+
+/* The scratch of an operand. */
+static inline char *buffer_of(const bn_job *job, bn_role role)
+{
+    return job->scratch ? job->scratch + role * job->scratch_bytes : NULL;
+}
+
+/* Whether an output takes the place of an input. */
+static inline int is_in_place(const bn_job *job, bn_role output)
+{
+    const char *to = job->operand[output];
+    return to == job->operand[BN_X] || to == job->operand[BN_DY];
+}
+
+/* A box of an operand to read. */
+static inline bn_view input_view(const bn_job *job, bn_role role, const bn_box *box)
+{
+    return bn_view_to_read(job->geometry, role, job->operand[role], box, buffer_of(job, role));
+}
+
+#define BN_JOINED_BYTES ((size_t)32768)
+
+/* Whether the channels that share their statistics follow each other as one run, of a single chunk each:
+   the group is then summed as that run, and its moments stand where those of the first channels would
+   until `spread_moments`. A single chunk is a single block, so that the same task does both. Not of more than
+   BN_JOINED_BYTES: the sums of float64, which have nothing wider to be emptied into, round once more for every
+   kilobyte (32 planes of 784: 31 ulps). */
+static inline int are_joined(const bn_job *job)
+{
+    const bn_geometry *geometry = job->geometry;
+    const bn_operand *x = &geometry->operand[BN_X];
+    const size_t bytes = job->shared * geometry->inner * geometry->itemsize;
+    if (bytes > BN_JOINED_BYTES) {
+        return 0;
+    }
+    return job->shared > 1 && !job->uncentred && geometry->layout == BN_contiguous &&
+           geometry->chunks == 1 && geometry->outer == 1 && !x->packed && !job->scaled &&
+           x->channel_stride == (ptrdiff_t)geometry->inner;
+}
+
+/* The largest power of two up to a positive number, or the smallest one that is normal. */
+static inline double power_of_two(double number)
+{
+    double power;
+    uint64_t bits;
+    memcpy(&bits, &number, sizeof bits);
+    bits &= UINT64_C(0x7ff0000000000000);
+    memcpy(&power, &bits, sizeof power);
+    return MAX(power, DBL_MIN);
+}
+
+/* How many channels are cut off together. */
+static inline size_t channel_unit(const bn_geometry *geometry)
+{
+    return geometry->layout == BN_channels_last ? BN_CHANNELS_TOGETHER : 1;
+}
+
+#endif

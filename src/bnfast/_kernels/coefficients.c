@@ -1,0 +1,385 @@
+/* Some channels: before the sums of their blocks, and from the sums to the coefficients. */
+#include "coefficients.h"
+
+#include <math.h>
+
+#include "kernel_calls.h"
+#include "portability.h"
+
+void bn_merge_blocks(const bn_job *job, range channels)
+{
+    const size_t c = channels.first;
+    size_t count = values_of_block(job->geometry, 0);
+    for (size_t block = 1; block < job->geometry->blocks; block++) {
+        const size_t more = values_of_block(job->geometry, block);
+        job->kernels->merge_moments(channels.count, count, job->mean + c, job->mean_low + c,
+                                    job->m2 + c, more, sums_of_block(job, NULL, 0, block) + c,
+                                    sums_of_block(job, NULL, 1, block) + c,
+                                    sums_of_block(job, NULL, 2, block) + c);
+        count += more;
+    }
+}
+
+/* From groups that were summed as runs, whose moments follow each other, to all of their channels. */
+static void spread_moments(size_t channels, size_t shared, double *moments)
+{
+    for (size_t group = channels / shared; group-- > 0;) {
+        const double of_all = moments[group];
+        for (size_t c = group * shared; c < (group + 1) * shared; c++) {
+            moments[c] = of_all;
+        }
+    }
+}
+
+static void merge_gradient(const bn_job *job, range channels)
+{
+    const size_t c = channels.first;
+    for (size_t block = 1; block < job->geometry->blocks; block++) {
+        job->kernels->merge_sums(channels.count, job->sum_dy + c,
+                                 sums_of_block(job, NULL, 0, block) + c);
+        job->kernels->merge_sums(channels.count, job->sum_dy_xhat + c,
+                                 sums_of_block(job, NULL, 1, block) + c);
+        if (job->floor) {
+            job->kernels->merge_sums(channels.count, job->sum_floored + c,
+                                     sums_of_block(job, NULL, 2, block) + c);
+        }
+    }
+}
+
+/* Pools the moments of the channels that share statistics; each of these channels then holds the pooled
+   moments. */
+static void share_moments(const bn_job *job, range channels)
+{
+    const size_t c = channels.first;
+    if (are_joined(job)) {
+        spread_moments(channels.count, job->shared, job->mean + c);
+        spread_moments(channels.count, job->shared, job->mean_low + c);
+        spread_moments(channels.count, job->shared, job->m2 + c);
+    } else if (job->shared > 1) {
+        job->kernels->pool_moments(channels.count / job->shared, job->shared,
+                                   values_per_channel(job->geometry), job->mean + c,
+                                   job->mean_low + c, job->m2 + c);
+    }
+}
+
+static void moments_again(const bn_job *job, range channels)
+{
+    for (size_t block = 0; block < job->geometry->blocks; block++) {
+        bn_sum_moments(job, block, channels);
+    }
+    bn_merge_blocks(job, channels);
+    share_moments(job, channels);
+}
+
+/* the ends of float64's range, from which there is no wider type to retreat to (float32 has float64) */
+
+/* Whether there is nothing to mend: asked of every channel, and so by vectors. */
+static int are_within(size_t count, const double *values, double least, double most)
+{
+    int64_t outside = 0;
+    BN_SIMD_ANY(outside)
+    for (size_t c = 0; c < count; c++) {
+        outside |= values[c] >= least && values[c] <= most ? 0 : 1;
+    }
+    return outside == 0;
+}
+
+/* What x must be multiplied by before it is summed, so that no square leaves the range: 0 where none did.
+   Where all of the variance is tiny, eps is, too; a large mean then says that values are all equal. */
+#define SMALLER 0x1p-600
+#define LARGER 0x1p600
+#define SMALL_INVSTD 0x1p-510
+#define LARGE_INVSTD 0x1p450
+
+static double factor_needed(const bn_job *job, size_t c)
+{
+    if (!job->invstd) {
+        return job->m2[c] <= DBL_MAX ? 0.0 : SMALLER;
+    }
+    if (!(job->invstd[c] > 0.0)) {
+        return SMALLER;
+    }
+    return job->invstd[c] > LARGE_INVSTD && fabs(job->mean[c]) < 0x1p-350 ? LARGER : 0.0;
+}
+
+/* The same job with x scaled in scratch: its own, or `rare` where it has none. */
+static bn_job scaled_job(const bn_job *job, double factor, char *rare)
+{
+    bn_job scaled = *job;
+    scaled.scaled = 1;
+    scaled.factor = factor;
+    if (!job->scratch) {
+        scaled.scratch = rare;
+        scaled.scratch_bytes = BN_SCRATCH_BYTES;
+    }
+    return scaled;
+}
+
+BN_NOINLINE void scaled_moments(const bn_job *job, range channels, double factor)
+{
+    const double size = (double)(values_per_channel(job->geometry) * job->shared);
+    _Alignas(64) char rare[BN_SCRATCH_BYTES];
+    const bn_job scaled = scaled_job(job, factor, rare);
+    moments_again(&scaled, channels);
+    for (size_t c = channels.first; c < channels.first + channels.count; c++) {
+        const double eps = job->eps + (job->more_eps ? job->more_eps[c] : 0.0);
+        if (job->invstd) {
+            job->kernels->invstd(1, job->m2 + c, size, eps * factor * factor, NULL,
+                                 job->invstd + c);
+            job->invstd[c] *= factor;
+        }
+        job->mean[c] /= factor;
+        job->mean_low[c] /= factor;
+        job->m2[c] = job->m2[c] / factor / factor; /* infinite, where float64 does not hold it */
+    }
+}
+
+/* Neighbours that need the same factor are summed together. */
+void bn_mend_moments(const bn_job *job, range channels)
+{
+    const size_t end = channels.first + channels.count;
+    range some = {channels.first, 0};
+    if (job->geometry->dtype == BN_f32 ||
+        (job->invstd && are_within(channels.count, job->invstd + channels.first, SMALL_INVSTD,
+                                   LARGE_INVSTD))) {
+        return;
+    }
+    for (; some.first < end; some.first += some.count) {
+        const double factor = factor_needed(job, some.first);
+        some.count = job->shared;
+        while (some.first + some.count < end &&
+               factor_needed(job, some.first + some.count) == factor) {
+            some.count += job->shared;
+        }
+        if (factor != 0.0) {
+            scaled_moments(job, some, factor);
+        }
+    }
+}
+
+/* 1 / standard deviation of a channel. Outside these bounds dy * (x - mean) may leave the range of float64
+   although dy * xhat does not. */
+#define LEAST_INVSTD 0x1p-64
+#define MOST_INVSTD 0x1p64
+
+static int is_extreme(double invstd)
+{
+    return invstd > 0.0 && invstd <= DBL_MAX && !(invstd >= LEAST_INVSTD && invstd <= MOST_INVSTD);
+}
+
+/* Sums of dy * xhat with x made xhat, but for a factor, before it is summed. Nothing but the sums may need the
+   mean meanwhile: it is 0 for them, as that of xhat is. (What is above a floor is told by it: such jobs, those
+   of filter response norm, are uncentred.) */
+BN_NOINLINE void scaled_gradient(const bn_job *job, range channels)
+{
+    const bn_coefficients coefficients = coefficients_from(job, channels.first);
+    _Alignas(64) char rare[BN_SCRATCH_BYTES];
+    const bn_job scaled = scaled_job(job, 1.0, rare);
+    memset(coefficients.array[BN_MEAN], 0, channels.count * sizeof(double));
+    for (size_t block = 0; block < job->geometry->blocks; block++) {
+        bn_sum_gradient(&scaled, block, channels);
+    }
+    merge_gradient(&scaled, channels);
+    job->kernels->round_mean[BN_f64](channels.count, job->mean + channels.first, coefficients);
+    for (size_t c = channels.first; c < channels.first + channels.count; c++) {
+        const double factor = power_of_two(job->invstd[c]);
+        const double low = job->mean_low ? job->mean_low[c] * factor : 0.0;
+        const double sum = job->sum_dy_xhat[c] - (low == 0.0 ? 0.0 : low * job->sum_dy[c]);
+        job->sum_dy_xhat[c] = sum * (job->invstd[c] / factor);
+    }
+}
+
+static void mend_gradient(const bn_job *job, range channels)
+{
+    const size_t end = channels.first + channels.count;
+    range some = {channels.first, 0};
+    if (job->geometry->dtype == BN_f32 ||
+        are_within(channels.count, job->invstd + channels.first, LEAST_INVSTD, MOST_INVSTD)) {
+        return;
+    }
+    for (; some.first < end; some.first += some.count) {
+        const int extreme = is_extreme(job->invstd[some.first]);
+        some.count = 1;
+        while (some.first + some.count < end &&
+               is_extreme(job->invstd[some.first + some.count]) == extreme) {
+            some.count++;
+        }
+        if (extreme) {
+            scaled_gradient(job, some);
+        }
+    }
+}
+
+/* In standard deviations: where the mean is larger, what rounding it to one float64 has left is no less
+   than other roundings of the gradient are. */
+#define NOTICED_MEAN 4.0
+
+static int is_noticed(const bn_job *job, size_t c)
+{
+    return fabs(job->mean[c] * job->invstd[c]) > NOTICED_MEAN;
+}
+
+int bn_any_noticed(const bn_job *job, range channels)
+{
+    int64_t any = 0;
+    BN_SIMD_ANY(any)
+    for (size_t c = channels.first; c < channels.first + channels.count; c++) {
+        any |= is_noticed(job, c) ? 1 : 0;
+    }
+    return any != 0;
+}
+
+/* What rounding has left of the mean is found again from x, by the sums that the forward pass made: of all
+   channels of a task where one needs it, because they may be neighbours in memory, but kept for those alone
+   that do. These sums stand where those of the gradient will. */
+static bn_job job_of_mean_low(const bn_job *job)
+{
+    bn_job again = *job;
+    again.mean = job->sum_dy;
+    again.m2 = job->sum_dy_xhat;
+    return again;
+}
+
+void bn_sum_mean_low(const bn_job *job, size_t block, range channels)
+{
+    const bn_job again = job_of_mean_low(job);
+    if (bn_any_noticed(job, channels)) {
+        bn_sum_moments(&again, block, channels);
+    } else {
+        bn_clear_moments(&again, block, channels);
+    }
+}
+
+/* A mean that differs by more than rounding is not that of x, and is what the caller says. */
+static void finish_mean_low(const bn_job *job, range channels)
+{
+    const bn_job again = job_of_mean_low(job);
+    if (!bn_any_noticed(job, channels)) {
+        clear(job->mean_low, channels);
+        return;
+    }
+    bn_merge_blocks(&again, channels);
+    share_moments(&again, channels);
+    for (size_t c = channels.first; c < channels.first + channels.count; c++) {
+        const double rest = (again.mean[c] - job->mean[c]) + job->mean_low[c];
+        const int own = is_noticed(job, c) && fabs(rest) <= DBL_EPSILON * fabs(job->mean[c]);
+        job->mean_low[c] = own ? rest : 0.0;
+    }
+}
+
+/* Lets a coefficient array go on beyond its channels and recur. */
+static void repeat(const bn_geometry *geometry, void *array)
+{
+    const size_t length = bn_coefficients_length(geometry);
+    for (size_t set = geometry->channels; set < length;) {
+        const size_t more = MIN(set, length - set);
+        memcpy(element_at(geometry, array, set), array, more * geometry->itemsize);
+        set += more;
+    }
+}
+
+/* They recur where a box may have all channels: so does the task, then. */
+static void repeat_coefficients(const bn_job *job, range channels)
+{
+    const int all = channels.count == job->geometry->channels;
+    for (size_t i = 0; all && i < BN_COEFFICIENTS; i++) {
+        if (job->coefficients.array[i]) {
+            repeat(job->geometry, job->coefficients.array[i]);
+        }
+    }
+}
+
+static void set_floors(const bn_job *job, range channels, bn_coefficient shift)
+{
+    const bn_coefficients coefficients = coefficients_from(job, channels.first);
+    job->kernels->floor_coefficients[job->geometry->dtype](
+        channels.count, job->floor + channels.first, coefficients.array[shift],
+        coefficients.array[BN_FLOOR]);
+}
+
+void bn_prepare_scale_shift(const bn_job *job, range channels)
+{
+    const size_t c = channels.first;
+    job->kernels->invstd(channels.count, job->variance + c, 1.0, job->eps, NULL,
+                         job->invstd + c);
+    job->kernels->scale_shift_coefficients[job->geometry->dtype](
+        channels.count, 0, job->mean + c, NULL, job->invstd + c,
+        parameter_from(job->weight, c), parameter_from(job->bias, c), coefficients_from(job, c));
+    repeat_coefficients(job, channels);
+}
+
+/* Once the low part of the mean is known. */
+void bn_prepare_gradient(const bn_job *job, range channels)
+{
+    const size_t c = channels.first;
+    if (job->mean_low) {
+        finish_mean_low(job, channels);
+    }
+    if (!job->floor && !job->column_sums) {
+        job->kernels->round_mean[job->geometry->dtype](channels.count, job->mean + c,
+                                                       coefficients_from(job, c));
+        return;
+    }
+    /* And what y, or xhat, is made of again. */
+    bn_coefficients forward = coefficients_from(job, c);
+    forward.array[BN_SHIFT] = forward.array[BN_FORWARD_SHIFT];
+    job->kernels->scale_shift_coefficients[job->geometry->dtype](
+        channels.count, job->column_sums != NULL, job->mean + c, parameter_from(job->mean_low, c),
+        job->invstd + c,
+        parameter_from(job->weight, c), parameter_from(job->bias, c), forward);
+    if (job->floor) {
+        set_floors(job, channels, BN_FORWARD_SHIFT);
+    }
+}
+
+void bn_finish_normalize(const bn_job *job, range channels)
+{
+    const size_t c = channels.first, each = values_per_channel(job->geometry);
+    bn_merge_blocks(job, channels);
+    share_moments(job, channels);
+    job->kernels->invstd(channels.count, job->m2 + c, (double)(each * job->shared), job->eps,
+                         parameter_from(job->more_eps, c), job->invstd + c);
+    bn_mend_moments(job, channels);
+    job->kernels->scale_shift_coefficients[job->geometry->dtype](
+        channels.count, 0, job->mean + c, job->mean_low + c, job->invstd + c,
+        parameter_from(job->weight, c), parameter_from(job->bias, c), coefficients_from(job, c));
+    if (job->floor) {
+        set_floors(job, channels, BN_SHIFT);
+    }
+    repeat_coefficients(job, channels);
+}
+
+void bn_finish_gradient(const bn_job *job, range channels)
+{
+    const size_t c = channels.first;
+    merge_gradient(job, channels);
+    job->kernels->standardize[job->geometry->dtype](channels.count, job->mean + c,
+                                                    parameter_from(job->mean_low, c),
+                                                    job->invstd + c, job->sum_dy + c,
+                                                    job->sum_dy_xhat + c);
+    mend_gradient(job, channels);
+    if (job->constant_statistics) {
+        job->kernels->scale_shift_coefficients[job->geometry->dtype](
+            channels.count, 0, NULL, NULL, job->invstd + c, parameter_from(job->weight, c), NULL,
+            coefficients_from(job, c));
+        repeat_coefficients(job, channels);
+        return;
+    }
+    if (job->shared > 1) {
+        job->kernels->shared_gradient_coefficients[job->geometry->dtype](
+            channels.count / job->shared, job->shared, values_per_channel(job->geometry),
+            job->mean + c, parameter_from(job->mean_low, c), job->invstd + c,
+            parameter_from(job->weight, c), job->sum_dy + c, job->sum_dy_xhat + c,
+            coefficients_from(job, c));
+    } else {
+        job->kernels->gradient_coefficients[job->geometry->dtype](
+            channels.count, values_per_channel(job->geometry), job->mean + c,
+            parameter_from(job->mean_low, c), job->invstd + c, parameter_from(job->weight, c),
+            job->sum_dy + c, job->sum_dy_xhat + c, coefficients_from(job, c));
+    }
+    if (job->uncentred) {
+        memset(coefficients_from(job, c).array[BN_OFFSET], 0,
+               channels.count * job->geometry->itemsize);
+    }
+    repeat_coefficients(job, channels);
+}

@@ -1,0 +1,21 @@
+/* From the sums of some channels to their coefficients, and what is summed again on the way. */
+#ifndef BN_COEFFICIENTS_H
+#define BN_COEFFICIENTS_H
+
+#include "boxes.h"
+
+/* Of blocks that have been summed. */
+void bn_merge_blocks(const bn_job *job, range channels);
+void bn_mend_moments(const bn_job *job, range channels);
+
+/* The low part of a mean, for the gradient: whether one is missed, and its sums. */
+int bn_any_noticed(const bn_job *job, range channels);
+void bn_sum_mean_low(const bn_job *job, size_t block, range channels);
+
+/* Coefficients, before the sums and from them. */
+void bn_prepare_scale_shift(const bn_job *job, range channels);
+void bn_prepare_gradient(const bn_job *job, range channels);
+void bn_finish_normalize(const bn_job *job, range channels);
+void bn_finish_gradient(const bn_job *job, range channels);
+
+#endif

@@ -1,0 +1,344 @@
+/* From boxes to kernel calls: which kernel, with which operands, in which order. */
+#include "kernel_calls.h"
+
+#include "portability.h"
+
+/* one box: one kernel call */
+
+/* `count` is the number of values that the block has summed before this box. */
+typedef void visit(const bn_job *job, const bn_box *box, size_t block, size_t count);
+
+/* The last channels have nothing after them that could be fetched ahead. */
+static ptrdiff_t ahead_of(const bn_job *job, const bn_box *box)
+{
+    const size_t at = box->outer * job->geometry->inner + box->inner;
+    const int last = box->channel + job->group >= job->geometry->channels;
+    return last || at >= job->fetched ? 0 : job->ahead;
+}
+
+static bn_input input_of(const bn_job *job, const bn_box *box)
+{
+    return (bn_input){job->geometry->phases, job->place, job->sums_fetch ? ahead_of(job, box) : 0};
+}
+
+/* What is summed in the place of x where that left the range, in the scratch that x may already lie in: x
+   times a power of two or, for the gradient, how far it is from the mean in about standard deviations. */
+static bn_view scaled_view(const bn_job *job, const bn_box *box, bn_view x, char *scratch)
+{
+    const bn_view scaled = bn_dense_view(box, scratch);
+    for (size_t o = 0; o < box->extent.outer; o++) {
+        for (size_t c = 0; c < box->extent.channels; c++) {
+            const size_t channel = box->channel + c;
+            const double centre = job->operand[BN_DY] ? job->mean[channel] : 0.0;
+            const double factor = job->operand[BN_DY] ? power_of_two(job->invstd[channel]) : job->factor;
+            const double *from = (const double *)x.data + (ptrdiff_t)o * x.strides.outer +
+                                 (ptrdiff_t)c * x.strides.channel;
+            double *to = (double *)scaled.data + (ptrdiff_t)o * scaled.strides.outer +
+                         (ptrdiff_t)c * scaled.strides.channel;
+            for (size_t i = 0; i < box->extent.inner; i++) {
+                to[i] = (from[i] - centre) * factor;
+            }
+        }
+    }
+    return scaled;
+}
+
+static bn_view x_to_sum(const bn_job *job, const bn_box *box)
+{
+    const bn_view x = input_view(job, BN_X, box);
+    return job->scaled ? scaled_view(job, box, x, buffer_of(job, BN_X)) : x;
+}
+
+static void moments_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
+{
+    bn_view x = x_to_sum(job, box);
+    bn_extent extent = box->extent;
+    if (job->uncentred) { /* the mean remains 0 */
+        KERNEL_OF(job, square_sums)(
+            extent, x.data, x.strides, input_of(job, box),
+            sums_of_block(job, job->m2, 2, block) + box->channel);
+        return;
+    }
+    if (are_joined(job)) {
+        extent.channels /= job->shared;
+        extent.inner *= job->shared;
+        x.strides.channel *= (ptrdiff_t)job->shared;
+    }
+    KERNEL_OF(job, moments)(
+        extent, x.data, x.strides, input_of(job, box), count,
+        sums_of_block(job, job->mean, 0, block) + box->channel,
+        sums_of_block(job, job->mean_low, 1, block) + box->channel,
+        sums_of_block(job, job->m2, 2, block) + box->channel);
+}
+
+/* dy where y was not below its floor, made in scratch; the rest is added up. */
+static bn_view kept_upstream(const bn_job *job, const bn_box *box, size_t block)
+{
+    const bn_view inputs[] = {
+        input_view(job, BN_DY, box),
+        input_view(job, BN_X, box),
+    };
+    const bn_view kept = bn_dense_view(box, buffer_of(job, BN_DX)); /* which is not written yet */
+    KERNEL_OF(job, keep_above_floor)(
+        box->extent, inputs, coefficients_from(job, box->channel), kept,
+        sums_of_block(job, job->sum_floored, 2, block) + box->channel);
+    return kept;
+}
+
+static void gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
+{
+    const bn_view dy = job->floor ? kept_upstream(job, box, block) : input_view(job, BN_DY, box);
+    const bn_view x = x_to_sum(job, box);
+    (void)count;
+    KERNEL_OF(job, gradient_sums)(
+        box->extent, dy.data, dy.strides, x.data, x.strides, input_of(job, box),
+        coefficients_from(job, box->channel),
+        sums_of_block(job, job->sum_dy, 0, block) + box->channel,
+        sums_of_block(job, job->sum_dy_xhat, 1, block) + box->channel);
+}
+
+static void weighted_gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block,
+                                          size_t count)
+{
+    const bn_view inputs[] = {
+        input_view(job, BN_DY, box),
+        x_to_sum(job, box),
+        input_view(job, BN_ELEMENT_WEIGHT, box),
+    };
+    (void)count;
+    KERNEL_OF(job, weighted_gradient_sums)(
+        box->extent, inputs, input_of(job, box), coefficients_from(job, box->channel),
+        sums_of_block(job, job->sum_dy, 0, block) + box->channel,
+        sums_of_block(job, job->sum_dy_xhat, 1, block) + box->channel);
+}
+
+static void weighted_sums_and_columns_of_box(const bn_job *job, const bn_box *box, size_t block,
+                                             size_t count)
+{
+    const bn_geometry *geometry = job->geometry;
+    const size_t columns = geometry->outer * geometry->inner;
+    const bn_view inputs[] = {
+        input_view(job, BN_DY, box),
+        input_view(job, BN_X, box),
+        input_view(job, BN_ELEMENT_WEIGHT, box),
+    };
+    (void)count;
+    KERNEL_OF(job, weighted_sums_and_columns)(
+        box->extent, inputs, input_of(job, box), coefficients_from(job, box->channel),
+        sums_of_block(job, job->sum_dy, 0, block) + box->channel,
+        sums_of_block(job, job->sum_dy_xhat, 1, block) + box->channel,
+        job->column_sums + box->outer, job->column_sums + columns + box->outer);
+}
+
+/* Whether elements are read once for the sums of rows and of columns: where rows are neighbours. */
+int bn_sums_with_columns(const bn_job *job)
+{
+    const bn_geometry *geometry = job->geometry;
+    return job->column_sums && job->operand[BN_ELEMENT_WEIGHT] && geometry->layout == BN_channels_last &&
+           !geometry->any_packed && !job->scaled;
+}
+
+static visit *gradient_sums_visit(const bn_job *job)
+{
+    return bn_sums_with_columns(job)  ? weighted_sums_and_columns_of_box
+           : job->operand[BN_ELEMENT_WEIGHT] ? weighted_gradient_sums_of_box
+                                 : gradient_sums_of_box;
+}
+
+static bn_manner manner_of(const bn_job *job, const bn_box *box)
+{
+    return (bn_manner){job->stores, job->sums_fetch ? 0 : ahead_of(job, box)};
+}
+
+/* How an output is made: the kernel, what it reads in its order, and what it writes. */
+typedef struct {
+    bn_output_kernel *kernel;
+    size_t inputs;
+    bn_role input[BN_MOST_INPUTS], output;
+} output_method;
+
+static output_method forward_method(const bn_job *job)
+{
+    if (job->operand[BN_ELEMENT_BIAS]) {
+        return (output_method){KERNEL_OF(job, affine), 3,
+                               {BN_X, BN_ELEMENT_WEIGHT, BN_ELEMENT_BIAS}, BN_Y};
+    }
+    if (job->operand[BN_ELEMENT_WEIGHT]) {
+        return (output_method){KERNEL_OF(job, scaled), 2, {BN_X, BN_ELEMENT_WEIGHT}, BN_Y};
+    }
+    return (output_method){
+        job->floor ? KERNEL_OF(job, floored_scale_shift) : KERNEL_OF(job, scale_shift), 1, {BN_X}, BN_Y};
+}
+
+static output_method gradient_method(const bn_job *job)
+{
+    if (job->constant_statistics) { /* dx = dy * weight * invstd: a scale_shift that never reads x */
+        return (output_method){KERNEL_OF(job, scale_shift), 1, {BN_DY}, BN_DX};
+    }
+    if (job->operand[BN_ELEMENT_WEIGHT]) {
+        return (output_method){KERNEL_OF(job, weighted_input_gradient), 3,
+                               {BN_DY, BN_X, BN_ELEMENT_WEIGHT}, BN_DX};
+    }
+    return (output_method){job->floor        ? KERNEL_OF(job, floored_input_gradient)
+                           : job->shared > 1 ? KERNEL_OF(job, shared_input_gradient)
+                                             : KERNEL_OF(job, input_gradient),
+                           2, {BN_DY, BN_X}, BN_DX};
+}
+
+static void write_part(const bn_job *job, const bn_box *box, const output_method *method)
+{
+    const bn_geometry *geometry = job->geometry;
+    char *to = job->operand[method->output], *scratch = buffer_of(job, method->output);
+    bn_view inputs[BN_MOST_INPUTS];
+    for (size_t i = 0; i < method->inputs; i++) {
+        inputs[i] = input_view(job, method->input[i], box);
+    }
+    const bn_view output = bn_view_to_write(geometry, method->output, to, box, scratch);
+    bn_coefficients coefficients = coefficients_from(job, box->channel);
+    coefficients.period = period_of(geometry, box->extent.channels);
+    method->kernel(box->extent, inputs, coefficients, output, manner_of(job, box));
+    bn_written(geometry, method->output, to, box, scratch);
+}
+
+/* The output of a call: y, or dx. */
+static void output_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
+{
+    const output_method method = job->operand[BN_DX] ? gradient_method(job) : forward_method(job);
+    const size_t run = bn_channel_run(job->geometry), end = box->channel + box->extent.channels;
+    bn_box part = *box;
+    (void)block, (void)count;
+    for (; part.channel < end; part.channel += part.extent.channels) {
+        part.extent.channels = MIN(run - part.channel % run, end - part.channel);
+        write_part(job, &part, &method);
+    }
+}
+
+/* one block: its chunks in order for sums; the last first for outputs, because that is the one
+   which the sums have left in the cache */
+
+static size_t visit_chunk(const bn_job *job, size_t block, size_t chunk, range channels,
+                          size_t count, int in_scratch, visit *visit_box)
+{
+    bn_box box = box_of_chunk(job->geometry, chunk, channels);
+    const size_t step = channels_at_once(job->geometry, &box, in_scratch);
+    const size_t end = channels.first + channels.count;
+    for (; box.channel < end; box.channel += step) {
+        box.extent.channels = MIN(step, end - box.channel);
+        visit_box(job, &box, block, count);
+    }
+    return box.extent.outer * box.extent.inner;
+}
+
+static void sum_block(const bn_job *job, size_t block, range channels, int in_scratch,
+                      visit *visit_box)
+{
+    const range chunks = chunks_of_block(job->geometry, block);
+    size_t count = 0;
+    for (size_t i = 0; i < chunks.count; i++) {
+        count += visit_chunk(job, block, chunks.first + i, channels, count, in_scratch, visit_box);
+    }
+}
+
+/* Chunks are for sums alone: as many as make a step are written at once where they are neighbours. */
+void bn_write_block(const bn_job *job, size_t block, range channels)
+{
+    const bn_geometry *geometry = job->geometry;
+    const range chunks = chunks_of_block(geometry, block);
+    const size_t bytes =
+        geometry->chunk_outer * geometry->chunk_inner * channels.count * geometry->itemsize;
+    const int apart = geometry->any_packed || geometry->chunks_per_run > 1 ||
+                      (job->ahead != 0 && job->fetched < values_per_channel(geometry));
+    const size_t together = apart ? 1 : MAX((size_t)1, BN_STEP_BYTES / bytes);
+    for (size_t end = chunks.count; end > 0;) {
+        const size_t some = MIN(together, end);
+        bn_box box;
+        end -= some;
+        if (some == 1) {
+            visit_chunk(job, block, chunks.first + end, channels, 0, geometry->any_packed,
+                        output_of_box);
+            continue;
+        }
+        box = box_of_chunk(geometry, chunks.first + end, channels);
+        box.extent.outer =
+            MIN(some * geometry->chunk_outer, geometry->outer - box.outer);
+        output_of_box(job, &box, block, 0);
+    }
+    BN_FENCE_STREAMS();
+}
+
+void bn_clear_moments(const bn_job *job, size_t block, range channels)
+{
+    clear(sums_of_block(job, job->mean, 0, block), channels);
+    clear(sums_of_block(job, job->mean_low, 1, block), channels);
+    clear(sums_of_block(job, job->m2, 2, block), channels);
+}
+
+void bn_sum_moments(const bn_job *job, size_t block, range channels)
+{
+    bn_clear_moments(job, block, channels);
+    sum_block(job, block, channels, job->geometry->operand[BN_X].packed || job->scaled,
+              moments_of_box);
+}
+
+void bn_sum_gradient(const bn_job *job, size_t block, range channels)
+{
+    clear(sums_of_block(job, job->sum_dy, 0, block), channels);
+    clear(sums_of_block(job, job->sum_dy_xhat, 1, block), channels);
+    if (job->floor) {
+        clear(sums_of_block(job, job->sum_floored, 2, block), channels);
+    }
+    /* What is kept of dy is made in scratch. */
+    sum_block(job, block, channels, job->geometry->any_packed || job->floor || job->scaled,
+              gradient_sums_visit(job));
+}
+
+/* one piece of an output: a part of outer by a part of the channels by a part of inner */
+
+static range part(size_t whole, size_t parts, size_t number)
+{
+    const size_t first = whole / parts * number + MIN(whole % parts, number);
+    return (range){first, whole / parts + (number < whole % parts)};
+}
+
+static range channel_part(const bn_geometry *geometry, size_t parts, size_t number)
+{
+    const size_t unit = channel_unit(geometry);
+    const range units = part(divide_up(geometry->channels, unit), parts, number);
+    const size_t first = units.first * unit;
+    return (range){first, MIN(units.count * unit, geometry->channels - first)};
+}
+
+void bn_write_piece(const bn_job *job, size_t number)
+{
+    const bn_geometry *geometry = job->geometry;
+    const bn_extent pieces = job->pieces;
+    const range inner = part(geometry->inner, pieces.inner, number % pieces.inner);
+    number /= pieces.inner;
+    const range channels = channel_part(geometry, pieces.channels, number % pieces.channels);
+    const range outer = part(geometry->outer, pieces.outer, number / pieces.channels);
+
+    const size_t most =
+        (geometry->any_packed ? BN_SCRATCH_BYTES : BN_STEP_BYTES) / geometry->itemsize;
+    const size_t inner_step = geometry->any_packed ? MIN(inner.count, most) : inner.count;
+    const size_t channel_step = geometry->any_packed
+                                    ? MIN(channels.count, MAX((size_t)1, most / inner_step))
+                                    : channels.count;
+    const size_t fewest = geometry->any_packed ? 1 : BN_FEWEST_ROWS;
+    const size_t outer_step = MAX(fewest, most / (inner_step * channel_step));
+    for (size_t o = divide_up(outer.count, outer_step); o-- > 0;) {
+        for (size_t c = 0; c < channels.count; c += channel_step) {
+            for (size_t i = 0; i < inner.count; i += inner_step) {
+                const bn_box box = {
+                    .outer = outer.first + o * outer_step,
+                    .channel = channels.first + c,
+                    .inner = inner.first + i,
+                    .extent = {.outer = MIN(outer_step, outer.count - o * outer_step),
+                               .channels = MIN(channel_step, channels.count - c),
+                               .inner = MIN(inner_step, inner.count - i)},
+                };
+                output_of_box(job, &box, 0, 0);
+            }
+        }
+    }
+    BN_FENCE_STREAMS();
+}

@@ -1,0 +1,126 @@
+/* Tasks over rows, which are the channels of repeats, whose elements have parameters. */
+#include "tasks.h"
+
+#include "kernel_calls.h"
+
+/* So many at a time where they go through scratch, and the multiple of which a group of them is: groups then
+   change no sum. */
+size_t bn_rows_together(const bn_geometry *geometry)
+{
+    return geometry->layout == BN_contiguous ? BN_ADDED_ROWS
+                                             : BN_ADDED_NEIGHBOURS_BYTES / geometry->itemsize;
+}
+
+/* The rows of a block: a part of one repeat's, or all of some repeats. */
+static range rows_of_block(const bn_geometry *geometry, size_t number)
+{
+    const size_t each = geometry->rows_of_block, parts = bn_row_blocks_of_repeat(geometry);
+    const size_t covered = parts > 1 ? geometry->channels : each; /* by so many blocks */
+    const size_t start = number / parts * covered, first = start + number % parts * each;
+    const size_t all = geometry->repeats * geometry->channels;
+    return (range){first, MIN(MIN(first + each, start + covered), all) - first};
+}
+
+/* Adds the sums over some rows of dy * xhat and dy, column by column. */
+static void add_columns(const bn_job *job, range rows, double *sums)
+{
+    const bn_geometry *geometry = job->geometry;
+    const size_t columns = geometry->outer * geometry->inner;
+    const size_t *const walked =
+        geometry->layout == BN_contiguous ? &geometry->inner : &geometry->outer;
+    const size_t most_rows = geometry->any_packed ? bn_rows_together(geometry) : rows.count;
+    const size_t most_columns = geometry->any_packed
+                                    ? BN_SCRATCH_BYTES / bn_rows_together(geometry) / geometry->itemsize
+                                    : columns;
+    for (size_t row = 0; row < rows.count; row += most_rows) {
+        for (size_t column = 0, some; column < columns; column += some) {
+            some = MIN(most_columns, *walked - column % *walked);
+            const bn_box box = {
+                .outer = column / geometry->inner,
+                .channel = rows.first + row,
+                .inner = column % geometry->inner,
+                .extent = {walked == &geometry->outer ? some : 1,
+                           MIN(most_rows, rows.count - row),
+                           walked == &geometry->inner ? some : 1},
+            };
+            const bn_view inputs[] = {
+                input_view(job, BN_DY, &box),
+                input_view(job, BN_X, &box),
+            };
+            KERNEL_OF(job, column_sums)(
+                box.extent, inputs, coefficients_from(job, box.channel), sums + column,
+                sums + columns + column);
+        }
+    }
+}
+
+/* Whether elements can be read once for the sums of columns and for dx: of plain rows, where dx stays in
+   the cache (streams want their lines in order) and nothing that may be read again is overwritten. */
+static int may_write_with_columns(const bn_job *job)
+{
+    const bn_geometry *geometry = job->geometry;
+    return job->operand[BN_ELEMENT_WEIGHT] && geometry->layout == BN_contiguous && geometry->outer == 1 &&
+           !geometry->any_packed && bn_channel_run(geometry) == geometry->channels &&
+           job->stores == BN_stored && !is_in_place(job, BN_DX);
+}
+
+static void add_columns_and_write(const bn_job *job, range rows, double *sums)
+{
+    const bn_geometry *geometry = job->geometry;
+    const bn_box box = {.channel = rows.first, .extent = {1, rows.count, geometry->inner}};
+    const bn_view inputs[] = {
+        input_view(job, BN_DY, &box),
+        input_view(job, BN_X, &box),
+        input_view(job, BN_ELEMENT_WEIGHT, &box),
+    };
+    KERNEL_OF(job, columns_and_gradient)(
+        box.extent, inputs, coefficients_from(job, box.channel),
+        bn_view_to_write(geometry, BN_DX, job->operand[BN_DX], &box, NULL), sums, sums + geometry->inner);
+}
+
+/* Some rows in one go, while they are in the cache. The job has the column sums of the task's own block. */
+static void row_gradient(const bn_job *job, range rows)
+{
+    const size_t blocks = job->geometry->blocks;
+    bn_sum_gradient_of_all_blocks(job, rows);
+    if (may_write_with_columns(job)) {
+        add_columns_and_write(job, rows, job->column_sums);
+        return;
+    }
+    if (!bn_sums_with_columns(job)) {
+        add_columns(job, rows, job->column_sums);
+    }
+    for (size_t block = blocks; block-- > 0;) {
+        bn_write_block(job, block, rows);
+    }
+}
+
+void bn_row_gradient_task(const bn_job *job, size_t number)
+{
+    const bn_geometry *geometry = job->geometry;
+    const size_t columns = geometry->outer * geometry->inner;
+    const range rows = rows_of_block(geometry, number);
+    const size_t end = rows.first + rows.count;
+    double *sums = job->column_sums + number * 2 * columns;
+    clear(sums, (range){0, 2 * columns});
+    for (size_t row = rows.first, some; row < end; row += some) {
+        const size_t repeat = row / geometry->channels, first = row % geometry->channels;
+        bn_job own = bn_job_of_repeat(job, repeat);
+        own.column_sums = sums;
+        some = MIN(MIN(job->group, end - row), geometry->channels - first);
+        row_gradient(&own, (range){first, some});
+    }
+}
+
+void bn_merge_columns_task(const bn_job *job, size_t number)
+{
+    const bn_geometry *geometry = job->geometry;
+    const size_t columns = 2 * geometry->outer * geometry->inner;
+    const size_t first = number * BN_CHANNELS_PER_TASK;
+    const size_t blocks = bn_row_blocks(geometry);
+    for (size_t block = 1; block < blocks; block++) {
+        job->kernels->merge_sums(MIN(BN_CHANNELS_PER_TASK, columns - first),
+                                 job->column_sums + first,
+                                 job->column_sums + block * columns + first);
+    }
+}

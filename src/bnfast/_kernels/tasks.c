@@ -1,0 +1,184 @@
+/* From task numbers to the work of some channels. */
+#include "tasks.h"
+
+#include "coefficients.h"
+#include "kernel_calls.h"
+
+/* one repeat: the same job, with its part of everything that repeats have of their own */
+
+static char *operand_of_repeat(const bn_geometry *geometry, bn_role role, char *data,
+                               size_t repeat)
+{
+    for (size_t axis = geometry->repeat_axes; data && axis-- > 0;) {
+        const size_t size = geometry->repeat_axis_sizes[axis];
+        data += (ptrdiff_t)(repeat % size) * geometry->operand[role].repeat_axis_strides[axis];
+        repeat /= size;
+    }
+    return data;
+}
+
+static double *statistics_of_repeat(double *statistics, size_t each, size_t repeat)
+{
+    return statistics ? statistics + repeat * each : NULL;
+}
+
+bn_job bn_job_of_repeat(const bn_job *job, size_t repeat)
+{
+    const bn_geometry *geometry = job->geometry;
+    const size_t channels = geometry->channels;
+    bn_job own = *job;
+    for (size_t role = 0; role < BN_ROLES; role++) {
+        own.operand[role] =
+            operand_of_repeat(geometry, (bn_role)role, job->operand[role], repeat);
+    }
+    own.weight = parameter_from(job->weight, repeat * job->parameters_of_repeat);
+    own.bias = parameter_from(job->bias, repeat * job->parameters_of_repeat);
+    own.mean = statistics_of_repeat(job->mean, channels, repeat);
+    own.mean_low = statistics_of_repeat(job->mean_low, channels, repeat);
+    own.m2 = statistics_of_repeat(job->m2, channels, repeat);
+    own.invstd = statistics_of_repeat(job->invstd, channels, repeat);
+    own.variance = job->variance ? job->variance + repeat * channels : NULL;
+    own.sum_dy = statistics_of_repeat(job->sum_dy, channels, repeat);
+    own.sum_dy_xhat = statistics_of_repeat(job->sum_dy_xhat, channels, repeat);
+    own.sum_floored = statistics_of_repeat(job->sum_floored, channels, repeat);
+    own.partials = statistics_of_repeat(
+        job->partials, (geometry->blocks - 1) * BN_SUMS * channels, repeat);
+    for (size_t i = 0; i < BN_COEFFICIENTS; i++) {
+        if (job->coefficients.array[i]) {
+            own.coefficients.array[i] = element_at(geometry, job->coefficients.array[i],
+                                                   repeat * bn_coefficients_length(geometry));
+        }
+    }
+    return own;
+}
+
+static void do_task(const bn_job *job, const bn_phase *phase, size_t number)
+{
+    if (job->geometry->repeats == 1 || phase->of_all) {
+        phase->task(job, number);
+    } else {
+        const bn_job own = bn_job_of_repeat(job, number / phase->tasks);
+        phase->task(&own, number % phase->tasks);
+    }
+}
+
+void bn_do_tasks(const bn_job *job, const bn_phase *phase, size_t thread, size_t first, size_t end)
+{
+    bn_job own;
+    if (thread > 0 && job->scratch) {
+        own = *job;
+        own.scratch += thread * BN_BUFFERS * job->scratch_bytes;
+        job = &own;
+    }
+    for (size_t number = first; number < end; number++) {
+        do_task(job, phase, number);
+    }
+}
+
+/* tasks: number -> group and, unless the task is fused, block */
+
+static range task_channels(const bn_job *job, size_t number)
+{
+    return channels_of_group(job, number % job->groups);
+}
+
+static size_t task_block(const bn_job *job, size_t number) { return number / job->groups; }
+
+void bn_moments_task(const bn_job *job, size_t number)
+{
+    bn_sum_moments(job, task_block(job, number), task_channels(job, number));
+}
+
+void bn_mean_low_task(const bn_job *job, size_t number)
+{
+    bn_sum_mean_low(job, task_block(job, number), task_channels(job, number));
+}
+
+void bn_gradient_sums_task(const bn_job *job, size_t number)
+{
+    bn_sum_gradient(job, task_block(job, number), task_channels(job, number));
+}
+
+void bn_output_task(const bn_job *job, size_t number)
+{
+    bn_write_piece(job, number);
+}
+
+void bn_fused_normalize_task(const bn_job *job, size_t number)
+{
+    const range channels = channels_of_group(job, number);
+    const size_t blocks = job->geometry->blocks;
+    for (size_t block = 0; block < blocks; block++) {
+        bn_sum_moments(job, block, channels);
+    }
+    bn_finish_normalize(job, channels);
+    for (size_t block = blocks; block-- > 0;) {
+        bn_write_block(job, block, channels);
+    }
+}
+
+/* From the statistics to the coefficients of dx, for some channels alone. */
+void bn_sum_gradient_of_all_blocks(const bn_job *job, range channels)
+{
+    const size_t blocks = job->geometry->blocks;
+    for (size_t block = 0; job->mean_low && block < blocks; block++) {
+        bn_sum_mean_low(job, block, channels);
+    }
+    bn_prepare_gradient(job, channels);
+    for (size_t block = 0; block < blocks; block++) {
+        bn_sum_gradient(job, block, channels);
+    }
+    bn_finish_gradient(job, channels);
+}
+
+void bn_fused_gradient_task(const bn_job *job, size_t number)
+{
+    const range channels = channels_of_group(job, number);
+    const size_t blocks = job->geometry->blocks;
+    bn_sum_gradient_of_all_blocks(job, channels);
+    for (size_t block = blocks; block-- > 0;) {
+        bn_write_block(job, block, channels);
+    }
+}
+
+/* tasks over channels alone */
+
+/* As near to BN_CHANNELS_PER_TASK as channels that share their statistics allow, and those of a wide row,
+   whose coefficients recur. */
+size_t bn_channels_per_task(const bn_job *job)
+{
+    const size_t wanted = divide_up(BN_CHANNELS_PER_TASK, job->geometry->blocks);
+    return divide_up(MAX(wanted, BN_WIDE_ROW), job->shared) * job->shared;
+}
+
+static range channels_of_task(const bn_job *job, size_t number)
+{
+    const size_t first = number * bn_channels_per_task(job);
+    return (range){first, MIN(bn_channels_per_task(job), job->geometry->channels - first)};
+}
+
+void bn_finish_moments_task(const bn_job *job, size_t number)
+{
+    bn_merge_blocks(job, channels_of_task(job, number));
+    bn_mend_moments(job, channels_of_task(job, number));
+}
+
+void bn_prepare_scale_shift_task(const bn_job *job, size_t number)
+{
+    bn_prepare_scale_shift(job, channels_of_task(job, number));
+}
+
+void bn_prepare_gradient_task(const bn_job *job, size_t number)
+{
+    bn_prepare_gradient(job, channels_of_task(job, number));
+}
+
+void bn_finish_normalize_task(const bn_job *job, size_t number)
+{
+    bn_finish_normalize(job, channels_of_task(job, number));
+}
+
+void bn_finish_gradient_task(const bn_job *job, size_t number)
+{
+    bn_finish_gradient(job, channels_of_task(job, number));
+}

@@ -1,0 +1,36 @@
+/* Tasks by number: see job.h. */
+#ifndef BN_TASKS_H
+#define BN_TASKS_H
+
+#include "boxes.h"
+
+/* The same job, with its part of everything that repeats have of their own. */
+bn_job bn_job_of_repeat(const bn_job *job, size_t repeat);
+
+/* By group and block. */
+void bn_moments_task(const bn_job *job, size_t number);
+void bn_mean_low_task(const bn_job *job, size_t number);
+void bn_gradient_sums_task(const bn_job *job, size_t number);
+
+/* By piece. */
+void bn_output_task(const bn_job *job, size_t number);
+
+/* By group: sums of all blocks, and the output. */
+void bn_fused_normalize_task(const bn_job *job, size_t number);
+void bn_fused_gradient_task(const bn_job *job, size_t number);
+void bn_sum_gradient_of_all_blocks(const bn_job *job, range channels);
+
+/* By channels alone, so many at a time. */
+size_t bn_channels_per_task(const bn_job *job);
+void bn_finish_moments_task(const bn_job *job, size_t number);
+void bn_prepare_scale_shift_task(const bn_job *job, size_t number);
+void bn_prepare_gradient_task(const bn_job *job, size_t number);
+void bn_finish_normalize_task(const bn_job *job, size_t number);
+void bn_finish_gradient_task(const bn_job *job, size_t number);
+
+/* By blocks of rows, whose elements have parameters. */
+size_t bn_rows_together(const bn_geometry *geometry);
+void bn_row_gradient_task(const bn_job *job, size_t number);
+void bn_merge_columns_task(const bn_job *job, size_t number);
+
+#endif
