@@ -1,5 +1,6 @@
 """Running statistics: momentum, bias, dtypes, and what leaves them alone."""
 
+import signal
 import warnings
 
 import numpy as np
@@ -307,3 +308,65 @@ def test_ghosts_leave_the_statistics_that_batches_leave(isa, dtype, rng, axis):
         bnfast.batch_norm(x[start : start + 3], *alone, training=True, axis=axis)
     bnfast.ghost_batch_norm(x, 3, *ghosts, training=True, axis=axis)
     np.testing.assert_array_equal(ghosts, alone)
+
+
+@pytest.fixture
+def interrupted():
+    """Run a function until a signal has raised in it so many times."""
+
+    class Interrupt(Exception):
+        pass
+
+    armed = []
+
+    def handler(*_):
+        if armed:
+            armed.clear()
+            raise Interrupt
+
+    def until(times, function, check):
+        rng, raised = np.random.default_rng(0), 0
+        while raised < times:
+            try:
+                armed.append(True)
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 1e-4))
+                for _ in range(50):
+                    function()
+                armed.clear()
+            except Interrupt:
+                raised += 1
+            check()
+
+    before = signal.signal(signal.SIGALRM, handler)
+    yield until
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers on this system")
+@pytest.mark.parametrize("step", [1, 2], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("member", ["batch", "ghost", "renormalized", "whitened"])
+def test_an_exception_from_a_signal_handler_leaves_both_running_statistics_updated_or_none(
+    interrupted, member, step
+):
+    x = np.arange(24, dtype=np.float64).reshape(6, 4)
+    mean, spread = np.zeros(4 * step)[::step], np.ones(4 * step)[::step]
+    matrix = np.tile(np.eye(2), (2 * step, 1, 1))[::step]
+    calls = {
+        "batch": lambda: bnfast.batch_norm(x, mean, spread, training=True),
+        "ghost": lambda: bnfast.ghost_batch_norm(x, 6, mean, spread, training=True),
+        "renormalized": lambda: bnfast.batch_renorm(x, mean, spread, training=True, momentum=0.1),
+        "whitened": lambda: bnfast.iterative_norm(x, mean, matrix, training=True, num_groups=2),
+    }
+    second = matrix if member == "whitened" else spread
+    steps = [(mean.tolist(), second.tolist())]
+    for _ in range(400):  # a statistic that no longer moves is one that both have reached
+        calls[member]()
+        steps.append((mean.tolist(), second.tolist()))
+    mean[...], second[...] = steps[0]
+    interrupted(100, calls[member], lambda: both_are_of_one_step(mean, second, steps))
+
+
+def both_are_of_one_step(mean, second, steps):
+    assert (mean.tolist(), second.tolist()) in steps
+    mean[...], second[...] = steps[0]

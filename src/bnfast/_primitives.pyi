@@ -122,6 +122,11 @@ def row_gradient(
     out: object = None,
 ) -> tuple[Array, Array | None, Array | None]: ...
 def update_running(
-    name: str, running: Array, momentum: float, divided: Array, divisor: float = 1.0
+    tracked: tuple[Array, Array],
+    momentum: float,
+    mean: Array,
+    second: Array,
+    divisor: float = 1.0,
+    names: tuple[str, str] = ...,
 ) -> None: ...
 def probe_memory(kind: str, x: Array, y: Array, num_threads: int) -> None: ...

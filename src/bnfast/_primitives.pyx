@@ -875,17 +875,27 @@ cdef int _warn_of(int too_large) except -1:
     return 0
 
 
-def update_running(name, running, double momentum, divided, double divisor=1.0):
-    """Blend divided / divisor, of float64, into a checked running statistic, as `normalize` does.
+def update_running(
+    tuple tracked, double momentum, mean, second, double divisor=1.0,
+    tuple names=("running_mean", "running_var")
+):
+    """Blend the mean and second / divisor (float64) into both checked running statistics.
 
-    A weight of 0 leaves nothing of what it weighs, also of NaN and infinity: with a `momentum` of 0
-    the statistic stays as it is, with 1 it is that of the batch.
+    As `normalize` does. A weight of 0 leaves nothing of what it weighs, also of NaN and infinity:
+    with a `momentum` of 0 a statistic stays as it is, with 1 it is that of the batch. Nothing of
+    Python's runs between the two: an exception from a signal handler leaves both or none updated.
     """
-    written = _contiguous_or_copy(running)
-    too_large = _core.update_running(written, numpy.ascontiguousarray(divided), momentum, divisor)
-    _put_back(written, running)
-    if too_large:
-        _validation.warn_too_large(name)
+    cdef cnp.ndarray first_new = numpy.ascontiguousarray(mean)
+    cdef cnp.ndarray second_new = numpy.ascontiguousarray(second)
+    first, other = _contiguous_or_copy(tracked[0]), _contiguous_or_copy(tracked[1])
+    cdef bint mean_too_large = _core.update_running(first, first_new, momentum, 1.0)
+    cdef bint second_too_large = _core.update_running(other, second_new, momentum, divisor)
+    _put_back(first, tracked[0])
+    _put_back(other, tracked[1])
+    if mean_too_large:
+        _validation.warn_too_large(names[0])
+    if second_too_large:
+        _validation.warn_too_large(names[1])
 
 
 def probe_memory(kind, x, y, int num_threads):

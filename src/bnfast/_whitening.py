@@ -108,8 +108,8 @@ def normalize(
         _apply(array, axis, centre, rest, saved.matrix, scale, shift, y)
     if tracked is not None:
         matrix = covariance if of_covariance else saved.matrix
-        _primitives.update_running("running_mean", tracked[0], new, saved.mean)
-        _primitives.update_running("running_matrix", tracked[1], new, matrix)
+        names = "running_mean", "running_matrix"
+        _primitives.update_running(tracked, new, saved.mean, matrix, names=names)
     return y, saved
 
 

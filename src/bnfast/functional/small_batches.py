@@ -122,8 +122,7 @@ def train_on_ghosts(
     if tracked is not None and x.size > 0:
         for number, count in enumerate(counts.tolist()):
             new, divisor = weight_of_new_ghost(number + 1), float(count - tracks_unbiased)
-            _primitives.update_running("running_mean", tracked[0], new, mean[number])
-            _primitives.update_running("running_var", tracked[1], new, m2[number], divisor)
+            _primitives.update_running(tracked, new, mean[number], m2[number], divisor)
     return y, mean, invstd
 
 
@@ -562,8 +561,8 @@ def batch_renorm_forward(
         beta = np.zeros(channels) if shift is None else shift.astype(np.float64)
         by, term = gamma * r * invstd, gamma * d + beta
     y = scale_deviations(array, channel_axis, of, by, term, out)
-    _primitives.update_running("running_mean", tracked[0], new, mean)
-    _primitives.update_running("running_std", tracked[1], new, sigma)
+    names = "running_mean", "running_std"
+    _primitives.update_running(tracked, new, mean, sigma, names=names)
     return y, Renormalized(mean, invstd, r, d)
 
 
