@@ -633,13 +633,16 @@ cdef int update_running(running, divided, double momentum, double divisor) excep
     return _update_running(running, 1, momentum, _doubles(divided), divisor) != 0
 
 
+cdef size_t _OUTPUT_COEFFICIENTS = bin(BN_OUTPUT_COEFFICIENTS).count("1")
+
+
 cdef class _Prepared:
     """Copies of parameters and statistics, and the coefficients made of them; immutable."""
 
     def __cinit__(self, Geometry geometry, weight, bias, double eps, mean, variance):
         cdef bn_geometry *c = &geometry.c
         cdef _Workspace arrays
-        cdef size_t bytes_ = BN_COEFFICIENTS * _padded(_coefficient_bytes(c)) + 64
+        cdef size_t bytes_ = _OUTPUT_COEFFICIENTS * _padded(_coefficient_bytes(c)) + 64
         self.weight, self.bias = _copied(weight), _copied(bias)
         self.mean, self.variance = _copied(mean), _copied(variance)
         self.invstd = _empty_channels(<Py_ssize_t>c.channels, cnp.NPY_FLOAT64)

@@ -100,7 +100,7 @@ static inline bn_coefficients coefficients_from(const bn_job *job, size_t channe
     return from;
 }
 
-/* The sums of one block: those of the first lie in the job's own arrays. */
+/* The sums of one block: block 0 has the job's own arrays, each later block a part of `partials`. */
 static inline double *sums_of_block(const bn_job *job, double *own, size_t which, size_t block)
 {
     const size_t channels = job->geometry->channels;

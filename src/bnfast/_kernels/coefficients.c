@@ -250,7 +250,8 @@ void bn_sum_mean_low(const bn_job *job, size_t block, range channels)
     }
 }
 
-/* A mean that differs by more than rounding is not that of x, and is what the caller says. */
+/* Keeps the low part where the caller's mean is the mean of x, rounded. Any other mean is used as given, and has
+   no low part. */
 static void finish_mean_low(const bn_job *job, range channels)
 {
     const bn_job again = job_of_mean_low(job);

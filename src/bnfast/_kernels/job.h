@@ -29,7 +29,8 @@ typedef struct {
     char *operand[BN_ROLES];
 
     const double *weight, *bias;
-    size_t parameters_of_repeat; /* from those of one repeat to those of the next; 0: they have the same */
+    size_t parameters_of_repeat; /* elements from the weight of a repeat to that of the next one, and likewise the
+                                    bias; 0 where all repeats have the same weight and bias */
     const double *floor; /* float64 [channels]; NULL for none */
     double eps;
     const double *more_eps; /* float64 [channels]: of each channel, besides; NULL for none */
@@ -58,7 +59,8 @@ typedef struct {
     double *partials; /* [repeats][blocks - 1][BN_SUMS][channels]: of every block but the first */
     bn_coefficients coefficients;
 
-    /* Buffers of so many bytes, BN_BUFFERS for each thread, where a box goes through scratch; else NULL. */
+    /* Scratch memory: for each thread BN_BUFFERS buffers of scratch_bytes bytes. NULL where the call packs no
+       operand and makes no input. */
     char *scratch;
     size_t scratch_bytes;
 
@@ -84,8 +86,7 @@ typedef struct {
     int brief; /* not worth waking a team */
 } bn_phase;
 
-/* Does some of the tasks of a phase (those of the first repeat, then those of the next one) as this thread of the
-   job. */
+/* Does the tasks first to end - 1 of a phase, numbered repeat by repeat, with the scratch memory of `thread`. */
 void bn_do_tasks(const bn_job *job, const bn_phase *phase, size_t thread, size_t first, size_t end);
 
 #define BN_MAX_PHASES 5

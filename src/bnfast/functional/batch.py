@@ -237,10 +237,9 @@ def batch_norm_backward(
 
     Of float64 `x`, what rounding left of a mean of more than 4 standard deviations is found again,
     which reads `x` once more, to a rounding of the standard deviation; a mean that is further off
-    than rounding is taken as it is. Products
-    with xmu may leave the range, those with xmu * invstd must not; nor must dbias. dx is rounded as
-    its terms are: a constant in dy, which dx does not depend on, costs dx half of the constant's
-    ulp (6e-8 of the constant in float32).
+    than rounding is taken as it is. Products with xmu may leave the range, those with xmu * invstd
+    must not; nor must dbias. dx is rounded as its terms are: a constant in dy, which dx does not
+    depend on, costs dx half of the constant's ulp (6e-8 of the constant in float32).
 
     References
     ----------
