@@ -215,6 +215,44 @@ def test_an_output_beyond_all_memory_is_an_error():
         bnfast.batch_norm(x, np.zeros(3), np.ones(3))
 
 
+# Rows of one element: their statistics and coefficients are larger than the data.
+LITTLE_MEMORY = """
+import resource
+import numpy as np
+import bnfast
+
+bnfast.set_num_threads(1)
+x, out = np.ones((1 << 20, 1), np.float32), np.full((1 << 20, 1), 7, np.float32)
+weight = np.ones(1, np.float32)
+bnfast.layer_norm_forward(x[:10], 1, weight, out=out[:10])
+out[:10] = 7
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+messages = []
+unlimited = resource.RLIM_INFINITY
+for more in range(0, 96, 4):  # MiB
+    resource.setrlimit(resource.RLIMIT_AS, (used + (more << 20), unlimited))
+    message = ""
+    try:
+        bnfast.layer_norm_forward(x, 1, weight, out=out)
+    except MemoryError as error:
+        message = str(error)
+    resource.setrlimit(resource.RLIMIT_AS, (unlimited, unlimited))
+    assert (out == (7 if message else 0)).all()
+    out[...] = 7
+    messages.append(message)
+print(*messages, sep=chr(10))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory in use is read from /proc")
+def test_without_memory_for_statistics_a_call_raises_and_writes_nothing():
+    done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    messages = done.stdout.splitlines()
+    assert messages.count("no memory for the statistics of the channels") >= 3
+    assert messages.count("") >= 3
+
+
 def test_other_arrays_are_left_to_numpy(x):
     del x
     gc.collect()

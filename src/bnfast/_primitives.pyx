@@ -19,6 +19,7 @@ from bnfast._core cimport (
     BN_DY,
     BN_ELEMENT_BIAS,
     BN_ELEMENT_WEIGHT,
+    BN_MAX_AXES,
     BN_X,
     BN_Y,
     Geometry,
@@ -101,8 +102,8 @@ cdef inline bint _is_writable(cnp.ndarray array) noexcept:
 
 cdef bint _has_a_place_for_each(cnp.ndarray array) noexcept:
     """Whether no two indices can name the same memory; in doubt, no."""
-    cdef cnp.npy_intp steps[BN_MOST_AXES]
-    cdef cnp.npy_intp sizes[BN_MOST_AXES]
+    cdef cnp.npy_intp steps[BN_MAX_AXES]
+    cdef cnp.npy_intp sizes[BN_MAX_AXES]
     cdef cnp.npy_intp step, reach = cnp.PyArray_ITEMSIZE(array)
     cdef int d, place, axes = 0
     if cnp.PyArray_CHKFLAGS(array, cnp.NPY_ARRAY_C_CONTIGUOUS):
@@ -336,7 +337,6 @@ cdef Py_ssize_t _MOST_PLANS = 1024
 
 
 cdef enum:
-    BN_MOST_AXES = 64
     MOST_OPERANDS = 3
 
 
@@ -344,7 +344,7 @@ cdef bytes _key(
     cnp.ndarray x, Py_ssize_t axes, Py_ssize_t kind, cnp.ndarray second, cnp.ndarray third
 ):
     """What a plan depends on. The stride of an axis of one element is moot, and counts as 0."""
-    cdef cnp.npy_intp words[4 + BN_MOST_AXES * (1 + MOST_OPERANDS)]
+    cdef cnp.npy_intp words[4 + BN_MAX_AXES * (1 + MOST_OPERANDS)]
     cdef cnp.ndarray operand
     cdef int d, k, ndim = cnp.PyArray_NDIM(x), count = 4
     cdef bint aligned
