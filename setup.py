@@ -143,6 +143,7 @@ core = Extension(
                 "cpu_features",
                 "cache_sizes",
                 "openmp_runtime",
+                "team",
                 "output_memory",
             )
         ),

@@ -1,9 +1,11 @@
 """How many threads; many callers at once; children of a fork."""
 
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this
 @pytest.fixture
 def many_processors(monkeypatch):
     monkeypatch.setattr(_threads, "allowed_threads", lambda: 64)
+    monkeypatch.setattr(_core, "team_was_late", lambda: False)
     yield
     bnfast.set_num_threads(None)
 
@@ -211,6 +214,56 @@ def test_forked_children_are_serial_and_never_hang(fork_first):
     code = CHILD.format(fork_first=fork_first, expected=4 if _core.HAS_OPENMP else 1)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+NO_ROOM = """
+import resource
+import numpy as np, bnfast
+from bnfast import _threads
+_threads.allowed_threads = lambda: 4
+x = np.random.default_rng(0).normal(size=(8, 16, 64, 64)).astype(np.float32)
+alone, together = np.empty_like(x), np.empty_like(x)
+bnfast.set_num_threads(1)
+bnfast.batch_norm_forward(x, out=alone)
+bnfast.set_num_threads(4)
+pages = int(open("/proc/self/statm").read().split()[0])
+room = pages * resource.getpagesize() + (4 << 20)  # less than the stack of a thread
+resource.setrlimit(resource.RLIMIT_AS, (room, room))
+bnfast.batch_norm_forward(x, out=together)
+assert np.array_equal(alone, together)
+print("alive")
+"""
+
+
+@needs_openmp
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_thread_that_cannot_be_started_leaves_the_call_to_the_others():
+    done = subprocess.run(
+        [sys.executable, "-c", NO_ROOM], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
+
+
+@needs_openmp
+def test_a_call_is_serial_while_the_team_is_late(many_processors, monkeypatch):
+    bnfast.set_num_threads(4)
+    assert _threads.threads_for(1 << 40) == 4
+    monkeypatch.setattr(_core, "team_was_late", lambda: True)
+    assert _threads.threads_for(1 << 40) == 1
+
+
+def test_when_a_team_is_late_in_c(tmp_path):
+    program = tmp_path / "team_check"
+    source = Path(__file__).parent / "c" / "team_check.c"
+    kernels = Path(bnfast.__file__).parent / "_kernels"
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    command = [compiler, "-std=c11", "-pthread", f"-I{kernels}", str(source), "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
 
 
 SMALL_STACK = """

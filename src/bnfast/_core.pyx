@@ -108,6 +108,17 @@ cdef extern from "openmp_runtime.h" nogil:
     const char *bn_compiler()
 
 
+cdef extern from "team.h" nogil:
+    ctypedef struct bn_region_times:
+        pass
+
+    int bn_startable_threads(int wanted)
+    void bn_begin_region(bn_region_times *times)
+    void bn_end_own_tasks(bn_region_times *times)
+    void bn_end_region(const bn_region_times *times, size_t own, size_t tasks)
+    bint bn_team_was_late()
+
+
 cdef extern from "float_mode.h" nogil:
     ctypedef unsigned long long bn_float_mode
     bn_float_mode BN_MODE_BITS
@@ -244,6 +255,16 @@ def allowed_processors():
 def openmp_max_threads():
     """Return OpenMP's own thread setting, read now; 1 without OpenMP."""
     return bn_openmp_max_threads()
+
+
+def startable_threads(int wanted):
+    """Return how many of so many threads the system lets this thread's team have."""
+    return bn_startable_threads(wanted)
+
+
+def team_was_late():
+    """Return whether this thread had better work alone for now: its team made calls longer."""
+    return bn_team_was_late()
 
 
 def build_facts():
@@ -505,13 +526,18 @@ cdef void _do(bn_job *job, bn_phases phases_of, int threads) noexcept nogil:
 cdef void _run_phase(const bn_job *job, const bn_phase *phase, int threads) noexcept nogil:
     cdef size_t repeats = 1 if phase.of_all else job.geometry.repeats
     cdef Py_ssize_t part, tasks = <Py_ssize_t>(repeats * phase.tasks)
+    cdef bn_region_times times
     if threads == 1 or tasks == 1 or phase.brief:
         # No OpenMP region at all: cheaper, and safe in a forked child.
         bn_do_tasks(job, phase, 0, 0, <size_t>tasks)
     else:
         # All threads, also of fewer tasks: see thresholds.h.
+        bn_begin_region(&times)
         for part in prange(threads, num_threads=threads, schedule="static"):
             _do_part(job, phase, <size_t>part, <size_t>tasks, <size_t>threads)
+            if part == 0:  # the calling thread's
+                bn_end_own_tasks(&times)
+        bn_end_region(&times, <size_t>(tasks // threads), <size_t>tasks)
 
 
 cdef void _do_part(

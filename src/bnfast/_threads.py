@@ -103,8 +103,13 @@ def chosen_by() -> str:
 
 
 def threads_for(work_bytes: int) -> int:
-    """Return how many threads do a call that reads and writes so many bytes: all of them or one."""
+    """Return how many threads do a call that reads and writes so many bytes.
+
+    All of them or one; fewer where the system lets no more start.
+    """
     if work_bytes < SERIAL_BYTES:
         return 1
     team = get_num_threads()
-    return team if work_bytes >= team * BYTES_PER_THREAD else 1
+    if team == 1 or work_bytes < team * BYTES_PER_THREAD or _core.team_was_late():
+        return 1
+    return _core.startable_threads(team)

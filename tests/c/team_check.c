@@ -1,0 +1,90 @@
+/* team.c: when a team is late, and for how long its caller works alone then; by a clock of the test's own. */
+#define _POSIX_C_SOURCE 200809L
+#define _OPENMP 1 /* what is tested needs no runtime */
+#include <stdint.h>
+#include <stdio.h>
+#include <time.h>
+
+#define MS ((uint64_t)1000000)
+
+static uint64_t wall, computing;
+
+static int read_clock(clockid_t clock, struct timespec *time)
+{
+    const uint64_t now = clock == CLOCK_MONOTONIC ? wall : computing;
+    time->tv_sec = (time_t)(now / 1000000000u);
+    time->tv_nsec = (long)(now % 1000000000u);
+    return 0;
+}
+
+#define clock_gettime read_clock
+#include "team.c"
+
+static int failed;
+
+static void expect(int is_so, const char *what)
+{
+    if (!is_so) {
+        failed = 1;
+        printf("not so: %s\n", what);
+    }
+}
+
+/* A region of which the calling thread computes one of two tasks in so many nanoseconds. */
+static void region(uint64_t own, uint64_t took)
+{
+    bn_region_times times;
+    bn_begin_region(&times);
+    computing += own;
+    wall += own;
+    bn_end_own_tasks(&times);
+    computing += took - own; /* it spins while it waits */
+    wall += took - own;
+    bn_end_region(&times, 1, 2);
+}
+
+/* How long it computes alone before the team is tried again. */
+static uint64_t alone(void)
+{
+    uint64_t passed = 0;
+    wall += 1000 * MS; /* which another process has */
+    while (bn_team_was_late()) {
+        passed += MS / 10;
+        computing += MS / 10;
+        wall += MS / 10;
+    }
+    return passed;
+}
+
+int main(void)
+{
+    wall = 5 * MS, computing = 3 * MS;
+    region(1 * MS, 1 * MS);
+    expect(alone() == 0, "a team that ends with its caller is not late");
+    region(1 * MS, 2 * MS);
+    expect(alone() == 0, "as long as alone is not late");
+    region(1 * MS, 6 * MS);
+    expect(alone() == 4 * MS, "alone for as long as was lost");
+    region(1 * MS, 6 * MS);
+    expect(alone() == 16 * MS, "four times as long the second time");
+    region(1 * MS, 6 * MS);
+    expect(alone() == 64 * MS, "sixteen times the third time");
+    region(1 * MS, 6 * MS);
+    expect(alone() == 64 * MS, "and no more");
+    region(1 * MS, 60 * MS);
+    expect(alone() == 100 * MS, "a tenth of a second at most");
+    for (int times = 0; times < 4; times++) {
+        region(1 * MS, 1 * MS);
+    }
+    region(1 * MS, 6 * MS);
+    expect(alone() == 4 * MS, "a team that is in time again has its credit back");
+    bn_region_times times;
+    bn_begin_region(&times);
+    wall += 50 * MS;
+    bn_end_own_tasks(&times);
+    bn_end_region(&times, 0, 1);
+    expect(alone() == 0, "who had no task of its own cannot tell");
+    expect(bn_startable_threads(3) == 3, "three threads can be started here");
+    expect(bn_startable_threads(2) == 2, "and two of them");
+    return failed;
+}
