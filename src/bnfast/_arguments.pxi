@@ -1,0 +1,336 @@
+# The arguments of a call, for _primitives.pyx: each as the core needs it, or what _validation makes
+# of it.
+#
+# Here are predicates alone: is this argument as the core needs it? One that is not goes to
+# _validation, on its own, which converts it or raises: no sentence of an error stands here.
+
+# predicates
+
+cdef inline bint _is_array(value) noexcept:
+    """An array, no subclass, of native float32 or float64."""
+    if not cnp.PyArray_CheckExact(value):
+        return False
+    cdef cnp.ndarray array = value
+    cdef int kind = cnp.PyArray_TYPE(array)
+    return (kind == cnp.NPY_FLOAT32 or kind == cnp.NPY_FLOAT64) and cnp.PyArray_ISNOTSWAPPED(array)
+
+
+cdef inline bint _is_dense(value) noexcept:
+    """Such an array, C-contiguous and aligned."""
+    return _is_array(value) and cnp.PyArray_CHKFLAGS(<cnp.ndarray>value, cnp.NPY_ARRAY_CARRAY_RO)
+
+
+cdef inline bint _is_of_channels(value, Py_ssize_t channels) noexcept:
+    return (
+        _is_dense(value)
+        and cnp.PyArray_NDIM(<cnp.ndarray>value) == 1
+        and cnp.PyArray_DIM(<cnp.ndarray>value, 0) == channels
+    )
+
+
+cdef bint _is_of_shape(value, int ndim, const cnp.npy_intp *shape) noexcept:
+    cdef int d
+    if not _is_dense(value) or cnp.PyArray_NDIM(<cnp.ndarray>value) != ndim:
+        return False
+    for d in range(ndim):
+        if cnp.PyArray_DIM(<cnp.ndarray>value, d) != shape[d]:
+            return False
+    return True
+
+
+cdef inline bint _is_like(value, cnp.ndarray x) noexcept:
+    """An array of the shape and dtype of x."""
+    return (
+        _is_array(value)
+        and cnp.PyArray_TYPE(<cnp.ndarray>value) == cnp.PyArray_TYPE(x)
+        and cnp.PyArray_SAMESHAPE(<cnp.ndarray>value, x)
+    )
+
+
+cdef inline bint _is_writable(cnp.ndarray array) noexcept:
+    return cnp.PyArray_CHKFLAGS(array, cnp.NPY_ARRAY_WRITEABLE)
+
+
+cdef bint _has_a_place_for_each(cnp.ndarray array) noexcept:
+    """Whether no two indices can name the same memory; in doubt, no."""
+    cdef cnp.npy_intp steps[BN_MAX_AXES]
+    cdef cnp.npy_intp sizes[BN_MAX_AXES]
+    cdef cnp.npy_intp step, reach = cnp.PyArray_ITEMSIZE(array)
+    cdef int d, place, axes = 0
+    if cnp.PyArray_CHKFLAGS(array, cnp.NPY_ARRAY_C_CONTIGUOUS):
+        return True
+    for d in range(cnp.PyArray_NDIM(array)):
+        if cnp.PyArray_DIM(array, d) < 2:
+            continue
+        step = abs(cnp.PyArray_STRIDE(array, d))
+        place = axes
+        while place > 0 and steps[place - 1] > step:
+            steps[place], sizes[place] = steps[place - 1], sizes[place - 1]
+            place -= 1
+        steps[place], sizes[place] = step, cnp.PyArray_DIM(array, d)
+        axes += 1
+    for d in range(axes):
+        if steps[d] < reach:
+            return False
+        reach += steps[d] * (sizes[d] - 1)
+    return True
+
+
+cdef void _bounds(cnp.ndarray array, char **first, char **end) noexcept:
+    """Between which addresses the memory of an array lies."""
+    cdef int d
+    cdef cnp.npy_intp reach
+    first[0] = end[0] = <char *>cnp.PyArray_DATA(array)
+    end[0] += cnp.PyArray_ITEMSIZE(array)
+    for d in range(cnp.PyArray_NDIM(array)):
+        if cnp.PyArray_DIM(array, d) == 0:
+            end[0] = first[0]
+            return
+        reach = (cnp.PyArray_DIM(array, d) - 1) * cnp.PyArray_STRIDE(array, d)
+        if reach < 0:
+            first[0] += reach
+        else:
+            end[0] += reach
+
+
+cdef bint _are_apart(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Whether the memory of one array ends before that of the other; in doubt, no."""
+    cdef char *a_first
+    cdef char *a_end
+    cdef char *b_first
+    cdef char *b_end
+    _bounds(a, &a_first, &a_end)
+    _bounds(b, &b_first, &b_end)
+    return a_end <= b_first or b_end <= a_first
+
+
+cdef bint _is_same_memory(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Whether every index of two arrays of one shape names the same element."""
+    cdef int d
+    if cnp.PyArray_DATA(a) != cnp.PyArray_DATA(b):
+        return False
+    for d in range(cnp.PyArray_NDIM(a)):
+        if (
+            cnp.PyArray_DIM(a, d) > 1
+            and cnp.PyArray_STRIDE(a, d) != cnp.PyArray_STRIDE(b, d)
+        ):
+            return False
+    return True
+
+
+# each argument: as the core needs it, or what _validation makes of it
+
+cdef inline cnp.ndarray _batch(x, axis_, Py_ssize_t *axis, Reduction over):
+    """The input, with `axis` counted from 0; per sample, it is not 0."""
+    cdef int beyond, ndim
+    if _is_array(x) and type(axis_) is int:
+        ndim = cnp.PyArray_NDIM(<cnp.ndarray>x)
+        axis[0] = PyLong_AsLongAndOverflow(axis_, &beyond)
+        if not beyond and -ndim <= axis[0] < ndim and ndim >= 2:
+            axis[0] += ndim if axis[0] < 0 else 0
+            if axis[0] > 0 or not over.per_sample:
+                return x
+    array, axis[0], _ = _validation.batch("x", x, axis_)
+    if over.per_sample:
+        _validation.channel_axis_of_samples(array, axis_)
+    return array
+
+
+cdef inline Py_ssize_t _channels(cnp.ndarray x, Py_ssize_t axis) noexcept:
+    return cnp.PyArray_DIM(x, <int>axis) if cnp.PyArray_NDIM(x) > 1 else 0
+
+
+cdef inline object _of_channels(str name, value, Py_ssize_t channels):
+    if value is None or _is_of_channels(value, channels):
+        return value
+    return _validation.channel_parameter(name, value, channels)
+
+
+cdef object _of_samples(str name, value, cnp.ndarray x, Py_ssize_t channels):
+    """One value for each channel of each sample."""
+    cdef cnp.npy_intp shape[2]
+    shape[0], shape[1] = cnp.PyArray_DIM(x, 0), channels
+    if value is None or _is_of_shape(value, 2, shape):
+        return value
+    return _validation.sample_parameter(name, value, shape[0], channels)
+
+
+cdef inline object _required(str name, value, Py_ssize_t channels):
+    if _is_of_channels(value, channels):
+        return value
+    return _validation.required_channel_parameter(name, value, channels)
+
+
+cdef object _saved(str name, value, int ndim, const cnp.npy_intp *shape):
+    """A statistic that a forward pass returned."""
+    if _is_of_shape(value, ndim, shape):
+        return value
+    return _validation.saved_statistic(name, value, tuple([shape[d] for d in range(ndim)]))
+
+
+cdef object _of_elements(str name, value, cnp.ndarray x, int rows, tuple axes, bint finite):
+    """One value for each element of a row, which are all axes from `rows` on, or else `axes`."""
+    cdef int ndim = cnp.PyArray_NDIM(x)
+    if value is None:
+        return None
+    if (
+        axes is None
+        and _is_of_shape(value, ndim - rows, cnp.PyArray_DIMS(x) + rows)
+        and cnp.PyArray_TYPE(<cnp.ndarray>value) == cnp.PyArray_TYPE(x)
+    ):
+        return value
+    shape = _elements_shape(x, rows, axes)
+    return _validation.element_parameter(name, value, shape, x.dtype, finite)
+
+
+cdef inline double _eps(eps, bint any_number, bint positive) except? -1.0:
+    cdef double number
+    if type(eps) is float:
+        number = <double>eps
+        if number - number == 0.0 and (any_number or number > 0.0):
+            return number
+        if number == 0.0 and not positive:
+            return number
+    if any_number:
+        return _validation.real("eps", eps)
+    return _validation.epsilon(eps, training=positive)
+
+
+cdef inline double _real(str name, value) except? -1.0:
+    cdef double number
+    if type(value) is float:
+        number = <double>value
+        if number - number == 0.0:
+            return number
+    return _validation.real(name, value)
+
+
+cdef Py_ssize_t _channels_per_group(num_groups, Py_ssize_t channels) except -1:
+    cdef int beyond
+    cdef Py_ssize_t groups
+    if num_groups is None:
+        return 1
+    if type(num_groups) is int and channels > 0:
+        groups = PyLong_AsLongAndOverflow(num_groups, &beyond)
+        if not beyond and groups > 0 and channels % groups == 0:
+            return channels // groups
+    return _validation.channels_of_group(num_groups, channels)
+
+
+cdef object _groups_of(mean):
+    """How many groups the saved statistics of a group normalization have."""
+    if _is_array(mean) and cnp.PyArray_NDIM(<cnp.ndarray>mean) == 2:
+        return cnp.PyArray_DIM(<cnp.ndarray>mean, 1)
+    return _validation.groups_of_statistics("mean", mean)
+
+
+cdef inline object _upstream(dy, cnp.ndarray x):
+    return dy if _is_like(dy, x) else _validation.upstream_gradient(dy, x)
+
+
+cdef object _tracked(mean, var, cnp.ndarray x, Py_ssize_t channels):
+    """Both running statistics, to be updated in place, or None for none."""
+    if mean is None and var is None:
+        return None
+    if (
+        _is_of_channels(mean, channels)
+        and _is_of_channels(var, channels)
+        and _is_writable(mean)
+        and _is_writable(var)
+        and _are_apart(mean, var)
+        and _are_apart(mean, x)
+        and _are_apart(var, x)
+    ):
+        return mean, var
+    return _validation.running_statistics(mean, var, x, channels)
+
+
+cdef object _output(out, cnp.ndarray x, tuple names, tuple values, reads, int in_place):
+    """Where to write: a new array like x, or `out`, where that shares no memory with the others.
+
+    It may be one of the first `in_place` of the values, element by element. `reads` are more that
+    are read, by name, or None.
+    """
+    cdef bint known
+    if out is None:
+        return _core.empty_output(x)
+    known = (
+        _is_like(out, x)
+        and _is_writable(out)
+        and _has_a_place_for_each(out)
+        and _may_be_written(out, values, in_place)
+        and (reads is None or _may_be_written(out, tuple(reads.values()), 0))
+    )
+    if known:
+        return out
+    others = dict(zip(names, values))
+    if reads is not None:
+        others.update(reads)
+    return _validation.output(out, x, others, ("dy", "x"))
+
+
+cdef bint _may_be_written(cnp.ndarray out, tuple values, int in_place):
+    cdef int k
+    for k, value in enumerate(values):
+        if value is None:
+            continue
+        if not cnp.PyArray_CheckExact(value):
+            return False
+        if not _are_apart(out, value) and not (k < in_place and _is_same_memory(out, value)):
+            return False
+    return True
+
+
+cdef int _first_normalized(cnp.ndarray x, sizes) noexcept:
+    """The first of the last axes that have these sizes, an integer or a tuple; -1 if not so."""
+    cdef int d, beyond, count, ndim = cnp.PyArray_NDIM(x)
+    if type(sizes) is int:
+        if ndim > 0 and PyLong_AsLongAndOverflow(sizes, &beyond) == cnp.PyArray_DIM(x, ndim - 1):
+            return -1 if beyond else ndim - 1
+        return -1
+    if type(sizes) is not tuple:
+        return -1
+    count = <int>len(<tuple>sizes)
+    if not 0 < count <= ndim:
+        return -1
+    for d in range(count):
+        size = (<tuple>sizes)[d]
+        if type(size) is not int:
+            return -1
+        if PyLong_AsLongAndOverflow(size, &beyond) != cnp.PyArray_DIM(x, ndim - count + d):
+            return -1
+        if beyond:
+            return -1
+    return ndim - count
+
+
+cdef tuple _elements_shape(cnp.ndarray x, int rows, tuple axes):
+    """The sizes of a row."""
+    if axes is None:
+        return (<object>x).shape[rows:]
+    return tuple([x.shape[d] for d in axes])
+
+
+cdef tuple _rows_shape(cnp.ndarray x, int rows, tuple axes):
+    if axes is None:
+        return (<object>x).shape[:rows]
+    return tuple([size for d, size in enumerate((<object>x).shape) if d not in axes])
+
+
+cdef inline cnp.ndarray _rows_input(x):
+    return x if _is_array(x) else _validation.floating_array("x", x)
+
+
+# running statistics, which are updated in place
+
+cdef object _contiguous_or_copy(cnp.ndarray statistic):
+    """The statistic as the core needs it: contiguous and aligned, or a copy to put back."""
+    if cnp.PyArray_CHKFLAGS(statistic, cnp.NPY_ARRAY_CARRAY_RO):
+        return statistic
+    return statistic.copy()
+
+
+cdef int _put_back(updated, statistic) except -1:
+    if updated is not statistic:
+        statistic[...] = updated
+    return 0

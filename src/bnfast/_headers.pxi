@@ -1,0 +1,148 @@
+# The headers of _kernels/ and of Python, as _core.pyx needs them (with those of _core.pxd).
+
+cdef extern from "cache_sizes.h" nogil:
+    ctypedef struct bn_caches:
+        size_t level2
+        size_t last_level
+
+    bn_caches bn_cache_sizes()
+
+
+cdef extern from "thresholds.h" nogil:
+    size_t BN_SERIAL_BYTES
+    size_t BN_BYTES_PER_THREAD
+    size_t BN_BRIEF_BYTES
+
+
+cdef extern from "operands.h" nogil:
+    enum:
+        BN_SCRATCH_BYTES
+
+
+cdef extern from "job.h" nogil:
+    ctypedef struct bn_job:
+        const bn_kernels *kernels
+        const bn_geometry *geometry
+        bn_caches caches
+        char **operand
+        const double *weight
+        const double *bias
+        const double *floor
+        double eps
+        const double *more_eps
+        double *mean
+        double *mean_low
+        double *m2
+        double *invstd
+        const double *variance
+        double *sum_dy
+        double *sum_dy_xhat
+        double *sum_floored
+        int constant_statistics
+        size_t parameters_of_repeat
+        size_t shared
+        int uncentred
+        double *column_sums
+        double *partials
+        bn_coefficients coefficients
+        char *scratch
+        size_t scratch_bytes
+        int prepared
+
+    ctypedef void bn_task(const bn_job *job, size_t number) noexcept
+
+    ctypedef struct bn_phase:
+        bn_task *task
+        size_t tasks
+        int of_all
+        int brief
+
+    enum:
+        BN_MAX_PHASES
+        BN_SUMS
+        BN_BUFFERS
+
+    void bn_do_tasks(
+        const bn_job *job, const bn_phase *phase, size_t thread, size_t first, size_t end
+    ) noexcept
+    size_t bn_moments_phases(bn_job *job, size_t threads, bn_phase *phases)
+    size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases)
+    size_t bn_scale_shift_phases(bn_job *job, size_t threads, bn_phase *phases)
+    size_t bn_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
+    size_t bn_row_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
+    void bn_parameter_gradients(const bn_job *job, bn_dtype dtype, void *dweight, void *dbias)
+
+
+cdef extern from "dispatch.h" nogil:
+    const bn_kernels *bn_built_kernels(size_t index)
+    bint bn_runs_here(size_t index)
+    const char *bn_kernel_name(size_t index)
+
+
+cdef extern from "openmp_runtime.h" nogil:
+    void bn_mark_forked_children()
+    bint bn_is_forked_child()
+    size_t bn_allowed_processors()
+    int bn_openmp_max_threads()
+    int bn_openmp_version()
+    const char *bn_openmp_library()
+    const char *bn_compiler()
+
+
+cdef extern from "team.h" nogil:
+    ctypedef struct bn_region_times:
+        pass
+
+    int bn_startable_threads(int wanted)
+    void bn_begin_region(bn_region_times *times)
+    void bn_end_own_tasks(bn_region_times *times)
+    void bn_end_region(const bn_region_times *times, size_t own, size_t tasks)
+    bint bn_team_was_late()
+
+
+cdef extern from "float_mode.h" nogil:
+    ctypedef unsigned long long bn_float_mode
+    bn_float_mode BN_MODE_BITS
+
+    bn_float_mode bn_read_float_mode()
+    void bn_write_float_mode(bn_float_mode mode)
+    bn_float_mode bn_enter_default_float_mode()
+    void bn_leave_default_float_mode(bn_float_mode before)
+
+
+cdef extern from "_guarded_function.h":
+    object bn_new_guarded_function_type()
+
+
+cdef extern from "output_memory.h" nogil:
+    void *bn_output_malloc(void *context, size_t bytes)
+    void *bn_output_calloc(void *context, size_t count, size_t size)
+    void *bn_output_realloc(void *context, void *memory, size_t bytes)
+    void bn_output_free(void *context, void *memory, size_t bytes)
+    void bn_limit_output_pool(size_t bytes)
+    size_t bn_output_pool_bytes()
+    void *bn_line_malloc(void *context, size_t bytes)
+    void *bn_line_calloc(void *context, size_t count, size_t size)
+    void *bn_line_realloc(void *context, void *memory, size_t bytes)
+    void bn_line_free(void *context, void *memory, size_t bytes)
+
+
+cdef extern from "Python.h":
+    int PyTraceMalloc_Track(unsigned int domain, uintptr_t memory, size_t bytes_)
+
+
+cdef extern from "numpy/arrayobject.h":
+    ctypedef struct PyDataMemAllocator:
+        void *ctx
+        void *(*malloc)(void *, size_t) noexcept nogil
+        void *(*calloc)(void *, size_t, size_t) noexcept nogil
+        void *(*realloc)(void *, void *, size_t) noexcept nogil
+        void (*free)(void *, void *, size_t) noexcept nogil
+
+    ctypedef struct PyDataMem_Handler:
+        char name[127]
+        unsigned char version
+        PyDataMemAllocator allocator
+
+    ctypedef struct PyArrayObject_fields:
+        PyObject *mem_handler

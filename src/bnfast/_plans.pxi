@@ -1,0 +1,95 @@
+# The plans of calls, for _primitives.pyx: made once for a dtype, sizes and strides, and kept.
+
+cdef dict _plans = {}
+cdef Py_ssize_t _MOST_PLANS = 1024
+
+
+cdef enum:
+    MOST_OPERANDS = 3
+
+
+cdef bytes _key(
+    cnp.ndarray x, Py_ssize_t axes, Py_ssize_t kind, cnp.ndarray second, cnp.ndarray third
+):
+    """What a plan depends on. The stride of an axis of one element is moot, and counts as 0."""
+    cdef cnp.npy_intp words[4 + BN_MAX_AXES * (1 + MOST_OPERANDS)]
+    cdef cnp.ndarray operand
+    cdef int d, k, ndim = cnp.PyArray_NDIM(x), count = 4
+    cdef bint aligned
+    words[0] = cnp.PyArray_TYPE(x)
+    words[1] = axes
+    words[2] = kind
+    words[3] = 0
+    for d in range(ndim):
+        words[count] = cnp.PyArray_DIM(x, d)
+        count += 1
+    for k in range(MOST_OPERANDS):
+        operand = x if k == 0 else second if k == 1 else third
+        if operand is None:
+            break
+        aligned = cnp.PyArray_CHKFLAGS(operand, cnp.NPY_ARRAY_ALIGNED)
+        words[3] |= <cnp.npy_intp>(3 if aligned else 2) << 2 * k
+        for d in range(ndim):
+            words[count] = cnp.PyArray_STRIDE(operand, d) if cnp.PyArray_DIM(x, d) > 1 else 0
+            count += 1
+    return PyBytes_FromStringAndSize(<char *>words, count * sizeof(cnp.npy_intp))
+
+
+cdef object _layout_of(cnp.ndarray second, cnp.ndarray third, cnp.ndarray x):
+    """(strides, aligned) of all operands."""
+    operands = [operand for operand in (x, second, third) if operand is not None]
+    return (
+        tuple([operand.strides for operand in operands]),
+        tuple([operand.flags.aligned for operand in operands]),
+    )
+
+
+# Of calls on so many arrays.
+cdef tuple _ROLES = ((), (BN_X,), (BN_X, BN_Y), (BN_X, BN_DY, BN_DX))
+
+
+cdef Geometry _kept(key, plan, tuple roles):
+    if len(_plans) >= _MOST_PLANS:
+        _plans.clear()
+    _plans[key] = geometry = Geometry(plan, roles)
+    return geometry
+
+
+cdef Geometry _geometry(
+    Py_ssize_t axis, Reduction over, cnp.ndarray x, cnp.ndarray second, cnp.ndarray third
+):
+    """The plan of a call with statistics of channels."""
+    cdef bytes key = _key(x, axis, over.per_sample, second, third)
+    cdef Geometry found = _plans.get(key)
+    if found is not None:
+        return found
+    strides, aligned = _layout_of(second, third, x)
+    repeated = (0,) if over.per_sample else ()
+    plan = plan_layout((<object>x).shape, (axis,), repeated, x.itemsize, strides, aligned)
+    return _kept(key, plan, _ROLES[len(strides)])
+
+
+cdef Geometry _geometry_of_rows(
+    int rows, tuple axes, int parameters, cnp.ndarray x, cnp.ndarray second, cnp.ndarray third
+):
+    """The plan of a call with statistics of rows: of all axes from `rows` on, or else of `axes`."""
+    cdef object key = _key(x, -1 - rows, 2 + parameters, second, third)
+    if axes is not None:
+        key = key, axes
+    cdef Geometry found = _plans.get(key)
+    if found is not None:
+        return found
+    strides, aligned = _layout_of(second, third, x)
+    normalized = tuple(range(rows, x.ndim)) if axes is None else axes
+    inputs = len(strides) - 1  # all but the output
+    plan = plan_rows(
+        (<object>x).shape, normalized, x.itemsize, strides, aligned, inputs, parameters
+    )
+    of_elements = (BN_ELEMENT_WEIGHT, BN_ELEMENT_BIAS)[:parameters]
+    return _kept(key, plan, _ROLES[len(strides)] + of_elements)
+
+
+cdef int _threads_for(cnp.ndarray x, int passes) except -1:
+    """For a call that reads and writes memory as large as x so many times."""
+    cdef Py_ssize_t moved = passes * cnp.PyArray_NBYTES(x)
+    return 1 if moved < <Py_ssize_t>_threads.SERIAL_BYTES else _threads.threads_for(moved)

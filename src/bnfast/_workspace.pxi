@@ -1,0 +1,147 @@
+# The memory of a call, for _core.pyx: statistics, coefficients and scratch.
+
+cdef enum:
+    SMALL_WORKSPACE = 16384  # bytes, on the stack
+
+# Memory of one call: each array begins at a cache line, in the `small` memory of the caller as long
+# as there is room, and then in a block of its own. `blocks` is the last of these, which begins with
+# the address of the one before. Nothing between _begin and _end may raise.
+ctypedef struct _Workspace:
+    char *next
+    char *end
+    void *blocks
+    bint failed
+
+
+cdef inline _Workspace _begin(char *small, size_t bytes_) noexcept:
+    cdef _Workspace workspace
+    workspace.next, workspace.end = _at_line(small), small + bytes_
+    workspace.blocks, workspace.failed = NULL, False
+    return workspace
+
+
+cdef int _end(_Workspace *workspace) except -1:
+    """Give the memory back, and raise if there was none."""
+    cdef void *before
+    while workspace.blocks is not NULL:
+        before = (<void **>workspace.blocks)[0]
+        free(workspace.blocks)
+        workspace.blocks = before
+    if workspace.failed:
+        raise MemoryError("no memory for the statistics of the channels")
+    return 0
+
+
+cdef void *_take(_Workspace *workspace, size_t bytes_) noexcept:
+    """Memory for an array; NULL, and the call has `failed`, where there is none."""
+    cdef void *taken = workspace.next
+    cdef char *block
+    if workspace.end >= workspace.next and bytes_ <= <size_t>(workspace.end - workspace.next):
+        workspace.next = _at_line(workspace.next + bytes_)
+        return taken
+    block = <char *>malloc(bytes_ + sizeof(void *) + 63)
+    if block is NULL:
+        workspace.failed = True
+        return NULL
+    (<void **>block)[0] = workspace.blocks
+    workspace.blocks = block
+    return _at_line(block + sizeof(void *))
+
+
+cdef void _take_scratch(
+    _Workspace *workspace, bn_job *job, int threads, bint made=False
+) noexcept:
+    """Of all threads of a job: for packed operands, or where an input is `made`."""
+    if made or job.geometry.any_packed:
+        job.scratch_bytes = _padded(min(<size_t>BN_SCRATCH_BYTES, _bytes_of_repeat(job.geometry)))
+        job.scratch = <char *>_take(workspace, <size_t>threads * BN_BUFFERS * job.scratch_bytes)
+
+
+cdef inline size_t _bytes_of_repeat(const bn_geometry *c) noexcept:
+    return c.outer * c.channels * c.inner * c.itemsize
+
+
+cdef inline char *_at_line(char *memory) noexcept:
+    return <char *>((<uintptr_t>memory + 63) // 64 * 64)
+
+
+cdef double *_take_doubles(_Workspace *workspace, size_t count) noexcept:
+    return <double *>_take(workspace, count * sizeof(double))
+
+
+cdef const double *_widened(_Workspace *workspace, parameter, size_t count) noexcept:
+    """The parameter as float64, NULL for None: a 1-d aligned contiguous float32 or float64."""
+    cdef double *wide
+    if parameter is None:
+        return NULL
+    if cnp.PyArray_TYPE(<cnp.ndarray>parameter) == cnp.NPY_FLOAT64:
+        return <const double *>_data(parameter)
+    wide = _take_doubles(workspace, count)
+    if wide is not NULL:
+        active.widen(count, <const float *>_data(parameter), wide)
+    return wide
+
+
+cdef double *_statistic(
+    _Workspace *workspace, statistic, const bn_geometry *c, size_t shared
+) noexcept:
+    """A statistic as float64 of each channel: 0 for None; of neighbours that have it together."""
+    cdef size_t i, count = _statistics(c)
+    cdef double *spread
+    cdef const double *given = NULL
+    if statistic is not None and shared == 1:
+        return <double *>_widened(workspace, statistic, count)
+    spread = _take_doubles(workspace, count)
+    if statistic is not None:
+        given = _widened(workspace, statistic, count // shared)
+    for i in range(0 if workspace.failed else count):
+        spread[i] = 0.0 if given is NULL else given[i // shared]
+    return spread
+
+
+cdef double *_of_each_repeat(_Workspace *workspace, statistic, const bn_geometry *c) noexcept:
+    """Statistics of channels as float64, for all repeats the same."""
+    cdef double *given = <double *>_widened(workspace, statistic, c.channels)
+    cdef double *repeated
+    cdef size_t repeat
+    if c.repeats == 1:
+        return given
+    repeated = _take_doubles(workspace, _statistics(c))
+    for repeat in range(0 if workspace.failed else c.repeats):
+        memcpy(repeated + repeat * c.channels, given, c.channels * sizeof(double))
+    return repeated
+
+
+cdef size_t _padded(size_t bytes_) noexcept nogil:
+    return (bytes_ + 63) // 64 * 64
+
+
+# Channels of all repeats: each has statistics of its own.
+cdef inline size_t _statistics(const bn_geometry *c) noexcept:
+    return c.repeats * c.channels
+
+
+cdef inline size_t _partials(const bn_geometry *c) noexcept:
+    return (c.blocks - 1) * BN_SUMS * _statistics(c)
+
+
+cdef inline size_t _coefficient_bytes(const bn_geometry *c) noexcept:
+    return c.repeats * bn_coefficients_length(c) * c.itemsize
+
+
+cdef void _take_coefficients(
+    _Workspace *workspace, const bn_geometry *c, unsigned int wanted, bn_coefficients *coefficients
+) noexcept:
+    """Arrays for a set of coefficients."""
+    cdef int i
+    for i in range(BN_COEFFICIENTS):
+        if wanted >> i & 1:
+            coefficients.array[i] = _take(workspace, _coefficient_bytes(c))
+
+
+cdef char *_data(cnp.ndarray array) noexcept:
+    return <char *>cnp.PyArray_DATA(array)
+
+
+cdef double *_doubles(cnp.ndarray array) noexcept:
+    return <double *>cnp.PyArray_DATA(array)
