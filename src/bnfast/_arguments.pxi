@@ -169,18 +169,22 @@ cdef object _saved(str name, value, int ndim, const cnp.npy_intp *shape):
 
 
 cdef object _of_elements(str name, value, cnp.ndarray x, int rows, tuple axes, bint finite):
-    """One value for each element of a row, which are all axes from `rows` on, or else `axes`."""
+    """One value for each element of a row, which are all axes from `rows` on, or else `axes`.
+
+    An operand of the kernels: of the type of the arithmetic.
+    """
     cdef int ndim = cnp.PyArray_NDIM(x)
     if value is None:
         return None
     if (
         axes is None
         and _is_of_shape(value, ndim - rows, cnp.PyArray_DIMS(x) + rows)
-        and cnp.PyArray_TYPE(<cnp.ndarray>value) == cnp.PyArray_TYPE(x)
+        and cnp.PyArray_TYPE(<cnp.ndarray>value) == _arithmetic(x)
     ):
         return value
     shape = _elements_shape(x, rows, axes)
-    return _validation.element_parameter(name, value, shape, x.dtype, finite)
+    computed = cnp.PyArray_DescrFromType(_arithmetic(x))
+    return _validation.element_parameter(name, value, shape, computed, finite)
 
 
 cdef inline double _eps(eps, bint any_number, bint positive) except? -1.0:

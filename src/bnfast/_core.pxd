@@ -12,6 +12,10 @@ cdef extern from "kernels.h" nogil:
         BN_f32
         BN_f64
 
+    ctypedef enum bn_stored:
+        BN_as_computed
+        BN_stored_f32
+
     ctypedef enum bn_layout:
         BN_contiguous
         BN_channels_last
@@ -29,7 +33,8 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct bn_coefficients:
         void **array
 
-    ctypedef void bn_widen_kernel(size_t channels, const float *narrow, double *wide) noexcept
+    ctypedef void bn_widen_kernel(size_t count, const char *from_, ptrdiff_t step,
+                                  void *to) noexcept
     ctypedef int bn_update_running_kernel(size_t channels, size_t repeats, double momentum,
                                           const double *divided, double divisor,
                                           void *running) noexcept
@@ -41,7 +46,7 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct bn_kernels:
         const char *isa
         const char *flags
-        bn_widen_kernel *widen
+        bn_widen_kernel **widen
         bn_update_running_kernel *update_running[2]
         bn_parameter_gradients_kernel *parameter_gradients[2]
         bn_memory_probe *probe_copy
@@ -62,6 +67,7 @@ cdef extern from "geometry.h" nogil:
 
     ctypedef struct bn_operand:
         int packed
+        bn_stored stored
         ptrdiff_t outer_stride
         ptrdiff_t channel_stride
         ptrdiff_t *outer_axis_strides

@@ -22,11 +22,18 @@ include "_headers.pxi"
 include "_machine.pxi"
 
 
+_STORED = {"f32": BN_stored_f32}
+
+
 cdef class Geometry:
     """A `LayoutPlan` in C; immutable."""
 
-    def __init__(self, plan, roles):
-        """Of a plan whose operands have these roles."""
+    def __init__(self, plan, roles, stored=None):
+        """Of a plan whose operands have these roles.
+
+        Those that are not walked directly are `stored` as the type of this name (`_dtypes`), or in
+        that of the arithmetic.
+        """
         cdef bn_geometry *c = &self.c
         cdef bn_operand *operand
         cdef Py_ssize_t role, axis, itemsize = plan.itemsize
@@ -67,6 +74,7 @@ cdef class Geometry:
         for role, layout in zip(roles, plan.operands, strict=True):
             operand = &c.operand[role]
             operand.packed = not layout.direct
+            operand.stored = BN_as_computed if layout.direct or stored is None else _STORED[stored]
             c.any_packed |= operand.packed
             for axis, stride in enumerate(layout.repeat_axis_strides):
                 operand.repeat_axis_strides[axis] = stride

@@ -72,6 +72,8 @@ LANES_BYTES = 256
 class OperandLayout(NamedTuple):
     """How one array is walked: directly, or chunk by chunk through scratch memory.
 
+    Elements that are not aligned, or not stored in the type of the arithmetic, go through scratch.
+
     Strides are bytes. ``outer_stride`` is meaningful for a direct operand only; repeats are walked
     with ``repeat_axis_strides`` either way, and channels with ``channel_axis_strides``, of which
     ``channel_stride`` is the last.
@@ -145,7 +147,7 @@ def _is_one_axis(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 def _operand_layout(
     layout: str,
     itemsize: int,
-    aligned: bool,
+    directly: bool,
     channel_strides: tuple[int, ...],
     repeat_strides: tuple[int, ...],
     outer: tuple[tuple[int, ...], tuple[int, ...]],
@@ -160,7 +162,7 @@ def _operand_layout(
     else:
         unit_run = not channel_strides or channel_stride == itemsize
     direct = (
-        aligned
+        directly
         and unit_run
         and _is_one_axis(outer_sizes, outer_strides)
         and all(step % itemsize == 0 for step in (outer_stride, *channel_strides, *repeat_strides))
@@ -241,11 +243,13 @@ def plan_layout(
     repeated: tuple[int, ...],
     itemsize: int,
     strides: tuple[tuple[int, ...], ...],
-    aligned: tuple[bool, ...],
+    directly: tuple[bool, ...],
 ) -> LayoutPlan:
     """Plan a call over arrays of one shape, with statistics for each index of some of its axes.
 
-    ``strides`` (bytes) and ``aligned`` have one entry for each operand. The first operand's strides
+    ``itemsize`` is that of the arithmetic. ``strides`` (bytes) and ``directly`` have one entry for
+    each operand: whether its elements can be read and written where they are, being aligned and of
+    the type of the arithmetic. The first operand's strides
     alone choose the layout and the order of the walk, so that no sum depends on where an output
     lies; an operand that cannot be walked that way is packed. No axis may be empty, none is
     negative. The statistics are wanted in the order of ``repeated`` and then ``channel_axes``, one
@@ -269,7 +273,7 @@ def plan_layout(
         _operand_layout(
             layout,
             itemsize,
-            aligned[k],
+            directly[k],
             channel_strides[k],
             repeat_strides[k],
             (outer_sizes, outer_strides[k]),
@@ -302,7 +306,7 @@ def plan_rows(
     normalized: tuple[int, ...],
     itemsize: int,
     strides: tuple[tuple[int, ...], ...],
-    aligned: tuple[bool, ...],
+    directly: tuple[bool, ...],
     inputs: int,
     parameters: int = 0,
 ) -> LayoutPlan:
@@ -319,7 +323,7 @@ def plan_rows(
     while together > 0 and len(_merge(kept[together - 1 :], shape, strides[:inputs])[0]) == 1:
         together -= 1
     plan = plan_layout(
-        shape, tuple(kept[together:]), tuple(kept[:together]), itemsize, strides, aligned
+        shape, tuple(kept[together:]), tuple(kept[:together]), itemsize, strides, directly
     )
     parameter = OperandLayout(
         True, plan.inner * itemsize, 0, (0,) * len(plan.repeat_axis_sizes), (), (), ()

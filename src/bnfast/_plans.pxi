@@ -6,6 +6,25 @@ cdef Py_ssize_t _MOST_PLANS = 1024
 
 cdef enum:
     MOST_OPERANDS = 3
+    BUILT_IN_TYPES = 32  # of NumPy, more than there are
+
+# By the number of the dtype that data is stored in: that of its arithmetic, 0 (bool) for none, and
+# the name by which the core knows how to convert it.
+cdef int[BUILT_IN_TYPES] _computed_in
+cdef dict _stored_names = {}
+for _type in _dtypes.STORAGE_TYPES:
+    _computed_in[<int>_type.dtype.num] = _type.arithmetic.num
+    _stored_names[_type.dtype.num] = _type.name
+
+
+def compute_in(stored, arithmetic):
+    """Compute data of one dtype in another: for tests, which so convert what they can compare."""
+    _computed_in[<int>numpy.dtype(stored).num] = numpy.dtype(arithmetic).num
+
+
+cdef inline int _arithmetic(cnp.ndarray x) noexcept:
+    """The number of the dtype in which x is computed."""
+    return _computed_in[cnp.PyArray_TYPE(x)]
 
 
 cdef bytes _key(
@@ -16,7 +35,7 @@ cdef bytes _key(
     cdef cnp.ndarray operand
     cdef int d, k, ndim = cnp.PyArray_NDIM(x), count = 4
     cdef bint aligned
-    words[0] = cnp.PyArray_TYPE(x)
+    words[0] = cnp.PyArray_TYPE(x) + BUILT_IN_TYPES * _arithmetic(x)
     words[1] = axes
     words[2] = kind
     words[3] = 0
@@ -36,11 +55,13 @@ cdef bytes _key(
 
 
 cdef object _layout_of(cnp.ndarray second, cnp.ndarray third, cnp.ndarray x):
-    """(strides, aligned) of all operands."""
+    """Item size of the arithmetic; strides of all operands, and which may lie as they are."""
     operands = [operand for operand in (x, second, third) if operand is not None]
+    cdef bint converted = _arithmetic(x) != cnp.PyArray_TYPE(x)
     return (
+        cnp.PyArray_DescrFromType(_arithmetic(x)).itemsize,
         tuple([operand.strides for operand in operands]),
-        tuple([operand.flags.aligned for operand in operands]),
+        tuple([operand.flags.aligned and not converted for operand in operands]),
     )
 
 
@@ -48,10 +69,12 @@ cdef object _layout_of(cnp.ndarray second, cnp.ndarray third, cnp.ndarray x):
 cdef tuple _ROLES = ((), (BN_X,), (BN_X, BN_Y), (BN_X, BN_DY, BN_DX))
 
 
-cdef Geometry _kept(key, plan, tuple roles):
+cdef Geometry _kept(key, plan, tuple roles, cnp.ndarray x):
+    cdef int stored = cnp.PyArray_TYPE(x)
+    name = None if _arithmetic(x) == stored else _stored_names[stored]
     if len(_plans) >= _MOST_PLANS:
         _plans.clear()
-    _plans[key] = geometry = Geometry(plan, roles)
+    _plans[key] = geometry = Geometry(plan, roles, name)
     return geometry
 
 
@@ -63,10 +86,10 @@ cdef Geometry _geometry(
     cdef Geometry found = _plans.get(key)
     if found is not None:
         return found
-    strides, aligned = _layout_of(second, third, x)
+    itemsize, strides, directly = _layout_of(second, third, x)
     repeated = (0,) if over.per_sample else ()
-    plan = plan_layout((<object>x).shape, (axis,), repeated, x.itemsize, strides, aligned)
-    return _kept(key, plan, _ROLES[len(strides)])
+    plan = plan_layout((<object>x).shape, (axis,), repeated, itemsize, strides, directly)
+    return _kept(key, plan, _ROLES[len(strides)], x)
 
 
 cdef Geometry _geometry_of_rows(
@@ -79,14 +102,14 @@ cdef Geometry _geometry_of_rows(
     cdef Geometry found = _plans.get(key)
     if found is not None:
         return found
-    strides, aligned = _layout_of(second, third, x)
+    itemsize, strides, directly = _layout_of(second, third, x)
     normalized = tuple(range(rows, x.ndim)) if axes is None else axes
     inputs = len(strides) - 1  # all but the output
     plan = plan_rows(
-        (<object>x).shape, normalized, x.itemsize, strides, aligned, inputs, parameters
+        (<object>x).shape, normalized, itemsize, strides, directly, inputs, parameters
     )
     of_elements = (BN_ELEMENT_WEIGHT, BN_ELEMENT_BIAS)[:parameters]
-    return _kept(key, plan, _ROLES[len(strides)] + of_elements)
+    return _kept(key, plan, _ROLES[len(strides)] + of_elements, x)
 
 
 cdef int _threads_for(cnp.ndarray x, int passes) except -1:

@@ -1,7 +1,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from bnfast._core import Evaluation as Evaluation
 from bnfast._core import empty_output as empty_output
@@ -129,4 +129,5 @@ def update_running(
     divisor: float = 1.0,
     names: tuple[str, str] = ...,
 ) -> None: ...
+def compute_in(stored: DTypeLike, arithmetic: DTypeLike) -> None: ...
 def probe_memory(kind: str, x: Array, y: Array, num_threads: int) -> None: ...

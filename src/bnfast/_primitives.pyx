@@ -25,7 +25,7 @@ from bnfast._core cimport (
 import numpy
 
 from bnfast import _core as core
-from bnfast import _threads, _validation
+from bnfast import _dtypes, _threads, _validation
 from bnfast._layout import plan_layout, plan_rows
 
 cnp.import_array()
@@ -50,8 +50,8 @@ PER_SAMPLE = Reduction(per_sample=True, any_eps=False)
 GROUPS = Reduction(per_sample=True)
 
 
-include "_arguments.pxi"
 include "_plans.pxi"
+include "_arguments.pxi"
 
 
 # new arrays
@@ -338,7 +338,7 @@ def normalize_rows(x_, normalized_shape, axis, weight, bias, eps, bint centred, 
     elif shift is None and scale is not None and centred:
         shift = cnp.PyArray_ZEROS(
             cnp.PyArray_NDIM(<cnp.ndarray>scale), cnp.PyArray_DIMS(<cnp.ndarray>scale),
-            cnp.PyArray_TYPE(x), 0
+            _arithmetic(x), 0
         )
     geometry = _geometry_of_rows(rows, axes, 0 if scale is None else 2, x, y, None)
     if not geometry.in_order:

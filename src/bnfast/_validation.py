@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from bnfast import _dtypes
+
 Array = NDArray[Any]
 Saved = TypeVar("Saved")
 
@@ -44,7 +46,7 @@ def floating_array(name: str, value: object) -> Array:
                 f"got a masked {_describe(value)}"
             )
         if value is None:
-            raise TypeError(f"{name} must be a float32 or float64 array, got None")
+            raise TypeError(f"{name} must be a {_dtypes.NAMES} array, got None")
         try:
             value = np.asarray(value)
         except MemoryError:
@@ -54,11 +56,11 @@ def floating_array(name: str, value: object) -> Array:
             raise TypeError(f"{name} must be an array, got {_describe(value)}{hint}") from error
     array: Array = value
     dtype = array.dtype
-    if dtype.char not in "fd" or not dtype.isnative:
+    if not _dtypes.is_floating(dtype):
         numbers = np.can_cast(dtype, np.float64) and dtype.isnative
         hint = f"; numpy.asarray({name}, numpy.float32) is such" if numbers else ""
         raise TypeError(
-            f"{name} must be float32 or float64 in native byte order, got {_describe(array)}{hint}"
+            f"{name} must be {_dtypes.NAMES} in native byte order, got {_describe(array)}{hint}"
         )
     return array
 
@@ -572,9 +574,9 @@ def floating_dtype(name: str, value: Any) -> np.dtype[Any]:
     try:
         dtype: np.dtype[Any] = np.dtype(value)
     except TypeError:
-        raise TypeError(f"{name} must be float32 or float64, got {_describe(value)}") from None
-    if dtype.char not in "fd" or not dtype.isnative:
-        raise TypeError(f"{name} must be float32 or float64 in native byte order, got {dtype}")
+        raise TypeError(f"{name} must be {_dtypes.NAMES}, got {_describe(value)}") from None
+    if not _dtypes.is_floating(dtype):
+        raise TypeError(f"{name} must be {_dtypes.NAMES} in native byte order, got {dtype}")
     return dtype
 
 

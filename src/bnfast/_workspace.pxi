@@ -78,7 +78,7 @@ cdef const double *_widened(_Workspace *workspace, parameter, size_t count) noex
         return <const double *>_data(parameter)
     wide = _take_doubles(workspace, count)
     if wide is not NULL:
-        active.widen(count, <const float *>_data(parameter), wide)
+        active.widen[<int>BN_stored_f32](count, _data(parameter), sizeof(float), wide)
     return wide
 
 

@@ -16,17 +16,23 @@ extern const bn_kernels BN_TABLE;
 /* Which operations of the list were called: main fails if one was not. */
 #define ID(operation) ID_##operation,
 #define PROBE_ID(kind) ID_probe_##kind,
+#define STORED_IDS(stored, arithmetic) ID_widen_##stored, ID_narrow_##stored,
 #define NAME(operation) #operation,
+#define STORED_NAMES(stored, arithmetic) "widen_" #stored, "narrow_" #stored,
 enum {
     BN_FOR_EACH_ELEMENT_OPERATION(ID) BN_FOR_EACH_COEFFICIENT_OPERATION(ID)
-        BN_FOR_EACH_CHANNEL_OPERATION(ID) BN_FOR_EACH_MEMORY_PROBE(PROBE_ID) OPERATIONS
+        BN_FOR_EACH_CHANNEL_OPERATION(ID) BN_FOR_EACH_STORED_TYPE(STORED_IDS)
+            BN_FOR_EACH_MEMORY_PROBE(PROBE_ID) OPERATIONS
 };
 static const char *const names[] = {BN_FOR_EACH_ELEMENT_OPERATION(NAME)
                                         BN_FOR_EACH_COEFFICIENT_OPERATION(NAME)
                                             BN_FOR_EACH_CHANNEL_OPERATION(NAME)
-                                                BN_FOR_EACH_MEMORY_PROBE(NAME)};
+                                                BN_FOR_EACH_STORED_TYPE(STORED_NAMES)
+                                                    BN_FOR_EACH_MEMORY_PROBE(NAME)};
 static int called[OPERATIONS];
 #define CALL(operation) (called[ID_##operation] = 1, BN_TABLE.operation)
+#define CONVERT(direction, stored) \
+    (called[ID_##direction##_##stored] = 1, BN_TABLE.direction[BN_stored_##stored])
 
 static uint64_t hash;
 
@@ -164,6 +170,37 @@ static void check_output(bn_output_kernel *kernel, bn_extent extent, const bn_vi
         expect_same(output.data, same.data, all, geometry->dtype);
         free(same.data);
     }
+}
+
+/* Back and forth, dense and with gaps, nothing changes. */
+static void check_conversions(const float *values, size_t count)
+{
+    const ptrdiff_t steps[] = {4, 7, -12};
+    double *wide = allocate(count * sizeof *wide);
+    for (size_t k = 0; k < sizeof steps / sizeof *steps; k++) {
+        const size_t step = (size_t)(steps[k] < 0 ? -steps[k] : steps[k]);
+        char *stored = allocate((count - 1) * step + sizeof(float));
+        char *first = steps[k] < 0 ? stored + (count - 1) * step : stored;
+        CONVERT(widen, f32)(count, (const char *)values, sizeof(float), wide);
+        CONVERT(narrow, f32)(count, wide, first, steps[k]);
+        for (size_t i = 0; i < count; i++) {
+            if (memcmp(first + (ptrdiff_t)i * steps[k], values + i, sizeof(float)) != 0) {
+                fprintf(stderr, "a float32 value was not converted back to itself\n");
+                exit(1);
+            }
+        }
+        memset(wide, 0, count * sizeof *wide);
+        CONVERT(widen, f32)(count, first, steps[k], wide);
+        for (size_t i = 0; i < count; i++) {
+            const float again = (float)wide[i];
+            if (memcmp(&again, values + i, sizeof again) != 0) {
+                fprintf(stderr, "a float32 value with gaps was not widened\n");
+                exit(1);
+            }
+        }
+        free(stored);
+    }
+    free(wide);
 }
 
 static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
@@ -351,8 +388,9 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     CALL(update_running)[dtype](c, 1, 0.1, m2, (double)n, forward.array[0]);
     CALL(merge_sums)(c, sum_dy, other_mean);
     if (dtype == BN_f32) {
-        CALL(widen)(c, forward.array[0], other_m2);
+        CONVERT(widen, f32)(c, forward.array[0], sizeof(float), other_m2);
         add_doubles(other_m2, c);
+        check_conversions(forward.array[0], c);
     }
     CALL(parameter_gradients)[dtype](c, 1, sum_dy, sum_dy_xhat, forward.array[1],
                                      forward.array[2]);

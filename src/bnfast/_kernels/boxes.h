@@ -134,7 +134,7 @@ static inline int is_in_place(const bn_job *job, bn_role output)
 /* A box of an operand to read. */
 static inline bn_view input_view(const bn_job *job, bn_role role, const bn_box *box)
 {
-    return bn_view_to_read(job->geometry, role, job->operand[role], box, buffer_of(job, role));
+    return bn_view_to_read(job->kernels, job->geometry, role, job->operand[role], box, buffer_of(job, role));
 }
 
 #define BN_JOINED_BYTES ((size_t)32768)

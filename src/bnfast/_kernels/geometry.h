@@ -23,9 +23,11 @@ typedef enum {
 #define BN_MAX_AXES 64
 
 /* An operand is walked directly, with these strides in elements, or packed: its chunks are gathered
-   into (and scattered from) scratch memory along the geometry's axes, with strides in bytes. */
+   into (and scattered from) scratch memory along the geometry's axes, with strides in bytes. What is stored in
+   another type than that of the arithmetic is packed, and converted on the way. */
 typedef struct {
     int packed;
+    bn_stored stored;
     ptrdiff_t outer_stride, channel_stride;
     ptrdiff_t outer_axis_strides[BN_MAX_AXES], inner_axis_strides[BN_MAX_AXES];
     /* In bytes, whether packed or not. */
@@ -34,8 +36,8 @@ typedef struct {
 
 typedef struct {
     bn_layout layout;
-    bn_dtype dtype;
-    size_t itemsize;
+    bn_dtype dtype;  /* of the arithmetic */
+    size_t itemsize; /* of that */
     /* Each channel of each repeat has statistics of its own; what else is said here holds for each
        repeat. */
     size_t repeats;

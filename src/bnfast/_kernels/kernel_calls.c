@@ -197,7 +197,7 @@ static void write_part(const bn_job *job, const bn_box *box, const output_method
     bn_coefficients coefficients = coefficients_from(job, box->channel);
     coefficients.period = period_of(geometry, box->extent.channels);
     method->kernel(box->extent, inputs, coefficients, output, manner_of(job, box));
-    bn_written(geometry, method->output, to, box, scratch);
+    bn_written(job->kernels, geometry, method->output, to, box, scratch);
 }
 
 /* The output of a call: y, or dx. */

@@ -3,6 +3,7 @@
    Element operations exist for every layout and dtype, <operation>_<layout>_<dtype>;
    coefficient operations for every dtype, <operation>_<dtype>;
    channel operations work on float64 channel arrays, <operation>;
+   storage types are converted to the arithmetic type beside them, widen_<stored> and narrow_<stored>;
    memory probes compute nothing: the benchmark asks with them what memory can do, probe_<kind>. */
 #ifndef BN_KERNEL_LIST_H
 #define BN_KERNEL_LIST_H
@@ -39,8 +40,9 @@
     X(merge_moments)                     \
     X(pool_moments)                      \
     X(merge_sums)                        \
-    X(invstd)                            \
-    X(widen)
+    X(invstd)
+
+#define BN_FOR_EACH_STORED_TYPE(X) X(f32, f64)
 
 #define BN_FOR_EACH_MEMORY_PROBE(X) \
     X(copy)                         \

@@ -10,7 +10,13 @@
 
 #include "kernel_list.h"
 
+/* What arithmetic is done in. */
 typedef enum { BN_f32, BN_f64, BN_DTYPES } bn_dtype;
+
+/* How the elements of an operand are stored: in the type of the arithmetic, or in one of the list's. */
+#define BN_MEMBER(stored, arithmetic) BN_stored_##stored,
+typedef enum { BN_as_computed, BN_FOR_EACH_STORED_TYPE(BN_MEMBER) BN_STORED_TYPES } bn_stored;
+#undef BN_MEMBER
 
 /* contiguous: `inner` is a run of neighbours (NCHW, rows).
    channels_last: the channels are neighbours and `inner` is 1 (NHWC, NC). */
@@ -231,8 +237,10 @@ typedef void bn_merge_sums_kernel(size_t channels, double *sums, const double *m
 typedef void bn_invstd_kernel(size_t channels, const double *divided, double divisor, double eps,
                               const double *more_eps, double *invstd);
 
-/* A float32 parameter as float64. */
-typedef void bn_widen_kernel(size_t channels, const float *narrow, double *wide);
+/* Stored elements, each `step` bytes after the one before, as neighbours of the arithmetic type; and back, rounded
+   once, to nearest even. Nothing is assumed of the addresses of what is stored. */
+typedef void bn_widen_kernel(size_t count, const char *from, ptrdiff_t step, void *to);
+typedef void bn_narrow_kernel(size_t count, const void *from, char *to, ptrdiff_t step);
 
 /* Reads and writes so many cache lines; see memory_probes.inc. */
 typedef float bn_memory_probe(size_t lines, const float *from, float *to);
@@ -249,6 +257,8 @@ typedef struct {
 #define BN_MEMBER(operation) bn_##operation##_kernel *operation;
     BN_FOR_EACH_CHANNEL_OPERATION(BN_MEMBER)
 #undef BN_MEMBER
+    bn_widen_kernel *widen[BN_STORED_TYPES];
+    bn_narrow_kernel *narrow[BN_STORED_TYPES];
 #define BN_MEMBER(kind) bn_memory_probe *probe_##kind;
     BN_FOR_EACH_MEMORY_PROBE(BN_MEMBER)
 #undef BN_MEMBER

@@ -1,5 +1,5 @@
-/* Odd strides and misaligned elements, chunk by chunk: memcpy moves single elements, so nothing is
-   assumed of addresses. */
+/* Odd strides, misaligned elements and other storage types, chunk by chunk: memcpy moves single elements, so
+   nothing is assumed of addresses. */
 #include "operands.h"
 
 #include <string.h>
@@ -69,19 +69,31 @@ BN_INLINE void copy_run(const ptrdiff_t itemsize, char *to, ptrdiff_t to_step, c
 }
 
 /* One strided run of the operand, and as many neighbours of scratch. */
-static char *copy_to_or_from(size_t itemsize, char *run, ptrdiff_t step, char *scratch,
-                             size_t count, int to_scratch)
+typedef struct {
+    const bn_kernels *kernels; /* which convert what is stored in another type */
+    bn_stored stored;
+    size_t itemsize; /* of scratch */
+    int to_scratch;
+} copying;
+
+static char *copy_to_or_from(const copying *how, char *run, ptrdiff_t step, char *scratch, size_t count)
 {
-    char *to = to_scratch ? scratch : run;
-    const char *from = to_scratch ? run : scratch;
-    const ptrdiff_t dense = (ptrdiff_t)itemsize;
-    const ptrdiff_t to_step = to_scratch ? dense : step, from_step = to_scratch ? step : dense;
-    if (itemsize == 4) {
+    const ptrdiff_t dense = (ptrdiff_t)how->itemsize;
+    char *to = how->to_scratch ? scratch : run;
+    const char *from = how->to_scratch ? run : scratch;
+    const ptrdiff_t to_step = how->to_scratch ? dense : step, from_step = how->to_scratch ? step : dense;
+    if (how->stored != BN_as_computed) {
+        if (how->to_scratch) {
+            how->kernels->widen[how->stored](count, run, step, scratch);
+        } else {
+            how->kernels->narrow[how->stored](count, scratch, run, step);
+        }
+    } else if (how->itemsize == 4) {
         copy_run(4, to, to_step, from, from_step, count);
     } else {
         copy_run(8, to, to_step, from, from_step, count);
     }
-    return scratch + count * itemsize;
+    return scratch + count * how->itemsize;
 }
 
 /* From the first channel to another one, in bytes. */
@@ -97,19 +109,19 @@ static ptrdiff_t channel_offset(const bn_geometry *geometry, const bn_operand *l
 }
 
 /* Visits the box in the order of scratch, (outer, channel, inner), one strided run at a time. */
-static void copy_box(const bn_geometry *geometry, bn_role role, char *data, const bn_box *box,
-                     char *scratch, int to_scratch)
+static void copy_box(const bn_kernels *kernels, const bn_geometry *geometry, bn_role role, char *data,
+                     const bn_box *box, char *scratch, int to_scratch)
 {
     const bn_operand *layout = &geometry->operand[role];
-    const size_t itemsize = geometry->itemsize;
+    const copying how = {kernels, layout->stored, geometry->itemsize, to_scratch};
     position outer;
     go_to(&outer, geometry->outer_axes, geometry->outer_axis_sizes, layout->outer_axis_strides,
           box->outer);
     data += channel_offset(geometry, layout, box->channel);
     if (geometry->inner == 1) {
         for (size_t o = 0; o < box->extent.outer; o++, go_on(&outer)) {
-            scratch = copy_to_or_from(itemsize, data + outer.offset, layout->channel_stride,
-                                      scratch, box->extent.channels, to_scratch);
+            scratch = copy_to_or_from(&how, data + outer.offset, layout->channel_stride, scratch,
+                                      box->extent.channels);
         }
         return;
     }
@@ -126,9 +138,8 @@ static void copy_box(const bn_geometry *geometry, bn_role role, char *data, cons
             size_t column = box->inner % length;
             for (size_t left = box->extent.inner; left > 0;) {
                 const size_t count = left < length - column ? left : length - column;
-                scratch = copy_to_or_from(itemsize,
-                                          channel + row.offset + (ptrdiff_t)column * step, step,
-                                          scratch, count, to_scratch);
+                scratch = copy_to_or_from(&how, channel + row.offset + (ptrdiff_t)column * step, step,
+                                          scratch, count);
                 left -= count;
                 column = 0;
                 go_on(&row);
@@ -156,19 +167,19 @@ bn_view bn_view_to_write(const bn_geometry *geometry, bn_role role, char *data,
                      {layout->outer_stride, layout->channel_stride}};
 }
 
-bn_view bn_view_to_read(const bn_geometry *geometry, bn_role role, char *data,
+bn_view bn_view_to_read(const bn_kernels *kernels, const bn_geometry *geometry, bn_role role, char *data,
                         const bn_box *box, char *scratch)
 {
     if (geometry->operand[role].packed) {
-        copy_box(geometry, role, data, box, scratch, 1);
+        copy_box(kernels, geometry, role, data, box, scratch, 1);
     }
     return bn_view_to_write(geometry, role, data, box, scratch);
 }
 
-void bn_written(const bn_geometry *geometry, bn_role role, char *data, const bn_box *box,
-                char *scratch)
+void bn_written(const bn_kernels *kernels, const bn_geometry *geometry, bn_role role, char *data,
+                const bn_box *box, char *scratch)
 {
     if (geometry->operand[role].packed) {
-        copy_box(geometry, role, data, box, scratch, 0);
+        copy_box(kernels, geometry, role, data, box, scratch, 0);
     }
 }

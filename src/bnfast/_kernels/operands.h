@@ -1,4 +1,5 @@
-/* A box of an operand as something a kernel can walk: where it lies, or packed into scratch. */
+/* A box of an operand as something a kernel can walk: where it lies, or packed into scratch, in
+   the type of the arithmetic. */
 #ifndef BN_OPERANDS_H
 #define BN_OPERANDS_H
 
@@ -16,14 +17,14 @@ typedef struct {
 bn_view bn_dense_view(const bn_box *box, char *scratch);
 
 /* A box to read: the operand's own elements, or scratch filled with them. */
-bn_view bn_view_to_read(const bn_geometry *geometry, bn_role role, char *data,
+bn_view bn_view_to_read(const bn_kernels *kernels, const bn_geometry *geometry, bn_role role, char *data,
                         const bn_box *box, char *scratch);
 
 /* A box to write: the operand's own elements, or scratch. bn_written puts scratch in its place, and
    does nothing for a direct operand. */
 bn_view bn_view_to_write(const bn_geometry *geometry, bn_role role, char *data,
                          const bn_box *box, char *scratch);
-void bn_written(const bn_geometry *geometry, bn_role role, char *data, const bn_box *box,
-                char *scratch);
+void bn_written(const bn_kernels *kernels, const bn_geometry *geometry, bn_role role, char *data,
+                const bn_box *box, char *scratch);
 
 #endif

@@ -1,0 +1,36 @@
+"""The types in which data may be stored, and those in which it is computed.
+
+Kernels compute in float32 and float64. Data of another type is converted while it is read and
+written, chunk by chunk: a new type is a row here, a line of ``kernel_list.h``, and its two
+conversions in ``conversions.inc``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class StorageType(NamedTuple):
+    """A dtype of arrays, what its elements are computed in, and its name in ``kernel_list.h``."""
+
+    dtype: np.dtype[Any]
+    arithmetic: np.dtype[Any]
+    name: str
+
+
+_F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
+
+STORAGE_TYPES = (
+    StorageType(_F32, _F32, "f32"),
+    StorageType(_F64, _F64, "f64"),
+)
+
+# Of the arithmetic, and of parameters and statistics.
+NAMES = "float32 or float64"
+
+
+def is_floating(dtype: np.dtype[Any]) -> bool:
+    """Return whether arithmetic is done in this dtype as it is: native float32 or float64."""
+    return dtype.char in "fd" and dtype.isnative
