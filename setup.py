@@ -137,6 +137,7 @@ core = Extension(
                 "tasks",
                 "row_tasks",
                 "coefficients",
+                "method",
                 "kernel_calls",
                 "operands",
                 "dispatch",

@@ -169,12 +169,9 @@ cdef int moments(Geometry geometry, x, mean, mean_low, m2, int threads) except -
     cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
     _take_scratch(&workspace, &job, threads)
     job.operand[BN_X] = _data(x)
-    job.mean, job.m2 = _doubles(mean), _doubles(m2)
-    if mean_low is None:
-        job.mean_low = _take_doubles(&workspace, _statistics(c))
-    else:
-        job.mean_low = _doubles(mean_low)
-    job.partials = _take_doubles(&workspace, _partials(c))
+    job.statistic[BN_MEAN], job.statistic[BN_M2] = _doubles(mean), _doubles(m2)
+    job.statistic[BN_MEAN_LOW] = _doubles_or_null(mean_low)
+    _take_statistics(&workspace, &job, _OF_MOMENTS)
     _do_all(&job, &workspace, bn_moments_phases, threads)
     _end(&workspace)
     return 0
@@ -199,7 +196,7 @@ cdef int normalize(
     cdef bn_job job = _new_job(c)
     cdef char small[SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
-    cdef double values
+    cdef double divisor
     cdef int too_large = 0
     cdef size_t i
     cdef unsigned int coefficients = (
@@ -212,32 +209,29 @@ cdef int normalize(
     job.floor = _widened(&workspace, floor, c.channels)
     job.eps, job.more_eps = eps, _widened(&workspace, more_eps, c.channels)
     if shared == 1:
-        job.mean, job.invstd = _doubles(mean), _doubles(invstd)
-    else:
-        job.mean = _take_doubles(&workspace, _statistics(c))
-        job.invstd = _take_doubles(&workspace, _statistics(c))
-    job.mean_low = _take_doubles(&workspace, _statistics(c))
-    if m2 is None:
-        job.m2 = _take_doubles(&workspace, _statistics(c))
-    else:
-        job.m2 = _doubles(m2)
+        job.statistic[BN_MEAN], job.statistic[BN_INVSTD] = _doubles(mean), _doubles(invstd)
+    job.statistic[BN_M2] = _doubles_or_null(m2)
+    _take_statistics(&workspace, &job, _OF_NORMALIZE)
     _take_coefficients(&workspace, c, coefficients, &job.coefficients)
-    job.partials = _take_doubles(&workspace, _partials(c))
     job.shared, job.uncentred = shared, not centred
     _do_all(&job, &workspace, bn_normalize_phases, threads)
     if shared > 1:
         for i in range(_statistics(c) // shared):
-            _doubles(mean)[i] = job.mean[i * shared]
-            _doubles(invstd)[i] = job.invstd[i * shared]
+            _doubles(mean)[i] = job.statistic[BN_MEAN][i * shared]
+            _doubles(invstd)[i] = job.statistic[BN_INVSTD][i * shared]
     if running_mean is not None:
-        if _update_running(running_mean, c.repeats, momentum, job.mean, 1.0):
+        if _update_running(running_mean, c.repeats, momentum, job.statistic[BN_MEAN], 1.0):
             too_large |= _MEAN_TOO_LARGE
     if running_var is not None:
-        values = <double>(c.outer * c.inner)
-        if _update_running(running_var, c.repeats, momentum, job.m2, values - correction):
+        divisor = <double>(c.outer * c.inner) - correction
+        if _update_running(running_var, c.repeats, momentum, job.statistic[BN_M2], divisor):
             too_large |= _VAR_TOO_LARGE
     _end(&workspace)
     return too_large
+
+
+cdef inline double *_doubles_or_null(array) noexcept:
+    return NULL if array is None else _doubles(array)
 
 
 cdef bn_dtype _dtype(cnp.ndarray array) noexcept:
@@ -367,17 +361,18 @@ cdef int scale_shift(
     job.operand[BN_X], job.operand[BN_Y] = _data(x), _data(y)
     job.eps = eps
     if prepared is not None:
-        job.invstd, job.coefficients = _doubles(prepared.invstd), prepared.coefficients
+        job.statistic[BN_INVSTD] = _doubles(prepared.invstd)
+        job.coefficients = prepared.coefficients
     else:
-        job.invstd = _take_doubles(&workspace, _statistics(c))
+        job.statistic[BN_INVSTD] = _take_doubles(&workspace, _statistics(c))
         _take_coefficients(&workspace, c, BN_OUTPUT_COEFFICIENTS, &job.coefficients)
     if not job.prepared:
         if of_samples:
             job.parameters_of_repeat = c.channels
         job.weight = _widened(&workspace, weight, _statistics(c) if of_samples else c.channels)
         job.bias = _widened(&workspace, bias, _statistics(c) if of_samples else c.channels)
-        job.mean = _of_each_repeat(&workspace, mean, c)
-        job.variance = _of_each_repeat(&workspace, variance, c)
+        job.statistic[BN_MEAN] = _of_each_repeat(&workspace, mean, c)
+        job.statistic[BN_VARIANCE] = _of_each_repeat(&workspace, variance, c)
     _do_all(&job, &workspace, bn_scale_shift_phases, threads)
     _end(&workspace)
     if kept is not None and not job.prepared:
@@ -397,7 +392,7 @@ cdef int gradient(
     sum for each repeat, and sum(dy * (x - mean) * invstd). All three may be None.
     """
     cdef bn_geometry *c = &geometry.c
-    cdef unsigned int coefficients = BN_GRADIENT_COEFFICIENTS
+    cdef unsigned int coefficients = BN_GRADIENT_COEFFICIENTS, wanted = _OF_GRADIENT
     cdef bint centred = mean is not None
     if constant_statistics:
         coefficients = BN_CONSTANT_GRADIENT_COEFFICIENTS
@@ -411,31 +406,26 @@ cdef int gradient(
     _take_scratch(&workspace, &job, threads, floor is not None)
     job.operand[BN_X], job.operand[BN_DY], job.operand[BN_DX] = _data(x), _data(dy), _data(dx)
     job.weight = _widened(&workspace, weight, c.channels)
-    job.mean = _statistic(&workspace, mean, c, shared)
-    job.invstd = _statistic(&workspace, invstd, c, shared)
-    job.sum_dy = _take_doubles(&workspace, _statistics(c))
-    if sum_dy_xhat is None:
-        job.sum_dy_xhat = _take_doubles(&workspace, _statistics(c))
-    else:
-        job.sum_dy_xhat = _doubles(sum_dy_xhat)
+    job.statistic[BN_MEAN] = _statistic(&workspace, mean, c, shared)
+    job.statistic[BN_INVSTD] = _statistic(&workspace, invstd, c, shared)
+    job.statistic[BN_SUM_DY_XHAT] = _doubles_or_null(sum_dy_xhat)
     if floor is not None:
+        job.statistic[BN_SUM_FLOORED] = _doubles_or_null(sum_floored)
         job.bias = _widened(&workspace, bias, c.channels)
         job.floor = _widened(&workspace, floor, c.channels)
-        if sum_floored is None:
-            job.sum_floored = _take_doubles(&workspace, _statistics(c))
-        else:
-            job.sum_floored = _doubles(sum_floored)
+        wanted |= 1 << BN_SUM_FLOORED
     if c.dtype == BN_f64 and centred and not constant_statistics:
-        job.mean_low = _take_doubles(&workspace, _statistics(c))
+        wanted |= 1 << BN_MEAN_LOW
     job.constant_statistics = constant_statistics
     job.shared, job.uncentred = shared, not centred
+    _take_statistics(&workspace, &job, wanted)
     _take_coefficients(&workspace, c, coefficients, &job.coefficients)
-    job.partials = _take_doubles(&workspace, _partials(c))
     _do_all(&job, &workspace, bn_gradient_phases, threads)
     bn_parameter_gradients(&job, _dtype(dweight), _data(dweight), _data(dbias))
     if dfloor is not None:
         job.kernels.parameter_gradients[<int>_dtype(dfloor)](
-            c.channels, c.repeats, job.sum_floored, job.sum_floored, _data(dfloor), _data(dfloor)
+            c.channels, c.repeats, job.statistic[BN_SUM_FLOORED], job.statistic[BN_SUM_FLOORED],
+            _data(dfloor), _data(dfloor)
         )
     _end(&workspace)
     return 0
@@ -456,12 +446,13 @@ cdef int gradient_of_samples(
     _take_scratch(&workspace, &job, threads)
     job.operand[BN_X], job.operand[BN_DY], job.operand[BN_DX] = _data(x), _data(dy), _data(dx)
     job.weight, job.parameters_of_repeat = _doubles(weight), c.channels
-    job.mean = _of_each_repeat(&workspace, mean, c)
-    job.invstd = _of_each_repeat(&workspace, invstd, c)
-    job.sum_dy, job.sum_dy_xhat = _doubles(sum_dy), _doubles(sum_dy_xhat)
+    job.statistic[BN_MEAN] = _of_each_repeat(&workspace, mean, c)
+    job.statistic[BN_INVSTD] = _of_each_repeat(&workspace, invstd, c)
+    job.statistic[BN_SUM_DY] = _doubles(sum_dy)
+    job.statistic[BN_SUM_DY_XHAT] = _doubles(sum_dy_xhat)
     job.constant_statistics = True
+    _take_statistics(&workspace, &job, _OF_GRADIENT)
     _take_coefficients(&workspace, c, BN_CONSTANT_GRADIENT_COEFFICIENTS, &job.coefficients)
-    job.partials = _take_doubles(&workspace, _partials(c))
     _do_all(&job, &workspace, bn_gradient_phases, threads)
     _end(&workspace)
     return 0
@@ -487,12 +478,10 @@ cdef int normalize_rows(
     if bias is not None:
         job.operand[BN_ELEMENT_BIAS] = _data(bias)
     job.eps, job.uncentred = eps, mean is None
-    job.invstd = _doubles(invstd)
-    job.mean = _take_doubles(&workspace, _statistics(c)) if mean is None else _doubles(mean)
-    job.mean_low = _take_doubles(&workspace, _statistics(c))
-    job.m2 = _take_doubles(&workspace, _statistics(c))
+    job.statistic[BN_INVSTD] = _doubles(invstd)
+    job.statistic[BN_MEAN] = _doubles_or_null(mean)
+    _take_statistics(&workspace, &job, _OF_NORMALIZE)
     _take_coefficients(&workspace, c, BN_OUTPUT_COEFFICIENTS, &job.coefficients)
-    job.partials = _take_doubles(&workspace, _partials(c))
     _do_all(&job, &workspace, bn_normalize_phases, threads)
     _end(&workspace)
     return 0
@@ -510,20 +499,18 @@ cdef int row_gradient(
     cdef bn_job job = _new_job(c)
     cdef char small[SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
-    cdef size_t rows = _statistics(c)
+    cdef unsigned int wanted = _OF_GRADIENT
     _take_scratch(&workspace, &job, threads)
     job.operand[BN_X], job.operand[BN_DY], job.operand[BN_DX] = _data(x), _data(dy), _data(dx)
     if weight is not None:
         job.operand[BN_ELEMENT_WEIGHT] = _data(weight)
     job.uncentred = mean is None
     if c.dtype == BN_f64 and mean is not None:
-        job.mean_low = _take_doubles(&workspace, rows)
-    job.mean = _statistic(&workspace, mean, c, 1)
-    job.invstd = _statistic(&workspace, invstd, c, 1)
-    job.sum_dy = _take_doubles(&workspace, rows)
-    job.sum_dy_xhat = _take_doubles(&workspace, rows)
+        wanted |= 1 << BN_MEAN_LOW
+    job.statistic[BN_MEAN] = _statistic(&workspace, mean, c, 1)
+    job.statistic[BN_INVSTD] = _statistic(&workspace, invstd, c, 1)
+    _take_statistics(&workspace, &job, wanted)
     _take_coefficients(&workspace, c, BN_ROW_GRADIENT_COEFFICIENTS, &job.coefficients)
-    job.partials = _take_doubles(&workspace, _partials(c))
     if sums is not None:
         job.column_sums = _doubles(sums)
     _do_all(&job, &workspace, bn_row_gradient_phases, threads)

@@ -20,6 +20,17 @@ cdef extern from "operands.h" nogil:
 
 
 cdef extern from "job.h" nogil:
+    enum:
+        BN_MEAN
+        BN_MEAN_LOW
+        BN_M2
+        BN_INVSTD
+        BN_VARIANCE
+        BN_SUM_DY
+        BN_SUM_DY_XHAT
+        BN_SUM_FLOORED
+        BN_STATISTICS
+
     ctypedef struct bn_job:
         const bn_kernels *kernels
         const bn_geometry *geometry
@@ -30,14 +41,7 @@ cdef extern from "job.h" nogil:
         const double *floor
         double eps
         const double *more_eps
-        double *mean
-        double *mean_low
-        double *m2
-        double *invstd
-        const double *variance
-        double *sum_dy
-        double *sum_dy_xhat
-        double *sum_floored
+        double **statistic
         int constant_statistics
         size_t parameters_of_repeat
         size_t shared

@@ -139,6 +139,23 @@ cdef void _take_coefficients(
             coefficients.array[i] = _take(workspace, _coefficient_bytes(c))
 
 
+# Sets of the statistics that jobs need.
+cdef enum:
+    _OF_MOMENTS = 1 << BN_MEAN | 1 << BN_MEAN_LOW | 1 << BN_M2
+    _OF_NORMALIZE = _OF_MOMENTS | 1 << BN_INVSTD
+    _OF_GRADIENT = 1 << BN_SUM_DY | 1 << BN_SUM_DY_XHAT
+
+
+cdef void _take_statistics(_Workspace *workspace, bn_job *job, unsigned int wanted) noexcept:
+    """Memory for those of a set that the caller has not given; and for the sums of blocks."""
+    cdef const bn_geometry *c = job.geometry
+    cdef int i
+    for i in range(BN_STATISTICS):
+        if wanted >> i & 1 and job.statistic[i] is NULL:
+            job.statistic[i] = _take_doubles(workspace, _statistics(c))
+    job.partials = _take_doubles(workspace, _partials(c))
+
+
 cdef char *_data(cnp.ndarray array) noexcept:
     return <char *>cnp.PyArray_DATA(array)
 

@@ -14,10 +14,10 @@
 extern const bn_kernels BN_TABLE;
 
 /* Which operations of the list were called: main fails if one was not. */
-#define ID(operation) ID_##operation,
+#define ID(operation, ...) ID_##operation,
 #define PROBE_ID(kind) ID_probe_##kind,
 #define STORED_IDS(stored, arithmetic) ID_widen_##stored, ID_narrow_##stored,
-#define NAME(operation) #operation,
+#define NAME(operation, ...) #operation,
 #define STORED_NAMES(stored, arithmetic) "widen_" #stored, "narrow_" #stored,
 enum {
     BN_FOR_EACH_ELEMENT_OPERATION(ID) BN_FOR_EACH_COEFFICIENT_OPERATION(ID)

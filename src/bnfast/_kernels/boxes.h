@@ -16,10 +16,6 @@
 
 static inline size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
-typedef struct {
-    size_t first, count;
-} range;
-
 /* chunks and blocks */
 
 static inline bn_box box_of_chunk(const bn_geometry *geometry, size_t chunk, range channels)
@@ -100,11 +96,18 @@ static inline bn_coefficients coefficients_from(const bn_job *job, size_t channe
     return from;
 }
 
-/* The sums of one block: block 0 has the job's own arrays, each later block a part of `partials`. */
-static inline double *sums_of_block(const bn_job *job, double *own, size_t which, size_t block)
+/* The sums of one block, for these channels on: block 0 has the job's own arrays, each later block a part of
+   `partials`. */
+static inline double *sums_of_block(const bn_job *job, bn_statistic sum, size_t block, size_t channel)
 {
+    static const size_t place[BN_STATISTICS] = {
+        [BN_MEAN] = 0,   [BN_MEAN_LOW] = 1,    [BN_M2] = 2,
+        [BN_SUM_DY] = 0, [BN_SUM_DY_XHAT] = 1, [BN_SUM_FLOORED] = 2,
+    };
     const size_t channels = job->geometry->channels;
-    return block == 0 ? own : job->partials + ((block - 1) * BN_SUMS + which) * channels;
+    double *sums = block == 0 ? job->statistic[sum]
+                              : job->partials + ((block - 1) * BN_SUMS + place[sum]) * channels;
+    return sums + channel;
 }
 
 static inline void clear(double *array, range channels)

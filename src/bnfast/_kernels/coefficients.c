@@ -12,10 +12,10 @@ void bn_merge_blocks(const bn_job *job, range channels)
     size_t count = values_of_block(job->geometry, 0);
     for (size_t block = 1; block < job->geometry->blocks; block++) {
         const size_t more = values_of_block(job->geometry, block);
-        job->kernels->merge_moments(channels.count, count, job->mean + c, job->mean_low + c,
-                                    job->m2 + c, more, sums_of_block(job, NULL, 0, block) + c,
-                                    sums_of_block(job, NULL, 1, block) + c,
-                                    sums_of_block(job, NULL, 2, block) + c);
+        job->kernels->merge_moments(
+            channels.count, count, job->statistic[BN_MEAN] + c, job->statistic[BN_MEAN_LOW] + c,
+            job->statistic[BN_M2] + c, more, sums_of_block(job, BN_MEAN, block, c),
+            sums_of_block(job, BN_MEAN_LOW, block, c), sums_of_block(job, BN_M2, block, c));
         count += more;
     }
 }
@@ -33,15 +33,14 @@ static void spread_moments(size_t channels, size_t shared, double *moments)
 
 static void merge_gradient(const bn_job *job, range channels)
 {
+    static const bn_statistic sums[] = {BN_SUM_DY, BN_SUM_DY_XHAT, BN_SUM_FLOORED};
     const size_t c = channels.first;
     for (size_t block = 1; block < job->geometry->blocks; block++) {
-        job->kernels->merge_sums(channels.count, job->sum_dy + c,
-                                 sums_of_block(job, NULL, 0, block) + c);
-        job->kernels->merge_sums(channels.count, job->sum_dy_xhat + c,
-                                 sums_of_block(job, NULL, 1, block) + c);
-        if (job->floor) {
-            job->kernels->merge_sums(channels.count, job->sum_floored + c,
-                                     sums_of_block(job, NULL, 2, block) + c);
+        for (size_t i = 0; i < sizeof sums / sizeof *sums; i++) {
+            if (job->statistic[sums[i]]) {
+                job->kernels->merge_sums(channels.count, job->statistic[sums[i]] + c,
+                                         sums_of_block(job, sums[i], block, c));
+            }
         }
     }
 }
@@ -52,13 +51,13 @@ static void share_moments(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
     if (are_joined(job)) {
-        spread_moments(channels.count, job->shared, job->mean + c);
-        spread_moments(channels.count, job->shared, job->mean_low + c);
-        spread_moments(channels.count, job->shared, job->m2 + c);
+        spread_moments(channels.count, job->shared, job->statistic[BN_MEAN] + c);
+        spread_moments(channels.count, job->shared, job->statistic[BN_MEAN_LOW] + c);
+        spread_moments(channels.count, job->shared, job->statistic[BN_M2] + c);
     } else if (job->shared > 1) {
         job->kernels->pool_moments(channels.count / job->shared, job->shared,
-                                   values_per_channel(job->geometry), job->mean + c,
-                                   job->mean_low + c, job->m2 + c);
+                                   values_per_channel(job->geometry), job->statistic[BN_MEAN] + c,
+                                   job->statistic[BN_MEAN_LOW] + c, job->statistic[BN_M2] + c);
     }
 }
 
@@ -93,13 +92,13 @@ static int are_within(size_t count, const double *values, double least, double m
 
 static double factor_needed(const bn_job *job, size_t c)
 {
-    if (!job->invstd) {
-        return job->m2[c] <= DBL_MAX ? 0.0 : SMALLER;
+    if (!job->statistic[BN_INVSTD]) {
+        return job->statistic[BN_M2][c] <= DBL_MAX ? 0.0 : SMALLER;
     }
-    if (!(job->invstd[c] > 0.0)) {
+    if (!(job->statistic[BN_INVSTD][c] > 0.0)) {
         return SMALLER;
     }
-    return job->invstd[c] > LARGE_INVSTD && fabs(job->mean[c]) < 0x1p-350 ? LARGER : 0.0;
+    return job->statistic[BN_INVSTD][c] > LARGE_INVSTD && fabs(job->statistic[BN_MEAN][c]) < 0x1p-350 ? LARGER : 0.0;
 }
 
 /* The same job with x scaled in scratch: its own, or `rare` where it has none. */
@@ -108,6 +107,7 @@ static bn_job scaled_job(const bn_job *job, double factor, char *rare)
     bn_job scaled = *job;
     scaled.scaled = 1;
     scaled.factor = factor;
+    bn_choose_method(&scaled);
     if (!job->scratch) {
         scaled.scratch = rare;
         scaled.scratch_bytes = BN_SCRATCH_BYTES;
@@ -123,14 +123,14 @@ BN_NOINLINE void scaled_moments(const bn_job *job, range channels, double factor
     moments_again(&scaled, channels);
     for (size_t c = channels.first; c < channels.first + channels.count; c++) {
         const double eps = job->eps + (job->more_eps ? job->more_eps[c] : 0.0);
-        if (job->invstd) {
-            job->kernels->invstd(1, job->m2 + c, size, eps * factor * factor, NULL,
-                                 job->invstd + c);
-            job->invstd[c] *= factor;
+        if (job->statistic[BN_INVSTD]) {
+            job->kernels->invstd(1, job->statistic[BN_M2] + c, size, eps * factor * factor, NULL,
+                                 job->statistic[BN_INVSTD] + c);
+            job->statistic[BN_INVSTD][c] *= factor;
         }
-        job->mean[c] /= factor;
-        job->mean_low[c] /= factor;
-        job->m2[c] = job->m2[c] / factor / factor; /* infinite, where float64 does not hold it */
+        job->statistic[BN_MEAN][c] /= factor;
+        job->statistic[BN_MEAN_LOW][c] /= factor;
+        job->statistic[BN_M2][c] = job->statistic[BN_M2][c] / factor / factor; /* infinite, where float64 does not hold it */
     }
 }
 
@@ -140,7 +140,7 @@ void bn_mend_moments(const bn_job *job, range channels)
     const size_t end = channels.first + channels.count;
     range some = {channels.first, 0};
     if (job->geometry->dtype == BN_f32 ||
-        (job->invstd && are_within(channels.count, job->invstd + channels.first, SMALL_INVSTD,
+        (job->statistic[BN_INVSTD] && are_within(channels.count, job->statistic[BN_INVSTD] + channels.first, SMALL_INVSTD,
                                    LARGE_INVSTD))) {
         return;
     }
@@ -175,17 +175,17 @@ BN_NOINLINE void scaled_gradient(const bn_job *job, range channels)
     const bn_coefficients coefficients = coefficients_from(job, channels.first);
     _Alignas(64) char rare[BN_SCRATCH_BYTES];
     const bn_job scaled = scaled_job(job, 1.0, rare);
-    memset(coefficients.array[BN_MEAN], 0, channels.count * sizeof(double));
+    memset(coefficients.array[BN_ROUNDED_MEAN], 0, channels.count * sizeof(double));
     for (size_t block = 0; block < job->geometry->blocks; block++) {
         bn_sum_gradient(&scaled, block, channels);
     }
     merge_gradient(&scaled, channels);
-    job->kernels->round_mean[BN_f64](channels.count, job->mean + channels.first, coefficients);
+    job->kernels->round_mean[BN_f64](channels.count, job->statistic[BN_MEAN] + channels.first, coefficients);
     for (size_t c = channels.first; c < channels.first + channels.count; c++) {
-        const double factor = power_of_two(job->invstd[c]);
-        const double low = job->mean_low ? job->mean_low[c] * factor : 0.0;
-        const double sum = job->sum_dy_xhat[c] - (low == 0.0 ? 0.0 : low * job->sum_dy[c]);
-        job->sum_dy_xhat[c] = sum * (job->invstd[c] / factor);
+        const double factor = power_of_two(job->statistic[BN_INVSTD][c]);
+        const double low = job->statistic[BN_MEAN_LOW] ? job->statistic[BN_MEAN_LOW][c] * factor : 0.0;
+        const double sum = job->statistic[BN_SUM_DY_XHAT][c] - (low == 0.0 ? 0.0 : low * job->statistic[BN_SUM_DY][c]);
+        job->statistic[BN_SUM_DY_XHAT][c] = sum * (job->statistic[BN_INVSTD][c] / factor);
     }
 }
 
@@ -194,14 +194,14 @@ static void mend_gradient(const bn_job *job, range channels)
     const size_t end = channels.first + channels.count;
     range some = {channels.first, 0};
     if (job->geometry->dtype == BN_f32 ||
-        are_within(channels.count, job->invstd + channels.first, LEAST_INVSTD, MOST_INVSTD)) {
+        are_within(channels.count, job->statistic[BN_INVSTD] + channels.first, LEAST_INVSTD, MOST_INVSTD)) {
         return;
     }
     for (; some.first < end; some.first += some.count) {
-        const int extreme = is_extreme(job->invstd[some.first]);
+        const int extreme = is_extreme(job->statistic[BN_INVSTD][some.first]);
         some.count = 1;
         while (some.first + some.count < end &&
-               is_extreme(job->invstd[some.first + some.count]) == extreme) {
+               is_extreme(job->statistic[BN_INVSTD][some.first + some.count]) == extreme) {
             some.count++;
         }
         if (extreme) {
@@ -216,7 +216,7 @@ static void mend_gradient(const bn_job *job, range channels)
 
 static int is_noticed(const bn_job *job, size_t c)
 {
-    return fabs(job->mean[c] * job->invstd[c]) > NOTICED_MEAN;
+    return fabs(job->statistic[BN_MEAN][c] * job->statistic[BN_INVSTD][c]) > NOTICED_MEAN;
 }
 
 int bn_any_noticed(const bn_job *job, range channels)
@@ -235,8 +235,8 @@ int bn_any_noticed(const bn_job *job, range channels)
 static bn_job job_of_mean_low(const bn_job *job)
 {
     bn_job again = *job;
-    again.mean = job->sum_dy;
-    again.m2 = job->sum_dy_xhat;
+    again.statistic[BN_MEAN] = job->statistic[BN_SUM_DY];
+    again.statistic[BN_M2] = job->statistic[BN_SUM_DY_XHAT];
     return again;
 }
 
@@ -256,15 +256,15 @@ static void finish_mean_low(const bn_job *job, range channels)
 {
     const bn_job again = job_of_mean_low(job);
     if (!bn_any_noticed(job, channels)) {
-        clear(job->mean_low, channels);
+        clear(job->statistic[BN_MEAN_LOW], channels);
         return;
     }
     bn_merge_blocks(&again, channels);
     share_moments(&again, channels);
     for (size_t c = channels.first; c < channels.first + channels.count; c++) {
-        const double rest = (again.mean[c] - job->mean[c]) + job->mean_low[c];
-        const int own = is_noticed(job, c) && fabs(rest) <= DBL_EPSILON * fabs(job->mean[c]);
-        job->mean_low[c] = own ? rest : 0.0;
+        const double rest = (again.statistic[BN_MEAN][c] - job->statistic[BN_MEAN][c]) + job->statistic[BN_MEAN_LOW][c];
+        const int own = is_noticed(job, c) && fabs(rest) <= DBL_EPSILON * fabs(job->statistic[BN_MEAN][c]);
+        job->statistic[BN_MEAN_LOW][c] = own ? rest : 0.0;
     }
 }
 
@@ -301,36 +301,43 @@ static void set_floors(const bn_job *job, range channels, bn_coefficient shift)
 void bn_prepare_scale_shift(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
-    job->kernels->invstd(channels.count, job->variance + c, 1.0, job->eps, NULL,
-                         job->invstd + c);
+    job->kernels->invstd(channels.count, job->statistic[BN_VARIANCE] + c, 1.0, job->eps, NULL,
+                         job->statistic[BN_INVSTD] + c);
     job->kernels->scale_shift_coefficients[job->geometry->dtype](
-        channels.count, 0, job->mean + c, NULL, job->invstd + c,
+        channels.count, 0, job->statistic[BN_MEAN] + c, NULL, job->statistic[BN_INVSTD] + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), coefficients_from(job, c));
     repeat_coefficients(job, channels);
+}
+
+void bn_round_mean(const bn_job *job, range channels)
+{
+    const size_t c = channels.first;
+    job->kernels->round_mean[job->geometry->dtype](channels.count, job->statistic[BN_MEAN] + c,
+                                                   coefficients_from(job, c));
+}
+
+/* And what y, or xhat, is made of again. */
+void bn_make_output_again(const bn_job *job, range channels)
+{
+    const size_t c = channels.first;
+    bn_coefficients forward = coefficients_from(job, c);
+    forward.array[BN_SHIFT] = forward.array[BN_FORWARD_SHIFT];
+    job->kernels->scale_shift_coefficients[job->geometry->dtype](
+        channels.count, job->column_sums != NULL, job->statistic[BN_MEAN] + c,
+        parameter_from(job->statistic[BN_MEAN_LOW], c), job->statistic[BN_INVSTD] + c,
+        parameter_from(job->weight, c), parameter_from(job->bias, c), forward);
+    if (job->floor) {
+        set_floors(job, channels, BN_FORWARD_SHIFT);
+    }
 }
 
 /* Once the low part of the mean is known. */
 void bn_prepare_gradient(const bn_job *job, range channels)
 {
-    const size_t c = channels.first;
-    if (job->mean_low) {
+    if (job->statistic[BN_MEAN_LOW]) {
         finish_mean_low(job, channels);
     }
-    if (!job->floor && !job->column_sums) {
-        job->kernels->round_mean[job->geometry->dtype](channels.count, job->mean + c,
-                                                       coefficients_from(job, c));
-        return;
-    }
-    /* And what y, or xhat, is made of again. */
-    bn_coefficients forward = coefficients_from(job, c);
-    forward.array[BN_SHIFT] = forward.array[BN_FORWARD_SHIFT];
-    job->kernels->scale_shift_coefficients[job->geometry->dtype](
-        channels.count, job->column_sums != NULL, job->mean + c, parameter_from(job->mean_low, c),
-        job->invstd + c,
-        parameter_from(job->weight, c), parameter_from(job->bias, c), forward);
-    if (job->floor) {
-        set_floors(job, channels, BN_FORWARD_SHIFT);
-    }
+    job->method.prepare(job, channels);
 }
 
 void bn_finish_normalize(const bn_job *job, range channels)
@@ -338,11 +345,11 @@ void bn_finish_normalize(const bn_job *job, range channels)
     const size_t c = channels.first, each = values_per_channel(job->geometry);
     bn_merge_blocks(job, channels);
     share_moments(job, channels);
-    job->kernels->invstd(channels.count, job->m2 + c, (double)(each * job->shared), job->eps,
-                         parameter_from(job->more_eps, c), job->invstd + c);
+    job->kernels->invstd(channels.count, job->statistic[BN_M2] + c, (double)(each * job->shared), job->eps,
+                         parameter_from(job->more_eps, c), job->statistic[BN_INVSTD] + c);
     bn_mend_moments(job, channels);
     job->kernels->scale_shift_coefficients[job->geometry->dtype](
-        channels.count, 0, job->mean + c, job->mean_low + c, job->invstd + c,
+        channels.count, 0, job->statistic[BN_MEAN] + c, job->statistic[BN_MEAN_LOW] + c, job->statistic[BN_INVSTD] + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), coefficients_from(job, c));
     if (job->floor) {
         set_floors(job, channels, BN_SHIFT);
@@ -350,37 +357,45 @@ void bn_finish_normalize(const bn_job *job, range channels)
     repeat_coefficients(job, channels);
 }
 
+void bn_constant_coefficients(const bn_job *job, range channels)
+{
+    const size_t c = channels.first;
+    job->kernels->scale_shift_coefficients[job->geometry->dtype](
+        channels.count, 0, NULL, NULL, job->statistic[BN_INVSTD] + c, parameter_from(job->weight, c), NULL,
+        coefficients_from(job, c));
+}
+
+void bn_shared_coefficients(const bn_job *job, range channels)
+{
+    const size_t c = channels.first;
+    job->kernels->shared_gradient_coefficients[job->geometry->dtype](
+        channels.count / job->shared, job->shared, values_per_channel(job->geometry),
+        job->statistic[BN_MEAN] + c, parameter_from(job->statistic[BN_MEAN_LOW], c),
+        job->statistic[BN_INVSTD] + c, parameter_from(job->weight, c), job->statistic[BN_SUM_DY] + c,
+        job->statistic[BN_SUM_DY_XHAT] + c, coefficients_from(job, c));
+}
+
+void bn_gradient_coefficients(const bn_job *job, range channels)
+{
+    const size_t c = channels.first;
+    job->kernels->gradient_coefficients[job->geometry->dtype](
+        channels.count, values_per_channel(job->geometry), job->statistic[BN_MEAN] + c,
+        parameter_from(job->statistic[BN_MEAN_LOW], c), job->statistic[BN_INVSTD] + c,
+        parameter_from(job->weight, c), job->statistic[BN_SUM_DY] + c, job->statistic[BN_SUM_DY_XHAT] + c,
+        coefficients_from(job, c));
+}
+
 void bn_finish_gradient(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
     merge_gradient(job, channels);
-    job->kernels->standardize[job->geometry->dtype](channels.count, job->mean + c,
-                                                    parameter_from(job->mean_low, c),
-                                                    job->invstd + c, job->sum_dy + c,
-                                                    job->sum_dy_xhat + c);
+    job->kernels->standardize[job->geometry->dtype](
+        channels.count, job->statistic[BN_MEAN] + c, parameter_from(job->statistic[BN_MEAN_LOW], c),
+        job->statistic[BN_INVSTD] + c, job->statistic[BN_SUM_DY] + c, job->statistic[BN_SUM_DY_XHAT] + c);
     mend_gradient(job, channels);
-    if (job->constant_statistics) {
-        job->kernels->scale_shift_coefficients[job->geometry->dtype](
-            channels.count, 0, NULL, NULL, job->invstd + c, parameter_from(job->weight, c), NULL,
-            coefficients_from(job, c));
-        repeat_coefficients(job, channels);
-        return;
-    }
-    if (job->shared > 1) {
-        job->kernels->shared_gradient_coefficients[job->geometry->dtype](
-            channels.count / job->shared, job->shared, values_per_channel(job->geometry),
-            job->mean + c, parameter_from(job->mean_low, c), job->invstd + c,
-            parameter_from(job->weight, c), job->sum_dy + c, job->sum_dy_xhat + c,
-            coefficients_from(job, c));
-    } else {
-        job->kernels->gradient_coefficients[job->geometry->dtype](
-            channels.count, values_per_channel(job->geometry), job->mean + c,
-            parameter_from(job->mean_low, c), job->invstd + c, parameter_from(job->weight, c),
-            job->sum_dy + c, job->sum_dy_xhat + c, coefficients_from(job, c));
-    }
-    if (job->uncentred) {
-        memset(coefficients_from(job, c).array[BN_OFFSET], 0,
-               channels.count * job->geometry->itemsize);
+    job->method.finish(job, channels);
+    if (job->uncentred && job->coefficients.array[BN_OFFSET]) {
+        memset(coefficients_from(job, c).array[BN_OFFSET], 0, channels.count * job->geometry->itemsize);
     }
     repeat_coefficients(job, channels);
 }

@@ -34,7 +34,7 @@ const bn_kernels *bn_built_kernels(size_t index)
 int bn_runs_here(size_t index) { return variants[index].runs_here(); }
 
 static const char *const names[] = {
-#define NAMES(operation)                                                    \
+#define NAMES(operation, ...)                                               \
     #operation "_contiguous_f32", #operation "_contiguous_f64",             \
     #operation "_channels_last_f32", #operation "_channels_last_f64",
     BN_FOR_EACH_ELEMENT_OPERATION(NAMES)

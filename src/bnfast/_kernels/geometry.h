@@ -17,7 +17,8 @@ typedef enum {
     BN_ELEMENT_BIAS,
     BN_Y,
     BN_DX,
-    BN_ROLES
+    BN_ROLES,
+    BN_NONE = BN_ROLES
 } bn_role;
 
 #define BN_MAX_AXES 64

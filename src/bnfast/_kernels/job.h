@@ -9,6 +9,34 @@
 #include "cache_sizes.h"
 #include "geometry.h"
 #include "kernels.h"
+#include "operands.h"
+
+typedef struct bn_job bn_job;
+
+/* Some neighbours. */
+typedef struct {
+    size_t first, count;
+} range;
+
+typedef void bn_sum_box(const bn_job *job, const bn_box *box, size_t block, size_t count);
+typedef void bn_do_channels(const bn_job *job, range channels);
+
+/* What a kernel reads, in its order, and what it writes. */
+typedef struct {
+    size_t kernel; /* where its pointers are in bn_kernels */
+    size_t inputs;
+    bn_role reads[BN_MOST_INPUTS], writes;
+} bn_output;
+
+/* How a job is done: see method.c. */
+typedef struct {
+    bn_sum_box *moments;       /* of a box of x */
+    bn_sum_box *gradient_sums; /* of a box of dy and x; `count` values of the block have been summed before */
+    bn_do_channels *prepare;   /* before these sums */
+    bn_do_channels *finish;    /* from them to the coefficients of dx */
+    int has_columns;           /* they are made with those of the columns, in one pass */
+    const bn_output *output;
+} bn_method;
 
 /* Sums of a block: mean, mean_low and m2, or sum_dy and sum_dy_xhat. */
 #define BN_SUMS 3
@@ -16,10 +44,23 @@
 /* Scratch of a thread: for each operand. */
 #define BN_BUFFERS ((size_t)BN_ROLES)
 
+/* What a job finds out of each channel, or is told. */
+typedef enum {
+    BN_MEAN,     /* of moments and normalize: what one float64 holds of the mean, */
+    BN_MEAN_LOW, /* what that left of it (a gradient finds it again, where it is missed), */
+    BN_M2,
+    BN_INVSTD,   /* and this, but not of moments; a gradient is told mean and invstd, */
+    BN_VARIANCE, /* and scale_shift mean and variance */
+    BN_SUM_DY,
+    BN_SUM_DY_XHAT, /* sum(dy * (x - mean)) until all is summed */
+    BN_SUM_FLOORED, /* of dy where y was below its floor */
+    BN_STATISTICS
+} bn_statistic;
+
 /* Weight and bias are float64 [channels], or [repeats][channels], and may be NULL; arrays of statistics are float64
    [repeats][channels], and those of coefficients as long for each repeat as
    bn_coefficients_length says. */
-typedef struct {
+struct bn_job {
     const bn_kernels *kernels;
     const bn_geometry *geometry;
     bn_caches caches;
@@ -35,13 +76,7 @@ typedef struct {
     double eps;
     const double *more_eps; /* float64 [channels]: of each channel, besides; NULL for none */
 
-    /* moments and normalize write mean (+ mean_low), m2 and invstd; scale_shift reads mean and
-       variance and writes invstd; gradient reads mean and invstd, and finds mean_low again (NULL where
-       the mean is held by one float64). */
-    double *mean, *mean_low, *m2, *invstd;
-    const double *variance;
-    double *sum_dy, *sum_dy_xhat; /* the latter is sum(dy * (x - mean)) until all is summed */
-    double *sum_floored; /* gradient: of dy where y was below its floor; NULL without floors */
+    double *statistic[BN_STATISTICS]; /* NULL for those that the job has not */
     int constant_statistics; /* gradient: mean and invstd did not come from x */
 
     size_t shared; /* so many neighbouring channels have their statistics together */
@@ -67,6 +102,7 @@ typedef struct {
     int prepared; /* scale_shift: these hold already what statistics and parameters make of them */
 
     /* Set by bn_*_phases. */
+    bn_method method;
     size_t group, groups; /* channels in a task, and how many such groups */
     bn_place place;       /* where sums read from */
     bn_stores stores;
@@ -74,7 +110,7 @@ typedef struct {
     size_t fetched;       /* so many values of each channel */
     int sums_fetch;       /* while they are added up, rather than while their output is written */
     bn_extent pieces;     /* into how many parts each axis of the output is cut */
-} bn_job;
+};
 
 typedef void bn_task(const bn_job *job, size_t number);
 
@@ -90,6 +126,9 @@ typedef struct {
 void bn_do_tasks(const bn_job *job, const bn_phase *phase, size_t thread, size_t first, size_t end);
 
 #define BN_MAX_PHASES 5
+
+/* Before all else. */
+void bn_choose_method(bn_job *job);
 
 /* How this job is done by so many threads: returns the number of phases. */
 size_t bn_moments_phases(bn_job *job, size_t threads, bn_phase *phases);      /* of x */

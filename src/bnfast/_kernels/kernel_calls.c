@@ -5,9 +5,6 @@
 
 /* one box: one kernel call */
 
-/* `count` is the number of values that the block has summed before this box. */
-typedef void visit(const bn_job *job, const bn_box *box, size_t block, size_t count);
-
 /* The last channels have nothing after them that could be fetched ahead. */
 static ptrdiff_t ahead_of(const bn_job *job, const bn_box *box)
 {
@@ -29,8 +26,8 @@ static bn_view scaled_view(const bn_job *job, const bn_box *box, bn_view x, char
     for (size_t o = 0; o < box->extent.outer; o++) {
         for (size_t c = 0; c < box->extent.channels; c++) {
             const size_t channel = box->channel + c;
-            const double centre = job->operand[BN_DY] ? job->mean[channel] : 0.0;
-            const double factor = job->operand[BN_DY] ? power_of_two(job->invstd[channel]) : job->factor;
+            const double centre = job->operand[BN_DY] ? job->statistic[BN_MEAN][channel] : 0.0;
+            const double factor = job->operand[BN_DY] ? power_of_two(job->statistic[BN_INVSTD][channel]) : job->factor;
             const double *from = (const double *)x.data + (ptrdiff_t)o * x.strides.outer +
                                  (ptrdiff_t)c * x.strides.channel;
             double *to = (double *)scaled.data + (ptrdiff_t)o * scaled.strides.outer +
@@ -49,56 +46,61 @@ static bn_view x_to_sum(const bn_job *job, const bn_box *box)
     return job->scaled ? scaled_view(job, box, x, buffer_of(job, BN_X)) : x;
 }
 
-static void moments_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
+void bn_squares_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
+{
+    const bn_view x = x_to_sum(job, box);
+    (void)count;
+    KERNEL_OF(job, square_sums)(box->extent, x.data, x.strides, input_of(job, box),
+                                sums_of_block(job, BN_M2, block, box->channel)); /* the mean remains 0 */
+}
+
+void bn_moments_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
 {
     bn_view x = x_to_sum(job, box);
     bn_extent extent = box->extent;
-    if (job->uncentred) { /* the mean remains 0 */
-        KERNEL_OF(job, square_sums)(
-            extent, x.data, x.strides, input_of(job, box),
-            sums_of_block(job, job->m2, 2, block) + box->channel);
-        return;
-    }
     if (are_joined(job)) {
         extent.channels /= job->shared;
         extent.inner *= job->shared;
         x.strides.channel *= (ptrdiff_t)job->shared;
     }
-    KERNEL_OF(job, moments)(
-        extent, x.data, x.strides, input_of(job, box), count,
-        sums_of_block(job, job->mean, 0, block) + box->channel,
-        sums_of_block(job, job->mean_low, 1, block) + box->channel,
-        sums_of_block(job, job->m2, 2, block) + box->channel);
+    KERNEL_OF(job, moments)(extent, x.data, x.strides, input_of(job, box), count,
+                            sums_of_block(job, BN_MEAN, block, box->channel),
+                            sums_of_block(job, BN_MEAN_LOW, block, box->channel),
+                            sums_of_block(job, BN_M2, block, box->channel));
 }
 
-/* dy where y was not below its floor, made in scratch; the rest is added up. */
-static bn_view kept_upstream(const bn_job *job, const bn_box *box, size_t block)
+static void sum_gradient(const bn_job *job, const bn_box *box, size_t block, bn_view dy)
+{
+    const bn_view x = x_to_sum(job, box);
+    KERNEL_OF(job, gradient_sums)(
+        box->extent, dy.data, dy.strides, x.data, x.strides, input_of(job, box),
+        coefficients_from(job, box->channel), sums_of_block(job, BN_SUM_DY, block, box->channel),
+        sums_of_block(job, BN_SUM_DY_XHAT, block, box->channel));
+}
+
+void bn_gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
+{
+    (void)count;
+    sum_gradient(job, box, block, input_view(job, BN_DY, box));
+}
+
+/* Of dy where y was not below its floor, made in scratch; the rest is added up. */
+void bn_kept_gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
 {
     const bn_view inputs[] = {
         input_view(job, BN_DY, box),
         input_view(job, BN_X, box),
     };
     const bn_view kept = bn_dense_view(box, buffer_of(job, BN_DX)); /* which is not written yet */
+    (void)count;
     KERNEL_OF(job, keep_above_floor)(
         box->extent, inputs, coefficients_from(job, box->channel), kept,
-        sums_of_block(job, job->sum_floored, 2, block) + box->channel);
-    return kept;
+        sums_of_block(job, BN_SUM_FLOORED, block, box->channel));
+    sum_gradient(job, box, block, kept);
 }
 
-static void gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
-{
-    const bn_view dy = job->floor ? kept_upstream(job, box, block) : input_view(job, BN_DY, box);
-    const bn_view x = x_to_sum(job, box);
-    (void)count;
-    KERNEL_OF(job, gradient_sums)(
-        box->extent, dy.data, dy.strides, x.data, x.strides, input_of(job, box),
-        coefficients_from(job, box->channel),
-        sums_of_block(job, job->sum_dy, 0, block) + box->channel,
-        sums_of_block(job, job->sum_dy_xhat, 1, block) + box->channel);
-}
-
-static void weighted_gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block,
-                                          size_t count)
+void bn_weighted_gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block,
+                                      size_t count)
 {
     const bn_view inputs[] = {
         input_view(job, BN_DY, box),
@@ -108,12 +110,12 @@ static void weighted_gradient_sums_of_box(const bn_job *job, const bn_box *box, 
     (void)count;
     KERNEL_OF(job, weighted_gradient_sums)(
         box->extent, inputs, input_of(job, box), coefficients_from(job, box->channel),
-        sums_of_block(job, job->sum_dy, 0, block) + box->channel,
-        sums_of_block(job, job->sum_dy_xhat, 1, block) + box->channel);
+        sums_of_block(job, BN_SUM_DY, block, box->channel),
+        sums_of_block(job, BN_SUM_DY_XHAT, block, box->channel));
 }
 
-static void weighted_sums_and_columns_of_box(const bn_job *job, const bn_box *box, size_t block,
-                                             size_t count)
+void bn_weighted_sums_and_columns_of_box(const bn_job *job, const bn_box *box, size_t block,
+                                         size_t count)
 {
     const bn_geometry *geometry = job->geometry;
     const size_t columns = geometry->outer * geometry->inner;
@@ -125,24 +127,9 @@ static void weighted_sums_and_columns_of_box(const bn_job *job, const bn_box *bo
     (void)count;
     KERNEL_OF(job, weighted_sums_and_columns)(
         box->extent, inputs, input_of(job, box), coefficients_from(job, box->channel),
-        sums_of_block(job, job->sum_dy, 0, block) + box->channel,
-        sums_of_block(job, job->sum_dy_xhat, 1, block) + box->channel,
+        sums_of_block(job, BN_SUM_DY, block, box->channel),
+        sums_of_block(job, BN_SUM_DY_XHAT, block, box->channel),
         job->column_sums + box->outer, job->column_sums + columns + box->outer);
-}
-
-/* Whether elements are read once for the sums of rows and of columns: where rows are neighbours. */
-int bn_sums_with_columns(const bn_job *job)
-{
-    const bn_geometry *geometry = job->geometry;
-    return job->column_sums && job->operand[BN_ELEMENT_WEIGHT] && geometry->layout == BN_channels_last &&
-           !geometry->any_packed && !job->scaled;
-}
-
-static visit *gradient_sums_visit(const bn_job *job)
-{
-    return bn_sums_with_columns(job)  ? weighted_sums_and_columns_of_box
-           : job->operand[BN_ELEMENT_WEIGHT] ? weighted_gradient_sums_of_box
-                                 : gradient_sums_of_box;
 }
 
 static bn_manner manner_of(const bn_job *job, const bn_box *box)
@@ -150,66 +137,39 @@ static bn_manner manner_of(const bn_job *job, const bn_box *box)
     return (bn_manner){job->stores, job->sums_fetch ? 0 : ahead_of(job, box)};
 }
 
-/* How an output is made: the kernel, what it reads in its order, and what it writes. */
-typedef struct {
-    bn_output_kernel *kernel;
-    size_t inputs;
-    bn_role input[BN_MOST_INPUTS], output;
-} output_method;
-
-static output_method forward_method(const bn_job *job)
+static bn_output_kernel *kernel_of(const bn_job *job, const bn_output *output)
 {
-    if (job->operand[BN_ELEMENT_BIAS]) {
-        return (output_method){KERNEL_OF(job, affine), 3,
-                               {BN_X, BN_ELEMENT_WEIGHT, BN_ELEMENT_BIAS}, BN_Y};
-    }
-    if (job->operand[BN_ELEMENT_WEIGHT]) {
-        return (output_method){KERNEL_OF(job, scaled), 2, {BN_X, BN_ELEMENT_WEIGHT}, BN_Y};
-    }
-    return (output_method){
-        job->floor ? KERNEL_OF(job, floored_scale_shift) : KERNEL_OF(job, scale_shift), 1, {BN_X}, BN_Y};
+    const char *table = (const char *)job->kernels + output->kernel;
+    bn_output_kernel *kernels[BN_LAYOUTS][BN_DTYPES];
+    memcpy(kernels, table, sizeof kernels);
+    return kernels[job->geometry->layout][job->geometry->dtype];
 }
 
-static output_method gradient_method(const bn_job *job)
-{
-    if (job->constant_statistics) { /* dx = dy * weight * invstd: a scale_shift that never reads x */
-        return (output_method){KERNEL_OF(job, scale_shift), 1, {BN_DY}, BN_DX};
-    }
-    if (job->operand[BN_ELEMENT_WEIGHT]) {
-        return (output_method){KERNEL_OF(job, weighted_input_gradient), 3,
-                               {BN_DY, BN_X, BN_ELEMENT_WEIGHT}, BN_DX};
-    }
-    return (output_method){job->floor        ? KERNEL_OF(job, floored_input_gradient)
-                           : job->shared > 1 ? KERNEL_OF(job, shared_input_gradient)
-                                             : KERNEL_OF(job, input_gradient),
-                           2, {BN_DY, BN_X}, BN_DX};
-}
-
-static void write_part(const bn_job *job, const bn_box *box, const output_method *method)
+static void write_part(const bn_job *job, const bn_box *box)
 {
     const bn_geometry *geometry = job->geometry;
-    char *to = job->operand[method->output], *scratch = buffer_of(job, method->output);
+    const bn_output *output = job->method.output;
+    char *to = job->operand[output->writes], *scratch = buffer_of(job, output->writes);
     bn_view inputs[BN_MOST_INPUTS];
-    for (size_t i = 0; i < method->inputs; i++) {
-        inputs[i] = input_view(job, method->input[i], box);
+    for (size_t i = 0; i < output->inputs; i++) {
+        inputs[i] = input_view(job, output->reads[i], box);
     }
-    const bn_view output = bn_view_to_write(geometry, method->output, to, box, scratch);
+    const bn_view view = bn_view_to_write(geometry, output->writes, to, box, scratch);
     bn_coefficients coefficients = coefficients_from(job, box->channel);
     coefficients.period = period_of(geometry, box->extent.channels);
-    method->kernel(box->extent, inputs, coefficients, output, manner_of(job, box));
-    bn_written(job->kernels, geometry, method->output, to, box, scratch);
+    kernel_of(job, output)(box->extent, inputs, coefficients, view, manner_of(job, box));
+    bn_written(job->kernels, geometry, output->writes, to, box, scratch);
 }
 
 /* The output of a call: y, or dx. */
 static void output_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
 {
-    const output_method method = job->operand[BN_DX] ? gradient_method(job) : forward_method(job);
     const size_t run = bn_channel_run(job->geometry), end = box->channel + box->extent.channels;
     bn_box part = *box;
     (void)block, (void)count;
     for (; part.channel < end; part.channel += part.extent.channels) {
         part.extent.channels = MIN(run - part.channel % run, end - part.channel);
-        write_part(job, &part, &method);
+        write_part(job, &part);
     }
 }
 
@@ -217,7 +177,7 @@ static void output_of_box(const bn_job *job, const bn_box *box, size_t block, si
    which the sums have left in the cache */
 
 static size_t visit_chunk(const bn_job *job, size_t block, size_t chunk, range channels,
-                          size_t count, int in_scratch, visit *visit_box)
+                          size_t count, int in_scratch, bn_sum_box *visit_box)
 {
     bn_box box = box_of_chunk(job->geometry, chunk, channels);
     const size_t step = channels_at_once(job->geometry, &box, in_scratch);
@@ -230,7 +190,7 @@ static size_t visit_chunk(const bn_job *job, size_t block, size_t chunk, range c
 }
 
 static void sum_block(const bn_job *job, size_t block, range channels, int in_scratch,
-                      visit *visit_box)
+                      bn_sum_box *visit_box)
 {
     const range chunks = chunks_of_block(job->geometry, block);
     size_t count = 0;
@@ -268,28 +228,28 @@ void bn_write_block(const bn_job *job, size_t block, range channels)
 
 void bn_clear_moments(const bn_job *job, size_t block, range channels)
 {
-    clear(sums_of_block(job, job->mean, 0, block), channels);
-    clear(sums_of_block(job, job->mean_low, 1, block), channels);
-    clear(sums_of_block(job, job->m2, 2, block), channels);
+    clear(sums_of_block(job, BN_MEAN, block, 0), channels);
+    clear(sums_of_block(job, BN_MEAN_LOW, block, 0), channels);
+    clear(sums_of_block(job, BN_M2, block, 0), channels);
 }
 
 void bn_sum_moments(const bn_job *job, size_t block, range channels)
 {
     bn_clear_moments(job, block, channels);
     sum_block(job, block, channels, job->geometry->operand[BN_X].packed || job->scaled,
-              moments_of_box);
+              job->method.moments);
 }
 
 void bn_sum_gradient(const bn_job *job, size_t block, range channels)
 {
-    clear(sums_of_block(job, job->sum_dy, 0, block), channels);
-    clear(sums_of_block(job, job->sum_dy_xhat, 1, block), channels);
+    clear(sums_of_block(job, BN_SUM_DY, block, 0), channels);
+    clear(sums_of_block(job, BN_SUM_DY_XHAT, block, 0), channels);
     if (job->floor) {
-        clear(sums_of_block(job, job->sum_floored, 2, block), channels);
+        clear(sums_of_block(job, BN_SUM_FLOORED, block, 0), channels);
     }
     /* What is kept of dy is made in scratch. */
     sum_block(job, block, channels, job->geometry->any_packed || job->floor || job->scaled,
-              gradient_sums_visit(job));
+              job->method.gradient_sums);
 }
 
 /* one piece of an output: a part of outer by a part of the channels by a part of inner */

@@ -8,23 +8,24 @@
 #ifndef BN_KERNEL_LIST_H
 #define BN_KERNEL_LIST_H
 
-#define BN_FOR_EACH_ELEMENT_OPERATION(X) \
-    X(moments)                           \
-    X(square_sums)                       \
-    X(scale_shift)                       \
-    X(gradient_sums)                     \
-    X(input_gradient)                    \
-    X(shared_input_gradient)             \
-    X(affine)                            \
-    X(scaled)                            \
-    X(weighted_gradient_sums)            \
-    X(weighted_input_gradient)           \
-    X(column_sums)                       \
-    X(weighted_sums_and_columns)         \
-    X(columns_and_gradient)              \
-    X(floored_scale_shift)               \
-    X(floored_input_gradient)            \
-    X(keep_above_floor)
+/* The kernel, the operand that it writes (BN_NONE: sums alone), and those that it reads, in its order. */
+#define BN_FOR_EACH_ELEMENT_OPERATION(X)                                    \
+    X(moments, BN_NONE, BN_X)                                               \
+    X(square_sums, BN_NONE, BN_X)                                           \
+    X(gradient_sums, BN_NONE, BN_DY, BN_X)                                  \
+    X(weighted_gradient_sums, BN_NONE, BN_DY, BN_X, BN_ELEMENT_WEIGHT)      \
+    X(column_sums, BN_NONE, BN_DY, BN_X)                                    \
+    X(weighted_sums_and_columns, BN_NONE, BN_DY, BN_X, BN_ELEMENT_WEIGHT)   \
+    X(keep_above_floor, BN_NONE, BN_DY, BN_X)                               \
+    X(scale_shift, BN_Y, BN_X)                                              \
+    X(floored_scale_shift, BN_Y, BN_X)                                      \
+    X(affine, BN_Y, BN_X, BN_ELEMENT_WEIGHT, BN_ELEMENT_BIAS)               \
+    X(scaled, BN_Y, BN_X, BN_ELEMENT_WEIGHT)                                \
+    X(input_gradient, BN_DX, BN_DY, BN_X)                                   \
+    X(floored_input_gradient, BN_DX, BN_DY, BN_X)                           \
+    X(shared_input_gradient, BN_DX, BN_DY, BN_X)                            \
+    X(weighted_input_gradient, BN_DX, BN_DY, BN_X, BN_ELEMENT_WEIGHT)       \
+    X(columns_and_gradient, BN_DX, BN_DY, BN_X, BN_ELEMENT_WEIGHT)
 
 #define BN_FOR_EACH_COEFFICIENT_OPERATION(X) \
     X(scale_shift_coefficients)              \

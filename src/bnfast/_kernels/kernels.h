@@ -42,7 +42,7 @@ typedef struct {
    the shift, the offset. Arrays are [channels]; with a period, channels_last ones go on up to that and
    recur, so that rows which follow each other closely can be walked as one. */
 typedef enum {
-    BN_MEAN,
+    BN_ROUNDED_MEAN,
     BN_SCALE,
     BN_SHIFT,         /* of the output */
     BN_SLOPE,         /* of the gradient */
@@ -55,10 +55,10 @@ typedef enum {
 
 /* The arrays of a job, as a set; what a kernel does not use may be NULL. */
 #define BN_SET(coefficient) (1u << (coefficient))
-#define BN_OUTPUT_COEFFICIENTS (BN_SET(BN_MEAN) | BN_SET(BN_SCALE) | BN_SET(BN_SHIFT))
+#define BN_OUTPUT_COEFFICIENTS (BN_SET(BN_ROUNDED_MEAN) | BN_SET(BN_SCALE) | BN_SET(BN_SHIFT))
 #define BN_FLOORED_OUTPUT_COEFFICIENTS (BN_OUTPUT_COEFFICIENTS | BN_SET(BN_FLOOR))
 #define BN_GRADIENT_COEFFICIENTS \
-    (BN_SET(BN_MEAN) | BN_SET(BN_SCALE) | BN_SET(BN_SLOPE) | BN_SET(BN_OFFSET))
+    (BN_SET(BN_ROUNDED_MEAN) | BN_SET(BN_SCALE) | BN_SET(BN_SLOPE) | BN_SET(BN_OFFSET))
 #define BN_SHARED_GRADIENT_COEFFICIENTS (BN_GRADIENT_COEFFICIENTS | BN_SET(BN_WEIGHT))
 #define BN_ROW_GRADIENT_COEFFICIENTS (BN_GRADIENT_COEFFICIENTS | BN_SET(BN_FORWARD_SHIFT))
 #define BN_FLOORED_GRADIENT_COEFFICIENTS (BN_ROW_GRADIENT_COEFFICIENTS | BN_SET(BN_FLOOR))
@@ -248,7 +248,7 @@ typedef float bn_memory_probe(size_t lines, const float *from, float *to);
 typedef struct {
     const char *isa;
     const char *flags;
-#define BN_MEMBER(operation) bn_##operation##_kernel *operation[BN_LAYOUTS][BN_DTYPES];
+#define BN_MEMBER(operation, ...) bn_##operation##_kernel *operation[BN_LAYOUTS][BN_DTYPES];
     BN_FOR_EACH_ELEMENT_OPERATION(BN_MEMBER)
 #undef BN_MEMBER
 #define BN_MEMBER(operation) bn_##operation##_kernel *operation[BN_DTYPES];

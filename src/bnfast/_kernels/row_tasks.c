@@ -87,7 +87,7 @@ static void row_gradient(const bn_job *job, range rows)
         add_columns_and_write(job, rows, job->column_sums);
         return;
     }
-    if (!bn_sums_with_columns(job)) {
+    if (!job->method.has_columns) {
         add_columns(job, rows, job->column_sums);
     }
     for (size_t block = blocks; block-- > 0;) {

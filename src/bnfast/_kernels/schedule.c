@@ -130,6 +130,7 @@ static bn_phase fused_phase(const bn_job *job, bn_task *task)
 
 size_t bn_moments_phases(bn_job *job, size_t threads, bn_phase *phases)
 {
+    bn_choose_method(job);
     group_channels(job, threads, 1);
     phases[0] = block_phase(job, bn_moments_task);
     phases[1] = channel_phase(job, bn_finish_moments_task);
@@ -138,6 +139,7 @@ size_t bn_moments_phases(bn_job *job, size_t threads, bn_phase *phases)
 
 size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases)
 {
+    bn_choose_method(job);
     choose_stores(job, threads, BN_Y, 2);
     if (group_channels(job, threads, 1)) {
         fetch_ahead(job, 1);
@@ -153,6 +155,7 @@ size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases)
 size_t bn_scale_shift_phases(bn_job *job, size_t threads, bn_phase *phases)
 {
     size_t count = 0;
+    bn_choose_method(job);
     choose_stores(job, threads, BN_Y, 2);
     if (!job->prepared) {
         phases[count++] = channel_phase(job, bn_prepare_scale_shift_task);
@@ -165,16 +168,17 @@ size_t bn_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
 {
     const bn_geometry *geometry = job->geometry;
     size_t count = 0;
+    bn_choose_method(job);
     choose_stores(job, threads, BN_DX, 3);
     if (group_channels(job, threads, 2)) {
         fetch_ahead(job, 2);
         phases[0] = fused_phase(job, bn_fused_gradient_task);
         return 1;
     }
-    if (job->mean_low && bn_any_noticed(job, (range){0, geometry->repeats * geometry->channels})) {
+    if (job->statistic[BN_MEAN_LOW] && bn_any_noticed(job, (range){0, geometry->repeats * geometry->channels})) {
         phases[count++] = block_phase(job, bn_mean_low_task);
     } else {
-        job->mean_low = NULL;
+        job->statistic[BN_MEAN_LOW] = NULL;
     }
     phases[count++] = channel_phase(job, bn_prepare_gradient_task);
     phases[count++] = block_phase(job, bn_gradient_sums_task);
@@ -189,6 +193,7 @@ size_t bn_row_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
     const size_t columns = geometry->outer * geometry->inner;
     const size_t together = bn_rows_together(geometry);
     const size_t slab = bn_slab_bytes(job->caches) / (2 * columns * geometry->itemsize);
+    bn_choose_method(job);
     if (!job->column_sums) {
         return bn_gradient_phases(job, threads, phases);
     }
@@ -203,5 +208,5 @@ size_t bn_row_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
 void bn_parameter_gradients(const bn_job *job, bn_dtype dtype, void *dweight, void *dbias)
 {
     job->kernels->parameter_gradients[dtype](job->geometry->channels, job->geometry->repeats,
-                                             job->sum_dy, job->sum_dy_xhat, dweight, dbias);
+                                             job->statistic[BN_SUM_DY], job->statistic[BN_SUM_DY_XHAT], dweight, dbias);
 }

@@ -33,14 +33,9 @@ bn_job bn_job_of_repeat(const bn_job *job, size_t repeat)
     }
     own.weight = parameter_from(job->weight, repeat * job->parameters_of_repeat);
     own.bias = parameter_from(job->bias, repeat * job->parameters_of_repeat);
-    own.mean = statistics_of_repeat(job->mean, channels, repeat);
-    own.mean_low = statistics_of_repeat(job->mean_low, channels, repeat);
-    own.m2 = statistics_of_repeat(job->m2, channels, repeat);
-    own.invstd = statistics_of_repeat(job->invstd, channels, repeat);
-    own.variance = job->variance ? job->variance + repeat * channels : NULL;
-    own.sum_dy = statistics_of_repeat(job->sum_dy, channels, repeat);
-    own.sum_dy_xhat = statistics_of_repeat(job->sum_dy_xhat, channels, repeat);
-    own.sum_floored = statistics_of_repeat(job->sum_floored, channels, repeat);
+    for (size_t i = 0; i < BN_STATISTICS; i++) {
+        own.statistic[i] = statistics_of_repeat(job->statistic[i], channels, repeat);
+    }
     own.partials = statistics_of_repeat(
         job->partials, (geometry->blocks - 1) * BN_SUMS * channels, repeat);
     for (size_t i = 0; i < BN_COEFFICIENTS; i++) {
@@ -121,7 +116,7 @@ void bn_fused_normalize_task(const bn_job *job, size_t number)
 void bn_sum_gradient_of_all_blocks(const bn_job *job, range channels)
 {
     const size_t blocks = job->geometry->blocks;
-    for (size_t block = 0; job->mean_low && block < blocks; block++) {
+    for (size_t block = 0; job->statistic[BN_MEAN_LOW] && block < blocks; block++) {
         bn_sum_mean_low(job, block, channels);
     }
     bn_prepare_gradient(job, channels);
