@@ -21,6 +21,7 @@ MODULES = [
     "bnfast.functional.response",
     "bnfast.functional.rows",
     "bnfast.functional.small_batches",
+    "bnfast.functional.spectral",
     "bnfast.functional.weights",
     "bnfast.functional.whitening",
     "bnfast.layers.batch",
@@ -31,6 +32,7 @@ MODULES = [
     "bnfast.layers.samples",
     "bnfast.layers.whitening",
     "bnfast.layers.small_batches",
+    "bnfast.layers.spectral",
     "bnfast.layers.weights",
     "bnfast.statistics",
 ]

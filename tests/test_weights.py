@@ -530,7 +530,7 @@ def test_spectral_norm_is_the_reference(dtype, rng, dim, v_first, steps):
 @pytest.mark.parametrize("v_first", [False, True])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_spectral_norm_of_weights_larger_than_a_piece(dtype, rng, monkeypatch, dim, v_first):
-    monkeypatch.setattr("bnfast.functional.weights._PIECE_ELEMENTS", 30)
+    monkeypatch.setattr("bnfast.functional.spectral._PIECE_ELEMENTS", 30)
     w = rng.normal(size=(7, 5, 3)).astype(dtype)[::-1]
     dy = rng.normal(size=w.shape).astype(dtype)
     u, v = rng.normal(size=w.shape[dim]), rng.normal(size=w.size // w.shape[dim])

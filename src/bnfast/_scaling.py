@@ -12,6 +12,10 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[Any]
 
+# Lengths up to this power of two, and down to its reciprocal, need no care: squares and quotients
+# of them and of ordinary gradients stay within the range of the dtype.
+MODEST_EXPONENT = {np.dtype(np.float32): 40, np.dtype(np.float64): 400}
+
 
 class ScaledChannels(NamedTuple):
     """Copies of some channels, along the first axis, each times ``2 ** exponent``."""

@@ -40,13 +40,15 @@ from bnfast.functional.small_batches import (
     ghost_batch_norm_backward,
     ghost_batch_norm_forward,
 )
+from bnfast.functional.spectral import (
+    spectral_norm,
+    spectral_norm_backward,
+    spectral_norm_forward,
+)
 from bnfast.functional.weights import (
     scaled_weight_standardization,
     scaled_weight_standardization_backward,
     scaled_weight_standardization_forward,
-    spectral_norm,
-    spectral_norm_backward,
-    spectral_norm_forward,
     weight_norm,
     weight_norm_backward,
     weight_norm_forward,

@@ -6,9 +6,9 @@ from bnfast.layers.response import FilterResponseNorm
 from bnfast.layers.rows import LayerNorm, RMSNorm
 from bnfast.layers.samples import GroupNorm, InstanceNorm
 from bnfast.layers.small_batches import BatchRenorm, GhostBatchNorm
+from bnfast.layers.spectral import SpectralNorm
 from bnfast.layers.weights import (
     ScaledWeightStandardization,
-    SpectralNorm,
     WeightNorm,
     WeightStandardization,
 )
