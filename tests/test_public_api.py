@@ -22,7 +22,8 @@ MODULES = [
     "bnfast.functional.rows",
     "bnfast.functional.small_batches",
     "bnfast.functional.spectral",
-    "bnfast.functional.weights",
+    "bnfast.functional.standardization",
+    "bnfast.functional.weight_norm",
     "bnfast.functional.whitening",
     "bnfast.layers.batch",
     "bnfast.layers.conditional",
@@ -33,7 +34,8 @@ MODULES = [
     "bnfast.layers.whitening",
     "bnfast.layers.small_batches",
     "bnfast.layers.spectral",
-    "bnfast.layers.weights",
+    "bnfast.layers.standardization",
+    "bnfast.layers.weight_norm",
     "bnfast.statistics",
 ]
 

@@ -45,16 +45,18 @@ from bnfast.functional.spectral import (
     spectral_norm_backward,
     spectral_norm_forward,
 )
-from bnfast.functional.weights import (
+from bnfast.functional.standardization import (
     scaled_weight_standardization,
     scaled_weight_standardization_backward,
     scaled_weight_standardization_forward,
-    weight_norm,
-    weight_norm_backward,
-    weight_norm_forward,
     weight_standardization,
     weight_standardization_backward,
     weight_standardization_forward,
+)
+from bnfast.functional.weight_norm import (
+    weight_norm,
+    weight_norm_backward,
+    weight_norm_forward,
 )
 from bnfast.functional.whitening import (
     IterativelyWhitened,

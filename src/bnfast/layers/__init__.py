@@ -7,11 +7,8 @@ from bnfast.layers.rows import LayerNorm, RMSNorm
 from bnfast.layers.samples import GroupNorm, InstanceNorm
 from bnfast.layers.small_batches import BatchRenorm, GhostBatchNorm
 from bnfast.layers.spectral import SpectralNorm
-from bnfast.layers.weights import (
-    ScaledWeightStandardization,
-    WeightNorm,
-    WeightStandardization,
-)
+from bnfast.layers.standardization import ScaledWeightStandardization, WeightStandardization
+from bnfast.layers.weight_norm import WeightNorm
 from bnfast.layers.whitening import DecorrelatedBatchNorm, IterNorm
 
 __all__ = [

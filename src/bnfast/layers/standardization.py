@@ -1,4 +1,4 @@
-"""Lengths and standardizations of weights as layers."""
+"""Standardizations of weights as layers."""
 
 from __future__ import annotations
 
@@ -11,119 +11,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _validation, functional
 from bnfast._float_mode import in_default_float_mode
-from bnfast.functional.weights import lengths_of_filters
 from bnfast.layers._layer import Flag, Gradients, Trainable
 
 Array = NDArray[Any]
-
-
-class WeightNorm(Trainable):
-    """Weight normalization: every filter with a length of its own.
-
-    As ``torch.nn.utils.parametrizations.weight_norm``.
-
-    Parameters
-    ----------
-    weight : array of float32 or float64
-        The weights at first. They are copied: as directions, and their lengths.
-    dim : int or None
-        The axis of the filters: 0, or 1 for a transposed convolution; None for one length of the
-        whole array. Not negative.
-    eps : float
-        The least length by which a filter is divided; 0, as in PyTorch, for no such limit.
-
-    Attributes
-    ----------
-    g : array
-        The lengths, of the shape of the weights with all sizes but that of `dim` 1, as in PyTorch;
-        of the shape () where `dim` is None.
-    v : array like `weight`
-        The directions, of any length: of 0 only with `eps`.
-    g_grad, v_grad : array or None
-        Of the last `backward`, which also returns the latter; a new call replaces them.
-
-    Raises
-    ------
-    TypeError, ValueError
-        For an argument of the wrong type or value.
-
-    Notes
-    -----
-    The formulas stand in `bnfast.weight_norm` and `bnfast.weight_norm_backward`. Training and
-    evaluation are the same. Do not change `v` between a call and its `backward`.
-
-    The state has g as ``original0`` and v as ``original1``. That of a PyTorch module with a
-    parametrized weight is loaded by::
-
-        start = "parametrizations.weight."
-        state = {n: a for n, a in module.state_dict().items() if n.startswith(start)}
-        layer.load_state_dict({n.removeprefix(start): a for n, a in state.items()})
-
-    References
-    ----------
-    T. Salimans, D. P. Kingma, 2016, "Weight Normalization: A Simple Reparameterization to
-    Accelerate Training of Deep Neural Networks", arXiv:1602.07868.
-
-    Examples
-    --------
-    >>> import numpy as np, bnfast
-    >>> layer = bnfast.WeightNorm(np.array([[3.0, 4.0], [0.0, 2.0]]))
-    >>> layer.g[0] = 10
-    >>> layer()
-    array([[6., 8.],
-           [0., 2.]])
-    >>> dv = layer.backward(np.array([[1.0, 0.0], [0.0, 0.0]]))
-    >>> layer.g_grad
-    array([[0.6],
-           [0. ]])
-    """
-
-    g_grad: Array | None = None
-    v_grad: Array | None = None
-
-    _parameters = ("g", "v")
-    _arrays: ClassVar[Mapping[str, str]] = {"original0": "g", "original1": "v"}
-
-    @in_default_float_mode
-    def __init__(self, weight: Array, dim: int | None = 0, eps: float = 0.0) -> None:
-        self.g = lengths_of_filters("weight", weight, dim)
-        self.v = np.array(weight)
-        self.dim = dim
-        self.eps = _validation.epsilon(eps, training=False)
-
-    @in_default_float_mode
-    def __call__(self, *, out: Array | None = None) -> Array:
-        """Return the weights.
-
-        Parameters
-        ----------
-        out : array like `v`, optional
-            Where to write.
-
-        Returns
-        -------
-        array like `v`
-
-        Raises
-        ------
-        TypeError, ValueError
-            As `bnfast.weight_norm`.
-        """
-        g = self.g.copy()
-        w, norm = functional.weight_norm_forward(self.v, g, self.dim, self.eps, out=out)
-        self._save(self.v, w, g, norm, self.dim, self.eps)
-        return w
-
-    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        _validation.upstream_gradient(dy, x, ("dy", "v"))  # by the name that it has here
-        dv, dg = functional.weight_norm_backward(dy, x, *saved, out=out)
-        return dv, dg, dv.copy()  # the first is for the caller to change
-
-    def __repr__(self) -> str:
-        return (
-            f"WeightNorm({self.v.dtype} array of shape {self.v.shape}, dim={self.dim}, "
-            f"eps={self.eps})"
-        )
 
 
 class _Standardization(Trainable):
