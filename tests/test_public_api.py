@@ -20,6 +20,7 @@ MODULES = [
     "bnfast.functional.conditional",
     "bnfast.functional.response",
     "bnfast.functional.rows",
+    "bnfast.functional.samples",
     "bnfast.functional.small_batches",
     "bnfast.functional.spectral",
     "bnfast.functional.standardization",

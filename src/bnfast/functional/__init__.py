@@ -17,18 +17,20 @@ from bnfast.functional.response import (
     filter_response_norm_forward,
 )
 from bnfast.functional.rows import (
-    group_norm,
-    group_norm_backward,
-    group_norm_forward,
-    instance_norm,
-    instance_norm_backward,
-    instance_norm_forward,
     layer_norm,
     layer_norm_backward,
     layer_norm_forward,
     rms_norm,
     rms_norm_backward,
     rms_norm_forward,
+)
+from bnfast.functional.samples import (
+    group_norm,
+    group_norm_backward,
+    group_norm_forward,
+    instance_norm,
+    instance_norm_backward,
+    instance_norm_forward,
 )
 from bnfast.functional.small_batches import (
     Renormalized,

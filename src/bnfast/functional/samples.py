@@ -1,0 +1,438 @@
+"""Instance and group normalization: what they mean, their defaults, their documentation."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnfast import _primitives, _validation
+from bnfast._float_mode import in_default_float_mode
+from bnfast._primitives import GROUPS, PER_SAMPLE
+
+Float = TypeVar("Float", np.float32, np.float64)
+Parameter = NDArray[np.float32] | NDArray[np.float64]
+
+
+@in_default_float_mode
+def instance_norm(
+    x: NDArray[Float],
+    running_mean: Parameter | None = None,
+    running_var: Parameter | None = None,
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    out: NDArray[Float] | None = None,
+) -> NDArray[Float]:
+    """Normalize every channel of every sample, as ``torch.nn.functional.instance_norm`` does.
+
+    Parameters
+    ----------
+    x : array (N, C, ...) of float32 or float64, at least 2-d
+        N samples along axis 0, C channels along `axis`, P values in each. Any strides.
+    running_mean, running_var : array (C,) of float32 or float64, or None
+        With `use_input_stats` they are updated in place, or both None; without it they are what `x`
+        is normalized with, and required.
+    weight, bias : array (C,) of float32 or float64, optional
+        gamma and beta; 1 and 0 where None.
+    use_input_stats : bool
+        Normalize with the statistics of `x` itself rather than the running ones.
+    momentum : float
+        The weight of the NEW batch in the running statistics, as in PyTorch.
+    eps : float
+        Added to the variance: positive with `use_input_stats`, else not negative.
+    axis : int
+        The channel axis: 1 for NCHW, -1 for NHWC; not 0.
+    out : array like `x`, optional
+        Where to write: `x` itself, or an array that shares no element with it.
+
+    Returns
+    -------
+    array like `x`
+        `out`, or a new array laid out like `x`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value, or where each sample has one value
+        per channel and running_var, which is unbiased, is updated; before anything is written.
+
+    Warns
+    -----
+    RuntimeWarning
+        As `batch_norm`.
+
+    Notes
+    -----
+    With `use_input_stats`, over all axes but 0 and `axis`::
+
+        mu[n]  = mean(x[n])
+        var[n] = mean((x[n] - mu[n])**2)
+        y[n]   = weight * (x[n] - mu[n]) / sqrt(var[n] + eps) + bias
+        running_mean = (1 - momentum) * running_mean + momentum * mean_n(mu[n])
+        running_var  = (1 - momentum) * running_var  + momentum * mean_n(var[n]) * P / (P - 1)
+
+    The running variance knows nothing of how the samples differ from each other. Without
+    `use_input_stats` this is `batch_norm` in evaluation.
+
+    References
+    ----------
+    D. Ulyanov, A. Vedaldi, V. Lempitsky, 2016, "Instance Normalization: The Missing Ingredient for
+    Fast Stylization", arXiv:1607.08022.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[[1.0, 3.0]], [[10.0, 30.0]]], dtype=np.float32)
+    >>> bnfast.instance_norm(x).round(3)
+    array([[[-1.,  1.]],
+    <BLANKLINE>
+           [[-1.,  1.]]], dtype=float32)
+    """
+    if not _validation.flag("use_input_stats", use_input_stats):
+        _validation.channel_axis_of_samples(x, axis)
+        _validation.real("momentum", momentum)
+        return _primitives.scale_shift(
+            x, axis, running_mean, running_var, weight, bias, eps, None, out
+        )
+    y, _, _ = _primitives.normalize(
+        *(x, axis, weight, bias, eps, running_mean, running_var, momentum, True, out, PER_SAMPLE)
+    )
+    return y
+
+
+@in_default_float_mode
+def instance_norm_forward(
+    x: NDArray[Float],
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
+    """Normalize every channel of every sample and return the statistics for the backward pass.
+
+    Parameters
+    ----------
+    x, weight, bias, eps, axis, out
+        As in `instance_norm`.
+
+    Returns
+    -------
+    y : array like `x`
+        The normalized batch.
+    mean, invstd : array (N, C) of float64
+        mu and 1 / sqrt(var + eps).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `instance_norm`.
+
+    Notes
+    -----
+    The formula stands in `instance_norm`; the mean and invstd of a sample have the bits that
+    `batch_norm_forward` gives for a batch of it alone.
+
+    References
+    ----------
+    D. Ulyanov, A. Vedaldi, V. Lempitsky, 2016, arXiv:1607.08022.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[[1.0, 3.0]], [[10.0, 30.0]]], dtype=np.float32)
+    >>> y, mean, invstd = bnfast.instance_norm_forward(x)
+    >>> mean
+    array([[ 2.],
+           [20.]])
+    """
+    return _primitives.normalize(x, axis, weight, bias, eps, out=out, over=PER_SAMPLE)
+
+
+@in_default_float_mode
+def instance_norm_backward(
+    dy: NDArray[Float],
+    x: NDArray[Float],
+    mean: Parameter,
+    invstd: Parameter,
+    weight: Parameter | None = None,
+    *,
+    axis: int = 1,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], Parameter, Parameter]:
+    """Return the gradients of instance normalization: of its input, weight and bias.
+
+    Parameters
+    ----------
+    dy : array like `x`
+        The gradient of the output.
+    x : array of float32 or float64
+        The input of the forward pass.
+    mean, invstd : array (N, C) of float32 or float64
+        What the forward pass returned.
+    weight : array (C,) of float32 or float64, optional
+        gamma; 1 where None.
+    axis : int
+        The channel axis.
+    out : array like `x`, optional
+        Where to write dx: `dy` or `x` itself, or an array that shares no element with either.
+
+    Returns
+    -------
+    dx : array like `x`
+        The gradient of the input.
+    dweight, dbias : array (C,)
+        The gradients of weight and bias, of the dtype of `weight`, or of `x` where it is None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value; before anything is written.
+
+    Notes
+    -----
+    With xmu = x[n] - mean[n], and sums over all axes but 0 and `axis`, P values each::
+
+        s[n]    = sum(dy[n])
+        p[n]    = sum(dy[n] * xmu) * invstd[n]
+        dx[n]   = weight * invstd[n] * (dy[n] - s[n] / P - xmu * invstd[n] * p[n] / P)
+        dweight = sum_n(p[n])
+        dbias   = sum_n(s[n])
+
+    References
+    ----------
+    D. Ulyanov, A. Vedaldi, V. Lempitsky, 2016, arXiv:1607.08022.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[[1.0, 2.0, 6.0]]])
+    >>> y, mean, invstd = bnfast.instance_norm_forward(x)
+    >>> dx, dweight, dbias = bnfast.instance_norm_backward(np.ones_like(x), x, mean, invstd)
+    >>> dbias
+    array([3.])
+    """
+    return _primitives.gradient(dy, x, axis, mean, invstd, weight, False, out, PER_SAMPLE)
+
+
+@in_default_float_mode
+def group_norm(
+    x: NDArray[Float],
+    num_groups: int,
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    per_group: bool = False,
+    out: NDArray[Float] | None = None,
+) -> NDArray[Float]:
+    """Normalize groups of channels of every sample, as ``torch.nn.functional.group_norm`` does.
+
+    Parameters
+    ----------
+    x : array (N, C, ...) of float32 or float64, at least 2-d
+        N samples along axis 0, C channels along `axis`. Any strides.
+    num_groups : int
+        G, which divides C: each group has C / G neighbouring channels.
+    weight, bias : array (C,) of float32 or float64, optional
+        gamma and beta; 1 and 0 where None.
+    eps : float
+        Added to the variance. As in PyTorch any number will do; a sum below 0 gives NaN.
+    axis : int
+        The channel axis: 1 for NCHW, -1 for NHWC; not 0.
+    per_group : bool
+        Take one weight and bias for each group, of shape (G,), as ONNX did in opset 18.
+    out : array like `x`, optional
+        Where to write: `x` itself, or an array that shares no element with it.
+
+    Returns
+    -------
+    array like `x`
+        `out`, or a new array laid out like `x`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value; before anything is written.
+
+    Notes
+    -----
+    For every sample and group, over its channels and all further axes::
+
+        mu  = mean(x)
+        var = mean((x - mu)**2)
+        y   = weight * (x - mu) / sqrt(var + eps) + bias
+
+    References
+    ----------
+    Y. Wu, K. He, 2018, "Group Normalization", arXiv:1803.08494.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[1.0, 3.0, 10.0, 30.0]], dtype=np.float32)
+    >>> bnfast.group_norm(x, 2).round(3)
+    array([[-1.,  1., -1.,  1.]], dtype=float32)
+    """
+    y, _, _ = group_norm_forward(
+        x, num_groups, weight, bias, eps, axis=axis, per_group=per_group, out=out
+    )
+    return y
+
+
+@in_default_float_mode
+def group_norm_forward(
+    x: NDArray[Float],
+    num_groups: int,
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    per_group: bool = False,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
+    """Normalize groups of channels of every sample; return the statistics for the backward pass.
+
+    Parameters
+    ----------
+    x, num_groups, weight, bias, eps, axis, per_group, out
+        As in `group_norm`.
+
+    Returns
+    -------
+    y : array like `x`
+        The normalized batch.
+    mean, invstd : array (N, G) of float64
+        mu and 1 / sqrt(var + eps).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `group_norm`.
+
+    Notes
+    -----
+    The formula stands in `group_norm`.
+
+    References
+    ----------
+    Y. Wu, K. He, 2018, arXiv:1803.08494.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[1.0, 3.0, 10.0, 30.0]], dtype=np.float32)
+    >>> y, mean, invstd = bnfast.group_norm_forward(x, 2)
+    >>> mean
+    array([[ 2., 20.]])
+    """
+    reads = None
+    if _validation.flag("per_group", per_group):
+        _, channels = _validation.channel_axis_of_samples(x, axis)
+        together = _validation.channels_of_group(num_groups, channels)
+        reads = {"weight": weight, "bias": bias}
+        weight = _of_channels("weight", weight, channels, together)
+        bias = _of_channels("bias", bias, channels, together)
+    given = x, axis, weight, bias, eps
+    return _primitives.normalize(*given, out=out, over=GROUPS, num_groups=num_groups, reads=reads)
+
+
+@in_default_float_mode
+def group_norm_backward(
+    dy: NDArray[Float],
+    x: NDArray[Float],
+    mean: Parameter,
+    invstd: Parameter,
+    weight: Parameter | None = None,
+    *,
+    axis: int = 1,
+    per_group: bool = False,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], Parameter, Parameter]:
+    """Return the gradients of group normalization: of its input, weight and bias.
+
+    Parameters
+    ----------
+    dy : array like `x`
+        The gradient of the output.
+    x : array of float32 or float64
+        The input of the forward pass.
+    mean, invstd : array (N, G) of float32 or float64
+        What the forward pass returned.
+    weight : array (C,) of float32 or float64, optional
+        gamma; 1 where None.
+    axis : int
+        The channel axis.
+    per_group : bool
+        As in the forward pass: weight, dweight and dbias have the shape (G,).
+    out : array like `x`, optional
+        Where to write dx: `dy` or `x` itself, or an array that shares no element with either.
+
+    Returns
+    -------
+    dx : array like `x`
+        The gradient of the input.
+    dweight, dbias : array (C,)
+        The gradients of weight and bias, of the dtype of `weight`, or of `x` where it is None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type, dtype, shape or value; before anything is written.
+
+    Notes
+    -----
+    With g = dy * weight, xhat = (x - mean) * invstd, and means over the channels of a group and all
+    further axes::
+
+        dx      = invstd * (g - mean(g) - xhat * mean(g * xhat))
+        dweight = sum(dy * xhat), dbias = sum(dy) over all axes but `axis`
+
+    References
+    ----------
+    Y. Wu, K. He, 2018, arXiv:1803.08494.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[1.0, 3.0, 10.0, 30.0]])
+    >>> y, mean, invstd = bnfast.group_norm_forward(x, 2)
+    >>> dx, dweight, dbias = bnfast.group_norm_backward(np.ones_like(x), x, mean, invstd)
+    >>> dbias
+    array([1., 1., 1., 1.])
+    """
+    if not _validation.flag("per_group", per_group):
+        return _primitives.gradient(
+            dy, x, axis, mean, invstd, weight, False, out, GROUPS, grouped=True
+        )
+    array, channels = _validation.channel_axis_of_samples(x, axis)
+    num_groups = _validation.groups_of_statistics("mean", mean)
+    together = _validation.channels_of_group(num_groups, channels) if channels else 1
+    own = _of_channels("weight", weight, channels, together)
+    # Float64, so that the gradients of channels are not rounded before they are added up.
+    wide = np.ones(channels) if own is None else own.astype(np.float64)
+    reads = {"weight": weight}
+    dx, *gradients = _primitives.gradient(
+        dy, array, axis, mean, invstd, wide, False, out, GROUPS, grouped=True, reads=reads
+    )
+    dtype = array.dtype if own is None else own.dtype
+    with np.errstate(all="ignore"):
+        dweight, dbias = (g.reshape(-1, together).sum(1).astype(dtype) for g in gradients)
+    return dx, dweight, dbias
+
+
+def _of_channels(
+    name: str, value: Parameter | None, channels: int, together: int
+) -> Parameter | None:
+    """Return the parameter of each group for each of its channels."""
+    of_groups = _validation.channel_parameter(name, value, channels // together)
+    return None if of_groups is None else np.repeat(of_groups, together)
