@@ -11,6 +11,18 @@ from bnfast.functional.conditional import (
     conditional_batch_norm_backward,
     conditional_batch_norm_forward,
 )
+from bnfast.functional.ghost import (
+    ghost_batch_norm,
+    ghost_batch_norm_backward,
+    ghost_batch_norm_forward,
+)
+from bnfast.functional.renorm import (
+    Renormalized,
+    RenormSchedule,
+    batch_renorm,
+    batch_renorm_backward,
+    batch_renorm_forward,
+)
 from bnfast.functional.response import (
     filter_response_norm,
     filter_response_norm_backward,
@@ -31,16 +43,6 @@ from bnfast.functional.samples import (
     instance_norm,
     instance_norm_backward,
     instance_norm_forward,
-)
-from bnfast.functional.small_batches import (
-    Renormalized,
-    RenormSchedule,
-    batch_renorm,
-    batch_renorm_backward,
-    batch_renorm_forward,
-    ghost_batch_norm,
-    ghost_batch_norm_backward,
-    ghost_batch_norm_forward,
 )
 from bnfast.functional.spectral import (
     spectral_norm,

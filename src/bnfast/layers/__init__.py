@@ -2,10 +2,11 @@
 
 from bnfast.layers.batch import BatchNorm
 from bnfast.layers.conditional import ConditionalBatchNorm
+from bnfast.layers.ghost import GhostBatchNorm
+from bnfast.layers.renorm import BatchRenorm
 from bnfast.layers.response import FilterResponseNorm
 from bnfast.layers.rows import LayerNorm, RMSNorm
 from bnfast.layers.samples import GroupNorm, InstanceNorm
-from bnfast.layers.small_batches import BatchRenorm, GhostBatchNorm
 from bnfast.layers.spectral import SpectralNorm
 from bnfast.layers.standardization import ScaledWeightStandardization, WeightStandardization
 from bnfast.layers.weight_norm import WeightNorm

@@ -1,4 +1,4 @@
-"""Batch normalization for large or small batches, as layers: ghost batches, and renormalization."""
+"""Batch renormalization as a layer."""
 
 from __future__ import annotations
 
@@ -11,140 +11,11 @@ from numpy.typing import DTypeLike, NDArray
 from bnfast import _validation, functional
 from bnfast._float_mode import in_default_float_mode
 from bnfast.functional import Renormalized, RenormSchedule
-from bnfast.functional.small_batches import evaluate_renorm, train_on_ghosts
+from bnfast.functional.renorm import evaluate_renorm
 from bnfast.layers._layer import Gradients
-from bnfast.layers._tracking import ChannelLayer, TrackingLayer
-from bnfast.statistics import weight_of_new_batch
+from bnfast.layers._tracking import ChannelLayer
 
 Array = NDArray[Any]
-
-
-class GhostBatchNorm(TrackingLayer):
-    """Batch normalization of parts of a batch: a large batch trained like small ones.
-
-    As `BatchNorm`, called with one part after the other.
-
-    Parameters
-    ----------
-    num_features : int
-        C, the number of channels.
-    ghost_size : int
-        How many samples make a part: neighbouring ones; the last part may have fewer.
-    eps : float
-        Added to the variance; 0 will do for evaluation only.
-    momentum : float or None
-        The weight of each NEW part in the running statistics; None for the plain average of all
-        parts.
-    affine : bool
-        Whether there are a weight and a bias.
-    track_running_stats : bool
-        Whether there are running statistics. Without them evaluation, too, uses those of the parts.
-    axis : int
-        The channel axis: 1 for NCHW, -1 for NHWC; samples are along axis 0.
-    unbiased : bool
-        Divide by M - 1 for running_var, as PyTorch does, rather than by M, the values that a part
-        has of a channel.
-    dtype : dtype
-        Of the parameters and running statistics: float32 or float64. The input may be either.
-
-    Attributes
-    ----------
-    weight, bias : array (C,) or None
-        gamma (ones at first) and beta (zeros at first).
-    running_mean, running_var : array (C,) or None
-        Zeros and ones at first.
-    num_batches_tracked : int or None
-        How many parts the running statistics have seen.
-    weight_grad, bias_grad : array (C,) or None
-        Of the last `backward`; a new call replaces them.
-    training : bool
-        True at first; see `train` and `eval`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        For an argument of the wrong type or value.
-
-    Notes
-    -----
-    What it does stands in `bnfast.ghost_batch_norm`. The layer keeps a reference to its last input
-    until `backward` or the next call, and does not copy it.
-
-    References
-    ----------
-    E. Hoffer, I. Hubara, D. Soudry, 2017, "Train longer, generalize better: closing the
-    generalization gap in large batch training of neural networks", arXiv:1705.08741.
-
-    Examples
-    --------
-    >>> import numpy as np, bnfast
-    >>> layer = bnfast.GhostBatchNorm(3, 16)
-    >>> y = layer(np.random.default_rng(0).normal(5.0, 2.0, (64, 3, 8, 8)).astype(np.float32))
-    >>> layer.num_batches_tracked
-    4
-    """
-
-    _shown = (
-        *("num_features", "ghost_size", "eps", "momentum", "affine", "track_running_stats"),
-        *("axis", "unbiased", "dtype"),
-    )
-
-    def __init__(
-        self,
-        num_features: int,
-        ghost_size: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        *,
-        axis: int = 1,
-        unbiased: bool = True,
-        dtype: DTypeLike = np.float32,
-    ) -> None:
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, axis, unbiased, dtype
-        )
-        self.ghost_size = _validation.integer_from("ghost_size", ghost_size, 1)
-
-    def _batch(self, x: Array) -> Array:
-        array = super()._batch(x)
-        _validation.channel_axis_of_samples(array, self.axis)
-        return array
-
-    def _normalize(self, x: Array, out: Array | None, training: bool) -> Array:
-        tracks = training and self.track_running_stats
-        seen = self.num_batches_tracked if tracks else None
-        tracked = None
-        if tracks:
-            tracked = _validation.running_statistics(
-                *self._running_statistics(), x, self.num_features
-            )
-        y, mean, invstd = train_on_ghosts(
-            x,
-            self.ghost_size,
-            tracked,
-            self.weight,
-            self.bias,
-            lambda number: weight_of_new_batch(self.momentum, (seen or 0) + number),
-            self.eps,
-            self.axis,
-            self.unbiased,
-            out,
-        )
-        if seen is not None and x.size > 0:
-            self.num_batches_tracked = seen + len(mean)
-        self._save(x, y, mean, invstd, self._kept_weight(), False)
-        return y
-
-    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        mean, invstd, weight, constant = saved
-        if constant:
-            return super()._gradients(dy, out, x, *saved)
-        dx, dweight, dbias = functional.ghost_batch_norm_backward(
-            dy, x, self.ghost_size, mean, invstd, weight, axis=self.axis, out=out
-        )
-        return dx, None if weight is None else dweight, dbias
 
 
 class BatchRenorm(ChannelLayer):
