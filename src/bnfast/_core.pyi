@@ -1,12 +1,7 @@
-from collections.abc import Callable
-from typing import Any, TypedDict, TypeVar
-
-from numpy.typing import NDArray
+from typing import TypedDict
 
 from bnfast._layout import LayoutPlan
-
-Array = NDArray[Any]
-Function = TypeVar("Function", bound=Callable[..., Any])
+from bnfast._typing import Array, Function
 
 HAS_OPENMP: bool
 MEAN_TOO_LARGE: int

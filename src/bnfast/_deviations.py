@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from bnfast import _primitives, _validation
-from bnfast._scaling import Array, exponents_to_one, largest_values, scaled_channels
+from bnfast._scaling import exponents_to_one, largest_values, scaled_channels
+from bnfast._typing import Array
 
 
 class Deviations(NamedTuple):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import update_wrapper
-from typing import Any, TypeVar
 
 from bnfast import _core
-
-Function = TypeVar("Function", bound=Callable[..., Any])
+from bnfast._typing import Function
 
 
 def in_default_float_mode(function: Function) -> Function:

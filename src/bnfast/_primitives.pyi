@@ -1,12 +1,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from bnfast._core import Evaluation as Evaluation
 from bnfast._core import empty_output as empty_output
+from bnfast._typing import Array
 
-Array = NDArray[Any]
 Reads = Mapping[str, object] | None
 
 class Reduction:

@@ -5,12 +5,12 @@ That changes no bit of what they are normalized to, and keeps squares and quotie
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Array = NDArray[Any]
+from bnfast._typing import Array
 
 # Lengths up to this power of two, and down to its reciprocal, need no care: squares and quotients
 # of them and of ordinary gradients stay within the range of the dtype.

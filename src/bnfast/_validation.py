@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _dtypes
+from bnfast._typing import Array
 
-Array = NDArray[Any]
 Saved = TypeVar("Saved")
 
 # Beyond this much work numpy gives up on whether two arrays share an element.

@@ -13,11 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
-
-Array = NDArray[Any]
+from bnfast._typing import Array
 
 WHITENING = "whitening"
 COVARIANCE = "covariance"

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -22,8 +20,7 @@ from bnfast import BatchNorm
 from bnfast._cli import digits
 from bnfast._cli.bench.rivals import numpy_formulas
 from bnfast._cli.digits import Network, Normalization
-
-Array = NDArray[Any]
+from bnfast._typing import Array
 
 BATCH = 64
 

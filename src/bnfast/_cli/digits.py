@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from bnfast._typing import Array
 from bnfast.layers._layer import Layer
-
-Array = NDArray[Any]
 
 CHANNELS = (32, 64, 64)
 EVALUATED_TOGETHER = 64

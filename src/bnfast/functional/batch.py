@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
+from bnfast._typing import Float, Parameter
 from bnfast.statistics import Moments
-
-Float = TypeVar("Float", np.float32, np.float64)
-Parameter = NDArray[np.float32] | NDArray[np.float64]
 
 
 @in_default_float_mode

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
-
 import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
-
-Array = NDArray[Any]
-Float = TypeVar("Float", np.float32, np.float64)
-Parameter = NDArray[np.float32] | NDArray[np.float64]
+from bnfast._typing import Array, Float, Parameter
 
 
 @in_default_float_mode

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +10,7 @@ from numpy.typing import NDArray
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
 from bnfast._primitives import PER_SAMPLE
-
-Array = NDArray[Any]
-Float = TypeVar("Float", np.float32, np.float64)
-Parameter = NDArray[np.float32] | NDArray[np.float64]
+from bnfast._typing import Array, Float, Parameter
 
 
 @in_default_float_mode

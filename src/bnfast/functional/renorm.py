@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,10 +10,7 @@ from numpy.typing import NDArray
 from bnfast import _primitives, _validation
 from bnfast._deviations import deviations, scale_deviations
 from bnfast._float_mode import in_default_float_mode
-
-Array = NDArray[Any]
-Float = TypeVar("Float", np.float32, np.float64)
-Parameter = NDArray[np.float32] | NDArray[np.float64]
+from bnfast._typing import Array, Float, Parameter
 
 
 class RenormSchedule(NamedTuple):

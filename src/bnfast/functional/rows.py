@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
-
-Float = TypeVar("Float", np.float32, np.float64)
-Parameter = NDArray[np.float32] | NDArray[np.float64]
+from bnfast._typing import Float, Parameter
 
 
 @in_default_float_mode

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +18,7 @@ from bnfast._scaling import (
     scaled,
     scaled_channels,
 )
-
-Array = NDArray[Any]
-Float = TypeVar("Float", np.float32, np.float64)
-Parameter = NDArray[np.float32] | NDArray[np.float64]
+from bnfast._typing import Array, Float, Parameter
 
 _LENGTH = Reduction(centred=False)
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _validation, _whitening
 from bnfast._float_mode import in_default_float_mode
+from bnfast._typing import Array, Float, Parameter
 from bnfast._whitening import WHITENING, Statistics
-
-Array = NDArray[Any]
-Float = TypeVar("Float", np.float32, np.float64)
-Parameter = NDArray[np.float32] | NDArray[np.float64]
 
 
 class Whitened(NamedTuple):

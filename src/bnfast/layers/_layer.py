@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from bnfast import _validation
 from bnfast._float_mode import in_default_float_mode
+from bnfast._typing import Array
 
-Array = NDArray[Any]
 AnyTrainable = TypeVar("AnyTrainable", bound="Trainable")
 Gradients = tuple[Any, ...]  # of the input, and of each parameter: an array or None
 

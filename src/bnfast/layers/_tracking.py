@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
 from bnfast._primitives import Reduction
+from bnfast._typing import Array
 from bnfast.layers._layer import Flag, Gradients, Layer
-
-Array = NDArray[Any]
 
 
 class ChannelLayer(Layer):

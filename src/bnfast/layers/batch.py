@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike
 
 from bnfast import _validation
 from bnfast._float_mode import in_default_float_mode
+from bnfast._typing import Array
 from bnfast.layers._tracking import TrackingLayer
 from bnfast.statistics import weight_of_new_batch
-
-Array = NDArray[Any]
 
 # Below this the statistics of a batch are mostly noise: the standard error of the variance of 8
 # normal values is half of the variance.

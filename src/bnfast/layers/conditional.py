@@ -9,12 +9,11 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bnfast import _validation, functional
 from bnfast._float_mode import in_default_float_mode
+from bnfast._typing import Array
 from bnfast.functional.conditional import train_conditionally
 from bnfast.layers._layer import Gradients
 from bnfast.layers._tracking import TrackingLayer
 from bnfast.statistics import weight_of_new_batch
-
-Array = NDArray[Any]
 
 
 class ConditionalBatchNorm(TrackingLayer):

@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from bnfast import _validation, functional
+from bnfast._typing import Array
 from bnfast.functional.ghost import train_on_ghosts
 from bnfast.layers._layer import Gradients
 from bnfast.layers._tracking import TrackingLayer
 from bnfast.statistics import weight_of_new_batch
-
-Array = NDArray[Any]
 
 
 class GhostBatchNorm(TrackingLayer):

@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from bnfast import _validation, functional
 from bnfast._float_mode import in_default_float_mode
+from bnfast._typing import Array
 from bnfast.functional import Renormalized, RenormSchedule
 from bnfast.functional.renorm import evaluate_renorm
 from bnfast.layers._layer import Gradients
 from bnfast.layers._tracking import ChannelLayer
-
-Array = NDArray[Any]
 
 
 class BatchRenorm(ChannelLayer):

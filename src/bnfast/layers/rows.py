@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from bnfast import _validation, functional
 from bnfast._float_mode import in_default_float_mode
+from bnfast._typing import Array
 from bnfast.layers._layer import Flag, Gradients, Layer
-
-Array = NDArray[Any]
 
 
 class _RowLayer(Layer):

@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from bnfast import _validation, functional
 from bnfast._float_mode import in_default_float_mode
 from bnfast._primitives import PER_SAMPLE
+from bnfast._typing import Array
 from bnfast.layers._layer import Flag, Gradients, Layer
 from bnfast.layers._tracking import TrackingLayer
-
-Array = NDArray[Any]
 
 
 class InstanceNorm(TrackingLayer):

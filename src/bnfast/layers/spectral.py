@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bnfast import _validation, functional
 from bnfast._float_mode import in_default_float_mode
+from bnfast._typing import Array
 from bnfast.functional.spectral import keep_singular_vectors
 from bnfast.layers._layer import Flag, Gradients, Trainable
-
-Array = NDArray[Any]
 
 # How often u and v are improved before the first call, as in PyTorch.
 _POWER_ITERATIONS_AT_FIRST = 15

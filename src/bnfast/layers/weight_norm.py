@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bnfast import _validation, functional
 from bnfast._float_mode import in_default_float_mode
+from bnfast._typing import Array
 from bnfast.functional.weight_norm import lengths_of_filters
 from bnfast.layers._layer import Gradients, Trainable
-
-Array = NDArray[Any]
 
 
 class WeightNorm(Trainable):

@@ -7,17 +7,16 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from bnfast import _validation, _whitening
 from bnfast._float_mode import in_default_float_mode
+from bnfast._typing import Array
 from bnfast._whitening import WHITENING
 from bnfast.functional import IterativelyWhitened, Whitened
 from bnfast.layers._layer import Flag, Gradients
 from bnfast.layers._tracking import Tracking
 from bnfast.statistics import weight_of_new_batch
-
-Array = NDArray[Any]
 
 
 class WhiteningLayer(Tracking):

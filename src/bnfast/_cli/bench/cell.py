@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bnfast._cli.bench.workloads import Shape
-
-Array = NDArray[Any]
+from bnfast._typing import Array
 
 # Training, and forward where there is nothing else: y and the statistics that its gradient needs.
 # Moments: statistics alone.

@@ -8,14 +8,10 @@ writes nothing is held against reading alone: a loop of ours, and NumPy's maximu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
-
-from numpy.typing import NDArray
 
 from bnfast import _primitives
 from bnfast._cli.bench.cell import Cell, Data, aligned_empty
-
-Array = NDArray[Any]
+from bnfast._typing import Array
 
 # How often each byte of that memory is moved.
 MOVED = {"copy": 1, "streaming_copy": 1, "in_place": 2, "read": 1}

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, Generic
 
 import numpy as np
-from numpy.typing import NDArray
 
 import bnfast
 from bnfast import _reference as reference
@@ -33,8 +32,7 @@ from bnfast._cli.bench.cell import (
 )
 from bnfast._cli.bench.rivals import first
 from bnfast._cli.bench.workloads import Shape
-
-Array = NDArray[Any]
+from bnfast._typing import Array
 
 
 class Normalization(ABC, Generic[AnyData]):

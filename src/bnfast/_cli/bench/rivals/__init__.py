@@ -10,11 +10,9 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bnfast._cli.bench.cell import Cell, mean_and_std
-
-Array = NDArray[Any]
+from bnfast._typing import Array
 
 
 class NotOffered(Exception):

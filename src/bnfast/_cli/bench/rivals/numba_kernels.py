@@ -10,12 +10,10 @@ from typing import Any
 import numba
 import numpy as np
 from numba import prange
-from numpy.typing import NDArray
 
 from bnfast._cli.bench.cell import EPS, Batch, Cell
 from bnfast._cli.bench.rivals import Contender, NotOffered, Rival
-
-Array = NDArray[Any]
+from bnfast._typing import Array
 
 # Sums may be reordered, which is what makes LLVM vectorize them, and products fused into them: the
 # rival's best setting. bnfast allows itself neither.

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bnfast._cli.bench.cell import (
     EPS,
@@ -23,9 +22,7 @@ from bnfast._cli.bench.cell import (
     Table,
 )
 from bnfast._cli.bench.rivals import Contender, NotOffered, Rival, first, read_moments
-
-Array = NDArray[Any]
-
+from bnfast._typing import Array
 
 # Which spares it one of three sums.
 _VAR_TAKES_MEAN = np.lib.NumpyVersion(np.__version__) >= "2.0.0"

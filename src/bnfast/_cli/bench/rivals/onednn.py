@@ -7,7 +7,6 @@ from ctypes import byref, c_float
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bnfast._cli.bench.cell import EPS, Batch, Cell
 from bnfast._cli.bench.rivals import Contender, NotOffered, Rival
@@ -34,8 +33,7 @@ from bnfast._cli.bench.rivals.onednn_library import (
     arguments_of,
     library,
 )
-
-Array = NDArray[Any]
+from bnfast._typing import Array
 
 
 class Kind(NamedTuple):

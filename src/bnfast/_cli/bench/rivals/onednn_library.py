@@ -10,9 +10,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from numpy.typing import NDArray
-
-Array = NDArray[Any]
+from bnfast._typing import Array
 
 # Values of dnnl_types.h and dnnl_common_types.h, version 3.
 CPU, IN_ORDER, FLOAT32 = 1, 1, 3
