@@ -107,3 +107,15 @@ BUFFERS = {
     "channels_last": channels_last_memory,
     "record_field": record_field,
 }
+
+
+def in_layout(x, axis):
+    """NCHW data, or the same as NHWC."""
+    return x if axis == 1 else np.ascontiguousarray(np.moveaxis(x, 1, -1))
+
+
+# Powers of two: integers below 2048 times these are exact, denormal or not.
+EXTREMES = {
+    "f32": (2.0**-149, 2.0**-138, 2.0**-60, 2.0**60, 2.0**100),
+    "f64": (2.0**-1074, 2.0**-1063, 2.0**-600, 2.0**600, 2.0**1000),
+}

@@ -5,11 +5,13 @@ import numpy as np
 import bnfast
 from bnfast import _reference as reference
 from tolerances import (
+    CLOSE_F64,
     GRADIENT_SUMS,
     INPUT_GRADIENT,
     MOMENTS,
     MOMENTS_F64,
     OUTPUT,
+    ROUNDED_F32,
     eps_of,
 )
 
@@ -108,3 +110,14 @@ def central_differences(loss, array):
         array[index] = kept
         numeric[index] = (ends[0] - ends[1]) / 2e-6
     return numeric
+
+
+def close(a, b, dtype=np.float64):
+    tolerance = 2 * ROUNDED_F32 if np.dtype(dtype) == np.float32 else CLOSE_F64
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def close_to_largest(gradient, expected, dtype):
+    """Within a rounding of the largest value: gradients are sums of what may cancel."""
+    size = max(1, np.abs(expected).max(initial=0))
+    close(gradient / size, np.asarray(expected, np.float64) / float(size), dtype)

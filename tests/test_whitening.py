@@ -10,7 +10,7 @@ import pytest
 import bnfast
 from bnfast import _reference as reference
 from bnfast import _whitening
-from cases import BUFFERS
+from cases import BUFFERS, in_layout
 from oracle import assert_within
 from tolerances import (
     FINITE_DIFFERENCES,
@@ -66,10 +66,6 @@ def few_columns(monkeypatch):
     """Pieces of a few columns, so that small batches are cut, too."""
     monkeypatch.setattr(_whitening, "PIECE_BYTES", 8 * 4 * 7)
     monkeypatch.setattr(_whitening, "COLUMNS_OF_A_ROW", 1)
-
-
-def in_layout(x, axis):
-    return x if axis == 1 else np.ascontiguousarray(np.moveaxis(x, 1, -1))
 
 
 def inputs(rng, shape, axis, dtype, mean=3.0):

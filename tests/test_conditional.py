@@ -9,7 +9,7 @@ import pytest
 import bnfast
 from bnfast import ConditionalBatchNorm
 from bnfast import _reference as reference
-from cases import BUFFERS
+from cases import BUFFERS, in_layout
 from oracle import WIDE, assert_within, central_differences, mean_of_gradient, other_axes
 from tolerances import (
     CLOSE_F64,
@@ -36,10 +36,6 @@ def inputs(rng, shape, axis, dtype, mean=300):
     x, dy = rng.normal(mean, 2, shape), rng.normal(size=shape)
     weight, bias = rng.normal(size=(2, shape[0], shape[axis]))
     return tuple(array.astype(dtype) for array in (x, dy, weight, bias))
-
-
-def in_layout(x, axis):
-    return x if axis == 1 else np.ascontiguousarray(np.moveaxis(x, 1, -1))
 
 
 def running(rng, channels, dtype=np.float64, mean=300):

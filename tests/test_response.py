@@ -5,7 +5,7 @@ import pytest
 
 import bnfast
 from bnfast import _reference as reference
-from cases import BUFFERS
+from cases import BUFFERS, in_layout
 from oracle import WIDE, assert_within
 from tolerances import FINITE_DIFFERENCES, GRADIENT_SUMS, INPUT_GRADIENT, MOMENTS, OUTPUT, eps_of
 
@@ -16,10 +16,6 @@ SHAPES = [
     *[(2, 4, inner) for inner in (1, 2, 15, 16, 17, 63, 64, 65, 129)],
     *[(2, 3, 70, 70), (2, 2, 140000), (700, 2, 3), (1, 300)],
 ]
-
-
-def in_layout(x, axis):
-    return x if axis == 1 else np.ascontiguousarray(np.moveaxis(x, 1, -1))
 
 
 def inputs(rng, shape, axis, dtype, mean=0.3):

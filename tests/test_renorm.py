@@ -1,25 +1,12 @@
-"""Ghost batches and batch renormalization."""
+"""Batch renormalization: values, gradients, limits and their schedule, the layer."""
 
 import numpy as np
 import pytest
 
 import bnfast
-from bnfast import _reference as reference
-from cases import BUFFERS
-from tolerances import (
-    CLOSE_F32,
-    CLOSE_F64,
-    FINITE_DIFFERENCES,
-    OUTPUT,
-    ROUNDED_F32,
-    eps_of,
-)
-
-SHAPES = [(8, 3, 5, 4), (7, 3, 5, 4), (6, 4), (3, 2, 9), (1, 3, 4), (9, 70, 3)]
-
-
-def in_layout(x, axis):
-    return x if axis == 1 else np.ascontiguousarray(np.moveaxis(x, 1, -1))
+from bnfast import BatchRenorm, RenormSchedule
+from cases import in_layout
+from tolerances import CLOSE_F64, FINITE_DIFFERENCES, OUTPUT, ROUNDED_F32, eps_of
 
 
 def inputs(rng, shape, axis, dtype, mean=3):
@@ -27,100 +14,6 @@ def inputs(rng, shape, axis, dtype, mean=3):
     dy = in_layout(rng.normal(size=shape).astype(dtype), axis)
     weight, bias = rng.normal(size=(2, shape[1])).astype(dtype)
     return x, dy, weight, bias
-
-
-def parts(x, size):
-    return [slice(n, n + size) for n in range(0, len(x), size)]
-
-
-@pytest.mark.parametrize("size", [2, 3, 100])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_ghost_has_the_bits_of_a_batch(isa, dtype, rng, axis, shape, size):
-    x, dy, weight, bias = inputs(rng, shape, axis, dtype)
-    if x.ndim == 2 and len(x) % size == 1:
-        return
-    y, mean, invstd = bnfast.ghost_batch_norm_forward(x, size, weight, bias, axis=axis)
-    dx, dweight, dbias = bnfast.ghost_batch_norm_backward(
-        dy, x, size, mean, invstd, weight, axis=axis
-    )
-    sums = np.zeros((2, shape[1]))
-    for n, part in enumerate(parts(x, size)):
-        alone = bnfast.batch_norm_forward(x[part], weight, bias, axis=axis)
-        for a, b in zip((y[part], mean[n], invstd[n]), alone, strict=True):
-            np.testing.assert_array_equal(a, b)
-        gradient, *of_parameters = bnfast.batch_norm_backward(
-            dy[part], x[part], mean[n], invstd[n], weight.astype(np.float64), axis=axis
-        )
-        np.testing.assert_array_equal(dx[part], gradient)
-        sums += of_parameters
-    tolerance = ROUNDED_F32 if dtype == np.float32 else CLOSE_F64
-    np.testing.assert_allclose(dweight, sums[0], rtol=tolerance, atol=tolerance)
-    np.testing.assert_allclose(dbias, sums[1], rtol=tolerance, atol=tolerance)
-
-
-def test_gradients_without_a_weight_are_those_of_ones(isa, dtype, rng, axis):
-    """And so are rounded once, after all parts."""
-    x, dy, _, _ = inputs(rng, (40, 30, 5, 4), axis, dtype)
-    _, mean, invstd = bnfast.ghost_batch_norm_forward(x, 3, axis=axis)
-    got = bnfast.ghost_batch_norm_backward(dy, x, 3, mean, invstd, axis=axis)
-    ones = np.ones(30, dtype)
-    expected = bnfast.ghost_batch_norm_backward(dy, x, 3, mean, invstd, ones, axis=axis)
-    for a, b in zip(got, expected, strict=True):
-        np.testing.assert_array_equal(a, b)
-        assert a.dtype == dtype
-
-
-@pytest.mark.parametrize("unbiased", [True, False])
-def test_running_statistics_take_one_ghost_after_the_other(rng, axis, unbiased):
-    x, _, weight, bias = inputs(rng, (7, 3, 5, 4), axis, np.float64)
-    mean, var = rng.normal(size=3), rng.uniform(1, 2, 3)
-    expected = mean, var
-    y = bnfast.ghost_batch_norm(
-        *(x, 3, mean := mean.copy(), var := var.copy(), weight, bias, True, 0.3),
-        axis=axis,
-        unbiased=unbiased,
-    )
-    for part in parts(x, 3):
-        expected = reference.update_running(*expected, x[part], 0.3, axis=axis, unbiased=unbiased)
-    np.testing.assert_allclose(mean, expected[0], rtol=CLOSE_F64)
-    np.testing.assert_allclose(var, expected[1], rtol=CLOSE_F64)
-    forward = bnfast.ghost_batch_norm_forward(x, 3, weight, bias, axis=axis)
-    np.testing.assert_array_equal(y, forward[0])
-    evaluated = bnfast.ghost_batch_norm(x, 3, mean, var, weight, bias, axis=axis)
-    expected = bnfast.batch_norm(x, mean, var, weight, bias, axis=axis)
-    np.testing.assert_array_equal(evaluated, expected)
-
-
-@pytest.mark.parametrize("buffer", BUFFERS)
-def test_ghosts_of_any_strides_in_any_place(dtype, rng, axis, buffer):
-    x, dy, weight, bias = inputs(rng, (7, 3, 5, 4), axis, dtype)
-    make = BUFFERS[buffer]
-    expected = bnfast.ghost_batch_norm_forward(x, 3, weight, bias, axis=axis)
-    out = make(np.zeros_like(x))
-    got = bnfast.ghost_batch_norm_forward(make(x), 3, weight, bias, axis=axis, out=out)
-    assert got[0] is out
-    tolerance = CLOSE_F32 if dtype == np.float32 else CLOSE_F64
-    np.testing.assert_allclose(out, expected[0], rtol=tolerance, atol=tolerance)
-    gradients = bnfast.ghost_batch_norm_backward(dy, x, 3, *expected[1:], weight, axis=axis)
-    got = bnfast.ghost_batch_norm_backward(
-        make(dy), make(x), 3, *expected[1:], weight, axis=axis, out=out
-    )
-    np.testing.assert_allclose(got[0], gradients[0], rtol=tolerance, atol=tolerance)
-
-
-def test_a_ghost_of_one_value_is_refused_before_anything_is_written(rng):
-    x, out = rng.normal(size=(5, 3)), np.full((5, 3), 7.0)
-    mean, var = np.zeros(3), np.ones(3)
-    with pytest.raises(ValueError, match="more than one value per channel"):
-        bnfast.ghost_batch_norm(x, 2, mean, var, training=True, out=out)
-    np.testing.assert_array_equal(out, 7)
-    np.testing.assert_array_equal(mean, 0)
-
-
-def test_an_empty_batch_of_ghosts(dtype):
-    x, mean, var = np.empty((0, 3, 4), dtype), np.zeros(3), np.ones(3)
-    assert bnfast.ghost_batch_norm(x, 2, mean, var, training=True).shape == x.shape
-    np.testing.assert_array_equal(var, 1)
 
 
 def definition(x, mean, std, gamma, beta, r_max, d_max, axis, eps=1e-5, frozen=None):
@@ -308,18 +201,14 @@ def test_the_schedule_is_the_papers():
 
 
 X = np.arange(12, dtype=np.float32).reshape(4, 3)
+
+
 SAVED = bnfast.batch_renorm_forward(X, np.zeros(3), np.ones(3))[1]
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: bnfast.ghost_batch_norm(X, 0, training=True), ValueError, "ghost_size must be at"),
-        (
-            lambda: bnfast.ghost_batch_norm(X, 2.0, training=True),
-            TypeError,
-            "ghost_size must be an",
-        ),
         (
             lambda: bnfast.batch_renorm_backward(X, X, (1, 2, 3, 4)),
             *(TypeError, "saved must be what batch_renorm_forward returned"),
@@ -327,16 +216,6 @@ SAVED = bnfast.batch_renorm_forward(X, np.zeros(3), np.ones(3))[1]
         (
             lambda: bnfast.batch_renorm_backward(X, X, SAVED._replace(d=np.zeros(2))),
             *(ValueError, "d must have one value for each of the 3 channels"),
-        ),
-        (
-            lambda: bnfast.ghost_batch_norm(X, 2, np.zeros(4), np.ones(4), axis=0),
-            *(ValueError, "axis must not be 0"),
-        ),
-        (lambda: bnfast.ghost_batch_norm(X, 2, training=1), TypeError, "training must be True"),
-        (lambda: bnfast.ghost_batch_norm_forward(X, 2, axis=0), ValueError, "axis must not be 0"),
-        (
-            lambda: bnfast.ghost_batch_norm_backward(X, X, 2, np.zeros((1, 3)), np.ones((2, 3))),
-            *(ValueError, r"mean must be as forward returned it, shape \(2, 3\)"),
         ),
         (
             lambda: bnfast.batch_renorm(X, None, None, training=True),
@@ -361,12 +240,42 @@ def test_bad_arguments_are_refused(call, error, message):
         call()
 
 
-@pytest.mark.parametrize("size", [6, 7, 2**40, 2**63, 10**30])
-def test_a_ghost_has_no_more_samples_than_the_batch(dtype, rng, size):
-    x, dy = rng.normal(size=(2, 6, 4)).astype(dtype)
-    y, mean, invstd = bnfast.ghost_batch_norm_forward(x, size)
-    expected, *_ = bnfast.batch_norm_forward(x)
-    np.testing.assert_array_equal(y, expected)
-    assert mean.shape == (1, 4)
-    dx, *_ = bnfast.ghost_batch_norm_backward(dy, x, size, mean, invstd)
-    np.testing.assert_array_equal(dx, bnfast.batch_norm_backward(dy, x, mean[0], invstd[0])[0])
+def images(rng, dtype=np.float64, shape=(7, 3, 4, 5)):
+    return rng.normal(3, 2, shape).astype(dtype)
+
+
+def test_the_schedule_goes_on_with_the_batches_and_the_state(rng, axis):
+    schedule = RenormSchedule(2.0, 1.0, 1, 3, 5)
+
+    def new():
+        return BatchRenorm(3, momentum=0.2, schedule=schedule, axis=axis, dtype=np.float64)
+
+    layer, mean, std = new(), np.zeros(3), np.ones(3)
+    for step in range(6):
+        x = in_layout(images(rng), axis)
+        r_max, d_max = schedule.at(step)
+        expected = bnfast.batch_renorm(
+            *(x, mean, std, None, None, True, 0.2), r_max=r_max, d_max=d_max, axis=axis
+        )
+        other = new()
+        other.load_state_dict(layer.state_dict())
+        for trained in (other, layer):
+            np.testing.assert_array_equal(trained(x), expected)
+            np.testing.assert_array_equal(trained.running_mean, mean)
+            np.testing.assert_array_equal(trained.running_std, std)
+            assert trained.num_batches_tracked == step + 1
+    assert list(layer.state_dict()) == [
+        *("weight", "bias", "running_mean", "running_std", "num_batches_tracked"),
+    ]
+
+
+def test_the_schedule_is_the_papers_where_none_is_given():
+    assert BatchRenorm(3).schedule == RenormSchedule()
+
+
+def test_a_schedule_without_time_to_grow_jumps():
+    at_once = RenormSchedule(3.0, 5.0, 0, 0, 0)
+    assert at_once.at(0) == at_once.at(9) == (3.0, 5.0)
+    late = RenormSchedule(3.0, 5.0, 4, 2, 4)
+    assert late.at(3) == (1.0, 0.0)
+    assert late.at(4) == (3.0, 5.0)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 import bnfast
+from bnfast import InstanceNorm
 from bnfast import _reference as reference
-from cases import BUFFERS
+from cases import BUFFERS, in_layout
 from oracle import WIDE, assert_within
 from tolerances import (
     CLOSE_F32,
@@ -28,10 +29,6 @@ CASES = [
     ((700, 2, 3), 1),
 ]
 INSTANCES = [(shape, shape[1]) for shape, _ in CASES if len(shape) > 2 and shape[2:] != (1,)]
-
-
-def in_layout(x, axis):
-    return x if axis == 1 else np.ascontiguousarray(np.moveaxis(x, 1, -1))
 
 
 def inputs(rng, shape, axis, dtype, mean=3):
@@ -348,3 +345,29 @@ D, INVSTD = np.ones((2, 4)), np.ones((2, 4))
 def test_bad_arguments_are_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_instance_norm_evaluates_with_its_running_statistics(dtype, rng):
+    layer = InstanceNorm(6, 1e-3, 0.3, True, True, dtype=dtype)
+    for array in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+        array[...] = rng.uniform(0.5, 2, 6)
+    x, dy = rng.normal(2, 3, (2, 4, 6, 5, 3)).astype(dtype)
+    mean, var = layer.running_mean.copy(), layer.running_var.copy()
+    layer(x)
+    bnfast.instance_norm(x, mean, var, momentum=0.3)
+    np.testing.assert_array_equal(layer.running_mean, mean)
+    np.testing.assert_array_equal(layer.running_var, var)
+    y = layer.eval()(x)
+    expected = bnfast.batch_norm(x, mean, var, layer.weight, layer.bias, eps=1e-3)
+    np.testing.assert_array_equal(y, expected)
+    invstd = 1 / np.sqrt(var.astype(np.float64) + 1e-3)
+    dx, dweight, _ = bnfast.batch_norm_backward(dy, x, mean, invstd, layer.weight, training=False)
+    np.testing.assert_array_equal(layer.backward(dy), dx)
+    np.testing.assert_array_equal(layer.weight_grad, dweight)
+
+
+def test_without_momentum_instance_norm_leaves_its_statistics_alone(rng):
+    layer = InstanceNorm(6, momentum=None, track_running_stats=True)
+    layer(rng.normal(2, 3, (4, 6, 5, 3)).astype(np.float32))
+    np.testing.assert_array_equal(layer.running_mean, np.zeros(6))
+    assert layer.num_batches_tracked == 0
