@@ -27,6 +27,7 @@ MODULES = [
     "bnfast.functional.standardization",
     "bnfast.functional.weight_norm",
     "bnfast.functional.whitening",
+    "bnfast.integrations.conventions",
     "bnfast.layers._layer",
     "bnfast.layers.batch",
     "bnfast.layers.conditional",

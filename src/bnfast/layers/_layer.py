@@ -12,11 +12,12 @@ from numpy.typing import ArrayLike
 from bnfast import _validation
 from bnfast._float_mode import in_default_float_mode
 from bnfast._typing import Array
+from bnfast.integrations.conventions import PYTORCH
 
 AnyTrainable = TypeVar("AnyTrainable", bound="Trainable")
 Gradients = tuple[Any, ...]  # of the input, and of each parameter: an array or None
 
-_COUNTER = "num_batches_tracked"
+_COUNTER = PYTORCH.counter
 
 # Why `backward` has nothing to work with, where that is so.
 NONE_YET = "there has been none"
@@ -274,7 +275,10 @@ class Layer(Trainable):
 
     _parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
     _arrays: ClassVar[Mapping[str, str]] = {
-        name: name for name in ("weight", "bias", "running_mean", "running_var")
+        PYTORCH.weight: "weight",
+        PYTORCH.bias: "bias",
+        PYTORCH.mean: "running_mean",
+        PYTORCH.var: "running_var",
     }
 
     @abstractmethod

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from bnfast import _validation
 from bnfast._float_mode import in_default_float_mode
 from bnfast._typing import Array
+from bnfast.integrations.conventions import KERAS
 from bnfast.layers._tracking import TrackingLayer
 from bnfast.statistics import weight_of_new_batch
 
@@ -122,9 +123,9 @@ class BatchNorm(TrackingLayer):
         moving_mean: ArrayLike | None = None,
         moving_variance: ArrayLike | None = None,
         *,
-        momentum: float = 0.99,
-        epsilon: float = 1e-3,
-        axis: int | Sequence[int] = -1,
+        momentum: float = KERAS.momentum,
+        epsilon: float = KERAS.eps,
+        axis: int | Sequence[int] = KERAS.axis,
     ) -> BatchNorm:
         """Return a layer with the weights of a ``keras.layers.BatchNormalization``.
 
@@ -174,10 +175,10 @@ class BatchNorm(TrackingLayer):
         layer = cls(
             channels,
             epsilon,
-            1.0 - _validation.real("momentum", momentum),
+            KERAS.weight_of_new_batch(_validation.real("momentum", momentum)),
             affine=gamma is not None or beta is not None,
             axis=axes[0],
-            unbiased=False,
+            unbiased=KERAS.unbiased,
             dtype=mean.dtype,
         )
         layer.weight = None if weight is None else weight.copy()

@@ -1,0 +1,119 @@
+"""What frameworks call the arrays of batch normalization, and what they mean by its arguments.
+
+Uses nothing of bnfast and imports no framework, so that every room may read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Convention:
+    """Batch normalization as a framework has it.
+
+    Attributes
+    ----------
+    weight, bias, mean, var : str
+        The names of the parameters and of the running statistics.
+    counter : str
+        The name of the number of batches seen; empty where the framework counts none.
+    momentum : float
+        The framework's default.
+    momentum_of_new : bool
+        Whether `momentum` is the weight of the new batch, rather than of the old statistics.
+    unbiased : bool
+        Whether the running variance divides by M - 1, rather than by M.
+    eps : float
+        The framework's default.
+    axis : int
+        The channel axis by default.
+    """
+
+    weight: str
+    bias: str
+    mean: str
+    var: str
+    counter: str
+    momentum: float
+    momentum_of_new: bool
+    unbiased: bool
+    eps: float
+    axis: int
+
+    def weight_of_new_batch(self, momentum: float) -> float:
+        """Return the momentum of bnfast, which is of the new batch, for one of the framework.
+
+        Parameters
+        ----------
+        momentum : float
+            As the framework means it.
+
+        Returns
+        -------
+        float
+
+        Examples
+        --------
+        >>> from bnfast.integrations.conventions import KERAS, PYTORCH
+        >>> KERAS.weight_of_new_batch(0.75), PYTORCH.weight_of_new_batch(0.75)
+        (0.25, 0.75)
+        """
+        return momentum if self.momentum_of_new else 1.0 - momentum
+
+
+# https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
+PYTORCH = Convention(
+    weight="weight",
+    bias="bias",
+    mean="running_mean",
+    var="running_var",
+    counter="num_batches_tracked",
+    momentum=0.1,
+    momentum_of_new=True,
+    unbiased=True,
+    eps=1e-5,
+    axis=1,
+)
+
+# https://keras.io/api/layers/normalization_layers/batch_normalization/
+KERAS = Convention(
+    weight="gamma",
+    bias="beta",
+    mean="moving_mean",
+    var="moving_variance",
+    counter="",
+    momentum=0.99,
+    momentum_of_new=False,
+    unbiased=False,
+    eps=1e-3,
+    axis=-1,
+)
+
+# https://flax.readthedocs.io/en/latest/api_reference/flax.nnx/nn/normalization.html
+FLAX = Convention(
+    weight="scale",
+    bias="bias",
+    mean="mean",
+    var="var",
+    counter="",
+    momentum=0.99,
+    momentum_of_new=False,
+    unbiased=False,
+    eps=1e-5,
+    axis=-1,
+)
+
+# https://onnx.ai/onnx/operators/onnx__BatchNormalization.html, version 15: the names of its inputs
+ONNX = Convention(
+    weight="scale",
+    bias="B",
+    mean="input_mean",
+    var="input_var",
+    counter="",
+    momentum=0.9,
+    momentum_of_new=False,
+    unbiased=False,
+    eps=1e-5,
+    axis=1,
+)
