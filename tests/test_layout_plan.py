@@ -33,7 +33,7 @@ def rows_of(*arrays, normalized):
 
 def cuts(plan):
     """All that sums depend on."""
-    names = ("layout", "outer", "inner", "walked", "rows_of_block", "phases")
+    names = ("layout", "outer", "inner", "walked", "rows_of_block", "interleave")
     return [
         *[getattr(plan, name) for name in names],
         *[value for name, value in plan._asdict().items() if "chunk" in name or "block" in name],
@@ -196,21 +196,21 @@ def test_the_stride_of_an_axis_of_one_element_is_moot(planned):
     assert len(planned) == 1
 
 
-def geometry_of(plan):
-    return _core.Geometry(plan, range(len(plan.operands)))
+def c_plan_of(plan):
+    return _core.Plan(plan, range(len(plan.operands)))
 
 
 def test_chunks_beyond_the_scratch_memory_are_refused():
     plan = plan_of(np.empty((4, 3, 5, 6), np.float32))
     with pytest.raises(ValueError, match="do not fit the scratch memory"):
-        geometry_of(plan._replace(chunk_inner=_layout.MOST_CHUNK_BYTES))
+        c_plan_of(plan._replace(chunk_inner=_layout.MOST_CHUNK_BYTES))
 
 
-@pytest.mark.parametrize("phases", [0, 300])
-def test_wide_rows_beyond_those_of_the_kernels_are_refused(phases):
+@pytest.mark.parametrize("interleave", [0, 300])
+def test_wide_rows_beyond_those_of_the_kernels_are_refused(interleave):
     plan = plan_of(np.zeros((70, 3), np.float32), axis=1)
     with pytest.raises(ValueError, match="wide rows do not fit"):
-        geometry_of(plan._replace(phases=phases))
+        c_plan_of(plan._replace(interleave=interleave))
 
 
 def test_cuts_do_not_depend_on_the_number_of_channels_where_a_channel_is_a_run():
@@ -234,7 +234,7 @@ def test_chunks_tile_the_channel_and_fit_the_scratch_memory(
     if layout == CHANNELS_LAST:
         inner = 1
     cut = _layout._cut(layout, itemsize, outer, channels, inner)
-    chunk_outer, chunk_inner, chunks_per_run, chunks, chunks_per_block, blocks, phases = cut
+    chunk_outer, chunk_inner, chunks_per_run, chunks, chunks_per_block, blocks, interleave = cut
     assert 1 <= chunk_outer * chunk_inner * itemsize <= _layout.MOST_CHUNK_BYTES
     assert chunks_per_run == 1 or chunk_outer == 1
     assert (chunks_per_run - 1) * chunk_inner < inner <= chunks_per_run * chunk_inner
@@ -247,22 +247,22 @@ def test_chunks_tile_the_channel_and_fit_the_scratch_memory(
     if layout == CHANNELS_LAST:
         assert chunks_per_block * chunk_outer >= _layout.FEWEST_BLOCK_ROWS
     if layout == CHANNELS_LAST and channels * itemsize < _layout.STREAM_BYTES:
-        assert 1 <= phases <= outer and phases * channels * itemsize <= _layout.STREAM_BYTES
+        assert 1 <= interleave <= outer and interleave * channels * itemsize <= _layout.STREAM_BYTES
     else:
-        assert phases == 1
+        assert interleave == 1
 
 
-def vectors_filled(channels, phases, itemsize):
-    row = phases * channels * itemsize
+def vectors_filled(channels, interleave, itemsize):
+    row = interleave * channels * itemsize
     return row / (-(-row // _layout.VECTOR_BYTES) * _layout.VECTOR_BYTES)
 
 
 @pytest.mark.parametrize("itemsize", [4, 8])
 @pytest.mark.parametrize("channels", [1, 2, 3, 5, 7, 12, 20, 24, 33, 48])
 def test_rows_of_few_channels_fill_vectors(channels, itemsize):
-    phases = _layout._cut(CHANNELS_LAST, itemsize, 5000, channels, 1)[-1]
-    assert vectors_filled(channels, phases, itemsize) >= vectors_filled(channels, 1, itemsize)
-    assert phases * channels * itemsize > _layout.STREAM_BYTES / 2
+    interleave = _layout._cut(CHANNELS_LAST, itemsize, 5000, channels, 1)[-1]
+    assert vectors_filled(channels, interleave, itemsize) >= vectors_filled(channels, 1, itemsize)
+    assert interleave * channels * itemsize > _layout.STREAM_BYTES / 2
 
 
 @settings(max_examples=300, deadline=None)
@@ -291,7 +291,7 @@ def test_neighbouring_rows_are_summed_in_parts_of_a_sample_or_in_some_samples(sh
     x = np.empty(shape, np.float32)
     plan = plan_rows(shape, (1,), 4, (x.strides,), (True,), 1)
     assert extent(plan) == (CHANNELS_LAST, 3, shape[2], 1)
-    assert geometry_of(plan).row_blocks == blocks
+    assert c_plan_of(plan).row_blocks == blocks
 
 
 @pytest.mark.parametrize("window", [np.s_[:], np.s_[..., ::-1]], ids=["plain", "reversed"])

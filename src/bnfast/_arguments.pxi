@@ -93,7 +93,7 @@ cdef void _bounds(cnp.ndarray array, char **first, char **end) noexcept:
             end[0] += reach
 
 
-cdef bint _are_apart(cnp.ndarray a, cnp.ndarray b) noexcept:
+cdef bint _are_disjoint(cnp.ndarray a, cnp.ndarray b) noexcept:
     """Whether the memory of one array ends before that of the other; in doubt, no."""
     cdef char *a_first
     cdef char *a_end
@@ -241,9 +241,9 @@ cdef object _tracked(mean, var, cnp.ndarray x, Py_ssize_t channels):
         and _is_of_channels(var, channels)
         and _is_writable(mean)
         and _is_writable(var)
-        and _are_apart(mean, var)
-        and _are_apart(mean, x)
-        and _are_apart(var, x)
+        and _are_disjoint(mean, var)
+        and _are_disjoint(mean, x)
+        and _are_disjoint(var, x)
     ):
         return mean, var
     return _validation.running_statistics(mean, var, x, channels)
@@ -280,7 +280,7 @@ cdef bint _may_be_written(cnp.ndarray out, tuple values, int in_place):
             continue
         if not cnp.PyArray_CheckExact(value):
             return False
-        if not _are_apart(out, value) and not (k < in_place and _is_same_memory(out, value)):
+        if not _are_disjoint(out, value) and not (k < in_place and _is_same_memory(out, value)):
             return False
     return True
 

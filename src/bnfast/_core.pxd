@@ -23,12 +23,12 @@ cdef extern from "kernels.h" nogil:
     enum:
         BN_COEFFICIENTS
         BN_OUTPUT_COEFFICIENTS
-        BN_FLOORED_OUTPUT_COEFFICIENTS
+        BN_CLAMPED_OUTPUT_COEFFICIENTS
         BN_GRADIENT_COEFFICIENTS
         BN_CONSTANT_GRADIENT_COEFFICIENTS
-        BN_SHARED_GRADIENT_COEFFICIENTS
+        BN_GROUPED_GRADIENT_COEFFICIENTS
         BN_ROW_GRADIENT_COEFFICIENTS
-        BN_FLOORED_GRADIENT_COEFFICIENTS
+        BN_CLAMPED_GRADIENT_COEFFICIENTS
 
     ctypedef struct bn_coefficients:
         void **array
@@ -55,7 +55,7 @@ cdef extern from "kernels.h" nogil:
         bn_memory_probe *probe_in_place
 
 
-cdef extern from "geometry.h" nogil:
+cdef extern from "plan.h" nogil:
     enum:
         BN_X
         BN_DY
@@ -66,7 +66,7 @@ cdef extern from "geometry.h" nogil:
         BN_MAX_AXES
 
     ctypedef struct bn_operand:
-        int packed
+        int staged
         bn_stored stored
         ptrdiff_t outer_stride
         ptrdiff_t channel_stride
@@ -75,7 +75,7 @@ cdef extern from "geometry.h" nogil:
         ptrdiff_t *repeat_axis_strides
         ptrdiff_t *channel_axis_strides
 
-    ctypedef struct bn_geometry:
+    ctypedef struct bn_plan:
         bn_layout layout
         bn_dtype dtype
         size_t itemsize
@@ -97,17 +97,17 @@ cdef extern from "geometry.h" nogil:
         size_t chunks
         size_t chunks_per_block
         size_t blocks
-        size_t phases
+        size_t interleave
         size_t rows_of_block
-        int any_packed
+        int any_staged
         bn_operand *operand
 
-    size_t bn_coefficients_length(const bn_geometry *geometry)
-    size_t bn_row_blocks(const bn_geometry *geometry)
+    size_t bn_coefficients_length(const bn_plan *plan)
+    size_t bn_row_blocks(const bn_plan *plan)
 
 
-cdef class Geometry:
-    cdef bn_geometry c
+cdef class Plan:
+    cdef bn_plan c
     cdef readonly tuple walked
     cdef readonly bint in_order
 
@@ -119,7 +119,7 @@ cdef class _Prepared:
     cdef size_t length
     cdef bn_coefficients coefficients
 
-    cdef bint is_of(self, Geometry geometry, weight, bias, double eps, mean, variance) noexcept
+    cdef bint is_of(self, Plan plan, weight, bias, double eps, mean, variance) noexcept
 
 
 cdef class Evaluation:
@@ -128,27 +128,27 @@ cdef class Evaluation:
 
 cpdef cnp.ndarray empty_output(cnp.ndarray x)
 
-cdef int moments(Geometry geometry, x, mean, mean_low, m2, int threads) except -1
+cdef int moments(Plan plan, x, mean, mean_low, m2, int threads) except -1
 cdef int normalize(
-    Geometry geometry, x, y, weight, bias, double eps, mean, invstd, m2, size_t shared,
-    bint centred, running_mean, running_var, double momentum, double correction, floor, more_eps,
-    int threads
+    Plan plan, x, y, weight, bias, double eps, mean, invstd, m2, size_t per_group,
+    bint centred, running_mean, running_var, double momentum, double correction, clamp_min,
+    channel_eps, int threads
 ) except -1
 cdef int scale_shift(
-    Geometry geometry, x, y, weight, bias, double eps, mean, variance, bint of_samples,
+    Plan plan, x, y, weight, bias, double eps, mean, variance, bint of_samples,
     Evaluation kept, int threads
 ) except -1
 cdef int gradient(
-    Geometry geometry, x, dy, dx, weight, mean, invstd, dweight, dbias, size_t shared,
-    bint constant_statistics, bias, floor, dfloor, sum_floored, sum_dy_xhat, int threads
+    Plan plan, x, dy, dx, weight, mean, invstd, dweight, dbias, size_t per_group,
+    bint constant_statistics, bias, clamp_min, dclamp_min, sum_clamped, sum_dy_xhat, int threads
 ) except -1
 cdef int gradient_of_samples(
-    Geometry geometry, x, dy, dx, weight, mean, invstd, sum_dy, sum_dy_xhat, int threads
+    Plan plan, x, dy, dx, weight, mean, invstd, sum_dy, sum_dy_xhat, int threads
 ) except -1
 cdef int normalize_rows(
-    Geometry geometry, x, y, weight, bias, double eps, mean, invstd, int threads
+    Plan plan, x, y, weight, bias, double eps, mean, invstd, int threads
 ) except -1
 cdef int row_gradient(
-    Geometry geometry, x, dy, dx, weight, mean, invstd, sums, int threads
+    Plan plan, x, dy, dx, weight, mean, invstd, sums, int threads
 ) except -1
 cdef int update_running(running, divided, double momentum, double divisor) except -1

@@ -14,7 +14,7 @@ class _BuildFacts(TypedDict):
     openmp_version: int
     openmp_library: str | None
 
-class Geometry:
+class Plan:
     walked: tuple[int, ...]
     def __init__(self, plan: LayoutPlan, roles: tuple[int, ...]) -> None: ...
     @property

@@ -1,4 +1,4 @@
-# The only Cython room: buffers in, GIL off, prange over the tasks of each phase.
+# The only Cython room: buffers in, GIL off, prange over the tasks of each stage.
 # It knows neither the formulas nor the strides: jobs are made here, done in schedule.c and tasks.c.
 """Compiled core of bnfast. Private: call it through ``_primitives`` only."""
 
@@ -25,7 +25,7 @@ include "_machine.pxi"
 _STORED = {"f32": BN_stored_f32}
 
 
-cdef class Geometry:
+cdef class Plan:
     """A `LayoutPlan` in C; immutable."""
 
     def __init__(self, plan, roles, stored=None):
@@ -34,7 +34,7 @@ cdef class Geometry:
         Those that are not walked directly are `stored` as the type of this name (`_dtypes`), or in
         that of the arithmetic.
         """
-        cdef bn_geometry *c = &self.c
+        cdef bn_plan *c = &self.c
         cdef bn_operand *operand
         cdef Py_ssize_t role, axis, itemsize = plan.itemsize
         if BN_MAX_AXES < max(
@@ -44,9 +44,10 @@ cdef class Geometry:
             raise ValueError("the plan has too many axes")
         if plan.chunk_outer * plan.chunk_inner * itemsize > BN_SCRATCH_BYTES:
             raise ValueError("the plan's chunks do not fit the scratch memory of operands.h")
-        if plan.phases < 1 or (plan.phases > 1 and plan.phases * plan.channels > BN_WIDE_ROW):
+        width = plan.interleave * plan.channels
+        if plan.interleave < 1 or (plan.interleave > 1 and width > BN_WIDE_ROW):
             raise ValueError("the plan's wide rows do not fit those of kernels.h")
-        memset(c, 0, sizeof(bn_geometry))
+        memset(c, 0, sizeof(bn_plan))
         c.layout = BN_contiguous if plan.layout == "contiguous" else BN_channels_last
         c.dtype = BN_f32 if itemsize == 4 else BN_f64
         c.itemsize = itemsize
@@ -67,15 +68,15 @@ cdef class Geometry:
         c.chunk_outer, c.chunk_inner = plan.chunk_outer, plan.chunk_inner
         c.chunks_per_run, c.chunks = plan.chunks_per_run, plan.chunks
         c.chunks_per_block, c.blocks = plan.chunks_per_block, plan.blocks
-        c.phases = plan.phases
+        c.interleave = plan.interleave
         c.rows_of_block = plan.rows_of_block
         self.walked = plan.walked
         self.in_order = plan.walked == tuple(sorted(plan.walked))
         for role, layout in zip(roles, plan.operands, strict=True):
             operand = &c.operand[role]
-            operand.packed = not layout.direct
+            operand.staged = not layout.direct
             operand.stored = BN_as_computed if layout.direct or stored is None else _STORED[stored]
-            c.any_packed |= operand.packed
+            c.any_staged |= operand.staged
             for axis, stride in enumerate(layout.repeat_axis_strides):
                 operand.repeat_axis_strides[axis] = stride
             for axis, stride in enumerate(layout.channel_axis_strides):
@@ -99,71 +100,71 @@ cdef class Geometry:
 include "_workspace.pxi"
 
 
-ctypedef size_t (*bn_phases)(bn_job *job, size_t threads, bn_phase *phases) noexcept nogil
+ctypedef size_t (*bn_stages)(bn_job *job, size_t threads, bn_stage *stages) noexcept nogil
 
 
-cdef bn_job _new_job(const bn_geometry *geometry) noexcept:
+cdef bn_job _new_job(const bn_plan *plan) noexcept:
     cdef bn_job job
     memset(&job, 0, sizeof(bn_job))
-    job.kernels, job.geometry, job.caches = active, geometry, caches
-    job.shared = 1
+    job.kernels, job.plan, job.caches = active, plan, caches
+    job.per_group = 1
     return job
 
 
 cdef int _do_all(
-    bn_job *job, _Workspace *workspace, bn_phases phases_of, int threads
+    bn_job *job, _Workspace *workspace, bn_stages stages_of, int threads
 ) except -1:
     """Do a job, if all of its memory was to be had."""
-    cdef const bn_geometry *c = job.geometry
+    cdef const bn_plan *c = job.plan
     if workspace.failed:
         return _end(workspace)
-    if threads == 1 and c.repeats * _bytes_of_repeat(c) < BN_BRIEF_BYTES:
-        _do(job, phases_of, 1)
+    if threads == 1 and c.repeats * _bytes_of_repeat(c) < BN_KEEP_GIL_BYTES:
+        _do(job, stages_of, 1)
     else:
         with nogil:
-            _do(job, phases_of, threads)
+            _do(job, stages_of, threads)
     return 0
 
 
-cdef void _do(bn_job *job, bn_phases phases_of, int threads) noexcept nogil:
-    cdef bn_phase phases[BN_MAX_PHASES]
-    cdef size_t phase
-    for phase in range(phases_of(job, threads, phases)):
-        _run_phase(job, &phases[phase], threads)
+cdef void _do(bn_job *job, bn_stages stages_of, int threads) noexcept nogil:
+    cdef bn_stage stages[BN_MAX_STAGES]
+    cdef size_t stage
+    for stage in range(stages_of(job, threads, stages)):
+        _run_stage(job, &stages[stage], threads)
 
 
-cdef void _run_phase(const bn_job *job, const bn_phase *phase, int threads) noexcept nogil:
-    cdef size_t repeats = 1 if phase.of_all else job.geometry.repeats
-    cdef Py_ssize_t part, tasks = <Py_ssize_t>(repeats * phase.tasks)
+cdef void _run_stage(const bn_job *job, const bn_stage *stage, int threads) noexcept nogil:
+    cdef size_t repeats = 1 if stage.once else job.plan.repeats
+    cdef Py_ssize_t part, tasks = <Py_ssize_t>(repeats * stage.tasks)
     cdef bn_region_times times
-    if threads == 1 or tasks == 1 or phase.brief:
+    if threads == 1 or tasks == 1 or stage.serial:
         # No OpenMP region at all: cheaper, and safe in a forked child.
-        bn_do_tasks(job, phase, 0, 0, <size_t>tasks)
+        bn_do_tasks(job, stage, 0, 0, <size_t>tasks)
     else:
         # All threads, also of fewer tasks: see thresholds.h.
         bn_begin_region(&times)
         for part in prange(threads, num_threads=threads, schedule="static"):
-            _do_part(job, phase, <size_t>part, <size_t>tasks, <size_t>threads)
+            _do_part(job, stage, <size_t>part, <size_t>tasks, <size_t>threads)
             if part == 0:  # the calling thread's
                 bn_end_own_tasks(&times)
         bn_end_region(&times, <size_t>(tasks // threads), <size_t>tasks)
 
 
 cdef void _do_part(
-    const bn_job *job, const bn_phase *phase, size_t part, size_t tasks, size_t parts
+    const bn_job *job, const bn_stage *stage, size_t part, size_t tasks, size_t parts
 ) noexcept nogil:
     """Do some tasks in a thread of OpenMP's, which may have inherited any float mode."""
     cdef bn_float_mode before = bn_enter_default_float_mode()
-    bn_do_tasks(job, phase, part, part * tasks // parts, (part + 1) * tasks // parts)
+    bn_do_tasks(job, stage, part, part * tasks // parts, (part + 1) * tasks // parts)
     bn_leave_default_float_mode(before)
 
 
-cdef int moments(Geometry geometry, x, mean, mean_low, m2, int threads) except -1:
+cdef int moments(Plan plan, x, mean, mean_low, m2, int threads) except -1:
     """Write the mean and m2 of every channel of x (float64), and what rounding left of the mean.
 
     `mean_low` may be None.
     """
-    cdef bn_geometry *c = &geometry.c
+    cdef bn_plan *c = &plan.c
     cdef bn_job job = _new_job(c)
     cdef char small[SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
@@ -172,27 +173,27 @@ cdef int moments(Geometry geometry, x, mean, mean_low, m2, int threads) except -
     job.statistic[BN_MEAN], job.statistic[BN_M2] = _doubles(mean), _doubles(m2)
     job.statistic[BN_MEAN_LOW] = _doubles_or_null(mean_low)
     _take_statistics(&workspace, &job, _OF_MOMENTS)
-    _do_all(&job, &workspace, bn_moments_phases, threads)
+    _do_all(&job, &workspace, bn_moments_stages, threads)
     _end(&workspace)
     return 0
 
 
 cdef int normalize(
-    Geometry geometry, x, y, weight, bias, double eps, mean, invstd, m2, size_t shared,
-    bint centred, running_mean, running_var, double momentum, double correction, floor, more_eps,
-    int threads
+    Plan plan, x, y, weight, bias, double eps, mean, invstd, m2, size_t per_group,
+    bint centred, running_mean, running_var, double momentum, double correction, clamp_min,
+    channel_eps, int threads
 ) except -1:
     """Write y, mean and invstd (float64) from the statistics of x, and update the running ones.
 
     Return MEAN_TOO_LARGE or VAR_TOO_LARGE, or both, of those whose dtype has become too small for a
     finite value; else 0.
 
-    Mean and invstd have one value for each channel of each repeat, or for each `shared` neighbours
-    that have their statistics together; m2, which may be None, for each channel. The running
+    Mean and invstd have one value for each channel of each repeat, or for each group of `per_group`
+    neighbours; m2, which may be None, for each channel. The running
     variance takes m2 / (count - correction), averaged over the repeats as the mean is. Channels may
-    have a floor, and an eps of their own besides.
+    have a minimum that no output goes below, and an eps of their own besides.
     """
-    cdef bn_geometry *c = &geometry.c
+    cdef bn_plan *c = &plan.c
     cdef bn_job job = _new_job(c)
     cdef char small[SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
@@ -200,25 +201,25 @@ cdef int normalize(
     cdef int too_large = 0
     cdef size_t i
     cdef unsigned int coefficients = (
-        BN_OUTPUT_COEFFICIENTS if floor is None else BN_FLOORED_OUTPUT_COEFFICIENTS
+        BN_OUTPUT_COEFFICIENTS if clamp_min is None else BN_CLAMPED_OUTPUT_COEFFICIENTS
     )
     _take_scratch(&workspace, &job, threads)
     job.operand[BN_X], job.operand[BN_Y] = _data(x), _data(y)
     job.weight = _widened(&workspace, weight, c.channels)
     job.bias = _widened(&workspace, bias, c.channels)
-    job.floor = _widened(&workspace, floor, c.channels)
-    job.eps, job.more_eps = eps, _widened(&workspace, more_eps, c.channels)
-    if shared == 1:
+    job.clamp_min = _widened(&workspace, clamp_min, c.channels)
+    job.eps, job.channel_eps = eps, _widened(&workspace, channel_eps, c.channels)
+    if per_group == 1:
         job.statistic[BN_MEAN], job.statistic[BN_INVSTD] = _doubles(mean), _doubles(invstd)
     job.statistic[BN_M2] = _doubles_or_null(m2)
     _take_statistics(&workspace, &job, _OF_NORMALIZE)
     _take_coefficients(&workspace, c, coefficients, &job.coefficients)
-    job.shared, job.uncentred = shared, not centred
-    _do_all(&job, &workspace, bn_normalize_phases, threads)
-    if shared > 1:
-        for i in range(_statistics(c) // shared):
-            _doubles(mean)[i] = job.statistic[BN_MEAN][i * shared]
-            _doubles(invstd)[i] = job.statistic[BN_INVSTD][i * shared]
+    job.per_group, job.uncentred = per_group, not centred
+    _do_all(&job, &workspace, bn_normalize_stages, threads)
+    if per_group > 1:
+        for i in range(_statistics(c) // per_group):
+            _doubles(mean)[i] = job.statistic[BN_MEAN][i * per_group]
+            _doubles(invstd)[i] = job.statistic[BN_INVSTD][i * per_group]
     if running_mean is not None:
         if _update_running(running_mean, c.repeats, momentum, job.statistic[BN_MEAN], 1.0):
             too_large |= _MEAN_TOO_LARGE
@@ -268,8 +269,8 @@ cdef size_t _OUTPUT_COEFFICIENTS = bin(BN_OUTPUT_COEFFICIENTS).count("1")
 cdef class _Prepared:
     """Copies of parameters and statistics, and the coefficients made of them; immutable."""
 
-    def __cinit__(self, Geometry geometry, weight, bias, double eps, mean, variance):
-        cdef bn_geometry *c = &geometry.c
+    def __cinit__(self, Plan plan, weight, bias, double eps, mean, variance):
+        cdef bn_plan *c = &plan.c
         cdef _Workspace arrays
         cdef size_t bytes_ = _OUTPUT_COEFFICIENTS * _padded(_coefficient_bytes(c)) + 64
         self.weight, self.bias = _copied(weight), _copied(bias)
@@ -280,8 +281,8 @@ cdef class _Prepared:
         arrays = _begin(<char *>self.memory, bytes_)
         _take_coefficients(&arrays, c, BN_OUTPUT_COEFFICIENTS, &self.coefficients)
 
-    cdef bint is_of(self, Geometry geometry, weight, bias, double eps, mean, variance) noexcept:
-        cdef bn_geometry *c = &geometry.c
+    cdef bint is_of(self, Plan plan, weight, bias, double eps, mean, variance) noexcept:
+        cdef bn_plan *c = &plan.c
         return (
             self.dtype == c.dtype
             and self.length == bn_coefficients_length(c)
@@ -334,14 +335,14 @@ cdef class Evaluation:
 
 
 cdef int scale_shift(
-    Geometry geometry, x, y, weight, bias, double eps, mean, variance, bint of_samples,
+    Plan plan, x, y, weight, bias, double eps, mean, variance, bint of_samples,
     Evaluation kept, int threads
 ) except -1:
     """Write y from given statistics; what is prepared for it is kept, unless `kept` is None.
 
     Where weight and bias are those `of_samples`, the repeats, these have the same statistics.
     """
-    cdef bn_geometry *c = &geometry.c
+    cdef bn_plan *c = &plan.c
     cdef bn_job job = _new_job(c)
     cdef char small[SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
@@ -350,10 +351,10 @@ cdef int scale_shift(
         with cython.critical_section(kept):
             prepared = kept.prepared  # a reference: another thread may replace it meanwhile
         job.prepared = (
-            prepared is not None and prepared.is_of(geometry, weight, bias, eps, mean, variance)
+            prepared is not None and prepared.is_of(plan, weight, bias, eps, mean, variance)
         )
         if not job.prepared:
-            prepared = _Prepared(geometry, weight, bias, eps, mean, variance)
+            prepared = _Prepared(plan, weight, bias, eps, mean, variance)
             weight, bias, mean, variance = (
                 prepared.weight, prepared.bias, prepared.mean, prepared.variance
             )
@@ -373,7 +374,7 @@ cdef int scale_shift(
         job.bias = _widened(&workspace, bias, _statistics(c) if of_samples else c.channels)
         job.statistic[BN_MEAN] = _of_each_repeat(&workspace, mean, c)
         job.statistic[BN_VARIANCE] = _of_each_repeat(&workspace, variance, c)
-    _do_all(&job, &workspace, bn_scale_shift_phases, threads)
+    _do_all(&job, &workspace, bn_scale_shift_stages, threads)
     _end(&workspace)
     if kept is not None and not job.prepared:
         with cython.critical_section(kept):
@@ -382,64 +383,64 @@ cdef int scale_shift(
 
 
 cdef int gradient(
-    Geometry geometry, x, dy, dx, weight, mean, invstd, dweight, dbias, size_t shared,
-    bint constant_statistics, bias, floor, dfloor, sum_floored, sum_dy_xhat, int threads
+    Plan plan, x, dy, dx, weight, mean, invstd, dweight, dbias, size_t per_group,
+    bint constant_statistics, bias, clamp_min, dclamp_min, sum_clamped, sum_dy_xhat, int threads
 ) except -1:
     """Write dx, dweight and dbias; mean and invstd are as `normalize` writes them, or mean is None.
 
-    With a floor, which needs the bias, dy counts where y was not below it; `dfloor` receives its
-    sum where y was. `sum_floored` and `sum_dy_xhat` (float64, as large as the mean) receive that
-    sum for each repeat, and sum(dy * (x - mean) * invstd). All three may be None.
+    With a minimum, which needs the bias, dy counts where y was not below it; `dclamp_min` receives
+    its sum where y was. `sum_clamped` and `sum_dy_xhat` (float64, as large as the mean) receive
+    that sum for each repeat, and sum(dy * (x - mean) * invstd). All three may be None.
     """
-    cdef bn_geometry *c = &geometry.c
+    cdef bn_plan *c = &plan.c
     cdef unsigned int coefficients = BN_GRADIENT_COEFFICIENTS, wanted = _OF_GRADIENT
     cdef bint centred = mean is not None
     if constant_statistics:
         coefficients = BN_CONSTANT_GRADIENT_COEFFICIENTS
-    elif floor is not None:
-        coefficients = BN_FLOORED_GRADIENT_COEFFICIENTS
-    elif shared > 1:
-        coefficients = BN_SHARED_GRADIENT_COEFFICIENTS
+    elif clamp_min is not None:
+        coefficients = BN_CLAMPED_GRADIENT_COEFFICIENTS
+    elif per_group > 1:
+        coefficients = BN_GROUPED_GRADIENT_COEFFICIENTS
     cdef bn_job job = _new_job(c)
     cdef char small[SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
-    _take_scratch(&workspace, &job, threads, floor is not None)
+    _take_scratch(&workspace, &job, threads, clamp_min is not None)
     job.operand[BN_X], job.operand[BN_DY], job.operand[BN_DX] = _data(x), _data(dy), _data(dx)
     job.weight = _widened(&workspace, weight, c.channels)
-    job.statistic[BN_MEAN] = _statistic(&workspace, mean, c, shared)
-    job.statistic[BN_INVSTD] = _statistic(&workspace, invstd, c, shared)
+    job.statistic[BN_MEAN] = _statistic(&workspace, mean, c, per_group)
+    job.statistic[BN_INVSTD] = _statistic(&workspace, invstd, c, per_group)
     job.statistic[BN_SUM_DY_XHAT] = _doubles_or_null(sum_dy_xhat)
-    if floor is not None:
-        job.statistic[BN_SUM_FLOORED] = _doubles_or_null(sum_floored)
+    if clamp_min is not None:
+        job.statistic[BN_SUM_CLAMPED] = _doubles_or_null(sum_clamped)
         job.bias = _widened(&workspace, bias, c.channels)
-        job.floor = _widened(&workspace, floor, c.channels)
-        wanted |= 1 << BN_SUM_FLOORED
+        job.clamp_min = _widened(&workspace, clamp_min, c.channels)
+        wanted |= 1 << BN_SUM_CLAMPED
     if c.dtype == BN_f64 and centred and not constant_statistics:
         wanted |= 1 << BN_MEAN_LOW
     job.constant_statistics = constant_statistics
-    job.shared, job.uncentred = shared, not centred
+    job.per_group, job.uncentred = per_group, not centred
     _take_statistics(&workspace, &job, wanted)
     _take_coefficients(&workspace, c, coefficients, &job.coefficients)
-    _do_all(&job, &workspace, bn_gradient_phases, threads)
+    _do_all(&job, &workspace, bn_gradient_stages, threads)
     bn_parameter_gradients(&job, _dtype(dweight), _data(dweight), _data(dbias))
-    if dfloor is not None:
-        job.kernels.parameter_gradients[<int>_dtype(dfloor)](
-            c.channels, c.repeats, job.statistic[BN_SUM_FLOORED], job.statistic[BN_SUM_FLOORED],
-            _data(dfloor), _data(dfloor)
+    if dclamp_min is not None:
+        job.kernels.parameter_gradients[<int>_dtype(dclamp_min)](
+            c.channels, c.repeats, job.statistic[BN_SUM_CLAMPED], job.statistic[BN_SUM_CLAMPED],
+            _data(dclamp_min), _data(dclamp_min)
         )
     _end(&workspace)
     return 0
 
 
 cdef int gradient_of_samples(
-    Geometry geometry, x, dy, dx, weight, mean, invstd, sum_dy, sum_dy_xhat, int threads
+    Plan plan, x, dy, dx, weight, mean, invstd, sum_dy, sum_dy_xhat, int threads
 ) except -1:
     """Write dx = dy * weight * invstd, with a weight (float64) for each channel of each repeat.
 
     All repeats have the same statistics, which did not come from x; `sum_dy` and `sum_dy_xhat`
     (float64, as large as the weight) receive sum(dy) and sum(dy * (x - mean) * invstd) of each.
     """
-    cdef bn_geometry *c = &geometry.c
+    cdef bn_plan *c = &plan.c
     cdef bn_job job = _new_job(c)
     cdef char small[SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
@@ -453,21 +454,21 @@ cdef int gradient_of_samples(
     job.constant_statistics = True
     _take_statistics(&workspace, &job, _OF_GRADIENT)
     _take_coefficients(&workspace, c, BN_CONSTANT_GRADIENT_COEFFICIENTS, &job.coefficients)
-    _do_all(&job, &workspace, bn_gradient_phases, threads)
+    _do_all(&job, &workspace, bn_gradient_stages, threads)
     _end(&workspace)
     return 0
 
 
 cdef int normalize_rows(
-    Geometry geometry, x, y, weight, bias, double eps, mean, invstd, int threads
+    Plan plan, x, y, weight, bias, double eps, mean, invstd, int threads
 ) except -1:
     """Write y, mean and invstd (float64) from the statistics of the rows of x.
 
-    Without a mean, which may be None, they are around 0. Rows are the channels of the geometry's
+    Without a mean, which may be None, they are around 0. Rows are the channels of the plan's
     repeats; weight and bias are operands of the dtype of x: both or neither or, where statistics
     are around 0, weight alone.
     """
-    cdef bn_geometry *c = &geometry.c
+    cdef bn_plan *c = &plan.c
     cdef bn_job job = _new_job(c)
     cdef char small[SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
@@ -482,20 +483,20 @@ cdef int normalize_rows(
     job.statistic[BN_MEAN] = _doubles_or_null(mean)
     _take_statistics(&workspace, &job, _OF_NORMALIZE)
     _take_coefficients(&workspace, c, BN_OUTPUT_COEFFICIENTS, &job.coefficients)
-    _do_all(&job, &workspace, bn_normalize_phases, threads)
+    _do_all(&job, &workspace, bn_normalize_stages, threads)
     _end(&workspace)
     return 0
 
 
 cdef int row_gradient(
-    Geometry geometry, x, dy, dx, weight, mean, invstd, sums, int threads
+    Plan plan, x, dy, dx, weight, mean, invstd, sums, int threads
 ) except -1:
     """Write dx, and to sums[0] the gradients of weight and bias; `sums` may be None.
 
     They are float64, [blocks of rows][2][elements of a row in the order of the walk]. Mean and
     invstd are as `normalize_rows` writes them.
     """
-    cdef bn_geometry *c = &geometry.c
+    cdef bn_plan *c = &plan.c
     cdef bn_job job = _new_job(c)
     cdef char small[SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
@@ -513,7 +514,7 @@ cdef int row_gradient(
     _take_coefficients(&workspace, c, BN_ROW_GRADIENT_COEFFICIENTS, &job.coefficients)
     if sums is not None:
         job.column_sums = _doubles(sums)
-    _do_all(&job, &workspace, bn_row_gradient_phases, threads)
+    _do_all(&job, &workspace, bn_row_gradient_stages, threads)
     _end(&workspace)
     return 0
 

@@ -11,7 +11,7 @@ cdef extern from "cache_sizes.h" nogil:
 cdef extern from "thresholds.h" nogil:
     size_t BN_SERIAL_BYTES
     size_t BN_BYTES_PER_THREAD
-    size_t BN_BRIEF_BYTES
+    size_t BN_KEEP_GIL_BYTES
 
 
 cdef extern from "operands.h" nogil:
@@ -28,23 +28,23 @@ cdef extern from "job.h" nogil:
         BN_VARIANCE
         BN_SUM_DY
         BN_SUM_DY_XHAT
-        BN_SUM_FLOORED
+        BN_SUM_CLAMPED
         BN_STATISTICS
 
     ctypedef struct bn_job:
         const bn_kernels *kernels
-        const bn_geometry *geometry
+        const bn_plan *plan
         bn_caches caches
         char **operand
         const double *weight
         const double *bias
-        const double *floor
+        const double *clamp_min
         double eps
-        const double *more_eps
+        const double *channel_eps
         double **statistic
         int constant_statistics
         size_t parameters_of_repeat
-        size_t shared
+        size_t per_group
         int uncentred
         double *column_sums
         double *partials
@@ -55,25 +55,25 @@ cdef extern from "job.h" nogil:
 
     ctypedef void bn_task(const bn_job *job, size_t number) noexcept
 
-    ctypedef struct bn_phase:
+    ctypedef struct bn_stage:
         bn_task *task
         size_t tasks
-        int of_all
-        int brief
+        int once
+        int serial
 
     enum:
-        BN_MAX_PHASES
+        BN_MAX_STAGES
         BN_SUMS
         BN_BUFFERS
 
     void bn_do_tasks(
-        const bn_job *job, const bn_phase *phase, size_t thread, size_t first, size_t end
+        const bn_job *job, const bn_stage *stage, size_t thread, size_t first, size_t end
     ) noexcept
-    size_t bn_moments_phases(bn_job *job, size_t threads, bn_phase *phases)
-    size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases)
-    size_t bn_scale_shift_phases(bn_job *job, size_t threads, bn_phase *phases)
-    size_t bn_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
-    size_t bn_row_gradient_phases(bn_job *job, size_t threads, bn_phase *phases)
+    size_t bn_moments_stages(bn_job *job, size_t threads, bn_stage *stages)
+    size_t bn_normalize_stages(bn_job *job, size_t threads, bn_stage *stages)
+    size_t bn_scale_shift_stages(bn_job *job, size_t threads, bn_stage *stages)
+    size_t bn_gradient_stages(bn_job *job, size_t threads, bn_stage *stages)
+    size_t bn_row_gradient_stages(bn_job *job, size_t threads, bn_stage *stages)
     void bn_parameter_gradients(const bn_job *job, bn_dtype dtype, void *dweight, void *dbias)
 
 

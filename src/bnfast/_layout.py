@@ -34,9 +34,9 @@ RUN_MULTIPLE = 64
 # Rows, or images of short planes, that kernels sum at a time.
 ROWS_TOGETHER = 16
 
-# Rows of a channels_last chunk, for each phase: so many that the merge at its end costs little; and
-# twice as many of at most LONG_CHUNK_ROW_BYTES, because each merge lets memory wait (tables of 64
-# columns take 0.93 of the time). Longer chunks would want longer scratch.
+# Rows of a channels_last chunk, for each that is part of a wide row: so many that the merge at its
+# end costs little; and twice as many of at most LONG_CHUNK_ROW_BYTES, because each merge lets
+# memory wait (tables of 64 columns take 0.93 of the time). Longer chunks would want longer scratch.
 CHUNK_ROWS = 256
 LONG_CHUNK_ROW_BYTES = 640
 
@@ -110,7 +110,7 @@ class LayoutPlan(NamedTuple):
     chunks: int
     chunks_per_block: int
     blocks: int
-    phases: int
+    interleave: int
     rows_of_block: int
     walked: tuple[int, ...]
     operands: tuple[OperandLayout, ...]
@@ -182,11 +182,11 @@ def _ceil_divide(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _phases(channels: int, itemsize: int) -> int:
+def _interleave(channels: int, itemsize: int) -> int:
     """How many rows of so few channels are summed at a time: those that take least time a value."""
 
-    def cost(phases: int) -> float:
-        row = phases * channels * itemsize
+    def cost(interleave: int) -> float:
+        row = interleave * channels * itemsize
         whole, broken = divmod(row, VECTOR_BYTES)
         return (whole + (1 + BROKEN if broken else 0) + BEGINNING) / row
 
@@ -197,13 +197,13 @@ def _phases(channels: int, itemsize: int) -> int:
 def _cut(
     layout: str, itemsize: int, outer: int, channels: int, inner: int
 ) -> tuple[int, int, int, int, int, int, int]:
-    """(chunk_outer, chunk_inner, chunks_per_run, chunks, chunks_per_block, blocks, phases)."""
-    phases = 1
+    """(chunk_outer, chunk_inner, chunks_per_run, chunks, chunks_per_block, blocks, interleave)."""
+    interleave = 1
     if layout == CHANNELS_LAST:
-        phases = min(_phases(channels, itemsize), outer)
+        interleave = min(_interleave(channels, itemsize), outer)
         row_bytes = channels * itemsize
-        narrow = phases * row_bytes <= LONG_CHUNK_ROW_BYTES
-        rows = min(CHUNK_ROWS * phases * (2 if narrow else 1), MOST_CHUNK_BYTES // itemsize)
+        narrow = interleave * row_bytes <= LONG_CHUNK_ROW_BYTES
+        rows = min(CHUNK_ROWS * interleave * (2 if narrow else 1), MOST_CHUNK_BYTES // itemsize)
         chunk_outer, chunk_inner, chunks_per_run = rows, 1, 1
         block_rows = max(FEWEST_BLOCK_ROWS, BLOCK_BYTES // row_bytes, outer // ENOUGH_BLOCKS)
         chunks_per_block = _ceil_divide(block_rows, chunk_outer)
@@ -222,7 +222,7 @@ def _cut(
         chunks_per_block = BLOCK_BYTES // (chunk_outer * chunk_inner * itemsize)
     chunks = _ceil_divide(outer, chunk_outer) * chunks_per_run
     blocks = _ceil_divide(chunks, chunks_per_block)
-    return chunk_outer, chunk_inner, chunks_per_run, chunks, chunks_per_block, blocks, phases
+    return chunk_outer, chunk_inner, chunks_per_run, chunks, chunks_per_block, blocks, interleave
 
 
 def _rows_of_block(layout: str, itemsize: int, repeats: int, channels: int) -> int:

@@ -69,21 +69,21 @@ cdef object _layout_of(cnp.ndarray second, cnp.ndarray third, cnp.ndarray x):
 cdef tuple _ROLES = ((), (BN_X,), (BN_X, BN_Y), (BN_X, BN_DY, BN_DX))
 
 
-cdef Geometry _kept(key, plan, tuple roles, cnp.ndarray x):
+cdef Plan _kept(key, plan, tuple roles, cnp.ndarray x):
     cdef int stored = cnp.PyArray_TYPE(x)
     name = None if _arithmetic(x) == stored else _stored_names[stored]
     if len(_plans) >= _MOST_PLANS:
         _plans.clear()
-    _plans[key] = geometry = Geometry(plan, roles, name)
-    return geometry
+    _plans[key] = kept = Plan(plan, roles, name)
+    return kept
 
 
-cdef Geometry _geometry(
+cdef Plan _plan(
     Py_ssize_t axis, Reduction over, cnp.ndarray x, cnp.ndarray second, cnp.ndarray third
 ):
     """The plan of a call with statistics of channels."""
     cdef bytes key = _key(x, axis, over.per_sample, second, third)
-    cdef Geometry found = _plans.get(key)
+    cdef Plan found = _plans.get(key)
     if found is not None:
         return found
     itemsize, strides, directly = _layout_of(second, third, x)
@@ -92,14 +92,14 @@ cdef Geometry _geometry(
     return _kept(key, plan, _ROLES[len(strides)], x)
 
 
-cdef Geometry _geometry_of_rows(
+cdef Plan _plan_of_rows(
     int rows, tuple axes, int parameters, cnp.ndarray x, cnp.ndarray second, cnp.ndarray third
 ):
     """The plan of a call with statistics of rows: of all axes from `rows` on, or else of `axes`."""
     cdef object key = _key(x, -1 - rows, 2 + parameters, second, third)
     if axes is not None:
         key = key, axes
-    cdef Geometry found = _plans.get(key)
+    cdef Plan found = _plans.get(key)
     if found is not None:
         return found
     itemsize, strides, directly = _layout_of(second, third, x)

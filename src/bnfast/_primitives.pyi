@@ -38,7 +38,7 @@ def normalize(
     num_groups: object = None,
     m2: Array | None = None,
     tau: object = None,
-    more_eps: Array | None = None,
+    channel_eps: Array | None = None,
     reads: Reads = None,
 ) -> tuple[Array, Array, Array]: ...
 def scale_shift(
@@ -86,7 +86,7 @@ def gradient(
     grouped: bool = False,
     reads: Reads = None,
 ) -> tuple[Array, Array, Array]: ...
-def gradient_above_floors(
+def clamped_gradient(
     dy: object,
     x: object,
     axis: object,

@@ -19,7 +19,7 @@ from bnfast._core cimport (
     BN_MAX_AXES,
     BN_X,
     BN_Y,
-    Geometry,
+    Plan,
 )
 
 import numpy
@@ -108,22 +108,22 @@ def moments(x_, axis_, mean_low=None):
     m2 = _zeros(1, &channels, cnp.NPY_FLOAT64)
     if cnp.PyArray_SIZE(x) == 0:
         return 0, mean, m2
-    _core.moments(_geometry(axis, BATCH, x, None, None), x, mean, mean_low, m2, _threads_for(x, 1))
+    _core.moments(_plan(axis, BATCH, x, None, None), x, mean, mean_low, m2, _threads_for(x, 1))
     return cnp.PyArray_SIZE(x) // channels, mean, m2
 
 
 def normalize(
     x_, axis_, weight, bias, eps, running_mean=None, running_var=None, momentum=0.0,
     bint unbiased=True, out=None, Reduction over=BATCH, num_groups=None, m2=None, tau=None,
-    more_eps=None, reads=None
+    channel_eps=None, reads=None
 ):
     """Return y, and the mean and invstd (float64) that made it.
 
     The running statistics, both given or neither, are updated with `momentum` as the weight of the
     batch: of the average of its samples, where each has its own. `m2`, a float64 array of the shape
-    of the mean, receives that of the batch. Channels may have a floor `tau` that no output goes
-    below, and a checked `more_eps` of their own, which is added to eps. `reads` are more arguments
-    that `out` must share no memory with.
+    of the mean, receives that of the batch. Channels may have a minimum `tau` that no output goes
+    below, and a checked `channel_eps` of their own, which is added to eps. `reads` are more
+    arguments that `out` must share no memory with.
     """
     cdef Py_ssize_t axis
     cdef cnp.ndarray x = _batch(x_, axis_, &axis, over), mean, invstd
@@ -131,7 +131,7 @@ def normalize(
     cdef Py_ssize_t per_group = _channels_per_group(num_groups, channels)
     cdef double epsilon = _eps(eps, over.any_eps, True), new = _real("momentum", momentum)
     scale, shift = _of_channels("weight", weight, channels), _of_channels("bias", bias, channels)
-    floor = _of_channels("tau", tau, channels)
+    clamp_min = _of_channels("tau", tau, channels)
     tracked = _tracked(running_mean, running_var, x, channels)
     y = _output(
         out, x, ("x", "weight", "bias", "running_mean", "running_var", "tau"),
@@ -155,9 +155,9 @@ def normalize(
     if tracked is not None:
         written_mean, written_var = _contiguous_or_copy(tracked[0]), _contiguous_or_copy(tracked[1])
     too_large = _core.normalize(
-        _geometry(axis, over, x, y, None), x, y, scale, shift, epsilon, mean, invstd, m2,
+        _plan(axis, over, x, y, None), x, y, scale, shift, epsilon, mean, invstd, m2,
         <size_t>per_group, over.centred, written_mean, written_var, new, 1.0 if unbiased else 0.0,
-        floor, more_eps, _threads_for(x, 3)
+        clamp_min, channel_eps, _threads_for(x, 3)
     )
     if tracked is not None:
         _put_back(written_mean, tracked[0])
@@ -189,7 +189,7 @@ def scale_shift(
     )
     if cnp.PyArray_SIZE(x) > 0:
         _core.scale_shift(
-            _geometry(axis, BATCH, x, y, None), x, y, scale, shift, epsilon, centre, spread, False,
+            _plan(axis, BATCH, x, y, None), x, y, scale, shift, epsilon, centre, spread, False,
             kept, _threads_for(x, 2)
         )
     return y
@@ -211,7 +211,7 @@ def scale_shift_samples(x_, axis_, mean, variance, weight, bias, eps, out=None):
     )
     if cnp.PyArray_SIZE(x) > 0:
         _core.scale_shift(
-            _geometry(axis, PER_SAMPLE, x, y, None), x, y, scale, shift, epsilon, centre, spread,
+            _plan(axis, PER_SAMPLE, x, y, None), x, y, scale, shift, epsilon, centre, spread,
             True, None, _threads_for(x, 2)
         )
     return y
@@ -232,7 +232,7 @@ def gradient(
     )[:3]
 
 
-def gradient_above_floors(
+def clamped_gradient(
     dy, x, axis, invrms, weight, bias, tau, out, Reduction over, sums, reads
 ):
     """Return dx, dweight, dbias and dtau: those of what is not centred, and was kept above tau.
@@ -256,7 +256,7 @@ def gradient_of_samples(dy, x_, axis_, mean, invstd, weight, sums, cnp.ndarray d
     cdef cnp.ndarray x = _batch(x_, axis_, &axis, PER_SAMPLE)
     if cnp.PyArray_SIZE(x) > 0:
         _core.gradient_of_samples(
-            _geometry(axis, PER_SAMPLE, x, dy, dx), x, dy, dx, weight, mean, invstd, sums[0],
+            _plan(axis, PER_SAMPLE, x, dy, dx), x, dy, dx, weight, mean, invstd, sums[0],
             sums[1], _threads_for(x, 5)
         )
 
@@ -281,7 +281,7 @@ cdef tuple _gradient(
     cdef str saved = "invstd" if over.centred else "invrms"
     inverse = _saved(saved, invstd, ndim, shape)
     scale, shift = _of_channels("weight", weight, channels), _of_channels("bias", bias, channels)
-    floor = _of_channels("tau", tau, channels)
+    clamp_min = _of_channels("tau", tau, channels)
     dx = _output(
         out, x, ("dy", "x", "weight", "mean", saved, "bias", "tau"),
         (upstream, x, weight, mean, invstd, bias, tau), reads, 2
@@ -289,13 +289,13 @@ cdef tuple _gradient(
     kind = cnp.PyArray_TYPE(x if scale is None else <cnp.ndarray>scale)
     dweight, dbias = _zeros(1, &channels, kind), _zeros(1, &channels, kind)
     dtau = None
-    if floor is not None:
-        dtau = _zeros(1, &channels, cnp.PyArray_TYPE(<cnp.ndarray>floor))
+    if clamp_min is not None:
+        dtau = _zeros(1, &channels, cnp.PyArray_TYPE(<cnp.ndarray>clamp_min))
     if cnp.PyArray_SIZE(x) > 0:
         _core.gradient(
-            _geometry(axis, over, x, upstream, dx), x, upstream, dx, scale,
+            _plan(axis, over, x, upstream, dx), x, upstream, dx, scale,
             centre, inverse, dweight, dbias, <size_t>per_group,
-            constant_statistics, shift, floor, dtau, None if sums is None else sums[0],
+            constant_statistics, shift, clamp_min, dtau, None if sums is None else sums[0],
             None if sums is None else sums[1], _threads_for(x, 5)
         )
     return dx, dweight, dbias, dtau
@@ -321,7 +321,7 @@ def normalize_rows(x_, normalized_shape, axis, weight, bias, eps, bint centred, 
     scale = _of_elements("weight", weight, x, rows, axes, True)
     shift = _of_elements("bias", bias, x, rows, axes, False)
     y = _output(out, x, ("x", "weight", "bias"), (x, weight, bias), None, 1)
-    cdef Geometry geometry
+    cdef Plan plan
     if axes is None:
         mean = _empty(rows, cnp.PyArray_DIMS(x), cnp.NPY_FLOAT64) if centred else None
         invstd = _empty(rows, cnp.PyArray_DIMS(x), cnp.NPY_FLOAT64)
@@ -340,11 +340,11 @@ def normalize_rows(x_, normalized_shape, axis, weight, bias, eps, bint centred, 
             cnp.PyArray_NDIM(<cnp.ndarray>scale), cnp.PyArray_DIMS(<cnp.ndarray>scale),
             _arithmetic(x), 0
         )
-    geometry = _geometry_of_rows(rows, axes, 0 if scale is None else 2, x, y, None)
-    if not geometry.in_order:
-        scale, shift = _as_walked(scale, geometry.walked), _as_walked(shift, geometry.walked)
+    plan = _plan_of_rows(rows, axes, 0 if scale is None else 2, x, y, None)
+    if not plan.in_order:
+        scale, shift = _as_walked(scale, plan.walked), _as_walked(shift, plan.walked)
     _core.normalize_rows(
-        geometry, x, y, scale, shift, epsilon, mean, invstd, _threads_for(x, 3)
+        plan, x, y, scale, shift, epsilon, mean, invstd, _threads_for(x, 3)
     )
     return y, mean, invstd
 
@@ -359,7 +359,7 @@ def row_gradient(
     cdef cnp.ndarray x = _rows_input(x_)
     cdef int rows = _first_normalized(x, normalized_shape) if axis is None else -1
     cdef tuple axes = None
-    cdef Geometry geometry
+    cdef Plan plan
     if rows < 0:
         _, axes = _validation.normalized_axes(x, normalized_shape, axis)
     upstream = _upstream(dy, x)
@@ -384,21 +384,21 @@ def row_gradient(
             return dx, None, None
         zeros = numpy.zeros((2, *_elements_shape(x, rows, axes)), cnp.PyArray_DescrFromType(kind))
         return dx, zeros[0], zeros[1]
-    geometry = _geometry_of_rows(rows, axes, 0 if scale is None else 1, x, upstream, dx)
-    cdef cnp.npy_intp size = <cnp.npy_intp>(geometry.c.outer * geometry.c.inner)
-    cdef cnp.npy_intp all_sums = 2 * size * <cnp.npy_intp>geometry.row_blocks
+    plan = _plan_of_rows(rows, axes, 0 if scale is None else 1, x, upstream, dx)
+    cdef cnp.npy_intp size = <cnp.npy_intp>(plan.c.outer * plan.c.inner)
+    cdef cnp.npy_intp all_sums = 2 * size * <cnp.npy_intp>plan.row_blocks
     sums = _empty(1, &all_sums, cnp.NPY_FLOAT64) if parameters else None
-    if not geometry.in_order:
-        scale = _as_walked(scale, geometry.walked)
+    if not plan.in_order:
+        scale = _as_walked(scale, plan.walked)
     _core.row_gradient(
-        geometry, x, upstream, dx, scale, centre, inverse, sums, _threads_for(x, 5)
+        plan, x, upstream, dx, scale, centre, inverse, sums, _threads_for(x, 5)
     )
     if sums is None:
         return dx, None, None
-    if geometry.in_order and axes is None:
+    if plan.in_order and axes is None:
         return dx, _rounded(sums, 0, x, rows, kind), _rounded(sums, size, x, rows, kind)
     columns = _in_order(
-        sums[: 2 * size].reshape(2, size), geometry.walked, _elements_shape(x, rows, axes)
+        sums[: 2 * size].reshape(2, size), plan.walked, _elements_shape(x, rows, axes)
     )
     with numpy.errstate(all="ignore"):
         return dx, cnp.PyArray_Cast(columns[0], kind), cnp.PyArray_Cast(columns[1], kind)

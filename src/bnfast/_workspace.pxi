@@ -52,12 +52,12 @@ cdef void _take_scratch(
     _Workspace *workspace, bn_job *job, int threads, bint made=False
 ) noexcept:
     """Of all threads of a job: for packed operands, or where an input is `made`."""
-    if made or job.geometry.any_packed:
-        job.scratch_bytes = _padded(min(<size_t>BN_SCRATCH_BYTES, _bytes_of_repeat(job.geometry)))
+    if made or job.plan.any_staged:
+        job.scratch_bytes = _padded(min(<size_t>BN_SCRATCH_BYTES, _bytes_of_repeat(job.plan)))
         job.scratch = <char *>_take(workspace, <size_t>threads * BN_BUFFERS * job.scratch_bytes)
 
 
-cdef inline size_t _bytes_of_repeat(const bn_geometry *c) noexcept:
+cdef inline size_t _bytes_of_repeat(const bn_plan *c) noexcept:
     return c.outer * c.channels * c.inner * c.itemsize
 
 
@@ -83,23 +83,23 @@ cdef const double *_widened(_Workspace *workspace, parameter, size_t count) noex
 
 
 cdef double *_statistic(
-    _Workspace *workspace, statistic, const bn_geometry *c, size_t shared
+    _Workspace *workspace, statistic, const bn_plan *c, size_t per_group
 ) noexcept:
     """A statistic as float64 of each channel: 0 for None; of neighbours that have it together."""
     cdef size_t i, count = _statistics(c)
     cdef double *spread
     cdef const double *given = NULL
-    if statistic is not None and shared == 1:
+    if statistic is not None and per_group == 1:
         return <double *>_widened(workspace, statistic, count)
     spread = _take_doubles(workspace, count)
     if statistic is not None:
-        given = _widened(workspace, statistic, count // shared)
+        given = _widened(workspace, statistic, count // per_group)
     for i in range(0 if workspace.failed else count):
-        spread[i] = 0.0 if given is NULL else given[i // shared]
+        spread[i] = 0.0 if given is NULL else given[i // per_group]
     return spread
 
 
-cdef double *_of_each_repeat(_Workspace *workspace, statistic, const bn_geometry *c) noexcept:
+cdef double *_of_each_repeat(_Workspace *workspace, statistic, const bn_plan *c) noexcept:
     """Statistics of channels as float64, for all repeats the same."""
     cdef double *given = <double *>_widened(workspace, statistic, c.channels)
     cdef double *repeated
@@ -117,20 +117,20 @@ cdef size_t _padded(size_t bytes_) noexcept nogil:
 
 
 # Channels of all repeats: each has statistics of its own.
-cdef inline size_t _statistics(const bn_geometry *c) noexcept:
+cdef inline size_t _statistics(const bn_plan *c) noexcept:
     return c.repeats * c.channels
 
 
-cdef inline size_t _partials(const bn_geometry *c) noexcept:
+cdef inline size_t _partials(const bn_plan *c) noexcept:
     return (c.blocks - 1) * BN_SUMS * _statistics(c)
 
 
-cdef inline size_t _coefficient_bytes(const bn_geometry *c) noexcept:
+cdef inline size_t _coefficient_bytes(const bn_plan *c) noexcept:
     return c.repeats * bn_coefficients_length(c) * c.itemsize
 
 
 cdef void _take_coefficients(
-    _Workspace *workspace, const bn_geometry *c, unsigned int wanted, bn_coefficients *coefficients
+    _Workspace *workspace, const bn_plan *c, unsigned int wanted, bn_coefficients *coefficients
 ) noexcept:
     """Arrays for a set of coefficients."""
     cdef int i
@@ -148,7 +148,7 @@ cdef enum:
 
 cdef void _take_statistics(_Workspace *workspace, bn_job *job, unsigned int wanted) noexcept:
     """Memory for those of a set that the caller has not given; and for the sums of blocks."""
-    cdef const bn_geometry *c = job.geometry
+    cdef const bn_plan *c = job.plan
     cdef int i
     for i in range(BN_STATISTICS):
         if wanted >> i & 1 and job.statistic[i] is NULL:

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "geometry.h"
+#include "plan.h"
 #include "kernels.h"
 
 extern const bn_kernels BN_TABLE;
@@ -140,34 +140,34 @@ static double *zeros(size_t count)
 }
 
 /* Lets a coefficient array recur, as whoever calls a channels_last kernel with a period must. */
-static void recur(const bn_geometry *geometry, void *array)
+static void recur(const bn_plan *plan, void *array)
 {
     char *bytes = array;
-    const size_t own = geometry->channels * geometry->itemsize;
-    for (size_t i = own; i < bn_coefficients_length(geometry) * geometry->itemsize; i++) {
+    const size_t own = plan->channels * plan->itemsize;
+    for (size_t i = own; i < bn_coefficients_length(plan) * plan->itemsize; i++) {
         bytes[i] = bytes[i - own];
     }
 }
 
-/* Writes an output, and again in every manner: the same comes out. */
+/* Writes an output, and again in every hint: the same comes out. */
 static void check_output(bn_output_kernel *kernel, bn_extent extent, const bn_view *inputs,
                          bn_coefficients coefficients, bn_view output,
-                         const bn_geometry *geometry)
+                         const bn_plan *plan)
 {
     const size_t all = extent.outer * extent.channels * extent.inner;
-    kernel(extent, inputs, coefficients, output, (bn_manner){BN_stored, 0});
-    add_elements(output.data, all, geometry->dtype);
+    kernel(extent, inputs, coefficients, output, (bn_store_hint){BN_stored, 0});
+    add_elements(output.data, all, plan->dtype);
     for (size_t i = 0; i < BN_COEFFICIENTS; i++) {
         if (coefficients.array[i]) {
-            recur(geometry, coefficients.array[i]);
+            recur(plan, coefficients.array[i]);
         }
     }
-    coefficients.period = bn_period(geometry);
+    coefficients.period = bn_period(plan);
     for (int way = 0; way < 4; way++) {
-        const bn_manner manner = {way % 2 ? BN_streamed : BN_stored, way / 2 ? 64 : 0};
-        const bn_view same = {allocate(all * geometry->itemsize), output.strides};
-        kernel(extent, inputs, coefficients, same, manner);
-        expect_same(output.data, same.data, all, geometry->dtype);
+        const bn_store_hint hint = {way % 2 ? BN_streamed : BN_stored, way / 2 ? 64 : 0};
+        const bn_view same = {allocate(all * plan->itemsize), output.strides};
+        kernel(extent, inputs, coefficients, same, hint);
+        expect_same(output.data, same.data, all, plan->dtype);
         free(same.data);
     }
 }
@@ -218,22 +218,22 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     double *sum_dy = zeros(c), *sum_dy_xhat = zeros(c);
     double *other_mean = doubles(c, 0), *other_low = zeros(c), *other_m2 = doubles(c, 2);
     double *weight = doubles(c, 1), *bias = doubles(c, 0);
-    const size_t phases = layout == BN_channels_last && c < 60 ? 60 / c - (60 / c > 2 ? c % 3 : 0) : 1;
-    const bn_input near = {phases, BN_IN_LEVEL2, 0}, far = {phases, BN_IN_MEMORY, 64};
-    const bn_geometry geometry = {.layout = layout, .dtype = dtype, .itemsize = itemsize,
-                                  .channels = c, .phases = phases};
-    bn_coefficients forward = {.period = 0}, backward = {.period = 0}, shared = {.period = 0};
-    bn_coefficients floored = {.period = 0}, kept_gradient = {.period = 0}, of_rows = {.period = 0};
-    bn_coefficients *each[] = {&forward, &backward, &shared, &floored, &kept_gradient, &of_rows};
+    const size_t interleave = layout == BN_channels_last && c < 60 ? 60 / c - (60 / c > 2 ? c % 3 : 0) : 1;
+    const bn_input near = {interleave, BN_IN_LEVEL2, 0}, far = {interleave, BN_IN_MEMORY, 64};
+    const bn_plan plan = {.layout = layout, .dtype = dtype, .itemsize = itemsize,
+                                  .channels = c, .interleave = interleave};
+    bn_coefficients forward = {.period = 0}, backward = {.period = 0}, per_group = {.period = 0};
+    bn_coefficients clamped = {.period = 0}, kept_gradient = {.period = 0}, of_rows = {.period = 0};
+    bn_coefficients *each[] = {&forward, &backward, &per_group, &clamped, &kept_gradient, &of_rows};
     static const unsigned sets[] = {
         BN_OUTPUT_COEFFICIENTS,         BN_GRADIENT_COEFFICIENTS,
-        BN_SHARED_GRADIENT_COEFFICIENTS, BN_FLOORED_OUTPUT_COEFFICIENTS,
-        BN_FLOORED_GRADIENT_COEFFICIENTS, BN_ROW_GRADIENT_COEFFICIENTS | BN_OUTPUT_COEFFICIENTS,
+        BN_GROUPED_GRADIENT_COEFFICIENTS, BN_CLAMPED_OUTPUT_COEFFICIENTS,
+        BN_CLAMPED_GRADIENT_COEFFICIENTS, BN_ROW_GRADIENT_COEFFICIENTS | BN_OUTPUT_COEFFICIENTS,
     };
     for (size_t k = 0; k < sizeof sets / sizeof *sets; k++) {
         for (int i = 0; i < BN_COEFFICIENTS; i++) {
             if (sets[k] & BN_SET(i)) {
-                each[k]->array[i] = allocate(bn_coefficients_length(&geometry) * itemsize);
+                each[k]->array[i] = allocate(bn_coefficients_length(&plan) * itemsize);
             }
         }
     }
@@ -261,7 +261,7 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     add_doubles(invstd, c);
 
     CALL(scale_shift_coefficients)[dtype](c, 0, mean, mean_low, invstd, weight, bias, forward);
-    check_output(CALL(scale_shift)[layout][dtype], extent, &x_view, forward, y_view, &geometry);
+    check_output(CALL(scale_shift)[layout][dtype], extent, &x_view, forward, y_view, &plan);
 
     CALL(round_mean)[dtype](c, mean, backward);
     CALL(gradient_sums)[layout][dtype](extent, dy, strides, x, strides, near, backward, sum_dy,
@@ -278,30 +278,30 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
                                        sum_dy_xhat, backward);
     add_doubles(sum_dy, c);
     add_doubles(sum_dy_xhat, c);
-    check_output(CALL(input_gradient)[layout][dtype], extent, both, backward, dx_view, &geometry);
+    check_output(CALL(input_gradient)[layout][dtype], extent, both, backward, dx_view, &plan);
 
-    CALL(round_mean)[dtype](c, mean, shared);
-    CALL(shared_gradient_coefficients)[dtype](c / together, together, n, mean, NULL, invstd, weight,
-                                              sum_dy, sum_dy_xhat, shared);
-    check_output(CALL(shared_input_gradient)[layout][dtype], extent, both, shared, dx_view,
-                 &geometry);
-    CALL(scale_shift_coefficients)[dtype](c, 0, mean, mean_low, invstd, weight, bias, floored);
-    CALL(floor_coefficients)[dtype](c, other_mean, floored.array[BN_SHIFT],
-                                    floored.array[BN_FLOOR]);
-    check_output(CALL(floored_scale_shift)[layout][dtype], extent, &x_view, floored, y_view,
-                 &geometry);
+    CALL(round_mean)[dtype](c, mean, per_group);
+    CALL(grouped_gradient_coefficients)[dtype](c / together, together, n, mean, NULL, invstd, weight,
+                                              sum_dy, sum_dy_xhat, per_group);
+    check_output(CALL(grouped_input_gradient)[layout][dtype], extent, both, per_group, dx_view,
+                 &plan);
+    CALL(scale_shift_coefficients)[dtype](c, 0, mean, mean_low, invstd, weight, bias, clamped);
+    CALL(clamp_coefficients)[dtype](c, other_mean, clamped.array[BN_SHIFT],
+                                    clamped.array[BN_CLAMP_MIN]);
+    check_output(CALL(clamped_scale_shift)[layout][dtype], extent, &x_view, clamped, y_view,
+                 &plan);
     bn_coefficients again = kept_gradient;
     again.array[BN_SHIFT] = again.array[BN_FORWARD_SHIFT];
     CALL(scale_shift_coefficients)[dtype](c, 0, mean, NULL, invstd, weight, bias, again);
-    CALL(floor_coefficients)[dtype](c, other_mean, kept_gradient.array[BN_FORWARD_SHIFT],
-                                    kept_gradient.array[BN_FLOOR]);
-    CALL(keep_above_floor)[layout][dtype](extent, both, kept_gradient, dx_view, other_low);
+    CALL(clamp_coefficients)[dtype](c, other_mean, kept_gradient.array[BN_FORWARD_SHIFT],
+                                    kept_gradient.array[BN_CLAMP_MIN]);
+    CALL(mask_upstream)[layout][dtype](extent, both, kept_gradient, dx_view, other_low);
     add_elements(dx, all, dtype);
     add_doubles(other_low, c);
     CALL(gradient_coefficients)[dtype](c, n, mean, NULL, invstd, weight, sum_dy, sum_dy_xhat,
                                        kept_gradient);
-    check_output(CALL(floored_input_gradient)[layout][dtype], extent, both, kept_gradient, dx_view,
-                 &geometry);
+    check_output(CALL(clamped_input_gradient)[layout][dtype], extent, both, kept_gradient, dx_view,
+                 &plan);
     /* Parameters of elements: those of a run, the same for all, or one for each row of channels_last. */
     const int of_run = layout == BN_contiguous;
     void *weights = elements(of_run ? extent.inner : extent.outer, dtype, ORDINARY);
@@ -309,12 +309,12 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     const bn_strides of_elements = {of_run ? 0 : 1, 0};
     const bn_view affine[] = {x_view, {weights, of_elements}, {biases, of_elements}};
     const bn_view weighted[] = {both[0], x_view, {weights, of_elements}};
-    check_output(CALL(affine)[layout][dtype], extent, affine, forward, y_view, &geometry);
+    check_output(CALL(affine)[layout][dtype], extent, affine, forward, y_view, &plan);
     CALL(scale_shift_coefficients)[dtype](c, 1, mean, mean_low, invstd, NULL, NULL, of_rows);
-    check_output(CALL(affine)[layout][dtype], extent, affine, of_rows, y_view, &geometry);
-    check_output(CALL(scaled)[layout][dtype], extent, affine, of_rows, y_view, &geometry);
+    check_output(CALL(affine)[layout][dtype], extent, affine, of_rows, y_view, &plan);
+    check_output(CALL(scaled)[layout][dtype], extent, affine, of_rows, y_view, &plan);
     check_output(CALL(weighted_input_gradient)[layout][dtype], extent, weighted, backward, dx_view,
-                 &geometry);
+                 &plan);
     CALL(weighted_gradient_sums)[layout][dtype](extent, weighted, near, backward, other_mean,
                                                 other_low);
     add_doubles(other_mean, c);
@@ -342,7 +342,7 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
         memset(sums, 0, extent.outer * extent.inner * sizeof *sums);
         CALL(column_sums)[layout][dtype](few, both, unshifted, products, sums);
         CALL(weighted_input_gradient)[layout][dtype](few, weighted, unshifted, dx_view,
-                                                     (bn_manner){BN_stored, 0});
+                                                     (bn_store_hint){BN_stored, 0});
         CALL(columns_and_gradient)[layout][dtype](few, weighted, unshifted, once, both_products,
                                                   both_sums);
         expect_same(products, both_products, extent.outer * extent.inner, BN_f64);

@@ -18,60 +18,60 @@ static inline size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
 /* chunks and blocks */
 
-static inline bn_box box_of_chunk(const bn_geometry *geometry, size_t chunk, range channels)
+static inline bn_box box_of_chunk(const bn_plan *plan, size_t chunk, range channels)
 {
     bn_box box = {.channel = channels.first, .extent = {.channels = channels.count}};
-    if (geometry->chunks_per_run > 1) {
-        box.outer = chunk / geometry->chunks_per_run;
-        box.inner = chunk % geometry->chunks_per_run * geometry->chunk_inner;
+    if (plan->chunks_per_run > 1) {
+        box.outer = chunk / plan->chunks_per_run;
+        box.inner = chunk % plan->chunks_per_run * plan->chunk_inner;
         box.extent.outer = 1;
-        box.extent.inner = MIN(geometry->chunk_inner, geometry->inner - box.inner);
+        box.extent.inner = MIN(plan->chunk_inner, plan->inner - box.inner);
     } else {
-        box.outer = chunk * geometry->chunk_outer;
-        box.extent.outer = MIN(geometry->chunk_outer, geometry->outer - box.outer);
-        box.extent.inner = geometry->inner;
+        box.outer = chunk * plan->chunk_outer;
+        box.extent.outer = MIN(plan->chunk_outer, plan->outer - box.outer);
+        box.extent.inner = plan->inner;
     }
     return box;
 }
 
-static inline range chunks_of_block(const bn_geometry *geometry, size_t block)
+static inline range chunks_of_block(const bn_plan *plan, size_t block)
 {
-    const size_t first = block * geometry->chunks_per_block;
-    return (range){first, MIN(geometry->chunks_per_block, geometry->chunks - first)};
+    const size_t first = block * plan->chunks_per_block;
+    return (range){first, MIN(plan->chunks_per_block, plan->chunks - first)};
 }
 
-static inline size_t values_per_channel(const bn_geometry *geometry)
+static inline size_t values_per_channel(const bn_plan *plan)
 {
-    return geometry->outer * geometry->inner;
+    return plan->outer * plan->inner;
 }
 
-static inline size_t values_of_block(const bn_geometry *geometry, size_t block)
+static inline size_t values_of_block(const bn_plan *plan, size_t block)
 {
-    const range chunks = chunks_of_block(geometry, block);
+    const range chunks = chunks_of_block(plan, block);
     size_t values = 0;
     for (size_t i = 0; i < chunks.count; i++) {
-        const bn_box box = box_of_chunk(geometry, chunks.first + i, (range){0, 1});
+        const bn_box box = box_of_chunk(plan, chunks.first + i, (range){0, 1});
         values += box.extent.outer * box.extent.inner;
     }
     return values;
 }
 
-static inline range channels_of_group(const bn_job *job, size_t group)
+static inline range channels_of_slab(const bn_job *job, size_t group)
 {
-    const size_t first = group * job->group;
-    return (range){first, MIN(job->group, job->geometry->channels - first)};
+    const size_t first = group * job->slab;
+    return (range){first, MIN(job->slab, job->plan->channels - first)};
 }
 
 /* How many channels of a box go to a kernel at a time: all, unless scratch must hold them. */
-static inline size_t channels_at_once(const bn_geometry *geometry, const bn_box *box, int in_scratch)
+static inline size_t channels_at_once(const bn_plan *plan, const bn_box *box, int in_scratch)
 {
-    const size_t each = box->extent.outer * box->extent.inner * geometry->itemsize;
+    const size_t each = box->extent.outer * box->extent.inner * plan->itemsize;
     return in_scratch ? MAX((size_t)1, BN_SCRATCH_BYTES / each) : box->extent.channels;
 }
 
-static inline void *element_at(const bn_geometry *geometry, void *array, size_t index)
+static inline void *element_at(const bn_plan *plan, void *array, size_t index)
 {
-    return (char *)array + index * geometry->itemsize;
+    return (char *)array + index * plan->itemsize;
 }
 
 static inline const double *parameter_from(const double *parameter, size_t channel)
@@ -80,9 +80,9 @@ static inline const double *parameter_from(const double *parameter, size_t chann
 }
 
 /* A box of all channels may be walked as one run where its rows are dense. */
-static inline size_t period_of(const bn_geometry *geometry, size_t channels)
+static inline size_t period_of(const bn_plan *plan, size_t channels)
 {
-    return channels == geometry->channels ? bn_period(geometry) : 0;
+    return channels == plan->channels ? bn_period(plan) : 0;
 }
 
 static inline bn_coefficients coefficients_from(const bn_job *job, size_t channel)
@@ -90,7 +90,7 @@ static inline bn_coefficients coefficients_from(const bn_job *job, size_t channe
     bn_coefficients from = job->coefficients;
     for (size_t i = 0; i < BN_COEFFICIENTS; i++) {
         if (from.array[i]) {
-            from.array[i] = element_at(job->geometry, from.array[i], channel);
+            from.array[i] = element_at(job->plan, from.array[i], channel);
         }
     }
     return from;
@@ -102,9 +102,9 @@ static inline double *sums_of_block(const bn_job *job, bn_statistic sum, size_t 
 {
     static const size_t place[BN_STATISTICS] = {
         [BN_MEAN] = 0,   [BN_MEAN_LOW] = 1,    [BN_M2] = 2,
-        [BN_SUM_DY] = 0, [BN_SUM_DY_XHAT] = 1, [BN_SUM_FLOORED] = 2,
+        [BN_SUM_DY] = 0, [BN_SUM_DY_XHAT] = 1, [BN_SUM_CLAMPED] = 2,
     };
-    const size_t channels = job->geometry->channels;
+    const size_t channels = job->plan->channels;
     double *sums = block == 0 ? job->statistic[sum]
                               : job->partials + ((block - 1) * BN_SUMS + place[sum]) * channels;
     return sums + channel;
@@ -119,7 +119,7 @@ static inline void clear(double *array, range channels)
 
 /* A kernel of the layout and type of a job. */
 #define KERNEL_OF(job, name) \
-    ((job)->kernels->name[(job)->geometry->layout][(job)->geometry->dtype])
+    ((job)->kernels->name[(job)->plan->layout][(job)->plan->dtype])
 
 /* The scratch of an operand. */
 static inline char *buffer_of(const bn_job *job, bn_role role)
@@ -137,27 +137,27 @@ static inline int is_in_place(const bn_job *job, bn_role output)
 /* A box of an operand to read. */
 static inline bn_view input_view(const bn_job *job, bn_role role, const bn_box *box)
 {
-    return bn_view_to_read(job->kernels, job->geometry, role, job->operand[role], box, buffer_of(job, role));
+    return bn_view_to_read(job->kernels, job->plan, role, job->operand[role], box, buffer_of(job, role));
 }
 
-#define BN_JOINED_BYTES ((size_t)32768)
+#define BN_GROUP_RUN_BYTES ((size_t)32768)
 
 /* Whether the channels that share their statistics follow each other as one run, of a single chunk each:
    the group is then summed as that run, and its moments stand where those of the first channels would
    until `spread_moments`. A single chunk is a single block, so that the same task does both. Not of more than
-   BN_JOINED_BYTES: the sums of float64, which have nothing wider to be emptied into, round once more for every
+   BN_GROUP_RUN_BYTES: the sums of float64, which have nothing wider to be emptied into, round once more for every
    kilobyte (32 planes of 784: 31 ulps). */
-static inline int are_joined(const bn_job *job)
+static inline int groups_are_runs(const bn_job *job)
 {
-    const bn_geometry *geometry = job->geometry;
-    const bn_operand *x = &geometry->operand[BN_X];
-    const size_t bytes = job->shared * geometry->inner * geometry->itemsize;
-    if (bytes > BN_JOINED_BYTES) {
+    const bn_plan *plan = job->plan;
+    const bn_operand *x = &plan->operand[BN_X];
+    const size_t bytes = job->per_group * plan->inner * plan->itemsize;
+    if (bytes > BN_GROUP_RUN_BYTES) {
         return 0;
     }
-    return job->shared > 1 && !job->uncentred && geometry->layout == BN_contiguous &&
-           geometry->chunks == 1 && geometry->outer == 1 && !x->packed && !job->scaled &&
-           x->channel_stride == (ptrdiff_t)geometry->inner;
+    return job->per_group > 1 && !job->uncentred && plan->layout == BN_contiguous &&
+           plan->chunks == 1 && plan->outer == 1 && !x->staged && !job->scaled &&
+           x->channel_stride == (ptrdiff_t)plan->inner;
 }
 
 /* The largest power of two up to a positive number, or the smallest one that is normal. */
@@ -172,9 +172,9 @@ static inline double power_of_two(double number)
 }
 
 /* How many channels are cut off together. */
-static inline size_t channel_unit(const bn_geometry *geometry)
+static inline size_t channel_unit(const bn_plan *plan)
 {
-    return geometry->layout == BN_channels_last ? BN_CHANNELS_TOGETHER : 1;
+    return plan->layout == BN_channels_last ? BN_CHANNELS_TOGETHER : 1;
 }
 
 #endif

@@ -9,9 +9,9 @@
 void bn_merge_blocks(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
-    size_t count = values_of_block(job->geometry, 0);
-    for (size_t block = 1; block < job->geometry->blocks; block++) {
-        const size_t more = values_of_block(job->geometry, block);
+    size_t count = values_of_block(job->plan, 0);
+    for (size_t block = 1; block < job->plan->blocks; block++) {
+        const size_t more = values_of_block(job->plan, block);
         job->kernels->merge_moments(
             channels.count, count, job->statistic[BN_MEAN] + c, job->statistic[BN_MEAN_LOW] + c,
             job->statistic[BN_M2] + c, more, sums_of_block(job, BN_MEAN, block, c),
@@ -21,11 +21,11 @@ void bn_merge_blocks(const bn_job *job, range channels)
 }
 
 /* From groups that were summed as runs, whose moments follow each other, to all of their channels. */
-static void spread_moments(size_t channels, size_t shared, double *moments)
+static void spread_moments(size_t channels, size_t per_group, double *moments)
 {
-    for (size_t group = channels / shared; group-- > 0;) {
+    for (size_t group = channels / per_group; group-- > 0;) {
         const double of_all = moments[group];
-        for (size_t c = group * shared; c < (group + 1) * shared; c++) {
+        for (size_t c = group * per_group; c < (group + 1) * per_group; c++) {
             moments[c] = of_all;
         }
     }
@@ -33,9 +33,9 @@ static void spread_moments(size_t channels, size_t shared, double *moments)
 
 static void merge_gradient(const bn_job *job, range channels)
 {
-    static const bn_statistic sums[] = {BN_SUM_DY, BN_SUM_DY_XHAT, BN_SUM_FLOORED};
+    static const bn_statistic sums[] = {BN_SUM_DY, BN_SUM_DY_XHAT, BN_SUM_CLAMPED};
     const size_t c = channels.first;
-    for (size_t block = 1; block < job->geometry->blocks; block++) {
+    for (size_t block = 1; block < job->plan->blocks; block++) {
         for (size_t i = 0; i < sizeof sums / sizeof *sums; i++) {
             if (job->statistic[sums[i]]) {
                 job->kernels->merge_sums(channels.count, job->statistic[sums[i]] + c,
@@ -50,20 +50,20 @@ static void merge_gradient(const bn_job *job, range channels)
 static void share_moments(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
-    if (are_joined(job)) {
-        spread_moments(channels.count, job->shared, job->statistic[BN_MEAN] + c);
-        spread_moments(channels.count, job->shared, job->statistic[BN_MEAN_LOW] + c);
-        spread_moments(channels.count, job->shared, job->statistic[BN_M2] + c);
-    } else if (job->shared > 1) {
-        job->kernels->pool_moments(channels.count / job->shared, job->shared,
-                                   values_per_channel(job->geometry), job->statistic[BN_MEAN] + c,
+    if (groups_are_runs(job)) {
+        spread_moments(channels.count, job->per_group, job->statistic[BN_MEAN] + c);
+        spread_moments(channels.count, job->per_group, job->statistic[BN_MEAN_LOW] + c);
+        spread_moments(channels.count, job->per_group, job->statistic[BN_M2] + c);
+    } else if (job->per_group > 1) {
+        job->kernels->pool_moments(channels.count / job->per_group, job->per_group,
+                                   values_per_channel(job->plan), job->statistic[BN_MEAN] + c,
                                    job->statistic[BN_MEAN_LOW] + c, job->statistic[BN_M2] + c);
     }
 }
 
 static void moments_again(const bn_job *job, range channels)
 {
-    for (size_t block = 0; block < job->geometry->blocks; block++) {
+    for (size_t block = 0; block < job->plan->blocks; block++) {
         bn_sum_moments(job, block, channels);
     }
     bn_merge_blocks(job, channels);
@@ -117,12 +117,12 @@ static bn_job scaled_job(const bn_job *job, double factor, char *rare)
 
 BN_NOINLINE void scaled_moments(const bn_job *job, range channels, double factor)
 {
-    const double size = (double)(values_per_channel(job->geometry) * job->shared);
+    const double size = (double)(values_per_channel(job->plan) * job->per_group);
     _Alignas(64) char rare[BN_SCRATCH_BYTES];
     const bn_job scaled = scaled_job(job, factor, rare);
     moments_again(&scaled, channels);
     for (size_t c = channels.first; c < channels.first + channels.count; c++) {
-        const double eps = job->eps + (job->more_eps ? job->more_eps[c] : 0.0);
+        const double eps = job->eps + (job->channel_eps ? job->channel_eps[c] : 0.0);
         if (job->statistic[BN_INVSTD]) {
             job->kernels->invstd(1, job->statistic[BN_M2] + c, size, eps * factor * factor, NULL,
                                  job->statistic[BN_INVSTD] + c);
@@ -139,17 +139,17 @@ void bn_mend_moments(const bn_job *job, range channels)
 {
     const size_t end = channels.first + channels.count;
     range some = {channels.first, 0};
-    if (job->geometry->dtype == BN_f32 ||
+    if (job->plan->dtype == BN_f32 ||
         (job->statistic[BN_INVSTD] && are_within(channels.count, job->statistic[BN_INVSTD] + channels.first, SMALL_INVSTD,
                                    LARGE_INVSTD))) {
         return;
     }
     for (; some.first < end; some.first += some.count) {
         const double factor = factor_needed(job, some.first);
-        some.count = job->shared;
+        some.count = job->per_group;
         while (some.first + some.count < end &&
                factor_needed(job, some.first + some.count) == factor) {
-            some.count += job->shared;
+            some.count += job->per_group;
         }
         if (factor != 0.0) {
             scaled_moments(job, some, factor);
@@ -168,7 +168,7 @@ static int is_extreme(double invstd)
 }
 
 /* Sums of dy * xhat with x made xhat, but for a factor, before it is summed. Nothing but the sums may need the
-   mean meanwhile: it is 0 for them, as that of xhat is. (What is above a floor is told by it: such jobs, those
+   mean meanwhile: it is 0 for them, as that of xhat is. (What is above a minimum is told by it: such jobs, those
    of filter response norm, are uncentred.) */
 BN_NOINLINE void scaled_gradient(const bn_job *job, range channels)
 {
@@ -176,7 +176,7 @@ BN_NOINLINE void scaled_gradient(const bn_job *job, range channels)
     _Alignas(64) char rare[BN_SCRATCH_BYTES];
     const bn_job scaled = scaled_job(job, 1.0, rare);
     memset(coefficients.array[BN_ROUNDED_MEAN], 0, channels.count * sizeof(double));
-    for (size_t block = 0; block < job->geometry->blocks; block++) {
+    for (size_t block = 0; block < job->plan->blocks; block++) {
         bn_sum_gradient(&scaled, block, channels);
     }
     merge_gradient(&scaled, channels);
@@ -193,7 +193,7 @@ static void mend_gradient(const bn_job *job, range channels)
 {
     const size_t end = channels.first + channels.count;
     range some = {channels.first, 0};
-    if (job->geometry->dtype == BN_f32 ||
+    if (job->plan->dtype == BN_f32 ||
         are_within(channels.count, job->statistic[BN_INVSTD] + channels.first, LEAST_INVSTD, MOST_INVSTD)) {
         return;
     }
@@ -269,33 +269,33 @@ static void finish_mean_low(const bn_job *job, range channels)
 }
 
 /* Lets a coefficient array go on beyond its channels and recur. */
-static void repeat(const bn_geometry *geometry, void *array)
+static void repeat(const bn_plan *plan, void *array)
 {
-    const size_t length = bn_coefficients_length(geometry);
-    for (size_t set = geometry->channels; set < length;) {
+    const size_t length = bn_coefficients_length(plan);
+    for (size_t set = plan->channels; set < length;) {
         const size_t more = MIN(set, length - set);
-        memcpy(element_at(geometry, array, set), array, more * geometry->itemsize);
+        memcpy(element_at(plan, array, set), array, more * plan->itemsize);
         set += more;
     }
 }
 
 /* They recur where a box may have all channels: so does the task, then. */
-static void repeat_coefficients(const bn_job *job, range channels)
+static void tile_coefficients(const bn_job *job, range channels)
 {
-    const int all = channels.count == job->geometry->channels;
+    const int all = channels.count == job->plan->channels;
     for (size_t i = 0; all && i < BN_COEFFICIENTS; i++) {
         if (job->coefficients.array[i]) {
-            repeat(job->geometry, job->coefficients.array[i]);
+            repeat(job->plan, job->coefficients.array[i]);
         }
     }
 }
 
-static void set_floors(const bn_job *job, range channels, bn_coefficient shift)
+static void set_clamp(const bn_job *job, range channels, bn_coefficient shift)
 {
     const bn_coefficients coefficients = coefficients_from(job, channels.first);
-    job->kernels->floor_coefficients[job->geometry->dtype](
-        channels.count, job->floor + channels.first, coefficients.array[shift],
-        coefficients.array[BN_FLOOR]);
+    job->kernels->clamp_coefficients[job->plan->dtype](
+        channels.count, job->clamp_min + channels.first, coefficients.array[shift],
+        coefficients.array[BN_CLAMP_MIN]);
 }
 
 void bn_prepare_scale_shift(const bn_job *job, range channels)
@@ -303,16 +303,16 @@ void bn_prepare_scale_shift(const bn_job *job, range channels)
     const size_t c = channels.first;
     job->kernels->invstd(channels.count, job->statistic[BN_VARIANCE] + c, 1.0, job->eps, NULL,
                          job->statistic[BN_INVSTD] + c);
-    job->kernels->scale_shift_coefficients[job->geometry->dtype](
+    job->kernels->scale_shift_coefficients[job->plan->dtype](
         channels.count, 0, job->statistic[BN_MEAN] + c, NULL, job->statistic[BN_INVSTD] + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), coefficients_from(job, c));
-    repeat_coefficients(job, channels);
+    tile_coefficients(job, channels);
 }
 
 void bn_round_mean(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
-    job->kernels->round_mean[job->geometry->dtype](channels.count, job->statistic[BN_MEAN] + c,
+    job->kernels->round_mean[job->plan->dtype](channels.count, job->statistic[BN_MEAN] + c,
                                                    coefficients_from(job, c));
 }
 
@@ -322,12 +322,12 @@ void bn_make_output_again(const bn_job *job, range channels)
     const size_t c = channels.first;
     bn_coefficients forward = coefficients_from(job, c);
     forward.array[BN_SHIFT] = forward.array[BN_FORWARD_SHIFT];
-    job->kernels->scale_shift_coefficients[job->geometry->dtype](
+    job->kernels->scale_shift_coefficients[job->plan->dtype](
         channels.count, job->column_sums != NULL, job->statistic[BN_MEAN] + c,
         parameter_from(job->statistic[BN_MEAN_LOW], c), job->statistic[BN_INVSTD] + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), forward);
-    if (job->floor) {
-        set_floors(job, channels, BN_FORWARD_SHIFT);
+    if (job->clamp_min) {
+        set_clamp(job, channels, BN_FORWARD_SHIFT);
     }
 }
 
@@ -342,34 +342,34 @@ void bn_prepare_gradient(const bn_job *job, range channels)
 
 void bn_finish_normalize(const bn_job *job, range channels)
 {
-    const size_t c = channels.first, each = values_per_channel(job->geometry);
+    const size_t c = channels.first, each = values_per_channel(job->plan);
     bn_merge_blocks(job, channels);
     share_moments(job, channels);
-    job->kernels->invstd(channels.count, job->statistic[BN_M2] + c, (double)(each * job->shared), job->eps,
-                         parameter_from(job->more_eps, c), job->statistic[BN_INVSTD] + c);
+    job->kernels->invstd(channels.count, job->statistic[BN_M2] + c, (double)(each * job->per_group), job->eps,
+                         parameter_from(job->channel_eps, c), job->statistic[BN_INVSTD] + c);
     bn_mend_moments(job, channels);
-    job->kernels->scale_shift_coefficients[job->geometry->dtype](
+    job->kernels->scale_shift_coefficients[job->plan->dtype](
         channels.count, 0, job->statistic[BN_MEAN] + c, job->statistic[BN_MEAN_LOW] + c, job->statistic[BN_INVSTD] + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), coefficients_from(job, c));
-    if (job->floor) {
-        set_floors(job, channels, BN_SHIFT);
+    if (job->clamp_min) {
+        set_clamp(job, channels, BN_SHIFT);
     }
-    repeat_coefficients(job, channels);
+    tile_coefficients(job, channels);
 }
 
 void bn_constant_coefficients(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
-    job->kernels->scale_shift_coefficients[job->geometry->dtype](
+    job->kernels->scale_shift_coefficients[job->plan->dtype](
         channels.count, 0, NULL, NULL, job->statistic[BN_INVSTD] + c, parameter_from(job->weight, c), NULL,
         coefficients_from(job, c));
 }
 
-void bn_shared_coefficients(const bn_job *job, range channels)
+void bn_grouped_coefficients(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
-    job->kernels->shared_gradient_coefficients[job->geometry->dtype](
-        channels.count / job->shared, job->shared, values_per_channel(job->geometry),
+    job->kernels->grouped_gradient_coefficients[job->plan->dtype](
+        channels.count / job->per_group, job->per_group, values_per_channel(job->plan),
         job->statistic[BN_MEAN] + c, parameter_from(job->statistic[BN_MEAN_LOW], c),
         job->statistic[BN_INVSTD] + c, parameter_from(job->weight, c), job->statistic[BN_SUM_DY] + c,
         job->statistic[BN_SUM_DY_XHAT] + c, coefficients_from(job, c));
@@ -378,8 +378,8 @@ void bn_shared_coefficients(const bn_job *job, range channels)
 void bn_gradient_coefficients(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
-    job->kernels->gradient_coefficients[job->geometry->dtype](
-        channels.count, values_per_channel(job->geometry), job->statistic[BN_MEAN] + c,
+    job->kernels->gradient_coefficients[job->plan->dtype](
+        channels.count, values_per_channel(job->plan), job->statistic[BN_MEAN] + c,
         parameter_from(job->statistic[BN_MEAN_LOW], c), job->statistic[BN_INVSTD] + c,
         parameter_from(job->weight, c), job->statistic[BN_SUM_DY] + c, job->statistic[BN_SUM_DY_XHAT] + c,
         coefficients_from(job, c));
@@ -389,13 +389,13 @@ void bn_finish_gradient(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
     merge_gradient(job, channels);
-    job->kernels->standardize[job->geometry->dtype](
+    job->kernels->standardize[job->plan->dtype](
         channels.count, job->statistic[BN_MEAN] + c, parameter_from(job->statistic[BN_MEAN_LOW], c),
         job->statistic[BN_INVSTD] + c, job->statistic[BN_SUM_DY] + c, job->statistic[BN_SUM_DY_XHAT] + c);
     mend_gradient(job, channels);
     job->method.finish(job, channels);
     if (job->uncentred && job->coefficients.array[BN_OFFSET]) {
-        memset(coefficients_from(job, c).array[BN_OFFSET], 0, channels.count * job->geometry->itemsize);
+        memset(coefficients_from(job, c).array[BN_OFFSET], 0, channels.count * job->plan->itemsize);
     }
-    repeat_coefficients(job, channels);
+    tile_coefficients(job, channels);
 }

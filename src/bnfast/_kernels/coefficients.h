@@ -15,7 +15,7 @@ void bn_sum_mean_low(const bn_job *job, size_t block, range channels);
 /* The coefficients of a gradient: before its sums what these need, and from them those of dx, whose statistics did
    not come from x, are those of neighbours together, or those of each channel. */
 bn_do_channels bn_round_mean, bn_make_output_again;
-bn_do_channels bn_constant_coefficients, bn_shared_coefficients, bn_gradient_coefficients;
+bn_do_channels bn_constant_coefficients, bn_grouped_coefficients, bn_gradient_coefficients;
 
 /* Coefficients, before the sums and from them. */
 void bn_prepare_scale_shift(const bn_job *job, range channels);

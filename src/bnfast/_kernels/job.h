@@ -1,13 +1,13 @@
 /* Tasks: a job and a task number in; pointers, and one kernel call after the other, out.
 
-   A task is a group of neighbouring channels of one repeat, by one block or, where it is fused, by all
+   A task is a slab, neighbouring channels of one repeat, by one block or, where it is fused, by all
    blocks. How channels are grouped and who runs which task changes no bit: the sums of a channel
    depend on its chunks and blocks alone. */
 #ifndef BN_JOB_H
 #define BN_JOB_H
 
 #include "cache_sizes.h"
-#include "geometry.h"
+#include "plan.h"
 #include "kernels.h"
 #include "operands.h"
 
@@ -53,7 +53,7 @@ typedef enum {
     BN_VARIANCE, /* and scale_shift mean and variance */
     BN_SUM_DY,
     BN_SUM_DY_XHAT, /* sum(dy * (x - mean)) until all is summed */
-    BN_SUM_FLOORED, /* of dy where y was below its floor */
+    BN_SUM_CLAMPED, /* of dy where y was below its minimum */
     BN_STATISTICS
 } bn_statistic;
 
@@ -62,7 +62,7 @@ typedef enum {
    bn_coefficients_length says. */
 struct bn_job {
     const bn_kernels *kernels;
-    const bn_geometry *geometry;
+    const bn_plan *plan;
     bn_caches caches;
 
     /* NULL for those that the call has not. Where elements rather than channels have parameters, these are
@@ -72,14 +72,14 @@ struct bn_job {
     const double *weight, *bias;
     size_t parameters_of_repeat; /* elements from the weight of a repeat to that of the next one, and likewise the
                                     bias; 0 where all repeats have the same weight and bias */
-    const double *floor; /* float64 [channels]; NULL for none */
+    const double *clamp_min; /* float64 [channels]: no output goes below it; NULL for none */
     double eps;
-    const double *more_eps; /* float64 [channels]: of each channel, besides; NULL for none */
+    const double *channel_eps; /* float64 [channels]: of each channel, besides; NULL for none */
 
     double *statistic[BN_STATISTICS]; /* NULL for those that the job has not */
     int constant_statistics; /* gradient: mean and invstd did not come from x */
 
-    size_t shared; /* so many neighbouring channels have their statistics together */
+    size_t per_group; /* so many neighbouring channels have their statistics together */
     int uncentred; /* statistics are around 0: mean is 0 */
 
     /* Set for the second sums of float64 channels whose first ones left the range: of values times a
@@ -101,43 +101,43 @@ struct bn_job {
 
     int prepared; /* scale_shift: these hold already what statistics and parameters make of them */
 
-    /* Set by bn_*_phases. */
+    /* Set by bn_*_stages. */
     bn_method method;
-    size_t group, groups; /* channels in a task, and how many such groups */
-    bn_place place;       /* where sums read from */
+    size_t slab, slabs; /* channels in a task, and how many such slabs */
+    bn_place place;     /* where sums read from */
     bn_stores stores;
-    ptrdiff_t ahead;      /* from an element of one group to that of the next one; 0: none is fetched */
-    size_t fetched;       /* so many values of each channel */
-    int sums_fetch;       /* while they are added up, rather than while their output is written */
-    bn_extent pieces;     /* into how many parts each axis of the output is cut */
+    ptrdiff_t prefetch_distance; /* from an element of one slab to that of the next; 0: no prefetch */
+    size_t prefetch_count;       /* of each channel, so many values */
+    int prefetch_in_sums;        /* while values are added up, rather than while their output is written */
+    bn_extent pieces;            /* into how many parts each axis of the output is cut */
 };
 
 typedef void bn_task(const bn_job *job, size_t number);
 
-/* All tasks of a phase must end before the next phase begins. */
+/* All tasks of a stage must end before the next stage begins. */
 typedef struct {
     bn_task *task;
     size_t tasks; /* of each repeat, unless they are of all of them */
-    int of_all;
-    int brief; /* not worth waking a team */
-} bn_phase;
+    int once;     /* for all repeats */
+    int serial;   /* not worth waking a team */
+} bn_stage;
 
-/* Does the tasks first to end - 1 of a phase, numbered repeat by repeat, with the scratch memory of `thread`. */
-void bn_do_tasks(const bn_job *job, const bn_phase *phase, size_t thread, size_t first, size_t end);
+/* Does the tasks first to end - 1 of a stage, numbered repeat by repeat, with the scratch memory of `thread`. */
+void bn_do_tasks(const bn_job *job, const bn_stage *stage, size_t thread, size_t first, size_t end);
 
-#define BN_MAX_PHASES 5
+#define BN_MAX_STAGES 5
 
 /* Before all else. */
 void bn_choose_method(bn_job *job);
 
-/* How this job is done by so many threads: returns the number of phases. */
-size_t bn_moments_phases(bn_job *job, size_t threads, bn_phase *phases);      /* of x */
-size_t bn_normalize_phases(bn_job *job, size_t threads, bn_phase *phases);    /* x to y */
-size_t bn_scale_shift_phases(bn_job *job, size_t threads, bn_phase *phases);  /* x to y */
-size_t bn_gradient_phases(bn_job *job, size_t threads, bn_phase *phases);     /* x and dy to dx */
-size_t bn_row_gradient_phases(bn_job *job, size_t threads, bn_phase *phases); /* with parameters of elements */
+/* How this job is done by so many threads: returns the number of stages. */
+size_t bn_moments_stages(bn_job *job, size_t threads, bn_stage *stages);      /* of x */
+size_t bn_normalize_stages(bn_job *job, size_t threads, bn_stage *stages);    /* x to y */
+size_t bn_scale_shift_stages(bn_job *job, size_t threads, bn_stage *stages);  /* x to y */
+size_t bn_gradient_stages(bn_job *job, size_t threads, bn_stage *stages);     /* x and dy to dx */
+size_t bn_row_gradient_stages(bn_job *job, size_t threads, bn_stage *stages); /* with parameters of elements */
 
-/* dweight and dbias, of this dtype, once the phases of the gradient have ended. */
+/* dweight and dbias, of this dtype, once the stages of the gradient have ended. */
 void bn_parameter_gradients(const bn_job *job, bn_dtype dtype, void *dweight, void *dbias);
 
 #endif

@@ -6,16 +6,16 @@
 /* one box: one kernel call */
 
 /* The last channels have nothing after them that could be fetched ahead. */
-static ptrdiff_t ahead_of(const bn_job *job, const bn_box *box)
+static ptrdiff_t prefetch_distance_of(const bn_job *job, const bn_box *box)
 {
-    const size_t at = box->outer * job->geometry->inner + box->inner;
-    const int last = box->channel + job->group >= job->geometry->channels;
-    return last || at >= job->fetched ? 0 : job->ahead;
+    const size_t at = box->outer * job->plan->inner + box->inner;
+    const int last = box->channel + job->slab >= job->plan->channels;
+    return last || at >= job->prefetch_count ? 0 : job->prefetch_distance;
 }
 
 static bn_input input_of(const bn_job *job, const bn_box *box)
 {
-    return (bn_input){job->geometry->phases, job->place, job->sums_fetch ? ahead_of(job, box) : 0};
+    return (bn_input){job->plan->interleave, job->place, job->prefetch_in_sums ? prefetch_distance_of(job, box) : 0};
 }
 
 /* What is summed in the place of x where that left the range, in the scratch that x may already lie in: x
@@ -58,10 +58,10 @@ void bn_moments_of_box(const bn_job *job, const bn_box *box, size_t block, size_
 {
     bn_view x = x_to_sum(job, box);
     bn_extent extent = box->extent;
-    if (are_joined(job)) {
-        extent.channels /= job->shared;
-        extent.inner *= job->shared;
-        x.strides.channel *= (ptrdiff_t)job->shared;
+    if (groups_are_runs(job)) {
+        extent.channels /= job->per_group;
+        extent.inner *= job->per_group;
+        x.strides.channel *= (ptrdiff_t)job->per_group;
     }
     KERNEL_OF(job, moments)(extent, x.data, x.strides, input_of(job, box), count,
                             sums_of_block(job, BN_MEAN, block, box->channel),
@@ -84,8 +84,8 @@ void bn_gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block,
     sum_gradient(job, box, block, input_view(job, BN_DY, box));
 }
 
-/* Of dy where y was not below its floor, made in scratch; the rest is added up. */
-void bn_kept_gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
+/* Of dy where y was not below its minimum, made in scratch; the rest is added up. */
+void bn_clamped_gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
 {
     const bn_view inputs[] = {
         input_view(job, BN_DY, box),
@@ -93,9 +93,9 @@ void bn_kept_gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t b
     };
     const bn_view kept = bn_dense_view(box, buffer_of(job, BN_DX)); /* which is not written yet */
     (void)count;
-    KERNEL_OF(job, keep_above_floor)(
+    KERNEL_OF(job, mask_upstream)(
         box->extent, inputs, coefficients_from(job, box->channel), kept,
-        sums_of_block(job, BN_SUM_FLOORED, block, box->channel));
+        sums_of_block(job, BN_SUM_CLAMPED, block, box->channel));
     sum_gradient(job, box, block, kept);
 }
 
@@ -117,8 +117,8 @@ void bn_weighted_gradient_sums_of_box(const bn_job *job, const bn_box *box, size
 void bn_weighted_sums_and_columns_of_box(const bn_job *job, const bn_box *box, size_t block,
                                          size_t count)
 {
-    const bn_geometry *geometry = job->geometry;
-    const size_t columns = geometry->outer * geometry->inner;
+    const bn_plan *plan = job->plan;
+    const size_t columns = plan->outer * plan->inner;
     const bn_view inputs[] = {
         input_view(job, BN_DY, box),
         input_view(job, BN_X, box),
@@ -132,9 +132,9 @@ void bn_weighted_sums_and_columns_of_box(const bn_job *job, const bn_box *box, s
         job->column_sums + box->outer, job->column_sums + columns + box->outer);
 }
 
-static bn_manner manner_of(const bn_job *job, const bn_box *box)
+static bn_store_hint store_hint_of(const bn_job *job, const bn_box *box)
 {
-    return (bn_manner){job->stores, job->sums_fetch ? 0 : ahead_of(job, box)};
+    return (bn_store_hint){job->stores, job->prefetch_in_sums ? 0 : prefetch_distance_of(job, box)};
 }
 
 static bn_output_kernel *kernel_of(const bn_job *job, const bn_output *output)
@@ -142,29 +142,29 @@ static bn_output_kernel *kernel_of(const bn_job *job, const bn_output *output)
     const char *table = (const char *)job->kernels + output->kernel;
     bn_output_kernel *kernels[BN_LAYOUTS][BN_DTYPES];
     memcpy(kernels, table, sizeof kernels);
-    return kernels[job->geometry->layout][job->geometry->dtype];
+    return kernels[job->plan->layout][job->plan->dtype];
 }
 
 static void write_part(const bn_job *job, const bn_box *box)
 {
-    const bn_geometry *geometry = job->geometry;
+    const bn_plan *plan = job->plan;
     const bn_output *output = job->method.output;
     char *to = job->operand[output->writes], *scratch = buffer_of(job, output->writes);
     bn_view inputs[BN_MOST_INPUTS];
     for (size_t i = 0; i < output->inputs; i++) {
         inputs[i] = input_view(job, output->reads[i], box);
     }
-    const bn_view view = bn_view_to_write(geometry, output->writes, to, box, scratch);
+    const bn_view view = bn_view_to_write(plan, output->writes, to, box, scratch);
     bn_coefficients coefficients = coefficients_from(job, box->channel);
-    coefficients.period = period_of(geometry, box->extent.channels);
-    kernel_of(job, output)(box->extent, inputs, coefficients, view, manner_of(job, box));
-    bn_written(job->kernels, geometry, output->writes, to, box, scratch);
+    coefficients.period = period_of(plan, box->extent.channels);
+    kernel_of(job, output)(box->extent, inputs, coefficients, view, store_hint_of(job, box));
+    bn_written(job->kernels, plan, output->writes, to, box, scratch);
 }
 
 /* The output of a call: y, or dx. */
 static void output_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
 {
-    const size_t run = bn_channel_run(job->geometry), end = box->channel + box->extent.channels;
+    const size_t run = bn_channel_run(job->plan), end = box->channel + box->extent.channels;
     bn_box part = *box;
     (void)block, (void)count;
     for (; part.channel < end; part.channel += part.extent.channels) {
@@ -179,8 +179,8 @@ static void output_of_box(const bn_job *job, const bn_box *box, size_t block, si
 static size_t visit_chunk(const bn_job *job, size_t block, size_t chunk, range channels,
                           size_t count, int in_scratch, bn_sum_box *visit_box)
 {
-    bn_box box = box_of_chunk(job->geometry, chunk, channels);
-    const size_t step = channels_at_once(job->geometry, &box, in_scratch);
+    bn_box box = box_of_chunk(job->plan, chunk, channels);
+    const size_t step = channels_at_once(job->plan, &box, in_scratch);
     const size_t end = channels.first + channels.count;
     for (; box.channel < end; box.channel += step) {
         box.extent.channels = MIN(step, end - box.channel);
@@ -192,7 +192,7 @@ static size_t visit_chunk(const bn_job *job, size_t block, size_t chunk, range c
 static void sum_block(const bn_job *job, size_t block, range channels, int in_scratch,
                       bn_sum_box *visit_box)
 {
-    const range chunks = chunks_of_block(job->geometry, block);
+    const range chunks = chunks_of_block(job->plan, block);
     size_t count = 0;
     for (size_t i = 0; i < chunks.count; i++) {
         count += visit_chunk(job, block, chunks.first + i, channels, count, in_scratch, visit_box);
@@ -202,25 +202,25 @@ static void sum_block(const bn_job *job, size_t block, range channels, int in_sc
 /* Chunks are for sums alone: as many as make a step are written at once where they are neighbours. */
 void bn_write_block(const bn_job *job, size_t block, range channels)
 {
-    const bn_geometry *geometry = job->geometry;
-    const range chunks = chunks_of_block(geometry, block);
+    const bn_plan *plan = job->plan;
+    const range chunks = chunks_of_block(plan, block);
     const size_t bytes =
-        geometry->chunk_outer * geometry->chunk_inner * channels.count * geometry->itemsize;
-    const int apart = geometry->any_packed || geometry->chunks_per_run > 1 ||
-                      (job->ahead != 0 && job->fetched < values_per_channel(geometry));
+        plan->chunk_outer * plan->chunk_inner * channels.count * plan->itemsize;
+    const int apart = plan->any_staged || plan->chunks_per_run > 1 ||
+                      (job->prefetch_distance != 0 && job->prefetch_count < values_per_channel(plan));
     const size_t together = apart ? 1 : MAX((size_t)1, BN_STEP_BYTES / bytes);
     for (size_t end = chunks.count; end > 0;) {
         const size_t some = MIN(together, end);
         bn_box box;
         end -= some;
         if (some == 1) {
-            visit_chunk(job, block, chunks.first + end, channels, 0, geometry->any_packed,
+            visit_chunk(job, block, chunks.first + end, channels, 0, plan->any_staged,
                         output_of_box);
             continue;
         }
-        box = box_of_chunk(geometry, chunks.first + end, channels);
+        box = box_of_chunk(plan, chunks.first + end, channels);
         box.extent.outer =
-            MIN(some * geometry->chunk_outer, geometry->outer - box.outer);
+            MIN(some * plan->chunk_outer, plan->outer - box.outer);
         output_of_box(job, &box, block, 0);
     }
     BN_FENCE_STREAMS();
@@ -236,7 +236,7 @@ void bn_clear_moments(const bn_job *job, size_t block, range channels)
 void bn_sum_moments(const bn_job *job, size_t block, range channels)
 {
     bn_clear_moments(job, block, channels);
-    sum_block(job, block, channels, job->geometry->operand[BN_X].packed || job->scaled,
+    sum_block(job, block, channels, job->plan->operand[BN_X].staged || job->scaled,
               job->method.moments);
 }
 
@@ -244,11 +244,11 @@ void bn_sum_gradient(const bn_job *job, size_t block, range channels)
 {
     clear(sums_of_block(job, BN_SUM_DY, block, 0), channels);
     clear(sums_of_block(job, BN_SUM_DY_XHAT, block, 0), channels);
-    if (job->floor) {
-        clear(sums_of_block(job, BN_SUM_FLOORED, block, 0), channels);
+    if (job->clamp_min) {
+        clear(sums_of_block(job, BN_SUM_CLAMPED, block, 0), channels);
     }
     /* What is kept of dy is made in scratch. */
-    sum_block(job, block, channels, job->geometry->any_packed || job->floor || job->scaled,
+    sum_block(job, block, channels, job->plan->any_staged || job->clamp_min || job->scaled,
               job->method.gradient_sums);
 }
 
@@ -260,30 +260,30 @@ static range part(size_t whole, size_t parts, size_t number)
     return (range){first, whole / parts + (number < whole % parts)};
 }
 
-static range channel_part(const bn_geometry *geometry, size_t parts, size_t number)
+static range channel_part(const bn_plan *plan, size_t parts, size_t number)
 {
-    const size_t unit = channel_unit(geometry);
-    const range units = part(divide_up(geometry->channels, unit), parts, number);
+    const size_t unit = channel_unit(plan);
+    const range units = part(divide_up(plan->channels, unit), parts, number);
     const size_t first = units.first * unit;
-    return (range){first, MIN(units.count * unit, geometry->channels - first)};
+    return (range){first, MIN(units.count * unit, plan->channels - first)};
 }
 
 void bn_write_piece(const bn_job *job, size_t number)
 {
-    const bn_geometry *geometry = job->geometry;
+    const bn_plan *plan = job->plan;
     const bn_extent pieces = job->pieces;
-    const range inner = part(geometry->inner, pieces.inner, number % pieces.inner);
+    const range inner = part(plan->inner, pieces.inner, number % pieces.inner);
     number /= pieces.inner;
-    const range channels = channel_part(geometry, pieces.channels, number % pieces.channels);
-    const range outer = part(geometry->outer, pieces.outer, number / pieces.channels);
+    const range channels = channel_part(plan, pieces.channels, number % pieces.channels);
+    const range outer = part(plan->outer, pieces.outer, number / pieces.channels);
 
     const size_t most =
-        (geometry->any_packed ? BN_SCRATCH_BYTES : BN_STEP_BYTES) / geometry->itemsize;
-    const size_t inner_step = geometry->any_packed ? MIN(inner.count, most) : inner.count;
-    const size_t channel_step = geometry->any_packed
+        (plan->any_staged ? BN_SCRATCH_BYTES : BN_STEP_BYTES) / plan->itemsize;
+    const size_t inner_step = plan->any_staged ? MIN(inner.count, most) : inner.count;
+    const size_t channel_step = plan->any_staged
                                     ? MIN(channels.count, MAX((size_t)1, most / inner_step))
                                     : channels.count;
-    const size_t fewest = geometry->any_packed ? 1 : BN_FEWEST_ROWS;
+    const size_t fewest = plan->any_staged ? 1 : BN_FEWEST_ROWS;
     const size_t outer_step = MAX(fewest, most / (inner_step * channel_step));
     for (size_t o = divide_up(outer.count, outer_step); o-- > 0;) {
         for (size_t c = 0; c < channels.count; c += channel_step) {

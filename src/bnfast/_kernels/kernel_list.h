@@ -16,14 +16,14 @@
     X(weighted_gradient_sums, BN_NONE, BN_DY, BN_X, BN_ELEMENT_WEIGHT)      \
     X(column_sums, BN_NONE, BN_DY, BN_X)                                    \
     X(weighted_sums_and_columns, BN_NONE, BN_DY, BN_X, BN_ELEMENT_WEIGHT)   \
-    X(keep_above_floor, BN_NONE, BN_DY, BN_X)                               \
+    X(mask_upstream, BN_NONE, BN_DY, BN_X)                               \
     X(scale_shift, BN_Y, BN_X)                                              \
-    X(floored_scale_shift, BN_Y, BN_X)                                      \
+    X(clamped_scale_shift, BN_Y, BN_X)                                      \
     X(affine, BN_Y, BN_X, BN_ELEMENT_WEIGHT, BN_ELEMENT_BIAS)               \
     X(scaled, BN_Y, BN_X, BN_ELEMENT_WEIGHT)                                \
     X(input_gradient, BN_DX, BN_DY, BN_X)                                   \
-    X(floored_input_gradient, BN_DX, BN_DY, BN_X)                           \
-    X(shared_input_gradient, BN_DX, BN_DY, BN_X)                            \
+    X(clamped_input_gradient, BN_DX, BN_DY, BN_X)                           \
+    X(grouped_input_gradient, BN_DX, BN_DY, BN_X)                            \
     X(weighted_input_gradient, BN_DX, BN_DY, BN_X, BN_ELEMENT_WEIGHT)       \
     X(columns_and_gradient, BN_DX, BN_DY, BN_X, BN_ELEMENT_WEIGHT)
 
@@ -32,8 +32,8 @@
     X(round_mean)                            \
     X(standardize)                           \
     X(gradient_coefficients)                 \
-    X(shared_gradient_coefficients)          \
-    X(floor_coefficients)                    \
+    X(grouped_gradient_coefficients)          \
+    X(clamp_coefficients)                    \
     X(parameter_gradients)                   \
     X(update_running)
 

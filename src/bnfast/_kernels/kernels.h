@@ -49,19 +49,19 @@ typedef enum {
     BN_OFFSET,
     BN_WEIGHT,        /* of channels that share their statistics */
     BN_FORWARD_SHIFT, /* that of the output, in a gradient which makes y or xhat again */
-    BN_FLOOR,
+    BN_CLAMP_MIN,
     BN_COEFFICIENTS
 } bn_coefficient;
 
 /* The arrays of a job, as a set; what a kernel does not use may be NULL. */
 #define BN_SET(coefficient) (1u << (coefficient))
 #define BN_OUTPUT_COEFFICIENTS (BN_SET(BN_ROUNDED_MEAN) | BN_SET(BN_SCALE) | BN_SET(BN_SHIFT))
-#define BN_FLOORED_OUTPUT_COEFFICIENTS (BN_OUTPUT_COEFFICIENTS | BN_SET(BN_FLOOR))
+#define BN_CLAMPED_OUTPUT_COEFFICIENTS (BN_OUTPUT_COEFFICIENTS | BN_SET(BN_CLAMP_MIN))
 #define BN_GRADIENT_COEFFICIENTS \
     (BN_SET(BN_ROUNDED_MEAN) | BN_SET(BN_SCALE) | BN_SET(BN_SLOPE) | BN_SET(BN_OFFSET))
-#define BN_SHARED_GRADIENT_COEFFICIENTS (BN_GRADIENT_COEFFICIENTS | BN_SET(BN_WEIGHT))
+#define BN_GROUPED_GRADIENT_COEFFICIENTS (BN_GRADIENT_COEFFICIENTS | BN_SET(BN_WEIGHT))
 #define BN_ROW_GRADIENT_COEFFICIENTS (BN_GRADIENT_COEFFICIENTS | BN_SET(BN_FORWARD_SHIFT))
-#define BN_FLOORED_GRADIENT_COEFFICIENTS (BN_ROW_GRADIENT_COEFFICIENTS | BN_SET(BN_FLOOR))
+#define BN_CLAMPED_GRADIENT_COEFFICIENTS (BN_ROW_GRADIENT_COEFFICIENTS | BN_SET(BN_CLAMP_MIN))
 /* With constant statistics, dx is an output of dy. */
 #define BN_CONSTANT_GRADIENT_COEFFICIENTS BN_OUTPUT_COEFFICIENTS
 
@@ -83,9 +83,9 @@ typedef struct {
 typedef enum { BN_IN_LEVEL2, BN_IN_LAST_LEVEL, BN_IN_MEMORY } bn_place;
 
 typedef struct {
-    size_t phases;
+    size_t interleave;
     bn_place place;
-    ptrdiff_t ahead;
+    ptrdiff_t prefetch_distance;
 } bn_input;
 
 /* moments: folds the box into a running (count, mean + mean_low, m2) per channel. count is how many
@@ -105,33 +105,33 @@ typedef enum { BN_stored, BN_streamed } bn_stores;
    one lies that had better be fetched into the cache meanwhile; 0 for none. */
 typedef struct {
     bn_stores stores;
-    ptrdiff_t ahead;
-} bn_manner;
+    ptrdiff_t prefetch_distance;
+} bn_store_hint;
 
 /* Writes an output, which may be one of its inputs, of which there are up to BN_MOST_INPUTS:
      scale_shift, from x:         y  = (x - mean) * scale + shift
      input_gradient, from dy, x:  dx = ((dy - offset) - (x - mean) * slope) * scale
-     shared_input_gradient:       dx = ((dy * weight - offset) - (x - mean) * slope) * scale
+     grouped_input_gradient:       dx = ((dy * weight - offset) - (x - mean) * slope) * scale
    where channels of different weight share their statistics; and where each element has a weight and
    bias of its own, read as arrays, of which channels_last has one value for each row:
      affine, from x, weight, bias:  y = ((x - mean) * scale + shift) * weight + bias
      scaled, from x, weight:        y = (x * scale) * weight
-     weighted_input_gradient, from dy, x, weight: as shared_input_gradient
-   or where each channel has a floor:
-     floored_scale_shift:     y = scale_shift or the floor, whichever is larger
-     floored_input_gradient:  input_gradient, with 0 in the place of dy where y was below the floor */
+     weighted_input_gradient, from dy, x, weight: as grouped_input_gradient
+   or where each channel has a minimum:
+     clamped_scale_shift:     y = scale_shift or the minimum, whichever is larger
+     clamped_input_gradient:  input_gradient, with 0 in the place of dy where y was below the minimum */
 #define BN_MOST_INPUTS 3
 
 typedef void bn_output_kernel(bn_extent extent, const bn_view *inputs,
-                              bn_coefficients coefficients, bn_view output, bn_manner manner);
+                              bn_coefficients coefficients, bn_view output, bn_store_hint hint);
 typedef bn_output_kernel bn_scale_shift_kernel, bn_input_gradient_kernel,
-    bn_shared_input_gradient_kernel, bn_affine_kernel, bn_scaled_kernel,
-    bn_weighted_input_gradient_kernel, bn_floored_scale_shift_kernel,
-    bn_floored_input_gradient_kernel;
+    bn_grouped_input_gradient_kernel, bn_affine_kernel, bn_scaled_kernel,
+    bn_weighted_input_gradient_kernel, bn_clamped_scale_shift_kernel,
+    bn_clamped_input_gradient_kernel;
 
-/* keep_above_floor: writes dy where y was not below the floor, else 0, and adds the rest of it up, channel
-   by channel. The inputs are dy and x, the coefficients those of floored_input_gradient. */
-typedef void bn_keep_above_floor_kernel(bn_extent extent, const bn_view *inputs,
+/* mask_upstream: writes dy where y was not below the minimum, else 0, and adds the rest of it up, channel
+   by channel. The inputs are dy and x, the coefficients those of clamped_input_gradient. */
+typedef void bn_mask_upstream_kernel(bn_extent extent, const bn_view *inputs,
                                         bn_coefficients coefficients, bn_view kept,
                                         double *sum_rest);
 
@@ -172,9 +172,9 @@ typedef void bn_columns_and_gradient_kernel(bn_extent extent, const bn_view *inp
                                             double *products, double *sums);
 
 /* Arithmetic on [channels] arrays: float64 in, coefficients in the element type out.
-   A NULL weight is 1; a NULL mean, mean_low or bias is 0. `plain` channels do without what their rounded
+   A NULL weight is 1; a NULL mean, mean_low or bias is 0. With `skip_remainder`, channels do without what their rounded
    mean leaves, where nobody would notice: without a bias the shift is then -0, which adds nothing. */
-typedef void bn_scale_shift_coefficients_kernel(size_t channels, int plain, const double *mean,
+typedef void bn_scale_shift_coefficients_kernel(size_t channels, int skip_remainder, const double *mean,
                                                 const double *mean_low, const double *invstd,
                                                 const double *weight, const double *bias,
                                                 bn_coefficients coefficients);
@@ -195,18 +195,18 @@ typedef void bn_gradient_coefficients_kernel(size_t channels, size_t count, cons
                                              const double *sum_dy_xhat,
                                              bn_coefficients coefficients);
 
-/* The same for groups of `shared` channels, of `count` values each, which share their statistics:
+/* The same for groups of `per_group` channels, of `count` values each, which share their statistics:
    sum_dy and sum_dy_xhat are summed over a group with the weights of its channels. */
-typedef void bn_shared_gradient_coefficients_kernel(size_t groups, size_t shared, size_t count,
+typedef void bn_grouped_gradient_coefficients_kernel(size_t groups, size_t per_group, size_t count,
                                                     const double *mean, const double *mean_low,
                                                     const double *invstd, const double *weight,
                                                     const double *sum_dy,
                                                     const double *sum_dy_xhat,
                                                     bn_coefficients coefficients);
 
-/* What y is held against, the floor; the shift becomes NaN where that is. */
-typedef void bn_floor_coefficients_kernel(size_t channels, const double *floors, void *shift,
-                                          void *floor);
+/* What y is held against, `least` in the type of the elements; the shift becomes NaN where that is. */
+typedef void bn_clamp_coefficients_kernel(size_t channels, const double *least, void *shift,
+                                          void *clamp_min);
 
 /* The gradients of weight and bias, over all repeats and in the parameters' own type. */
 typedef void bn_parameter_gradients_kernel(size_t channels, size_t repeats, const double *sum_dy,
@@ -224,18 +224,18 @@ typedef void bn_merge_moments_kernel(size_t channels, size_t count_a, double *me
                                      const double *mean_b, const double *mean_low_b,
                                      const double *m2_b);
 
-/* Gives each of the `shared` channels of a group, which have `count` values each, the moments of all of
+/* Gives each of the `per_group` channels of a group, which have `count` values each, the moments of all of
    them. */
-typedef void bn_pool_moments_kernel(size_t groups, size_t shared, size_t count, double *mean,
+typedef void bn_pool_moments_kernel(size_t groups, size_t per_group, size_t count, double *mean,
                                     double *mean_low, double *m2);
 
 /* sums += more */
 typedef void bn_merge_sums_kernel(size_t channels, double *sums, const double *more);
 
-/* invstd = 1 / sqrt(variance + (eps + more_eps)), variance = divided / divisor; more_eps may
+/* invstd = 1 / sqrt(variance + (eps + channel_eps)), variance = divided / divisor; channel_eps may
    be NULL, for 0, but invstd is not `divided`. */
 typedef void bn_invstd_kernel(size_t channels, const double *divided, double divisor, double eps,
-                              const double *more_eps, double *invstd);
+                              const double *channel_eps, double *invstd);
 
 /* Stored elements, each `step` bytes after the one before, as neighbours of the arithmetic type; and back, rounded
    once, to nearest even. Nothing is assumed of the addresses of what is stored. */

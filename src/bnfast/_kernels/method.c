@@ -21,22 +21,22 @@ static const bn_output *output_of(const bn_job *job)
     if (job->operand[BN_DX]) {
         return job->constant_statistics ? &scaled_upstream
                : weighted               ? &calls[weighted_input_gradient_id]
-               : job->floor             ? &calls[floored_input_gradient_id]
-               : job->shared > 1        ? &calls[shared_input_gradient_id]
+               : job->clamp_min             ? &calls[clamped_input_gradient_id]
+               : job->per_group > 1        ? &calls[grouped_input_gradient_id]
                                         : &calls[input_gradient_id];
     }
     return job->operand[BN_ELEMENT_BIAS] ? &calls[affine_id]
            : weighted                    ? &calls[scaled_id]
-           : job->floor                  ? &calls[floored_scale_shift_id]
+           : job->clamp_min                  ? &calls[clamped_scale_shift_id]
                                          : &calls[scale_shift_id];
 }
 
 /* Elements are read once for the sums of rows and of columns where rows are neighbours. */
 static int has_columns(const bn_job *job)
 {
-    const bn_geometry *geometry = job->geometry;
-    return job->column_sums && job->operand[BN_ELEMENT_WEIGHT] && geometry->layout == BN_channels_last &&
-           !geometry->any_packed && !job->scaled;
+    const bn_plan *plan = job->plan;
+    return job->column_sums && job->operand[BN_ELEMENT_WEIGHT] && plan->layout == BN_channels_last &&
+           !plan->any_staged && !job->scaled;
 }
 
 void bn_choose_method(bn_job *job)
@@ -46,11 +46,11 @@ void bn_choose_method(bn_job *job)
         .moments = job->uncentred ? bn_squares_of_box : bn_moments_of_box,
         .gradient_sums = columns                             ? bn_weighted_sums_and_columns_of_box
                          : job->operand[BN_ELEMENT_WEIGHT] ? bn_weighted_gradient_sums_of_box
-                         : job->floor                        ? bn_kept_gradient_sums_of_box
+                         : job->clamp_min                        ? bn_clamped_gradient_sums_of_box
                                                              : bn_gradient_sums_of_box,
-        .prepare = job->floor || job->column_sums ? bn_make_output_again : bn_round_mean,
+        .prepare = job->clamp_min || job->column_sums ? bn_make_output_again : bn_round_mean,
         .finish = job->constant_statistics ? bn_constant_coefficients
-                  : job->shared > 1        ? bn_shared_coefficients
+                  : job->per_group > 1        ? bn_grouped_coefficients
                                            : bn_gradient_coefficients,
         .has_columns = columns,
         .output = output_of(job),

@@ -97,11 +97,11 @@ static char *copy_to_or_from(const copying *how, char *run, ptrdiff_t step, char
 }
 
 /* From the first channel to another one, in bytes. */
-static ptrdiff_t channel_offset(const bn_geometry *geometry, const bn_operand *layout, size_t channel)
+static ptrdiff_t channel_offset(const bn_plan *plan, const bn_operand *layout, size_t channel)
 {
     ptrdiff_t offset = 0;
-    for (size_t axis = geometry->channel_axes; axis-- > 1;) {
-        const size_t size = geometry->channel_axis_sizes[axis];
+    for (size_t axis = plan->channel_axes; axis-- > 1;) {
+        const size_t size = plan->channel_axis_sizes[axis];
         offset += (ptrdiff_t)(channel % size) * layout->channel_axis_strides[axis];
         channel /= size;
     }
@@ -109,27 +109,27 @@ static ptrdiff_t channel_offset(const bn_geometry *geometry, const bn_operand *l
 }
 
 /* Visits the box in the order of scratch, (outer, channel, inner), one strided run at a time. */
-static void copy_box(const bn_kernels *kernels, const bn_geometry *geometry, bn_role role, char *data,
+static void copy_box(const bn_kernels *kernels, const bn_plan *plan, bn_role role, char *data,
                      const bn_box *box, char *scratch, int to_scratch)
 {
-    const bn_operand *layout = &geometry->operand[role];
-    const copying how = {kernels, layout->stored, geometry->itemsize, to_scratch};
+    const bn_operand *layout = &plan->operand[role];
+    const copying how = {kernels, layout->stored, plan->itemsize, to_scratch};
     position outer;
-    go_to(&outer, geometry->outer_axes, geometry->outer_axis_sizes, layout->outer_axis_strides,
+    go_to(&outer, plan->outer_axes, plan->outer_axis_sizes, layout->outer_axis_strides,
           box->outer);
-    data += channel_offset(geometry, layout, box->channel);
-    if (geometry->inner == 1) {
+    data += channel_offset(plan, layout, box->channel);
+    if (plan->inner == 1) {
         for (size_t o = 0; o < box->extent.outer; o++, go_on(&outer)) {
             scratch = copy_to_or_from(&how, data + outer.offset, layout->channel_stride, scratch,
                                       box->extent.channels);
         }
         return;
     }
-    const size_t rows = geometry->inner_axes - 1; /* all inner axes but the run */
-    const size_t length = geometry->inner_axis_sizes[rows];
+    const size_t rows = plan->inner_axes - 1; /* all inner axes but the run */
+    const size_t length = plan->inner_axis_sizes[rows];
     const ptrdiff_t step = layout->inner_axis_strides[rows];
     position first_row;
-    go_to(&first_row, rows, geometry->inner_axis_sizes, layout->inner_axis_strides,
+    go_to(&first_row, rows, plan->inner_axis_sizes, layout->inner_axis_strides,
           box->inner / length);
     for (size_t o = 0; o < box->extent.outer; o++, go_on(&outer)) {
         char *channel = data + outer.offset;
@@ -154,32 +154,32 @@ bn_view bn_dense_view(const bn_box *box, char *scratch)
     return (bn_view){scratch, {(ptrdiff_t)(box->extent.channels * run), (ptrdiff_t)run}};
 }
 
-bn_view bn_view_to_write(const bn_geometry *geometry, bn_role role, char *data,
+bn_view bn_view_to_write(const bn_plan *plan, bn_role role, char *data,
                          const bn_box *box, char *scratch)
 {
-    const bn_operand *layout = &geometry->operand[role];
-    if (layout->packed) {
+    const bn_operand *layout = &plan->operand[role];
+    if (layout->staged) {
         return bn_dense_view(box, scratch);
     }
     const ptrdiff_t offset = (ptrdiff_t)box->outer * layout->outer_stride + (ptrdiff_t)box->inner;
-    return (bn_view){data + channel_offset(geometry, layout, box->channel) +
-                         (ptrdiff_t)geometry->itemsize * offset,
+    return (bn_view){data + channel_offset(plan, layout, box->channel) +
+                         (ptrdiff_t)plan->itemsize * offset,
                      {layout->outer_stride, layout->channel_stride}};
 }
 
-bn_view bn_view_to_read(const bn_kernels *kernels, const bn_geometry *geometry, bn_role role, char *data,
+bn_view bn_view_to_read(const bn_kernels *kernels, const bn_plan *plan, bn_role role, char *data,
                         const bn_box *box, char *scratch)
 {
-    if (geometry->operand[role].packed) {
-        copy_box(kernels, geometry, role, data, box, scratch, 1);
+    if (plan->operand[role].staged) {
+        copy_box(kernels, plan, role, data, box, scratch, 1);
     }
-    return bn_view_to_write(geometry, role, data, box, scratch);
+    return bn_view_to_write(plan, role, data, box, scratch);
 }
 
-void bn_written(const bn_kernels *kernels, const bn_geometry *geometry, bn_role role, char *data,
+void bn_written(const bn_kernels *kernels, const bn_plan *plan, bn_role role, char *data,
                 const bn_box *box, char *scratch)
 {
-    if (geometry->operand[role].packed) {
-        copy_box(kernels, geometry, role, data, box, scratch, 0);
+    if (plan->operand[role].staged) {
+        copy_box(kernels, plan, role, data, box, scratch, 0);
     }
 }

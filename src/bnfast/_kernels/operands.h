@@ -3,9 +3,9 @@
 #ifndef BN_OPERANDS_H
 #define BN_OPERANDS_H
 
-#include "geometry.h"
+#include "plan.h"
 
-/* Most bytes of one scratch buffer; a chunk of one channel must fit, and Geometry sees to it. */
+/* Most bytes of one scratch buffer; a chunk of one channel must fit, and Plan sees to it. */
 #define BN_SCRATCH_BYTES ((size_t)32768)
 
 typedef struct {
@@ -17,14 +17,14 @@ typedef struct {
 bn_view bn_dense_view(const bn_box *box, char *scratch);
 
 /* A box to read: the operand's own elements, or scratch filled with them. */
-bn_view bn_view_to_read(const bn_kernels *kernels, const bn_geometry *geometry, bn_role role, char *data,
+bn_view bn_view_to_read(const bn_kernels *kernels, const bn_plan *plan, bn_role role, char *data,
                         const bn_box *box, char *scratch);
 
 /* A box to write: the operand's own elements, or scratch. bn_written puts scratch in its place, and
    does nothing for a direct operand. */
-bn_view bn_view_to_write(const bn_geometry *geometry, bn_role role, char *data,
+bn_view bn_view_to_write(const bn_plan *plan, bn_role role, char *data,
                          const bn_box *box, char *scratch);
-void bn_written(const bn_kernels *kernels, const bn_geometry *geometry, bn_role role, char *data,
+void bn_written(const bn_kernels *kernels, const bn_plan *plan, bn_role role, char *data,
                 const bn_box *box, char *scratch);
 
 #endif

@@ -5,43 +5,43 @@
 
 /* So many at a time where they go through scratch, and the multiple of which a group of them is: groups then
    change no sum. */
-size_t bn_rows_together(const bn_geometry *geometry)
+size_t bn_rows_together(const bn_plan *plan)
 {
-    return geometry->layout == BN_contiguous ? BN_ADDED_ROWS
-                                             : BN_ADDED_NEIGHBOURS_BYTES / geometry->itemsize;
+    return plan->layout == BN_contiguous ? BN_ADDED_ROWS
+                                             : BN_ADDED_NEIGHBOURS_BYTES / plan->itemsize;
 }
 
 /* The rows of a block: a part of one repeat's, or all of some repeats. */
-static range rows_of_block(const bn_geometry *geometry, size_t number)
+static range rows_of_block(const bn_plan *plan, size_t number)
 {
-    const size_t each = geometry->rows_of_block, parts = bn_row_blocks_of_repeat(geometry);
-    const size_t covered = parts > 1 ? geometry->channels : each; /* by so many blocks */
+    const size_t each = plan->rows_of_block, parts = bn_row_blocks_of_repeat(plan);
+    const size_t covered = parts > 1 ? plan->channels : each; /* by so many blocks */
     const size_t start = number / parts * covered, first = start + number % parts * each;
-    const size_t all = geometry->repeats * geometry->channels;
+    const size_t all = plan->repeats * plan->channels;
     return (range){first, MIN(MIN(first + each, start + covered), all) - first};
 }
 
 /* Adds the sums over some rows of dy * xhat and dy, column by column. */
 static void add_columns(const bn_job *job, range rows, double *sums)
 {
-    const bn_geometry *geometry = job->geometry;
-    const size_t columns = geometry->outer * geometry->inner;
+    const bn_plan *plan = job->plan;
+    const size_t columns = plan->outer * plan->inner;
     const size_t *const walked =
-        geometry->layout == BN_contiguous ? &geometry->inner : &geometry->outer;
-    const size_t most_rows = geometry->any_packed ? bn_rows_together(geometry) : rows.count;
-    const size_t most_columns = geometry->any_packed
-                                    ? BN_SCRATCH_BYTES / bn_rows_together(geometry) / geometry->itemsize
+        plan->layout == BN_contiguous ? &plan->inner : &plan->outer;
+    const size_t most_rows = plan->any_staged ? bn_rows_together(plan) : rows.count;
+    const size_t most_columns = plan->any_staged
+                                    ? BN_SCRATCH_BYTES / bn_rows_together(plan) / plan->itemsize
                                     : columns;
     for (size_t row = 0; row < rows.count; row += most_rows) {
         for (size_t column = 0, some; column < columns; column += some) {
             some = MIN(most_columns, *walked - column % *walked);
             const bn_box box = {
-                .outer = column / geometry->inner,
+                .outer = column / plan->inner,
                 .channel = rows.first + row,
-                .inner = column % geometry->inner,
-                .extent = {walked == &geometry->outer ? some : 1,
+                .inner = column % plan->inner,
+                .extent = {walked == &plan->outer ? some : 1,
                            MIN(most_rows, rows.count - row),
-                           walked == &geometry->inner ? some : 1},
+                           walked == &plan->inner ? some : 1},
             };
             const bn_view inputs[] = {
                 input_view(job, BN_DY, &box),
@@ -58,16 +58,16 @@ static void add_columns(const bn_job *job, range rows, double *sums)
    the cache (streams want their lines in order) and nothing that may be read again is overwritten. */
 static int may_write_with_columns(const bn_job *job)
 {
-    const bn_geometry *geometry = job->geometry;
-    return job->operand[BN_ELEMENT_WEIGHT] && geometry->layout == BN_contiguous && geometry->outer == 1 &&
-           !geometry->any_packed && bn_channel_run(geometry) == geometry->channels &&
+    const bn_plan *plan = job->plan;
+    return job->operand[BN_ELEMENT_WEIGHT] && plan->layout == BN_contiguous && plan->outer == 1 &&
+           !plan->any_staged && bn_channel_run(plan) == plan->channels &&
            job->stores == BN_stored && !is_in_place(job, BN_DX);
 }
 
 static void add_columns_and_write(const bn_job *job, range rows, double *sums)
 {
-    const bn_geometry *geometry = job->geometry;
-    const bn_box box = {.channel = rows.first, .extent = {1, rows.count, geometry->inner}};
+    const bn_plan *plan = job->plan;
+    const bn_box box = {.channel = rows.first, .extent = {1, rows.count, plan->inner}};
     const bn_view inputs[] = {
         input_view(job, BN_DY, &box),
         input_view(job, BN_X, &box),
@@ -75,13 +75,13 @@ static void add_columns_and_write(const bn_job *job, range rows, double *sums)
     };
     KERNEL_OF(job, columns_and_gradient)(
         box.extent, inputs, coefficients_from(job, box.channel),
-        bn_view_to_write(geometry, BN_DX, job->operand[BN_DX], &box, NULL), sums, sums + geometry->inner);
+        bn_view_to_write(plan, BN_DX, job->operand[BN_DX], &box, NULL), sums, sums + plan->inner);
 }
 
 /* Some rows in one go, while they are in the cache. The job has the column sums of the task's own block. */
 static void row_gradient(const bn_job *job, range rows)
 {
-    const size_t blocks = job->geometry->blocks;
+    const size_t blocks = job->plan->blocks;
     bn_sum_gradient_of_all_blocks(job, rows);
     if (may_write_with_columns(job)) {
         add_columns_and_write(job, rows, job->column_sums);
@@ -97,27 +97,27 @@ static void row_gradient(const bn_job *job, range rows)
 
 void bn_row_gradient_task(const bn_job *job, size_t number)
 {
-    const bn_geometry *geometry = job->geometry;
-    const size_t columns = geometry->outer * geometry->inner;
-    const range rows = rows_of_block(geometry, number);
+    const bn_plan *plan = job->plan;
+    const size_t columns = plan->outer * plan->inner;
+    const range rows = rows_of_block(plan, number);
     const size_t end = rows.first + rows.count;
     double *sums = job->column_sums + number * 2 * columns;
     clear(sums, (range){0, 2 * columns});
     for (size_t row = rows.first, some; row < end; row += some) {
-        const size_t repeat = row / geometry->channels, first = row % geometry->channels;
+        const size_t repeat = row / plan->channels, first = row % plan->channels;
         bn_job own = bn_job_of_repeat(job, repeat);
         own.column_sums = sums;
-        some = MIN(MIN(job->group, end - row), geometry->channels - first);
+        some = MIN(MIN(job->slab, end - row), plan->channels - first);
         row_gradient(&own, (range){first, some});
     }
 }
 
 void bn_merge_columns_task(const bn_job *job, size_t number)
 {
-    const bn_geometry *geometry = job->geometry;
-    const size_t columns = 2 * geometry->outer * geometry->inner;
+    const bn_plan *plan = job->plan;
+    const size_t columns = 2 * plan->outer * plan->inner;
     const size_t first = number * BN_CHANNELS_PER_TASK;
-    const size_t blocks = bn_row_blocks(geometry);
+    const size_t blocks = bn_row_blocks(plan);
     for (size_t block = 1; block < blocks; block++) {
         job->kernels->merge_sums(MIN(BN_CHANNELS_PER_TASK, columns - first),
                                  job->column_sums + first,

@@ -6,12 +6,12 @@
 
 /* one repeat: the same job, with its part of everything that repeats have of their own */
 
-static char *operand_of_repeat(const bn_geometry *geometry, bn_role role, char *data,
+static char *operand_of_repeat(const bn_plan *plan, bn_role role, char *data,
                                size_t repeat)
 {
-    for (size_t axis = geometry->repeat_axes; data && axis-- > 0;) {
-        const size_t size = geometry->repeat_axis_sizes[axis];
-        data += (ptrdiff_t)(repeat % size) * geometry->operand[role].repeat_axis_strides[axis];
+    for (size_t axis = plan->repeat_axes; data && axis-- > 0;) {
+        const size_t size = plan->repeat_axis_sizes[axis];
+        data += (ptrdiff_t)(repeat % size) * plan->operand[role].repeat_axis_strides[axis];
         repeat /= size;
     }
     return data;
@@ -24,12 +24,12 @@ static double *statistics_of_repeat(double *statistics, size_t each, size_t repe
 
 bn_job bn_job_of_repeat(const bn_job *job, size_t repeat)
 {
-    const bn_geometry *geometry = job->geometry;
-    const size_t channels = geometry->channels;
+    const bn_plan *plan = job->plan;
+    const size_t channels = plan->channels;
     bn_job own = *job;
     for (size_t role = 0; role < BN_ROLES; role++) {
         own.operand[role] =
-            operand_of_repeat(geometry, (bn_role)role, job->operand[role], repeat);
+            operand_of_repeat(plan, (bn_role)role, job->operand[role], repeat);
     }
     own.weight = parameter_from(job->weight, repeat * job->parameters_of_repeat);
     own.bias = parameter_from(job->bias, repeat * job->parameters_of_repeat);
@@ -37,27 +37,27 @@ bn_job bn_job_of_repeat(const bn_job *job, size_t repeat)
         own.statistic[i] = statistics_of_repeat(job->statistic[i], channels, repeat);
     }
     own.partials = statistics_of_repeat(
-        job->partials, (geometry->blocks - 1) * BN_SUMS * channels, repeat);
+        job->partials, (plan->blocks - 1) * BN_SUMS * channels, repeat);
     for (size_t i = 0; i < BN_COEFFICIENTS; i++) {
         if (job->coefficients.array[i]) {
-            own.coefficients.array[i] = element_at(geometry, job->coefficients.array[i],
-                                                   repeat * bn_coefficients_length(geometry));
+            own.coefficients.array[i] = element_at(plan, job->coefficients.array[i],
+                                                   repeat * bn_coefficients_length(plan));
         }
     }
     return own;
 }
 
-static void do_task(const bn_job *job, const bn_phase *phase, size_t number)
+static void do_task(const bn_job *job, const bn_stage *stage, size_t number)
 {
-    if (job->geometry->repeats == 1 || phase->of_all) {
-        phase->task(job, number);
+    if (job->plan->repeats == 1 || stage->once) {
+        stage->task(job, number);
     } else {
-        const bn_job own = bn_job_of_repeat(job, number / phase->tasks);
-        phase->task(&own, number % phase->tasks);
+        const bn_job own = bn_job_of_repeat(job, number / stage->tasks);
+        stage->task(&own, number % stage->tasks);
     }
 }
 
-void bn_do_tasks(const bn_job *job, const bn_phase *phase, size_t thread, size_t first, size_t end)
+void bn_do_tasks(const bn_job *job, const bn_stage *stage, size_t thread, size_t first, size_t end)
 {
     bn_job own;
     if (thread > 0 && job->scratch) {
@@ -66,7 +66,7 @@ void bn_do_tasks(const bn_job *job, const bn_phase *phase, size_t thread, size_t
         job = &own;
     }
     for (size_t number = first; number < end; number++) {
-        do_task(job, phase, number);
+        do_task(job, stage, number);
     }
 }
 
@@ -74,10 +74,10 @@ void bn_do_tasks(const bn_job *job, const bn_phase *phase, size_t thread, size_t
 
 static range task_channels(const bn_job *job, size_t number)
 {
-    return channels_of_group(job, number % job->groups);
+    return channels_of_slab(job, number % job->slabs);
 }
 
-static size_t task_block(const bn_job *job, size_t number) { return number / job->groups; }
+static size_t task_block(const bn_job *job, size_t number) { return number / job->slabs; }
 
 void bn_moments_task(const bn_job *job, size_t number)
 {
@@ -101,8 +101,8 @@ void bn_output_task(const bn_job *job, size_t number)
 
 void bn_fused_normalize_task(const bn_job *job, size_t number)
 {
-    const range channels = channels_of_group(job, number);
-    const size_t blocks = job->geometry->blocks;
+    const range channels = channels_of_slab(job, number);
+    const size_t blocks = job->plan->blocks;
     for (size_t block = 0; block < blocks; block++) {
         bn_sum_moments(job, block, channels);
     }
@@ -115,7 +115,7 @@ void bn_fused_normalize_task(const bn_job *job, size_t number)
 /* From the statistics to the coefficients of dx, for some channels alone. */
 void bn_sum_gradient_of_all_blocks(const bn_job *job, range channels)
 {
-    const size_t blocks = job->geometry->blocks;
+    const size_t blocks = job->plan->blocks;
     for (size_t block = 0; job->statistic[BN_MEAN_LOW] && block < blocks; block++) {
         bn_sum_mean_low(job, block, channels);
     }
@@ -128,8 +128,8 @@ void bn_sum_gradient_of_all_blocks(const bn_job *job, range channels)
 
 void bn_fused_gradient_task(const bn_job *job, size_t number)
 {
-    const range channels = channels_of_group(job, number);
-    const size_t blocks = job->geometry->blocks;
+    const range channels = channels_of_slab(job, number);
+    const size_t blocks = job->plan->blocks;
     bn_sum_gradient_of_all_blocks(job, channels);
     for (size_t block = blocks; block-- > 0;) {
         bn_write_block(job, block, channels);
@@ -142,14 +142,14 @@ void bn_fused_gradient_task(const bn_job *job, size_t number)
    whose coefficients recur. */
 size_t bn_channels_per_task(const bn_job *job)
 {
-    const size_t wanted = divide_up(BN_CHANNELS_PER_TASK, job->geometry->blocks);
-    return divide_up(MAX(wanted, BN_WIDE_ROW), job->shared) * job->shared;
+    const size_t wanted = divide_up(BN_CHANNELS_PER_TASK, job->plan->blocks);
+    return divide_up(MAX(wanted, BN_WIDE_ROW), job->per_group) * job->per_group;
 }
 
 static range channels_of_task(const bn_job *job, size_t number)
 {
     const size_t first = number * bn_channels_per_task(job);
-    return (range){first, MIN(bn_channels_per_task(job), job->geometry->channels - first)};
+    return (range){first, MIN(bn_channels_per_task(job), job->plan->channels - first)};
 }
 
 void bn_finish_moments_task(const bn_job *job, size_t number)

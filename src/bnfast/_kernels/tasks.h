@@ -29,7 +29,7 @@ void bn_finish_normalize_task(const bn_job *job, size_t number);
 void bn_finish_gradient_task(const bn_job *job, size_t number);
 
 /* By blocks of rows, whose elements have parameters. */
-size_t bn_rows_together(const bn_geometry *geometry);
+size_t bn_rows_together(const bn_plan *plan);
 void bn_row_gradient_task(const bn_job *job, size_t number);
 void bn_merge_columns_task(const bn_job *job, size_t number);
 

@@ -20,12 +20,12 @@
 
 /* Nor for less than this for each thread of the team. The team is always whole: where the next region has
    fewer threads, GCC's runtime ends the others, and starts them again for the one after (teams of 16 and 2
-   in turn took 13 times as long as of 16 alone; group norm of two images, whose phases were such, was
+   in turn took 13 times as long as of 16 alone; group norm of two images, whose stages were such, was
    slower with 16 threads than with 4). */
 #define BN_BYTES_PER_THREAD ((size_t)1 << 15)
 
 /* An x of fewer bytes takes a few microseconds: other Python threads need not be let in. */
-#define BN_BRIEF_BYTES ((size_t)1 << 15)
+#define BN_KEEP_GIL_BYTES ((size_t)1 << 15)
 
 /* Arithmetic on channels alone, each counted once for every block that it has sums of: few of them are no
    parallel work. */

@@ -145,7 +145,7 @@ def filter_response_norm_forward(
         out=out,
         over=_RESPONSES,
         tau=tau,
-        more_eps=more,
+        channel_eps=more,
         reads=reads,
     )
     return z, invrms
@@ -224,14 +224,14 @@ def filter_response_norm_backward(
     """
     given = x, axis, invrms, weight, bias, tau, out, _RESPONSES
     if learned_eps is None:
-        dx, dweight, dbias, dtau = _primitives.gradient_above_floors(dy, *given, None, None)
+        dx, dweight, dbias, dtau = _primitives.clamped_gradient(dy, *given, None, None)
         return dx, dweight, dbias, dtau, None
     array, channels = _validation.channel_axis_of_samples(x, axis)
     learned = _learned_eps(learned_eps, channels)
     scale = _validation.channel_parameter("weight", weight, channels)
     sums = np.zeros((2, len(array), channels))
     reads = {"learned_eps": learned_eps}
-    dx, dweight, dbias, dtau = _primitives.gradient_above_floors(dy, *given, sums, reads)
+    dx, dweight, dbias, dtau = _primitives.clamped_gradient(dy, *given, sums, reads)
     gamma = 1.0 if scale is None else scale.astype(np.float64)
     wide = np.asarray(invrms, np.float64)
     with np.errstate(all="ignore"):

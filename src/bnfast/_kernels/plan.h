@@ -1,8 +1,8 @@
 /* Where the elements of one call lie: an array seen as some repeats of (outer, channels, inner), cut
    into chunks and blocks. _layout.py makes it, knowing shape, strides and dtype only; here it is
    read. */
-#ifndef BN_GEOMETRY_H
-#define BN_GEOMETRY_H
+#ifndef BN_PLAN_H
+#define BN_PLAN_H
 
 #include <stddef.h>
 #include <stdint.h>
@@ -24,10 +24,10 @@ typedef enum {
 #define BN_MAX_AXES 64
 
 /* An operand is walked directly, with these strides in elements, or packed: its chunks are gathered
-   into (and scattered from) scratch memory along the geometry's axes, with strides in bytes. What is stored in
+   into (and scattered from) scratch memory along the plan's axes, with strides in bytes. What is stored in
    another type than that of the arithmetic is packed, and converted on the way. */
 typedef struct {
-    int packed;
+    int staged;
     bn_stored stored;
     ptrdiff_t outer_stride, channel_stride;
     ptrdiff_t outer_axis_strides[BN_MAX_AXES], inner_axis_strides[BN_MAX_AXES];
@@ -58,48 +58,48 @@ typedef struct {
        What is summed with what follows from these numbers alone. */
     size_t chunk_outer, chunk_inner, chunks_per_run, chunks;
     size_t chunks_per_block, blocks;
-    size_t phases; /* rows of channels_last that are summed side by side, lane by lane */
+    size_t interleave; /* rows of channels_last that are summed side by side, lane by lane */
 
     /* Sums over rows, which are the channels of all repeats: so many rows make a block of them, a part
        of one repeat's or all of some. */
     size_t rows_of_block;
 
-    int any_packed;
+    int any_staged;
     bn_operand operand[BN_ROLES]; /* of those that the call has */
-} bn_geometry;
+} bn_plan;
 
 /* Coefficients of dense channels_last rows recur with this period, so that a few channels make long
    runs too; 0 where they do not. */
-static inline size_t bn_period(const bn_geometry *geometry)
+static inline size_t bn_period(const bn_plan *plan)
 {
-    return geometry->layout == BN_channels_last ? geometry->phases * geometry->channels : 0;
+    return plan->layout == BN_channels_last ? plan->interleave * plan->channels : 0;
 }
 
 /* So many neighbouring channels, from a multiple of that on, are walked with one stride by all operands. */
-static inline size_t bn_channel_run(const bn_geometry *geometry)
+static inline size_t bn_channel_run(const bn_plan *plan)
 {
-    const size_t axes = geometry->channel_axes;
-    return axes > 1 ? geometry->channel_axis_sizes[axes - 1] : geometry->channels;
+    const size_t axes = plan->channel_axes;
+    return axes > 1 ? plan->channel_axis_sizes[axes - 1] : plan->channels;
 }
 
 /* How many elements a coefficient array must hold. */
-static inline size_t bn_coefficients_length(const bn_geometry *geometry)
+static inline size_t bn_coefficients_length(const bn_plan *plan)
 {
-    const size_t period = bn_period(geometry);
-    return period ? period : geometry->channels;
+    const size_t period = bn_period(plan);
+    return period ? period : plan->channels;
 }
 
 /* Blocks of rows: so many in each repeat, and so many altogether. */
-static inline size_t bn_row_blocks_of_repeat(const bn_geometry *geometry)
+static inline size_t bn_row_blocks_of_repeat(const bn_plan *plan)
 {
-    return (geometry->channels + geometry->rows_of_block - 1) / geometry->rows_of_block;
+    return (plan->channels + plan->rows_of_block - 1) / plan->rows_of_block;
 }
 
-static inline size_t bn_row_blocks(const bn_geometry *geometry)
+static inline size_t bn_row_blocks(const bn_plan *plan)
 {
-    const size_t parts = bn_row_blocks_of_repeat(geometry);
-    const size_t together = parts > 1 ? 1 : geometry->rows_of_block / geometry->channels; /* repeats */
-    return (geometry->repeats + together - 1) / together * parts;
+    const size_t parts = bn_row_blocks_of_repeat(plan);
+    const size_t together = parts > 1 ? 1 : plan->rows_of_block / plan->channels; /* repeats */
+    return (plan->repeats + together - 1) / together * parts;
 }
 
 #endif
