@@ -166,8 +166,8 @@ cdef int moments(Plan plan, x, mean, mean_low, m2, int threads) except -1:
     """
     cdef bn_plan *c = &plan.c
     cdef bn_job job = _new_job(c)
-    cdef char small[SMALL_WORKSPACE]
-    cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
+    cdef char small[BN_SMALL_WORKSPACE]
+    cdef _Workspace workspace = _begin(small, BN_SMALL_WORKSPACE)
     _take_scratch(&workspace, &job, threads)
     job.operand[BN_X] = _data(x)
     job.statistic[BN_MEAN], job.statistic[BN_M2] = _doubles(mean), _doubles(m2)
@@ -195,8 +195,8 @@ cdef int normalize(
     """
     cdef bn_plan *c = &plan.c
     cdef bn_job job = _new_job(c)
-    cdef char small[SMALL_WORKSPACE]
-    cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
+    cdef char small[BN_SMALL_WORKSPACE]
+    cdef _Workspace workspace = _begin(small, BN_SMALL_WORKSPACE)
     cdef double divisor
     cdef int too_large = 0
     cdef size_t i
@@ -344,8 +344,8 @@ cdef int scale_shift(
     """
     cdef bn_plan *c = &plan.c
     cdef bn_job job = _new_job(c)
-    cdef char small[SMALL_WORKSPACE]
-    cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
+    cdef char small[BN_SMALL_WORKSPACE]
+    cdef _Workspace workspace = _begin(small, BN_SMALL_WORKSPACE)
     cdef _Prepared prepared = None
     if kept is not None:
         with cython.critical_section(kept):
@@ -402,8 +402,8 @@ cdef int gradient(
     elif per_group > 1:
         coefficients = BN_GROUPED_GRADIENT_COEFFICIENTS
     cdef bn_job job = _new_job(c)
-    cdef char small[SMALL_WORKSPACE]
-    cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
+    cdef char small[BN_SMALL_WORKSPACE]
+    cdef _Workspace workspace = _begin(small, BN_SMALL_WORKSPACE)
     _take_scratch(&workspace, &job, threads, clamp_min is not None)
     job.operand[BN_X], job.operand[BN_DY], job.operand[BN_DX] = _data(x), _data(dy), _data(dx)
     job.weight = _widened(&workspace, weight, c.channels)
@@ -442,8 +442,8 @@ cdef int gradient_of_samples(
     """
     cdef bn_plan *c = &plan.c
     cdef bn_job job = _new_job(c)
-    cdef char small[SMALL_WORKSPACE]
-    cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
+    cdef char small[BN_SMALL_WORKSPACE]
+    cdef _Workspace workspace = _begin(small, BN_SMALL_WORKSPACE)
     _take_scratch(&workspace, &job, threads)
     job.operand[BN_X], job.operand[BN_DY], job.operand[BN_DX] = _data(x), _data(dy), _data(dx)
     job.weight, job.parameters_of_repeat = _doubles(weight), c.channels
@@ -470,8 +470,8 @@ cdef int normalize_rows(
     """
     cdef bn_plan *c = &plan.c
     cdef bn_job job = _new_job(c)
-    cdef char small[SMALL_WORKSPACE]
-    cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
+    cdef char small[BN_SMALL_WORKSPACE]
+    cdef _Workspace workspace = _begin(small, BN_SMALL_WORKSPACE)
     _take_scratch(&workspace, &job, threads)
     job.operand[BN_X], job.operand[BN_Y] = _data(x), _data(y)
     if weight is not None:
@@ -498,8 +498,8 @@ cdef int row_gradient(
     """
     cdef bn_plan *c = &plan.c
     cdef bn_job job = _new_job(c)
-    cdef char small[SMALL_WORKSPACE]
-    cdef _Workspace workspace = _begin(small, SMALL_WORKSPACE)
+    cdef char small[BN_SMALL_WORKSPACE]
+    cdef _Workspace workspace = _begin(small, BN_SMALL_WORKSPACE)
     cdef unsigned int wanted = _OF_GRADIENT
     _take_scratch(&workspace, &job, threads)
     job.operand[BN_X], job.operand[BN_DY], job.operand[BN_DX] = _data(x), _data(dy), _data(dx)

@@ -1,7 +1,20 @@
 # The memory of a call, for _core.pyx: statistics, coefficients and scratch.
 
-cdef enum:
-    SMALL_WORKSPACE = 16384  # bytes, on the stack
+cdef extern from *:
+    """
+    /* For sanitizers each array has a block of its own, which ends where the array does. */
+    #ifdef BN_EXACT_MEMORY
+    #define BN_SMALL_WORKSPACE 1
+    #define BN_NEW_BLOCK(bytes) aligned_alloc(64, 64 + (bytes))
+    #else
+    #define BN_SMALL_WORKSPACE 16384
+    #define BN_NEW_BLOCK(bytes) malloc((bytes) + sizeof(void *) + 63)
+    #endif
+    """
+    enum:
+        BN_SMALL_WORKSPACE  # bytes, on the stack
+
+    char *BN_NEW_BLOCK(size_t bytes_) noexcept
 
 # Memory of one call: each array begins at a cache line, in the `small` memory of the caller as long
 # as there is room, and then in a block of its own. `blocks` is the last of these, which begins with
@@ -39,7 +52,7 @@ cdef void *_take(_Workspace *workspace, size_t bytes_) noexcept:
     if workspace.end >= workspace.next and bytes_ <= <size_t>(workspace.end - workspace.next):
         workspace.next = _at_line(workspace.next + bytes_)
         return taken
-    block = <char *>malloc(bytes_ + sizeof(void *) + 63)
+    block = <char *>BN_NEW_BLOCK(bytes_)
     if block is NULL:
         workspace.failed = True
         return NULL

@@ -291,9 +291,20 @@ static void *malloced(const void *line)
     return memory;
 }
 
+/* In a build for sanitizers arrays end where their memory does: what goes beyond is seen. */
+static void *memory_for_line(size_t bytes)
+{
+#ifdef BN_EXACT_MEMORY
+    void *memory;
+    return posix_memalign(&memory, LINE, LINE + bytes) == 0 ? memory : NULL;
+#else
+    return malloc(LINE_BYTES(bytes));
+#endif
+}
+
 void *bn_line_malloc(void *context, size_t bytes)
 {
-    void *memory = bytes > SIZE_MAX - LINE_BYTES(0) ? NULL : malloc(LINE_BYTES(bytes));
+    void *memory = bytes > SIZE_MAX - LINE_BYTES(0) ? NULL : memory_for_line(bytes);
     (void)context;
     return memory == NULL ? NULL : at_line(memory);
 }
