@@ -305,6 +305,7 @@ D, INVSTD = np.ones((2, 4)), np.ones((2, 4))
         (lambda: bnfast.group_norm(X, 3), ValueError, "num_groups must divide the 4 channels.*3"),
         (lambda: bnfast.group_norm(X, 0), ValueError, "num_groups must be at least 1"),
         (lambda: bnfast.group_norm(X, 2.0), TypeError, "num_groups must be an integer"),
+        (lambda: bnfast.group_norm(X, None), TypeError, "num_groups must be an integer"),
         (lambda: bnfast.group_norm(X, 2, axis=0), ValueError, "axis must not be 0"),
         (lambda: bnfast.instance_norm(X, axis=-3), ValueError, "axis must not be 0"),
         (lambda: bnfast.group_norm(X, 2, np.ones(2)), ValueError, "weight must have one value"),

@@ -212,8 +212,6 @@ cdef inline double _real(str name, value) except? -1.0:
 cdef Py_ssize_t _channels_per_group(num_groups, Py_ssize_t channels) except -1:
     cdef int beyond
     cdef Py_ssize_t groups
-    if num_groups is None:
-        return 1
     if type(num_groups) is int and channels > 0:
         groups = PyLong_AsLongAndOverflow(num_groups, &beyond)
         if not beyond and groups > 0 and channels % groups == 0:

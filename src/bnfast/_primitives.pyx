@@ -128,7 +128,9 @@ def normalize(
     cdef Py_ssize_t axis
     cdef cnp.ndarray x = _batch(x_, axis_, &axis, over), mean, invstd
     cdef Py_ssize_t channels = _channels(x, axis)
-    cdef Py_ssize_t per_group = _channels_per_group(num_groups, channels)
+    cdef Py_ssize_t per_group = 1
+    if over is GROUPS:
+        per_group = _channels_per_group(num_groups, channels)
     cdef double epsilon = _eps(eps, over.any_eps, True), new = _real("momentum", momentum)
     scale, shift = _of_channels("weight", weight, channels), _of_channels("bias", bias, channels)
     clamp_min = _of_channels("tau", tau, channels)
