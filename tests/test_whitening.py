@@ -522,6 +522,7 @@ def read_only(array):
         ({"running_matrix": np.ones((4, 4))}, ValueError, r"running_matrix must have the shape \("),
         ({"running_matrix": np.ones((1, 4, 4))}, ValueError, r"running_matrix .* \(2, 2, 2\)"),
         ({"running_matrix": EYES.astype(int)}, TypeError, "running_matrix must be float32"),
+        ({"running_matrix": EYES.astype(np.float16)}, TypeError, "running_matrix must be float32"),
         ({"running_mean": None}, (ValueError, TypeError), "running_mean.*got None"),
         ({"running_matrix": None}, (ValueError, TypeError), "running_matrix.*got None"),
         ({"x": np.zeros(4, np.float32)}, ValueError, "x must have at least 2 dimensions"),

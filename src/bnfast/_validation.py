@@ -313,6 +313,11 @@ def state(name: str, value: object, shape: tuple[int, ...]) -> Array:
     value = _single_at_least(value)
     if len(shape) == 1:
         return required_channel_parameter(name, value, shape[0])
+    return shaped(name, value, shape)
+
+
+def shaped(name: str, value: object, shape: tuple[int, ...]) -> Array:
+    """Return an array of this shape."""
     array = floating_array(name, value)
     _of_shape(name, array, shape)
     return array

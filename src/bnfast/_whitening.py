@@ -129,7 +129,7 @@ def evaluate(
     shape = _shape_of_matrices(num_groups, channels)
     of_covariance = _validation.choice("averaged", averaged, AVERAGED) == COVARIANCE
     centre = _validation.required_channel_parameter("running_mean", running_mean, channels)
-    running = _validation.state("running_matrix", running_matrix, shape)
+    running = _validation.shaped("running_matrix", running_matrix, shape)
     scale = _validation.channel_parameter("weight", weight, channels)
     shift = _validation.channel_parameter("bias", bias, channels)
     others = {"x": array, "weight": weight, "bias": bias}
