@@ -1,0 +1,291 @@
+"""Calls of what has its statistics over a batch, whole or in parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import bnfast
+from fuzz import draws, oracle, oracle_of_members
+from fuzz.call import (
+    Call,
+    Expected,
+    Random,
+    Refused,
+    Tracked,
+    carried,
+    draw_x,
+    many,
+    one,
+    pair,
+    tracked,
+    unchanged,
+    upstream,
+    wide,
+    with_saved,
+)
+from fuzz.judge import DOUBLE, Quantity
+
+
+def batch_norm(rng: Random, name: str) -> Call:
+    conditional, ghost = name.startswith("conditional"), name.startswith("ghost")
+    x, axis = draw_x(rng, first=1 if conditional or ghost else 0)
+    shape, fold = x.shape, oracle.of_channels(x.shape, axis)
+    channels = (shape[axis],)
+    if conditional:
+        fold = oracle.of_conditions(shape, axis)
+    training, has_running = draws.chance(rng, 0.6), draws.chance(rng, 0.8)
+    weight, bias = pair(rng, fold.parameter_shape)
+    has_running = has_running or not training
+    mean = draws.running(rng, channels) if has_running else None
+    var = draws.running(rng, channels, positive=True) if has_running else None
+    size = int(rng.integers(1, shape[0] + 2))
+    arguments: dict[str, Any] = {"x": x}
+    if ghost:
+        arguments["ghost_size"] = size
+    order = {"running_mean": mean, "running_var": var, "weight": weight, "bias": bias}
+    if conditional:
+        order = {name: order[name] for name in ("weight", "bias", "running_mean", "running_var")}
+    arguments |= order
+    eps, momentum = draws.eps(rng), draws.momentum(rng)
+    unbiased = draws.chance(rng, 0.7)
+    arguments |= {"training": training, "momentum": momentum, "eps": eps}
+    arguments |= {"axis": axis, "unbiased": unbiased}
+    parts = oracle.ghosts(shape[0], size) if ghost else [slice(None)]
+
+    def expect() -> Expected | Refused:
+        if not training:
+            y = oracle.evaluate(x, fold, mean, var, weight, bias, eps)
+            return Expected({"y": y})
+        outputs, running = [], (mean, var)
+        for part in parts:
+            folded = fold._replace(shape=x[part].shape)
+            if has_running and unbiased and folded.count == 1:
+                return Refused(("x",), x.size > 0)
+        updated = None
+        for part in parts:
+            folded = fold._replace(shape=x[part].shape)
+            found = oracle.forward(x[part], folded, weight, bias, eps)
+            outputs.append(found.y)
+            if has_running and x.size:
+                now = tracked(found.of, folded, x, *running, momentum, unbiased)
+                if updated is not None:
+                    now = carried(updated, now, momentum)
+                updated = now
+                running = tuple(q.value.astype(q.dtype) for q in now)
+        y = oracle.concatenated(outputs) if outputs else None
+        after = Tracked(*unchanged(mean, var)) if has_running else None
+        if y is None:
+            y = Quantity(x.astype(oracle.WIDE), {}, x.dtype, x.dtype)
+        after = updated or after
+        if after is None:
+            return Expected({"y": y})
+        return Expected({"y": y}, {"running_mean": after.mean, "running_var": after.var})
+
+    changed = ("running_mean", "running_var") if training and has_running else ()
+    return Call(name, arguments, expect, one, ("x",), ("x",), changed, axis)
+
+
+def batch_norm_forward(rng: Random, name: str) -> Call:
+    conditional = name.startswith("conditional")
+    x, axis = draw_x(rng, first=1 if conditional else 0)
+    fold = (oracle.of_conditions if conditional else oracle.of_channels)(x.shape, axis)
+    weight, bias = pair(rng, fold.parameter_shape)
+    eps = draws.eps(rng)
+    arguments = {"x": x, "weight": weight, "bias": bias, "eps": eps, "axis": axis}
+
+    def expect() -> Expected:
+        y, mean, invstd, _ = oracle.forward(x, fold, weight, bias, eps)
+        return Expected({"y": y, "mean": mean, "invstd": invstd} if fold.count else {"y": y})
+
+    return Call(name, arguments, expect, many, ("x",), ("x",), (), axis)
+
+
+def batch_norm_backward(rng: Random, name: str) -> Call:
+    conditional = name.startswith("conditional")
+    x, axis = draw_x(rng, first=1 if conditional else 0)
+    fold = (oracle.of_conditions if conditional else oracle.of_channels)(x.shape, axis)
+    dy, training = upstream(rng, x), draws.chance(rng, 0.7)
+    weight = draws.parameter(rng, fold.parameter_shape)
+    if training:
+        found = oracle.forward(x, fold, None, None, draws.eps(rng))
+        mean, invstd = (draws.saved(rng, each) for each in wide(found.mean, found.invstd))
+    else:
+        mean = draws.running(rng, (x.shape[axis],))
+        invstd = draws.running(rng, (x.shape[axis],), positive=True)
+    arguments = {"dy": dy, "x": x, "mean": mean, "invstd": invstd, "weight": weight}
+    arguments |= {"axis": axis, "training": training}
+
+    def expect() -> Expected:
+        found = oracle.backward(
+            dy,
+            x,
+            fold,
+            mean,
+            invstd,
+            weight,
+            constant=not training,
+            mean_is_whole=not (conditional and x.dtype == DOUBLE),
+        )
+        return Expected(found._asdict())
+
+    in_place = ("dy",) if conditional and training else ("dy", "x")
+    return Call(name, arguments, expect, many, ("dy", "x"), in_place, (), axis)
+
+
+def moments(rng: Random) -> Call:
+    x, axis = draw_x(rng)
+    fold = oracle.of_channels(x.shape, axis)
+
+    def expect() -> Expected:
+        of = oracle.statistics(x, fold)
+        if not fold.count:
+            zero = Quantity(np.zeros(x.shape[axis], oracle.WIDE), {}, DOUBLE, DOUBLE)
+            return Expected({"mean": zero, "m2": zero})
+        std = fold.statistic(oracle.unjudged(np.sqrt(of.var), of.usable))
+        m2 = fold.statistic(of.var) * fold.count
+        size = fold.statistic(oracle.unjudged(of.var, of.usable)) * fold.count
+        return Expected(
+            {
+                "mean": Quantity(fold.statistic(of.mean), {"statistics": std}, x.dtype, DOUBLE),
+                "m2": Quantity(m2, {"statistics": size}, x.dtype, DOUBLE),
+            }
+        )
+
+    return Call(
+        "moments", {"x": x, "axis": axis}, expect, lambda m: (m.mean, m.m2), ("x",), (), (), axis
+    )
+
+
+def ghost_forward(rng: Random) -> Call:
+    x, axis = draw_x(rng, first=1)
+    channels = (x.shape[axis],)
+    weight, bias = pair(rng, channels)
+    size, eps = int(rng.integers(1, x.shape[0] + 2)), draws.eps(rng)
+    arguments = {"x": x, "ghost_size": size, "weight": weight, "bias": bias, "eps": eps}
+    arguments |= {"axis": axis}
+
+    def expect() -> Expected:
+        parts = [x[part] for part in oracle.ghosts(len(x), size)]
+        found = [
+            oracle.forward(part, oracle.of_channels(part.shape, axis), weight, bias, eps)
+            for part in parts
+        ]
+        if not x.size:
+            return Expected({"y": Quantity(x.astype(oracle.WIDE), {}, x.dtype, x.dtype)})
+        return Expected(
+            {
+                "y": oracle.concatenated([each.y for each in found]),
+                "mean": oracle.concatenated([each.mean for each in found], np.stack),
+                "invstd": oracle.concatenated([each.invstd for each in found], np.stack),
+            }
+        )
+
+    return Call("ghost_batch_norm_forward", arguments, expect, many, ("x",), ("x",), (), axis)
+
+
+def ghost_backward(rng: Random) -> Call:
+    x, axis = draw_x(rng, first=1)
+    channels = (x.shape[axis],)
+    dy, weight = upstream(rng, x), draws.parameter(rng, channels)
+    size = int(rng.integers(1, x.shape[0] + 2))
+    parts = oracle.ghosts(len(x), size)
+    folds = [oracle.of_channels(x[part].shape, axis) for part in parts]
+    eps = draws.eps(rng)
+    each = [
+        wide(*oracle.forward(x[part], fold, None, None, eps)[1:3])
+        for part, fold in zip(parts, folds, strict=True)
+    ]
+    stacked = np.array(each).reshape(len(parts), 2, *channels)
+    mean, invstd = (draws.saved(rng, stacked[:, k]) for k in (0, 1))
+    arguments = {"dy": dy, "x": x, "ghost_size": size, "mean": mean, "invstd": invstd}
+    arguments |= {"weight": weight, "axis": axis}
+
+    def expect() -> Expected:
+        result = x.dtype if weight is None else weight.dtype
+        found = [
+            oracle.backward(dy[part], x[part], fold, mean[k], invstd[k], weight)
+            for k, (part, fold) in enumerate(zip(parts, folds, strict=True))
+        ]
+        if not found:
+            empty = Quantity(x.astype(oracle.WIDE), {}, x.dtype, x.dtype)
+            zero = Quantity(np.zeros(channels, oracle.WIDE), {}, x.dtype, result)
+            return Expected({"dx": empty, "dweight": zero, "dbias": zero})
+        return Expected(
+            {
+                "dx": oracle.concatenated([gradients.dx for gradients in found]),
+                "dweight": oracle.added([gradients.dweight for gradients in found]),
+                "dbias": oracle.added([gradients.dbias for gradients in found]),
+            }
+        )
+
+    return Call(
+        "ghost_batch_norm_backward", arguments, expect, many, ("dy", "x"), ("dy", "x"), (), axis
+    )
+
+
+def renorm(rng: Random, name: str) -> Call:
+    x, axis = draw_x(rng)
+    fold, channels = oracle.of_channels(x.shape, axis), (x.shape[axis],)
+    weight, bias = pair(rng, channels)
+    mean, std = draws.running(rng, channels), draws.running(rng, channels, positive=True)
+    forward = name.endswith("forward")
+    training = forward or draws.chance(rng, 0.6)
+    momentum, eps = draws.momentum(rng), draws.eps(rng)
+    r_max, d_max = draws.pick(rng, ((1.0, 0.0), (3.0, 5.0), (1.5, 0.5), (100.0, 1000.0)))
+    arguments = {"x": x, "running_mean": mean, "running_std": std, "weight": weight, "bias": bias}
+    if not forward:
+        arguments["training"] = training
+    arguments |= {"momentum": momentum, "eps": eps, "r_max": r_max, "d_max": d_max, "axis": axis}
+
+    def expect() -> Expected:
+        if not training:
+            variance = std.astype(oracle.WIDE) ** 2
+            return Expected({"y": oracle.evaluate(x, fold, mean, variance, weight, bias, 0.0)})
+        found = oracle_of_members.corrected(x, fold, mean, std, weight, bias, eps, r_max, d_max)
+        returned = found._asdict()
+        sigma = returned.pop("sigma")
+        if not forward or not x.size:
+            returned = {"y": found.y}
+        after = unchanged(mean, std)
+        if x.size:
+            size = sigma + 0 * found.invstd.sizes["statistics"]
+            after = [
+                oracle.blended(
+                    mean, found.mean.value, momentum, found.mean.sizes["statistics"], x.dtype
+                ),
+                oracle.blended(std, sigma, momentum, size, x.dtype),
+            ]
+        return Expected(returned, dict(zip(("running_mean", "running_std"), after, strict=True)))
+
+    changed = ("running_mean", "running_std") if training else ()
+    unpack = with_saved if forward else one
+    return Call(name, arguments, expect, unpack, ("x",), ("x",), changed, axis)
+
+
+def renorm_backward(rng: Random) -> Call:
+    x, axis = draw_x(rng)
+    fold, channels = oracle.of_channels(x.shape, axis), (x.shape[axis],)
+    dy, weight = upstream(rng, x), draws.parameter(rng, channels)
+    found = oracle_of_members.corrected(
+        x,
+        fold,
+        rng.normal(size=channels),
+        rng.uniform(0.5, 2, channels),
+        None,
+        None,
+        draws.eps(rng),
+        3.0,
+        5.0,
+    )
+    saved = bnfast.Renormalized(*wide(found.mean, found.invstd, found.r, found.d))
+    arguments = {"dy": dy, "x": x, "saved": saved, "weight": weight, "axis": axis}
+
+    def expect() -> Expected:
+        gradients = oracle_of_members.corrected_backward(dy, x, fold, *saved, weight)
+        return Expected(gradients._asdict())
+
+    return Call(
+        "batch_renorm_backward", arguments, expect, many, ("dy", "x"), ("dy", "x"), (), axis
+    )

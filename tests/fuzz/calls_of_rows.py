@@ -1,0 +1,95 @@
+"""Calls of what normalizes rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fuzz import draws, oracle
+from fuzz.call import Array, Call, Expected, Random, many, one, pair, upstream, wide
+
+
+def _of_rows(rng: Random) -> tuple[Array, dict[str, Any], oracle.Fold]:
+    """An input, with the arguments that say which axes make a row."""
+    ndim = int(rng.integers(1, 7))
+    x = draws.values(rng, draws.shape(rng, ndim, ndim, (ndim - 1, 1)), draws.dtype(rng))
+    if draws.chance(rng, 0.5):
+        number = int(rng.integers(1, ndim + 1))
+        axes, given = tuple(range(ndim - number, ndim)), None
+    else:
+        number = int(rng.integers(1, min(ndim, 3) + 1))
+        axes = tuple(int(d) for d in rng.permutation(ndim)[:number])
+        given = tuple(d - ndim if draws.chance(rng, 0.3) else d for d in axes)
+    sizes: Any = tuple(x.shape[d] for d in axes)
+    if len(axes) == 1 and draws.chance(rng, 0.5):
+        sizes, given = sizes[0], None if given is None else given[0]
+    elif draws.chance(rng, 0.3):
+        sizes = list(sizes)
+    return x, {"normalized_shape": sizes, "axis": given}, oracle.of_rows(x.shape, axes)
+
+
+def _row_eps(rng: Random, rms: bool, dtype: np.dtype) -> tuple[Any, float]:
+    """As given, and as a number."""
+    if rms and draws.chance(rng, 0.5):
+        return None, float(np.finfo(dtype).eps)
+    eps = draws.eps(rng)
+    return eps, eps
+
+
+def row_norm(rng: Random, name: str) -> Call:
+    x, how, fold = _of_rows(rng)
+    rms, forward = name.startswith("rms"), name.endswith("forward")
+    weight, bias = pair(rng, fold.parameter_shape)
+    eps, number = _row_eps(rng, rms, x.dtype)
+    arguments = {"x": x, "normalized_shape": how["normalized_shape"], "weight": weight}
+    if rms:
+        bias = None
+    else:
+        arguments["bias"] = bias
+    arguments |= {"eps": eps, "axis": how["axis"]}
+
+    def expect() -> Expected:
+        rounded = [p if p is None else p.astype(x.dtype) for p in (weight, bias)]
+        y, mean, invstd, _ = oracle.forward(x, fold, *rounded, number, not rms)
+        if not forward or not fold.count:
+            return Expected({"y": y})
+        saved = {"invrms": invstd} if rms else {"mean": mean, "invstd": invstd}
+        return Expected({"y": y, **saved})
+
+    return Call(name, arguments, expect, many if forward else one, ("x",), ("x",))
+
+
+def row_norm_backward(rng: Random, name: str) -> Call:
+    x, how, fold = _of_rows(rng)
+    rms = name.startswith("rms")
+    dy, weight = upstream(rng, x), draws.parameter(rng, fold.parameter_shape)
+    found = oracle.forward(x, fold, None, None, draws.eps(rng), not rms)
+    saved = {
+        "mean": draws.saved(rng, wide(found.mean)[0]),
+        "invrms" if rms else "invstd": draws.saved(rng, wide(found.invstd)[0]),
+    }
+    if rms:
+        del saved["mean"]
+    parameters = draws.chance(rng, 0.7)
+    arguments = {"dy": dy, "x": x, "normalized_shape": how["normalized_shape"], **saved}
+    arguments |= {"weight": weight, "axis": how["axis"], "parameters": parameters}
+
+    def expect() -> Expected:
+        result = x.dtype if weight is None else weight.dtype
+        rounded = weight if weight is None else weight.astype(x.dtype)
+        gradients = oracle.backward(
+            dy,
+            x,
+            fold,
+            saved.get("mean"),
+            saved["invrms" if rms else "invstd"],
+            rounded,
+            dtype=result,
+        )._asdict()
+        kept = ("dx", "dweight") if rms else ("dx", "dweight", "dbias")
+        return Expected(
+            {key: gradients[key] if parameters or key == "dx" else None for key in kept}
+        )
+
+    return Call(name, arguments, expect, many, ("dy", "x"), ("dy", "x"))

@@ -1,0 +1,146 @@
+"""Calls of what normalizes each sample by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fuzz import draws, oracle, oracle_of_members
+from fuzz.call import (
+    Array,
+    Call,
+    Expected,
+    Random,
+    Refused,
+    Tracked,
+    draw_x,
+    many,
+    one,
+    pair,
+    tracked,
+    unchanged,
+    upstream,
+    wide,
+)
+
+
+def instance_norm(rng: Random) -> Call:
+    x, axis = draw_x(rng, first=1)
+    fold, channels = oracle.of_planes(x.shape, axis), (x.shape[axis],)
+    weight, bias = pair(rng, channels)
+    own, has_running = draws.chance(rng, 0.7), draws.chance(rng, 0.5)
+    has_running = has_running or not own
+    mean = draws.running(rng, channels) if has_running else None
+    var = draws.running(rng, channels, positive=True) if has_running else None
+    momentum, eps = draws.momentum(rng), draws.eps(rng)
+    arguments = {"x": x, "running_mean": mean, "running_var": var, "weight": weight, "bias": bias}
+    arguments |= {"use_input_stats": own, "momentum": momentum, "eps": eps, "axis": axis}
+
+    def expect() -> Expected | Refused:
+        if not own:
+            batch = oracle.of_channels(x.shape, axis)
+            return Expected({"y": oracle.evaluate(x, batch, mean, var, weight, bias, eps)})
+        if has_running and fold.count == 1:
+            return Refused(("x",), x.size > 0)
+        found = oracle.forward(x, fold, weight, bias, eps)
+        if not has_running:
+            return Expected({"y": found.y})
+        after = Tracked(*unchanged(mean, var))
+        if x.size:
+            after = tracked(found.of, fold, x, mean, var, momentum, True)
+        return Expected({"y": found.y}, {"running_mean": after.mean, "running_var": after.var})
+
+    changed = ("running_mean", "running_var") if own and has_running else ()
+    return Call("instance_norm", arguments, expect, one, ("x",), ("x",), changed, axis)
+
+
+def _of_samples(rng: Random, kind: str) -> tuple[Array, dict[str, Any], oracle.Fold]:
+    """An input of instance or group normalization, with the arguments that say its fold."""
+    if kind == "instance":
+        x, axis = draw_x(rng, first=1)
+        return x, {"axis": axis}, oracle.of_planes(x.shape, axis)
+    groups = draws.pick(rng, (1, 2, 3, 4, 8))
+    x, axis = draw_x(rng, groups, first=1)
+    per_group = draws.chance(rng, 0.2)
+    fold = oracle.of_groups(x.shape, axis, groups if x.shape[axis] else 0, per_group)
+    return x, {"num_groups": groups, "axis": axis, "per_group": per_group}, fold
+
+
+def group_norm(rng: Random, name: str) -> Call:
+    x, how, fold = _of_samples(rng, name.partition("_")[0])
+    weight, bias = pair(rng, fold.parameter_shape)
+    eps = draws.eps(rng)
+    arguments: dict[str, Any] = {"x": x}
+    if "num_groups" in how:
+        arguments["num_groups"] = how.pop("num_groups")
+    arguments |= {"weight": weight, "bias": bias, "eps": eps, **how}
+    forward = name.endswith("forward")
+
+    def expect() -> Expected:
+        y, mean, invstd, _ = oracle.forward(x, fold, weight, bias, eps)
+        if not forward or not fold.count:
+            return Expected({"y": y})
+        return Expected({"y": y, "mean": mean, "invstd": invstd})
+
+    channels = None if name.startswith("group") else how["axis"]
+    return Call(name, arguments, expect, many if forward else one, ("x",), ("x",), (), channels)
+
+
+def group_norm_backward(rng: Random, name: str) -> Call:
+    x, how, fold = _of_samples(rng, name.partition("_")[0])
+    how.pop("num_groups", None)
+    dy, weight = upstream(rng, x), draws.parameter(rng, fold.parameter_shape)
+    found = oracle.forward(x, fold, None, None, draws.eps(rng))
+    mean, invstd = (draws.saved(rng, each) for each in wide(found.mean, found.invstd))
+    arguments = {"dy": dy, "x": x, "mean": mean, "invstd": invstd, "weight": weight, **how}
+
+    def expect() -> Expected:
+        return Expected(oracle.backward(dy, x, fold, mean, invstd, weight)._asdict())
+
+    channels = None if name.startswith("group") else how["axis"]
+    return Call(name, arguments, expect, many, ("dy", "x"), ("dy", "x"), (), channels)
+
+
+def response(rng: Random, name: str) -> Call:
+    x, axis = draw_x(rng, first=1)
+    channels = (x.shape[axis],)
+    weight, bias = pair(rng, channels)
+    tau = draws.parameter(rng, channels, 0.6)
+    learned = draws.parameter(rng, draws.pick(rng, (channels, (1,))), 0.4)
+    eps = draws.eps(rng)
+    arguments = {"x": x, "weight": weight, "bias": bias, "tau": tau, "eps": eps}
+    arguments |= {"learned_eps": learned, "axis": axis}
+    forward = name.endswith("forward")
+
+    def expect() -> Expected:
+        y, invrms = oracle_of_members.response(x, axis, weight, bias, tau, eps, learned)
+        return Expected({"y": y, "invrms": invrms} if forward and x.size else {"y": y})
+
+    return Call(name, arguments, expect, many if forward else one, ("x",), ("x",), (), axis)
+
+
+def response_backward(rng: Random) -> Call:
+    x, axis = draw_x(rng, first=1)
+    channels = (x.shape[axis],)
+    dy, (weight, bias) = upstream(rng, x), pair(rng, channels)
+    tau = draws.parameter(rng, channels, 0.6)
+    learned = draws.parameter(rng, draws.pick(rng, (channels, (1,))), 0.4)
+    _, inverse = oracle_of_members.response(x, axis, None, None, None, draws.eps(rng), learned)
+    invrms = draws.saved(rng, wide(inverse)[0])
+    arguments = {"dy": dy, "x": x, "invrms": invrms, "weight": weight, "bias": bias, "tau": tau}
+    arguments |= {"learned_eps": learned, "axis": axis}
+
+    def expect() -> Expected:
+        found = oracle_of_members.response_backward(dy, x, axis, invrms, weight, bias, tau, learned)
+        names = ("dx", "dweight", "dbias", "dtau", "dlearned_eps")
+        return Expected(dict(zip(names, found, strict=True)))
+
+    return Call(
+        "filter_response_norm_backward",
+        arguments,
+        expect,
+        many,
+        ("dy", "x"),
+        ("dy", "x"),
+        (),
+        axis,
+    )

@@ -1,0 +1,612 @@
+"""What each layer is to do at a call, and at its backward, by the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import bnfast
+from fuzz import call, draws, oracle, oracle_of_members, oracle_of_whitening
+from fuzz.call import Array, Random
+from fuzz.case import text_of
+from fuzz.judge import Quantity
+
+# Gradients of layers have the rounding of the statistics that the layer made, besides their own.
+OF_OWN_STATISTICS = 4
+
+
+class Step(NamedTuple):
+    """What one call does: its output, the state after it, and the gradients for a dy."""
+
+    y: Quantity
+    updated: dict[str, Quantity]
+    batches: int
+    gradients: Callable[[Array], dict[str, Quantity | None]]
+
+
+class Plan(NamedTuple):
+    """A layer of some shape: how it is made, given inputs, and what it is to do.
+
+    `step` takes the layer, whose public attributes say all that counts, and the arguments of its
+    call; it returns None where the call is to be refused.
+    """
+
+    make: Callable[[], Any]
+    inputs: Callable[[Random], tuple[Any, ...]]
+    step: Callable[..., Step | None]
+    description: str
+
+
+def _loosened(quantity: Quantity | None) -> Quantity | None:
+    if quantity is None:
+        return None
+    sizes = {kind: size * OF_OWN_STATISTICS for kind, size in quantity.sizes.items()}
+    return quantity._replace(sizes=sizes)
+
+
+def _gradients(found: Any, parameters: tuple[str, ...], layer_dtypes: dict[str, Any]) -> Any:
+    """By attribute, in the dtypes of the parameters; None where there is no parameter."""
+    dx, *others = found
+    named = {"dx": _loosened(dx)}
+    for name, quantity in zip(parameters, others, strict=False):
+        dtype = layer_dtypes[name]
+        loose = _loosened(quantity)
+        named[f"{name}_grad"] = None if dtype is None else loose._replace(dtype=dtype)
+    return named
+
+
+def _dtypes(layer: Any, parameters: tuple[str, ...]) -> dict[str, Any]:
+    arrays = {name: getattr(layer, name) for name in parameters}
+    return {name: None if array is None else array.dtype for name, array in arrays.items()}
+
+
+def _copies(*arrays: Array | None) -> list[Array | None]:
+    return [None if array is None else array.copy() for array in arrays]
+
+
+OF_CHANNELS = ("weight", "bias")
+
+
+def _momentum(layer: Any, number: int) -> float:
+    """The weight of the next batch."""
+    return 1.0 / number if layer.momentum is None else layer.momentum
+
+
+def _of_statistics(
+    layer: Any,
+    x: Array,
+    folds: list[tuple[slice, oracle.Fold]],
+    unbiased: bool,
+    conditions: Array | None = None,
+) -> Step | None:
+    """A layer of channels whose statistics are those of parts of a batch, or of samples."""
+    weight, bias = _copies(layer.weight, layer.bias)
+    if conditions is not None:
+        weight, bias = weight[conditions], bias[conditions]
+    dtypes = _dtypes(layer, OF_CHANNELS)
+    tracks = layer.training and layer.track_running_stats
+    if not layer.training and layer.running_mean is not None:
+        mean, var = _copies(layer.running_mean, layer.running_var)
+        fold = oracle.of_channels(x.shape, layer.axis)
+        if conditions is not None:
+            fold = oracle.of_conditions(x.shape, layer.axis)
+        y = oracle.evaluate(x, fold, mean, var, weight, bias, layer.eps)
+
+        def evaluated(dy: Array) -> dict[str, Quantity | None]:
+            with np.errstate(all="ignore"):
+                inverse = 1 / np.sqrt(var.astype(oracle.WIDE) + layer.eps)
+            found = oracle.backward(dy, x, fold, mean, inverse, weight, constant=True)
+            return _gradients(_of_classes(found, layer, conditions), OF_CHANNELS, dtypes)
+
+        return Step(y, {}, 0, evaluated)
+    parts, running, updated, number = [], None, None, 0
+    if tracks:
+        running = _copies(layer.running_mean, layer.running_var)
+        number = layer.num_batches_tracked
+    if tracks and unbiased and any(fold.count == 1 for _, fold in folds):
+        return None
+    for part, fold in folds:
+        found = oracle.forward(x[part], fold, weight, bias, layer.eps)
+        parts.append((part, fold, found))
+        if tracks and x.size:
+            number += 1
+            own = isinstance(layer, bnfast.InstanceNorm)
+            momentum = (layer.momentum or 0.0) if own else _momentum(layer, number)
+            now = call.tracked(found.of, fold, x, *running, momentum, unbiased)
+            updated = now if updated is None else call.carried(updated, now, momentum)
+            running = [quantity.value.astype(quantity.dtype) for quantity in now]
+    y = oracle.concatenated([found.y for *_, found in parts])
+    state = {} if updated is None else {"running_mean": updated.mean, "running_var": updated.var}
+    counted = 0 if isinstance(layer, bnfast.InstanceNorm) or not tracks else len(parts)
+
+    def gradients(dy: Array) -> dict[str, Quantity | None]:
+        each = [
+            oracle.backward(dy[part], x[part], fold, found.mean.value, found.invstd.value, weight)
+            for part, fold, found in parts
+        ]
+        whole = (
+            oracle.concatenated([of.dx for of in each]),
+            oracle.added([of.dweight for of in each]),
+            oracle.added([of.dbias for of in each]),
+        )
+        return _gradients(_of_classes(whole, layer, conditions), OF_CHANNELS, dtypes)
+
+    return Step(y, state, counted if x.size else 0, gradients)
+
+
+def _of_classes(found: Any, layer: Any, conditions: Array | None) -> Any:
+    """The gradients of samples, added up by class."""
+    if conditions is None:
+        return found
+    dx, *others = found
+    members = (conditions[:, None] == np.arange(layer.num_classes)).astype(oracle.WIDE).T
+    summed = []
+    for quantity in others:
+        finite = {
+            kind: np.where(
+                members @ np.isinf(size) > 0, np.inf, members @ np.where(np.isinf(size), 0, size)
+            )
+            for kind, size in quantity.sizes.items()
+        }
+        summed.append(quantity._replace(value=members @ quantity.value, sizes=finite))
+    return dx, *summed
+
+
+def _channel_inputs(
+    channels: int, axis: int, ndim: int, draw: Callable[..., Array] = draws.values
+) -> Callable[[Random], tuple[Any, ...]]:
+    def inputs(rng: Random) -> tuple[Any, ...]:
+        sizes = [int(rng.integers(1, 7)) for _ in range(ndim)]
+        if draws.chance(rng, 0.03):
+            sizes[(axis + 1) % ndim] = 0
+        sizes[axis] = channels
+        return (draw(rng, tuple(sizes), draws.dtype(rng)),)
+
+    return inputs
+
+
+def _tracking(rng: Random) -> dict[str, Any]:
+    return {
+        "eps": draws.pick(rng, (1e-5, 1e-3)),
+        "momentum": draws.pick(rng, (0.1, None, 0.5, 1.0, 0.0)),
+        "track_running_stats": draws.chance(rng, 0.8),
+        "dtype": draws.dtype(rng),
+    }
+
+
+def _made(name: str, *arguments: Any, **keywords: Any) -> tuple[Callable[[], Any], str]:
+    shown = [text_of(a) for a in arguments]
+    shown += [f"{key}={text_of(value)}" for key, value in keywords.items()]
+    return lambda: getattr(bnfast, name)(*arguments, **keywords), f"{name}({', '.join(shown)})"
+
+
+def _batch_norm(rng: Random) -> Plan:
+    ndim = int(rng.integers(2, 5))
+    channels, axis = int(rng.integers(1, 9)), draws.axis(rng, ndim)
+    make, text = _made(
+        "BatchNorm",
+        channels,
+        axis=axis,
+        affine=draws.chance(rng, 0.7),
+        unbiased=draws.chance(rng, 0.7),
+        **_tracking(rng),
+    )
+
+    def step(layer: Any, x: Array) -> Step | None:
+        folds = [(slice(None), oracle.of_channels(x.shape, axis))]
+        return _of_statistics(layer, x, folds, layer.unbiased)
+
+    return Plan(make, _channel_inputs(channels, axis, ndim), step, text)
+
+
+def _instance_norm(rng: Random) -> Plan:
+    ndim = int(rng.integers(2, 5))
+    channels, axis = int(rng.integers(1, 9)), draws.axis(rng, ndim, 1)
+    make, text = _made(
+        "InstanceNorm", channels, axis=axis, affine=draws.chance(rng, 0.6), **_tracking(rng)
+    )
+
+    def step(layer: Any, x: Array) -> Step | None:
+        return _of_statistics(layer, x, [(slice(None), oracle.of_planes(x.shape, axis))], True)
+
+    return Plan(make, _channel_inputs(channels, axis, ndim), step, text)
+
+
+def _ghost(rng: Random) -> Plan:
+    ndim = int(rng.integers(2, 5))
+    channels, axis = int(rng.integers(1, 9)), draws.axis(rng, ndim, 1)
+    size = int(rng.integers(1, 5))
+    make, text = _made(
+        "GhostBatchNorm",
+        channels,
+        size,
+        axis=axis,
+        affine=draws.chance(rng, 0.7),
+        unbiased=draws.chance(rng, 0.5),
+        **_tracking(rng),
+    )
+
+    def step(layer: Any, x: Array) -> Step | None:
+        folds = [
+            (part, oracle.of_channels(x[part].shape, axis)) for part in oracle.ghosts(len(x), size)
+        ]
+        return _of_statistics(layer, x, folds, layer.unbiased)
+
+    return Plan(make, _not_empty(_channel_inputs(channels, axis, ndim)), step, text)
+
+
+def _not_empty(inputs: Callable[[Random], tuple[Any, ...]]) -> Any:
+    def drawn(rng: Random) -> tuple[Any, ...]:
+        found = inputs(rng)
+        while not found[0].size:
+            found = inputs(rng)
+        return found
+
+    return drawn
+
+
+def _conditional(rng: Random) -> Plan:
+    ndim = int(rng.integers(2, 5))
+    channels, axis = int(rng.integers(1, 9)), draws.axis(rng, ndim, 1)
+    classes = int(rng.integers(1, 5))
+    make, text = _made(
+        "ConditionalBatchNorm",
+        channels,
+        classes,
+        axis=axis,
+        unbiased=draws.chance(rng, 0.7),
+        **_tracking(rng),
+    )
+    of_x = _not_empty(_channel_inputs(channels, axis, ndim, draws.mild_values))
+
+    def inputs(rng: Random) -> tuple[Any, ...]:
+        (x,) = of_x(rng)
+        return x, rng.integers(0, classes, len(x))
+
+    def step(layer: Any, x: Array, labels: Array) -> Step | None:
+        folds = [(slice(None), oracle.of_conditions(x.shape, axis))]
+        return _of_statistics(layer, x, folds, layer.unbiased, labels)
+
+    return Plan(make, inputs, step, text)
+
+
+def _renorm(rng: Random) -> Plan:
+    ndim = int(rng.integers(2, 5))
+    channels, axis = int(rng.integers(1, 9)), draws.axis(rng, ndim)
+    schedule = draws.pick(
+        rng,
+        (None, bnfast.RenormSchedule(3.0, 5.0, 0, 0, 0), bnfast.RenormSchedule(2.0, 1.0, 1, 6, 3)),
+    )
+    make, text = _made(
+        "BatchRenorm",
+        channels,
+        axis=axis,
+        affine=draws.chance(rng, 0.7),
+        schedule=schedule,
+        momentum=draws.pick(rng, (0.01, 0.5, 1.0)),
+        dtype=draws.dtype(rng),
+    )
+    limits = schedule or bnfast.RenormSchedule()
+
+    def step(layer: Any, x: Array) -> Step:
+        fold, dtypes = oracle.of_channels(x.shape, axis), _dtypes(layer, OF_CHANNELS)
+        weight, bias, mean, std = _copies(
+            layer.weight, layer.bias, layer.running_mean, layer.running_std
+        )
+        if not layer.training:
+            y = oracle.evaluate(x, fold, mean, std.astype(oracle.WIDE) ** 2, weight, bias, 0.0)
+
+            def evaluated(dy: Array) -> dict[str, Quantity | None]:
+                found = oracle.backward(
+                    dy, x, fold, mean, 1 / std.astype(oracle.WIDE), weight, constant=True
+                )
+                return _gradients(found, OF_CHANNELS, dtypes)
+
+            return Step(y, {}, 0, evaluated)
+        at = layer.num_batches_tracked
+        r_max, d_max = _limits(limits, at)
+        found = oracle_of_members.corrected(
+            x, fold, mean, std, weight, bias, layer.eps, r_max, d_max
+        )
+        size = found.sigma + 0 * found.invstd.sizes["statistics"]
+        of_mean = found.mean.sizes["statistics"]
+        updated = {
+            "running_mean": oracle.blended(
+                mean, found.mean.value, layer.momentum, of_mean, x.dtype
+            ),
+            "running_std": oracle.blended(std, found.sigma, layer.momentum, size, x.dtype),
+        }
+
+        def gradients(dy: Array) -> dict[str, Quantity | None]:
+            back = oracle_of_members.corrected_backward(
+                dy,
+                x,
+                fold,
+                found.mean.value,
+                found.invstd.value,
+                found.r.value,
+                found.d.value,
+                weight,
+            )
+            # d has the rounding of the mean and of the deviation, times their ratio to the old.
+            dweight = _with_rounding_of(back.dweight, back.dbias, found.d)
+            return _gradients((back.dx, dweight, back.dbias), OF_CHANNELS, dtypes)
+
+        return Step(found.y, updated, 1, gradients)
+
+    return Plan(make, _not_empty(_channel_inputs(channels, axis, ndim)), step, text)
+
+
+def _with_rounding_of(dweight: Quantity, dbias: Quantity, d: Quantity) -> Quantity:
+    more = np.abs(dbias.value) * d.sizes["statistics"]
+    return dweight._replace(sizes={**dweight.sizes, "statistics": more})
+
+
+def _limits(schedule: Any, step: int) -> tuple[float, float]:
+    """How far the batch of a step may be corrected."""
+
+    def gone(end: int) -> float:
+        if step < schedule.begin:
+            return 0.0
+        return 1.0 if step >= end else (step - schedule.begin) / (end - schedule.begin)
+
+    r_max = 1.0 + (schedule.r_max - 1.0) * gone(schedule.r_end)
+    return r_max, schedule.d_max * gone(schedule.d_end)
+
+
+def _group_norm(rng: Random) -> Plan:
+    ndim, groups = int(rng.integers(2, 5)), int(rng.integers(1, 4))
+    channels, axis = groups * int(rng.integers(1, 4)), draws.axis(rng, ndim, 1)
+    make, text = _made(
+        "GroupNorm",
+        groups,
+        channels,
+        axis=axis,
+        affine=draws.chance(rng, 0.7),
+        dtype=draws.dtype(rng),
+    )
+
+    def step(layer: Any, x: Array) -> Step:
+        fold = oracle.of_groups(x.shape, axis, groups)
+        return _plain(layer, x, fold, *_copies(layer.weight, layer.bias), layer.eps)
+
+    return Plan(make, _channel_inputs(channels, axis, ndim), step, text)
+
+
+def _plain(
+    layer: Any,
+    x: Array,
+    fold: oracle.Fold,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    centred: bool = True,
+) -> Step:
+    """A layer that is the same in training and evaluation."""
+    parameters = OF_CHANNELS
+    dtypes = _dtypes(layer, parameters)
+    y, mean, invstd, _ = oracle.forward(x, fold, weight, bias, eps, centred)
+
+    def gradients(dy: Array) -> dict[str, Quantity | None]:
+        found = oracle.backward(dy, x, fold, mean.value if centred else None, invstd.value, weight)
+        return _gradients(found, parameters, dtypes)
+
+    return Step(y, {}, 0, gradients)
+
+
+def _rows(rng: Random, name: str) -> Plan:
+    ndim = int(rng.integers(1, 5))
+    sizes = tuple(int(rng.integers(1, 9)) for _ in range(ndim))
+    number = int(rng.integers(1, ndim + 1))
+    axes = tuple(range(ndim - number, ndim))
+    given: Any = None
+    if draws.chance(rng, 0.4):
+        axes = tuple(int(d) for d in rng.permutation(ndim)[:number])
+        given = axes if number > 1 or draws.chance(rng, 0.5) else axes[0]
+    rms, of_row = name == "RMSNorm", tuple(sizes[d] for d in axes)
+    more = {} if rms else {"bias": draws.chance(rng, 0.7)}
+    make, text = _made(
+        name,
+        of_row,
+        axis=given,
+        elementwise_affine=draws.chance(rng, 0.7),
+        dtype=draws.dtype(rng),
+        **more,
+    )
+
+    def inputs(rng: Random) -> tuple[Any, ...]:
+        shape = [n if d in axes else int(rng.integers(1, 7)) for d, n in enumerate(sizes)]
+        return (draws.values(rng, tuple(shape), draws.dtype(rng)),)
+
+    def step(layer: Any, x: Array) -> Step:
+        weight, bias = (
+            None if p is None else p.astype(x.dtype) for p in (layer.weight, layer.bias)
+        )
+        eps = float(np.finfo(x.dtype).eps) if layer.eps is None else layer.eps
+        return _plain(layer, x, oracle.of_rows(x.shape, axes), weight, bias, eps, not rms)
+
+    return Plan(make, inputs, step, text)
+
+
+def _response(rng: Random) -> Plan:
+    ndim = int(rng.integers(2, 5))
+    channels, axis = int(rng.integers(1, 9)), draws.axis(rng, ndim, 1)
+    make, text = _made(
+        "FilterResponseNorm",
+        channels,
+        axis=axis,
+        affine=draws.chance(rng, 0.7),
+        thresholded=draws.chance(rng, 0.6),
+        learned_eps=draws.pick(rng, (None, 1e-4)),
+        dtype=draws.dtype(rng),
+    )
+    parameters = ("weight", "bias", "tau", "learned_eps")
+
+    def step(layer: Any, x: Array) -> Step:
+        given = _copies(*(getattr(layer, name) for name in parameters))
+        *first, learned = given
+        dtypes = _dtypes(layer, parameters)
+        y, inverse = oracle_of_members.response(x, axis, *first, layer.eps, learned)
+
+        def gradients(dy: Array) -> dict[str, Quantity | None]:
+            found = oracle_of_members.response_backward(dy, x, axis, inverse.value, *first, learned)
+            return _gradients(found, parameters, dtypes)
+
+        return Step(y, {}, 0, gradients)
+
+    return Plan(make, _channel_inputs(channels, axis, ndim), step, text)
+
+
+def _whitening(rng: Random, name: str) -> Plan:
+    ndim, groups = int(rng.integers(2, 5)), int(rng.integers(1, 3))
+    channels, axis = groups * int(rng.integers(1, 4)), draws.axis(rng, ndim)
+    more = {"iterations": int(rng.integers(1, 7))} if name == "IterNorm" else {}
+    iterations = more.get("iterations")
+    make, text = _made(
+        name,
+        channels,
+        groups,
+        axis=axis,
+        affine=draws.chance(rng, 0.7),
+        averaged=draws.pick(rng, ("whitening", "covariance")),
+        **more,
+        **(_tracking(rng) | {"eps": draws.pick(rng, (1e-3, 0.1))}),
+    )
+
+    def step(layer: Any, x: Array) -> Step:
+        weight, bias, mean, matrix = _copies(
+            layer.weight, layer.bias, layer.running_mean, layer.running_matrix
+        )
+        dtypes, eps = _dtypes(layer, OF_CHANNELS), layer.eps
+        constant = not layer.training and mean is not None
+        if constant:
+            by = oracle_of_whitening.evaluation_of(mean, matrix, layer.averaged, eps, iterations)
+        else:
+            by = oracle_of_whitening.whitening(x, axis, groups, eps, iterations)
+        y = oracle_of_whitening.whitened(x, axis, by, weight, bias)
+        updated: dict[str, Quantity] = {}
+        tracks = layer.training and layer.track_running_stats
+        if tracks:
+            momentum = _momentum(layer, layer.num_batches_tracked + 1)
+            updated = oracle_of_whitening.tracked_matrix(
+                by, x, mean, matrix, momentum, layer.averaged
+            )
+
+        def gradients(dy: Array) -> dict[str, Quantity | None]:
+            found = oracle_of_whitening.gradients(
+                dy, x, axis, by, weight, eps, iterations, constant
+            )
+            return _gradients(found, OF_CHANNELS, dtypes)
+
+        return Step(y, updated, int(tracks), gradients)
+
+    inputs = _not_empty(_channel_inputs(channels, axis, ndim, draws.mild_values))
+    return Plan(make, inputs, step, text)
+
+
+def _filters(rng: Random) -> tuple[tuple[int, ...], int, np.dtype]:
+    ndim = int(rng.integers(2, 5))
+    shape = tuple(int(rng.integers(2, 7)) for _ in range(ndim))
+    return shape, draws.pick(rng, (0, ndim - 1, -1)), draws.dtype(rng)
+
+
+def _standardization(rng: Random, name: str) -> Plan:
+    shape, axis, _ = _filters(rng)
+    if name.startswith("Scaled"):
+        gamma, floor = draws.pick(rng, (1.0, 1.7)), draws.chance(rng, 0.6)
+        rule = oracle_of_members.Rule(1e-4, gamma=gamma, floor=floor)
+        more = {"gamma": gamma, "eps": 1e-4, "floor": floor}
+    else:
+        rule = oracle_of_members.Rule(1e-5, draws.chance(rng, 0.6), draws.chance(rng, 0.4))
+        more = {"eps": 1e-5, "eps_inside": rule.inside, "unbiased": rule.unbiased}
+    make, text = _made(
+        name, shape[axis], gain=draws.chance(rng, 0.6), axis=axis, dtype=draws.dtype(rng), **more
+    )
+
+    def inputs(rng: Random) -> tuple[Any, ...]:
+        return (draws.values(rng, shape, draws.dtype(rng)),)
+
+    def step(layer: Any, w: Array) -> Step:
+        (gain,) = _copies(layer.gain)
+        y, mean, std = oracle_of_members.standardized(w, axis, gain, rule)
+
+        def gradients(dy: Array) -> dict[str, Quantity | None]:
+            found = oracle_of_members.standardized_backward(
+                dy, w, axis, mean.value, std.value, gain, rule
+            )
+            return _gradients(found, ("gain",), _dtypes(layer, ("gain",)))
+
+        return Step(y, {}, 0, gradients)
+
+    return Plan(make, inputs, step, text)
+
+
+def _weight_norm(rng: Random) -> Plan:
+    shape, axis, dtype = _filters(rng)
+    dim = draws.pick(rng, (None, axis % len(shape)))
+    eps = draws.pick(rng, (0.0, 1e-3))
+    make, text = _made("WeightNorm", draws.mild_values(rng, shape, dtype), dim, eps)
+
+    def step(layer: Any) -> Step:
+        v, g = layer.v.copy(), layer.g.copy()
+        y = oracle_of_members.with_lengths(v, g, dim, eps)
+
+        def gradients(dy: Array) -> dict[str, Quantity | None]:
+            norm = oracle_of_members.lengths(v, dim).value
+            dv, dg = oracle_of_members.with_lengths_backward(dy, v, g, norm, dim, eps)
+            return {"dx": _loosened(dv), "g_grad": _loosened(dg), "v_grad": _loosened(dv)}
+
+        return Step(y, {}, 0, gradients)
+
+    return Plan(make, lambda rng: (), step, text)
+
+
+def _spectral(rng: Random) -> Plan:
+    shape, dim, dtype = _filters(rng)
+    first = draws.mild_values(rng, shape, dtype)
+    iterations, v_first = int(rng.integers(1, 4)), draws.chance(rng, 0.4)
+    make, text = _made("SpectralNorm", first, iterations, dim=dim, v_first=v_first)
+
+    def inputs(rng: Random) -> tuple[Any, ...]:
+        return (draws.mild_values(rng, shape, draws.dtype(rng)),)
+
+    def step(layer: Any, w: Array) -> Step:
+        u, v = _copies(layer.u, layer.v)
+        number = iterations if layer.training else 0
+        found = oracle_of_members.divided(w, u, v, number, layer.eps, dim, v_first)
+        updated = {}
+        if layer.training:
+            updated = {name: getattr(found, name)._replace(dtype=u.dtype) for name in ("u", "v")}
+
+        def gradients(dy: Array) -> dict[str, Quantity | None]:
+            dw = oracle_of_members.divided_backward(
+                dy, w, found.sigma.value, found.u.value, found.v.value, layer.eps, dim
+            )
+            doubtful = np.isinf(np.asarray(found.sigma.sizes["matrices"]))
+            sizes = {kind: oracle.unjudged(s, ~doubtful) for kind, s in dw.sizes.items()}
+            return {"dx": _loosened(dw._replace(sizes=sizes))}
+
+        return Step(found.y, updated, 0, gradients)
+
+    return Plan(make, inputs, step, text)
+
+
+LAYERS: dict[str, Callable[[Random], Plan]] = {
+    "BatchNorm": _batch_norm,
+    "InstanceNorm": _instance_norm,
+    "GhostBatchNorm": _ghost,
+    "ConditionalBatchNorm": _conditional,
+    "BatchRenorm": _renorm,
+    "GroupNorm": _group_norm,
+    "LayerNorm": lambda rng: _rows(rng, "LayerNorm"),
+    "RMSNorm": lambda rng: _rows(rng, "RMSNorm"),
+    "FilterResponseNorm": _response,
+    "DecorrelatedBatchNorm": lambda rng: _whitening(rng, "DecorrelatedBatchNorm"),
+    "IterNorm": lambda rng: _whitening(rng, "IterNorm"),
+    "WeightStandardization": lambda rng: _standardization(rng, "WeightStandardization"),
+    "ScaledWeightStandardization": lambda rng: _standardization(rng, "ScaledWeightStandardization"),
+    "WeightNorm": _weight_norm,
+    "SpectralNorm": _spectral,
+}

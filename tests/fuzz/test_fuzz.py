@@ -1,0 +1,167 @@
+"""A short part of the fuzzer's cases, the same in every run; and the fuzzer sees what is wrong."""
+
+import functools
+
+import numpy as np
+import pytest
+
+import bnfast
+from bnfast import _core, functional
+from fuzz import run
+from fuzz.calls import CALLS
+from fuzz.layer_models import LAYERS
+
+# Of each function or layer, and kind.
+CASES = 25
+
+
+def numbers(kind, name, cases=CASES):
+    first = run.SUBJECTS.index((kind, name))
+    return [first + k * len(run.SUBJECTS) for k in range(cases)]
+
+
+def complaints(kind, name, cases=CASES):
+    """Of so many cases."""
+    outcomes = [run.run_case(number) for number in numbers(kind, name, cases)]
+    return "\n".join(text for outcome in outcomes for text in outcome.complaints)
+
+
+@pytest.mark.filterwarnings("ignore")  # a case looks at those of its calls
+@pytest.mark.parametrize(("kind", "name"), run.SUBJECTS, ids=map(" of ".join, run.SUBJECTS))
+def test_nothing_is_wrong(kind, name):
+    for number in numbers(kind, name):
+        outcome = run.run_case(number)
+        assert not outcome.complaints, run.report(number, outcome)
+
+
+def test_the_cases_are_of_all_functions_and_layers():
+    functions = {name for name in functional.__all__ if name[0].islower()}
+    assert set(CALLS) == functions
+    layers = {name for name in bnfast.__all__ if hasattr(getattr(bnfast, name), "load_state_dict")}
+    assert set(LAYERS) == layers
+
+
+# The fuzzer must be able to fail: of each kind of error there is one
+
+
+def replaced(monkeypatch, name, change):
+    """Let a function do something wrong."""
+    right = getattr(bnfast, name)
+
+    @functools.wraps(right)
+    def wrong(*arguments, **keywords):
+        return change(right, *arguments, **keywords)
+
+    monkeypatch.setattr(bnfast, name, wrong)
+
+
+def test_a_wrong_value_is_reported(monkeypatch):
+    def change(right, *arguments, **keywords):
+        y = right(*arguments, **keywords)
+        y *= 1 + 4e-6
+        return y
+
+    replaced(monkeypatch, "rms_norm", change)
+    assert "allowed" in complaints("values", "rms_norm")
+
+
+def test_a_wrong_gradient_is_reported(monkeypatch):
+    def change(right, *arguments, **keywords):
+        dx, dweight, dbias = right(*arguments, **keywords)
+        return dx, dweight * (1 + 4e-6), dbias
+
+    replaced(monkeypatch, "group_norm_backward", change)
+    assert "dweight" in complaints("values", "group_norm_backward")
+
+
+def test_other_bits_are_reported(monkeypatch):
+    def change(right, *arguments, **keywords):
+        y, mean, invstd = right(*arguments, **keywords)
+        if _core.active_isa() != bnfast.available_isas()[0] or bnfast.get_num_threads() > 1:
+            mean = np.nextafter(mean, np.inf)
+        return y, mean, invstd
+
+    replaced(monkeypatch, "batch_norm_forward", change)
+    assert "has other bits" in complaints("values", "batch_norm_forward")
+
+
+def test_a_leak_into_other_channels_is_reported(monkeypatch):
+    def change(right, *arguments, **keywords):
+        of = right(*arguments, **keywords)
+        return bnfast.Moments(of.count, of.mean + 0 * of.mean.sum(), of.m2)
+
+    replaced(monkeypatch, "moments", change)
+    assert "changed others of result" in complaints("values", "moments", 2 * CASES)
+
+
+def test_what_is_written_beside_out_is_reported(monkeypatch):
+    def change(right, *arguments, out=None, **keywords):
+        y = right(*arguments, out=out, **keywords)
+        if out is not None and type(out.base) is np.ndarray and out.base.dtype == np.uint8:
+            out.base[0] = 0
+        return y
+
+    replaced(monkeypatch, "instance_norm", change)
+    assert "was written" in complaints("values", "instance_norm", 2 * CASES)
+
+
+def test_a_call_that_writes_before_it_raises_is_reported(monkeypatch):
+    def change(right, *arguments, out=None, **keywords):
+        if isinstance(out, np.ndarray) and out.dtype.kind == "f" and out.flags.writeable:
+            out[...] = 0
+        return right(*arguments, out=out, **keywords)
+
+    replaced(monkeypatch, "group_norm", change)
+    assert "out was changed" in complaints("wrong arguments", "group_norm", 2 * CASES)
+
+
+def test_an_error_that_does_not_name_the_argument_is_reported(monkeypatch):
+    def change(right, *arguments, **keywords):
+        try:
+            return right(*arguments, **keywords)
+        except (TypeError, ValueError) as error:
+            raise ValueError("something is wrong") from error
+
+    replaced(monkeypatch, "weight_norm", change)
+    assert "names none of" in complaints("wrong arguments", "weight_norm")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_state_that_a_refused_call_changes_is_reported(monkeypatch):
+    right = bnfast.GroupNorm.__call__
+
+    def call(self, x, **keywords):
+        self.weight *= 2
+        y = right(self, x, **keywords)
+        self.weight /= 2
+        return y
+
+    monkeypatch.setattr(bnfast.GroupNorm, "__call__", call)
+    found = complaints("sequences", "GroupNorm", 3 * CASES)
+    assert "was changed by something that is refused" in found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_running_statistics_that_are_off_are_reported(monkeypatch):
+    right = bnfast.BatchNorm.__call__
+
+    def call(self, x, **keywords):
+        y = right(self, x, **keywords)
+        if self.training and self.running_var is not None:
+            self.running_var *= 1 + 1e-5
+        return y
+
+    monkeypatch.setattr(bnfast.BatchNorm, "__call__", call)
+    assert "running_var" in complaints("sequences", "BatchNorm", 2 * CASES)
+
+
+def test_the_command_repeats_a_case_and_says_what_is_wrong(monkeypatch, capsys):
+    number = numbers("values", "layer_norm")[0]
+    assert run.main(["--case", str(number)]) == 0
+    assert "bnfast.layer_norm(" in capsys.readouterr().out
+    replaced(monkeypatch, "layer_norm", lambda right, *arguments, **keywords: 0.0)
+    assert run.main(["--case", str(number)]) == 1
+    assert f"python tests/fuzz --case {number}" in capsys.readouterr().out
+    assert run.main(["--seconds", "20", "--only", "layer_norm", "--failures", "1"]) == 1
+    said = capsys.readouterr().out
+    assert "WRONG: layer_norm" in said and "calls per second" in said

@@ -1,0 +1,329 @@
+"""A call of a function, with arguments in any memory, held against the oracle."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import bnfast
+from fuzz import buffers, case, draws, machines
+from fuzz.buffers import Buffer
+from fuzz.call import Call, Expected, Refused
+from fuzz.calls import CALLS
+from fuzz.judge import complaint, same_bits
+
+# What a BLAS has a part in, which may choose another order for other memory.
+OF_MATRICES = ("decorrelated", "iterative", "spectral")
+
+# What is said of a running statistic that has left its dtype.
+WARNED = "infinite from now on"
+
+OUT = ("none", "none", "none", "another", "another", "in place", "overlapping", "of a parameter")
+
+
+class Prepared(NamedTuple):
+    """A call with its arguments in memory."""
+
+    positional: list[Any]
+    keywords: dict[str, Any]
+    buffers: dict[str, Buffer]
+    out: Buffer | None
+    is_input: str | None  # the argument that `out` is
+    doubtful: bool  # `out` shares memory, so that the call may refuse
+
+    def describe(self, name: str) -> str:
+        def text(key: str, value: Any) -> str:
+            return buffers.described(value, self.buffers.get(key))
+
+        parameters = list(inspect.signature(getattr(bnfast, name)).parameters)
+        given = [text(key, value) for key, value in zip(parameters, self.positional, strict=False)]
+        given += [f"{key}={text(key, value)}" for key, value in self.keywords.items()]
+        return f"bnfast.{name}({', '.join(given)})"
+
+
+def prepare(
+    call: Call, seed: int, plain: bool, arguments: dict[str, Any] | None = None
+) -> Prepared:
+    """The same call, in fresh memory, each time that the seed is the same."""
+    rng = np.random.default_rng(seed)
+    values, kept = arguments or call.arguments, {}
+    how = "none" if plain or "out" not in _parameters(call.name) else draws.pick(rng, OUT)
+    x, is_input, given = call.inputs[-1], None, {}
+    if how == "in place":
+        is_input = draws.pick(rng, call.inputs)
+    for name, value in values.items():
+        if not isinstance(value, np.ndarray):
+            given[name] = value
+            continue
+        written = name in call.updated or name == is_input
+        make = buffers.to_write if written else buffers.to_read
+        kept[name] = make(value, rng, plain)
+        given[name] = kept[name].given
+    out, doubtful = None, False
+    if how == "another":
+        out = buffers.to_write(np.full(values[x].shape, np.nan, values[x].dtype), rng, plain)
+    elif is_input is not None:
+        out, doubtful = kept[is_input], is_input not in call.in_place
+    elif how == "overlapping":
+        source = kept[draws.pick(rng, call.inputs)]
+        overlapping = buffers.shifted(source, rng)
+        if overlapping is not None:
+            out, doubtful = Buffer(overlapping, overlapping, source.memory, "overlapping"), True
+    elif how == "of a parameter":
+        out = _around_parameter(call, values[x], given, kept, rng)
+        doubtful = out is not None
+    if out is not None:
+        given["out"] = out.given
+        kept["out"] = out
+    positional, keywords = [], {}
+    may_be_positional = True
+    for name, parameter in _parameters(call.name).items():
+        may_be_positional &= name in given and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        may_be_positional &= draws.chance(rng, 0.9)
+        if may_be_positional:
+            positional.append(given[name])
+        elif name in given:
+            keywords[name] = given[name]
+    return Prepared(positional, keywords, kept, out, is_input, doubtful)
+
+
+def _around_parameter(
+    call: Call,
+    x: np.ndarray,
+    given: dict[str, Any],
+    kept: dict[str, Buffer],
+    rng: np.random.Generator,
+) -> Buffer | None:
+    """An `out` in whose memory another argument lies, which is replaced by that; or None."""
+    smaller = [
+        name
+        for name, buffer in kept.items()
+        if name not in call.inputs and 0 < buffer.view.nbytes <= x.nbytes
+    ]
+    if not smaller:
+        return None
+    name = draws.pick(rng, smaller)
+    values = kept[name].view.copy()
+    view, memory = buffers.contiguous(np.zeros(x.shape, x.dtype), rng)
+    inside = np.ndarray(values.shape, values.dtype, memory, 64)
+    inside[...] = values
+    given[name], kept[name] = inside, Buffer(inside, inside, memory, "within out")
+    return Buffer(view, view, memory, "around a parameter")
+
+
+_SIGNATURES: dict[str, Any] = {}
+
+
+def _parameters(name: str) -> Any:
+    if name not in _SIGNATURES:
+        _SIGNATURES[name] = inspect.signature(getattr(bnfast, name)).parameters
+    return _SIGNATURES[name]
+
+
+class Done(NamedTuple):
+    """What a call gave back."""
+
+    returned: tuple[Any, ...]
+    error: BaseException | None
+    warned: list[str]
+
+
+def carry_out(call: Call, prepared: Prepared, outcome: case.Outcome) -> Done:
+    outcome.called(call.name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            result = getattr(bnfast, call.name)(*prepared.positional, **prepared.keywords)
+            returned, error = call.unpack(result), None
+        except Exception as raised:
+            returned, error = (), raised
+    return Done(returned, error, [str(warning.message) for warning in caught])
+
+
+def bits_of(call: Call, prepared: Prepared, done: Done) -> list[np.ndarray]:
+    """All numbers that a call made."""
+    arrays = [np.array(array) for array in done.returned if array is not None]
+    return arrays + [prepared.buffers[name].view.copy() for name in call.updated]
+
+
+def run(name: str, rng: np.random.Generator) -> case.Outcome:
+    """Draw a call, carry it out on several machines, and judge."""
+    outcome = case.Outcome()
+    call = CALLS[name](rng)
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = call.expect()
+    seed, plain = int(rng.integers(1 << 62)), draws.chance(rng, 0.2)
+    prepared = prepare(call, seed, plain)
+    outcome.description = prepared.describe(name)
+    seen = case.witnesses(prepared.buffers)
+    with machines.running_on(machines.usual()):
+        done = carry_out(call, prepared, outcome)
+    _judge(outcome, call, prepared, done, expected, seen)
+    if done.error is not None or outcome.complaints:
+        return outcome
+    first = bits_of(call, prepared, done)
+    if not name.startswith(OF_MATRICES):
+        _repeat(outcome, call, seed, plain, first, rng)
+    if call.channels is not None and draws.chance(rng, 0.3):
+        _poison(outcome, call, rng)
+    return outcome
+
+
+def _judge(
+    outcome: case.Outcome,
+    call: Call,
+    prepared: Prepared,
+    done: Done,
+    expected: Expected | Refused,
+    seen: list[case.Witness],
+) -> None:
+    if done.error is not None:
+        names = expected.names if isinstance(expected, Refused) else ()
+        if not names and not prepared.doubtful:
+            outcome.complain(f"refused: {type(done.error).__name__}: {done.error}")
+        case.complain_of_error(outcome, done.error, (*names, "out") if prepared.doubtful else names)
+        case.complain_of_changes(outcome, seen, "by a call that raised")
+        return
+    if isinstance(expected, Refused):
+        if expected.surely:
+            outcome.complain(f"was not refused, though {expected.names} is wrong")
+        return
+    for text in done.warned:
+        if WARNED not in text:
+            outcome.complain(f"warned: {text}")
+    found = dict(zip(expected.returned, done.returned, strict=False))
+    for name, quantity in expected.returned.items():
+        if quantity is None:
+            if found[name] is not None:
+                outcome.complain(f"{name} is not None")
+        else:
+            outcome.complain(complaint(name, found[name], quantity))
+    for name, quantity in expected.updated.items():
+        outcome.complain(complaint(name, prepared.buffers[name].view, quantity))
+    _judge_memory(outcome, call, prepared, done, seen)
+
+
+def _judge_memory(
+    outcome: case.Outcome, call: Call, prepared: Prepared, done: Done, seen: list[case.Witness]
+) -> None:
+    """Nothing but results was written, and no result lies in the memory of an argument."""
+    out = prepared.out
+    if out is not None:
+        first = done.returned[0]
+        if not np.may_share_memory(first, out.view) and out.view.size:
+            outcome.complain("the result is not out")
+    for name, buffer, before in seen:
+        if out is not None and buffer.memory is out.memory:
+            if buffer is out and buffers.written(out, before, out.view.copy()) != buffer.snapshot():
+                outcome.complain("something beside out was written")
+        elif name in call.updated:
+            if buffers.written(buffer, before, buffer.view.copy()) != buffer.snapshot():
+                outcome.complain(f"something beside {name} was written")
+        elif buffer.snapshot() != before:
+            outcome.complain(f"{name} was changed")
+    if call.name.startswith("spectral"):  # returns the vectors that it was given, if need be
+        return
+    for array in done.returned[0 if out is None else 1 :]:
+        for name, buffer in prepared.buffers.items():
+            if isinstance(array, np.ndarray) and np.may_share_memory(array, buffer.memory):
+                outcome.complain(f"a result shares memory with {name}")
+
+
+def _repeat(
+    outcome: case.Outcome,
+    call: Call,
+    seed: int,
+    plain: bool,
+    first: list[np.ndarray],
+    rng: np.random.Generator,
+) -> None:
+    """On another machine, and by two Python threads at once: the same bits."""
+    machine = machines.draw(rng)
+    prepared = prepare(call, seed, plain)
+    with machines.running_on(machine):
+        done = carry_out(call, prepared, outcome)
+    _compare(outcome, first, call, prepared, done, f"on {machine}")
+    if draws.chance(rng, 0.03):
+        twice = [prepare(call, seed, plain) for _ in range(2)]
+        found: list[Done | None] = [None, None]
+
+        def work(k: int) -> None:
+            found[k] = Done(
+                call.unpack(getattr(bnfast, call.name)(*twice[k].positional, **twice[k].keywords)),
+                None,
+                [],
+            )
+
+        threads = [threading.Thread(target=work, args=(k,)) for k in range(2)]
+        with machines.running_on(machine._replace(flushing=False)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        for prepared, done in zip(twice, found, strict=True):
+            outcome.called(call.name)
+            if done is None:
+                outcome.complain("raised in one of two threads")
+            else:
+                _compare(outcome, first, call, prepared, done, "beside another thread")
+
+
+def _compare(
+    outcome: case.Outcome,
+    first: list[np.ndarray],
+    call: Call,
+    prepared: Prepared,
+    done: Done,
+    where: str,
+) -> None:
+    if done.error is not None:
+        outcome.complain(f"raised {done.error!r} {where}")
+        return
+    for k, (a, b) in enumerate(zip(first, bits_of(call, prepared, done), strict=True)):
+        if not same_bits(a, b):
+            outcome.complain(f"result {k} has other bits {where}")
+
+
+def _poison(outcome: case.Outcome, call: Call, rng: np.random.Generator) -> None:
+    """A NaN or an infinity changes no bit of another channel."""
+    names, axis = call.inputs, call.channels
+    shape = call.arguments[names[-1]].shape
+    channels = shape[axis]
+    if channels < 2 or 0 in shape:
+        return
+    bad, name = int(rng.integers(channels)), draws.pick(rng, names)
+    poisoned = call.arguments[name].copy()
+    cells = np.moveaxis(poisoned, axis, 0)[bad]
+    value = draws.pick(rng, (np.nan, np.inf, -np.inf))
+    cells[tuple(int(rng.integers(n)) for n in cells.shape)] = value
+    results = []
+    seed = int(rng.integers(1 << 62))
+    for arguments in (call.arguments, call.arguments | {name: poisoned}):
+        prepared = prepare(call, seed, True, arguments)
+        with machines.running_on(machines.usual()):
+            done = carry_out(call, prepared, outcome)
+        if done.error is not None:
+            outcome.complain(f"raised {done.error!r} with {value} in {name}")
+            return
+        results.append(bits_of(call, prepared, done))
+    for k, (a, b) in enumerate(zip(*results, strict=True)):
+        found = [_without(array, shape, axis, bad) for array in (a, b)]
+        if not same_bits(*found):
+            outcome.complain(f"{value} in channel {bad} of {name} changed others of result {k}")
+
+
+def _without(array: np.ndarray, shape: tuple[int, ...], axis: int, channel: int) -> np.ndarray:
+    """What of a result is of the other channels."""
+    if array.shape == shape:
+        return np.delete(array, channel, axis)
+    if array.size == shape[axis]:
+        return np.delete(array.reshape(-1), channel)
+    if array.ndim and array.shape[-1] == shape[axis]:
+        return np.delete(array, channel, -1)
+    return array[:0] if array.ndim else np.zeros(0)
