@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -199,7 +198,7 @@ def run(name: str, rng: np.random.Generator) -> case.Outcome:
             kept[key] = make(value, rng, draws.chance(rng, 0.5))
             arguments[key] = kept[key].given
     x = call.arguments[call.inputs[-1]]
-    has_out = "out" in inspect.signature(getattr(bnfast, name)).parameters
+    has_out = "out" in case.parameters_of(getattr(bnfast, name))
     if has_out and draws.chance(rng, 0.6):
         kept["out"] = buffers.to_write(np.full(x.shape, np.nan, x.dtype), rng, False)
         arguments["out"] = kept["out"].given

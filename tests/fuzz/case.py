@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +56,12 @@ def complain_of_error(outcome: Outcome, error: BaseException, names: tuple[str, 
         outcome.complain(f"raised {type(error).__name__}: {error}")
     elif names and not any(re.search(rf"\b{name}\b", str(error)) for name in names):
         outcome.complain(f"the message names none of {names}: {error}")
+
+
+@functools.cache
+def parameters_of(function: Any) -> Mapping[str, inspect.Parameter]:
+    """Of a function or a class."""
+    return inspect.signature(function).parameters
 
 
 def text_of(value: Any) -> str:

@@ -289,6 +289,7 @@ def blended(old: Array, new: Array, momentum: float, error: Array, precision: np
         kept = np.where(share == 1, 0, (1 - share) * old.astype(WIDE))
         added = np.where(share == 0, 0, share * new)
         sizes = {"running": np.abs(kept) + np.abs(added), "statistics": np.abs(share) * error}
+        sizes["smallest"] = np.ones(old.shape)
     if share == 0:
         sizes = {"running": np.zeros(old.shape, WIDE)}
     return Quantity(kept + added, sizes, precision, old.dtype)

@@ -75,6 +75,7 @@ def response_backward(
         size = np.abs(factor) * np.maximum(1, np.abs(xhat)) + np.abs(shift) + np.abs(floor)
         precision = NEAR if x.dtype == np.float32 else NEAR * 1e-8
         doubtful = ~(np.abs(y - floor) > precision * size)
+        doubtful = doubtful | ~moderate(factor * inverse, x.dtype)
     found = backward(dy, x, fold, None, invrms, weight, dtype=result, kept=kept)
     cell = doubtful.any(fold.over, keepdims=True) if fold.over else doubtful
     channel = fold.gather(cell.astype(WIDE)) > 0

@@ -181,6 +181,20 @@ def gradients(
     )
 
 
+def covariance_gradients(
+    by: Whitening, through: Array, eps: float, iterations: int | None
+) -> Quantity:
+    """The symmetric part of the gradient of each covariance, of a gradient of the matrices."""
+    found = np.zeros_like(through)
+    for k in np.flatnonzero(np.isfinite(by.condition)):
+        sigma = by.covariance[k] + eps * np.eye(through.shape[1])
+        found[k] = _covariance_gradient(sigma, through[k], iterations)
+    found = (found + found.transpose(0, 2, 1)) / 2
+    largest = [np.abs(part).max((1, 2), keepdims=True, initial=0) for part in (by.matrix, through)]
+    size = _conditioned(largest[0] ** 3 * largest[1] * through.shape[1] + 0 * through, by)
+    return Quantity(found.astype(np.longdouble), {"matrices": size}, DOUBLE, DOUBLE)
+
+
 def _covariance_gradient(sigma: Array, through: Array, iterations: int | None) -> Array:
     """The gradient of <through, W> with respect to each entry of the covariance."""
     size = len(sigma)

@@ -16,6 +16,7 @@ After a crash, the file that it names in the beginning has the number of the cas
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import tempfile
 import time
@@ -26,10 +27,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from fuzz import bad_arguments, layer_sequences, value_cases
+from fuzz import bad_arguments, layer_sequences, other_cases, value_cases
 from fuzz.calls import CALLS
 from fuzz.case import Outcome
 from fuzz.layer_models import LAYERS
+from fuzz.other_cases import OTHERS
 
 Kind = Callable[[str, np.random.Generator], Outcome]
 
@@ -38,6 +40,7 @@ KINDS: dict[str, tuple[Kind, tuple[str, ...]]] = {
     "values": (value_cases.run, tuple(CALLS)),
     "wrong arguments": (bad_arguments.run, tuple(CALLS)),
     "sequences": (layer_sequences.run, tuple(LAYERS)),
+    "others": (other_cases.run, tuple(OTHERS)),
 }
 SUBJECTS = [(kind, name) for kind, (_, names) in KINDS.items() for name in names]
 
@@ -100,6 +103,22 @@ class Totals:
         )
 
 
+def fuzz(totals: Totals, given: argparse.Namespace) -> None:
+    """Case after case, until the time is over, or too much is wrong."""
+    with tempfile.NamedTemporaryFile("w", prefix="bnfast-fuzz-", delete=False) as current:
+        print(f"the case in hand stands in {current.name}", flush=True)
+        for number in numbers(given.seed, given.only):
+            seconds = time.monotonic() - totals.began
+            if seconds > given.seconds or totals.wrong >= given.failures:
+                break
+            os.pwrite(current.fileno(), f"{number:<24}\n".encode(), 0)
+            outcome = run_case(number)
+            totals.add(outcome)
+            if outcome.complaints:
+                print(report(number, outcome), flush=True)
+    os.unlink(current.name)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fuzz as the command line says; 1 if something is wrong."""
     parser = argparse.ArgumentParser(
@@ -123,17 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(report(given.case, outcome) if outcome.complaints else outcome.description)
         print(totals)
         return min(totals.wrong, 1)
-    with tempfile.NamedTemporaryFile("w", prefix="bnfast-fuzz-", delete=False) as current:
-        print(f"the case in hand stands in {current.name}", flush=True)
-        for number in numbers(given.seed, given.only):
-            if time.monotonic() - totals.began > given.seconds or totals.wrong >= given.failures:
-                break
-            os.pwrite(current.fileno(), f"{number:<24}\n".encode(), 0)
-            outcome = run_case(number)
-            totals.add(outcome)
-            if outcome.complaints:
-                print(report(number, outcome), flush=True)
-    os.unlink(current.name)
+    with contextlib.suppress(KeyboardInterrupt):  # which ends it early
+        fuzz(totals, given)
     for name, count in sorted(totals.calls.items()):
         print(f"{count:9} {name}")
     print(totals)

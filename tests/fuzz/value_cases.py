@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 import warnings
 from typing import Any, NamedTuple
@@ -39,7 +38,7 @@ class Prepared(NamedTuple):
         def text(key: str, value: Any) -> str:
             return buffers.described(value, self.buffers.get(key))
 
-        parameters = list(inspect.signature(getattr(bnfast, name)).parameters)
+        parameters = list(case.parameters_of(getattr(bnfast, name)))
         given = [text(key, value) for key, value in zip(parameters, self.positional, strict=False)]
         given += [f"{key}={text(key, value)}" for key, value in self.keywords.items()]
         return f"bnfast.{name}({', '.join(given)})"
@@ -51,7 +50,11 @@ def prepare(
     """The same call, in fresh memory, each time that the seed is the same."""
     rng = np.random.default_rng(seed)
     values, kept = arguments or call.arguments, {}
-    how = "none" if plain or "out" not in _parameters(call.name) else draws.pick(rng, OUT)
+    how = (
+        "none"
+        if plain or "out" not in case.parameters_of(getattr(bnfast, call.name))
+        else draws.pick(rng, OUT)
+    )
     x, is_input, given = call.inputs[-1], None, {}
     if how == "in place":
         is_input = draws.pick(rng, call.inputs)
@@ -81,7 +84,7 @@ def prepare(
         kept["out"] = out
     positional, keywords = [], {}
     may_be_positional = True
-    for name, parameter in _parameters(call.name).items():
+    for name, parameter in case.parameters_of(getattr(bnfast, call.name)).items():
         may_be_positional &= name in given and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         may_be_positional &= draws.chance(rng, 0.9)
         if may_be_positional:
@@ -113,15 +116,6 @@ def _around_parameter(
     inside[...] = values
     given[name], kept[name] = inside, Buffer(inside, inside, memory, "within out")
     return Buffer(view, view, memory, "around a parameter")
-
-
-_SIGNATURES: dict[str, Any] = {}
-
-
-def _parameters(name: str) -> Any:
-    if name not in _SIGNATURES:
-        _SIGNATURES[name] = inspect.signature(getattr(bnfast, name)).parameters
-    return _SIGNATURES[name]
 
 
 class Done(NamedTuple):
