@@ -165,6 +165,7 @@ def gradients(
     large = np.abs(by.mean).reshape(groups, -1, 1)
     terms = np.abs(upstream) * (np.abs(by.matrix) @ (np.abs(c) + large))
     of_weight = _conditioned(terms.sum(2) + 0 * dweight, by)
+    rounded = np.abs(upstream).sum(2) * np.abs(by.matrix).sum(2)
 
     def flat(array: Array) -> Array:
         return array.reshape(-1).astype(np.longdouble)
@@ -176,7 +177,12 @@ def gradients(
             x.dtype,
             x.dtype,
         ),
-        Quantity(flat(dweight), {"matrices": flat(of_weight)}, x.dtype, result),
+        Quantity(
+            flat(dweight),
+            {"matrices": flat(of_weight), "smallest": flat(1 + rounded)},
+            x.dtype,
+            result,
+        ),
         Quantity(flat(dbias), {"matrices": flat(np.abs(upstream).sum(2))}, x.dtype, result),
     )
 
