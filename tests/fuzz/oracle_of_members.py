@@ -319,7 +319,11 @@ def standardized_backward(
         good = good & moderate(number, w.dtype)
     good = good & (np.isinf(spread) | moderate(spread, DOUBLE) & (spread > 0))
     sizes = {"dx": unjudged(size, np.broadcast_to(good, size.shape)), "smallest": lost}
+    # Where the divisor is constant, what rounding left of the mean is not looked for.
+    step = np.spacing(np.abs(given).astype(np.float64)) / 2
     gains = {
+        "known": np.where(np.isinf(spread), np.abs(upstream).sum(fold.over, keepdims=True), 0)
+        * (step / divisor),
         "sums": unjudged(of_gain.sum(fold.over, keepdims=True) / divisor, good),
         "smallest": fold.count * (1 + 1 / divisor),
     }

@@ -15,6 +15,7 @@ from fuzz.oracle import Array, blended, unjudged
 
 STEP = 1e-150  # of a complex step: nothing is subtracted, so it may be as small as it likes
 LARGEST_CONDITION = 1e6
+LARGEST_VARIANCE, LEAST_VARIANCE = 1e100, 1e-9  # gradients have their roots to the third power
 
 
 class Whitening(NamedTuple):
@@ -80,7 +81,8 @@ def of_covariance(mean: Array, covariance: Array, eps: float, iterations: int | 
         values = np.linalg.eigvalsh(sigma)
         least = values.min(initial=np.inf)
         good = least > 0 and values.max() < LARGEST_CONDITION * least
-        conditions.append(values.max() / least if good and 1e-9 < least else np.inf)
+        usable = good and least > LEAST_VARIANCE and values.max() < LARGEST_VARIANCE
+        conditions.append(values.max() / least if usable else np.inf)
         matrices.append(root_of(sigma, iterations) if good else np.full_like(sigma, np.nan))
     shape = covariance.shape
     return Whitening(
