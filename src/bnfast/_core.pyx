@@ -11,7 +11,7 @@ from cpython.ref cimport Py_INCREF
 from cython.parallel cimport prange
 from libc.stddef cimport ptrdiff_t, size_t
 from libc.stdint cimport uintptr_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free
 from libc.string cimport memcmp, memcpy, memset, strcpy
 
 import numpy
