@@ -1,6 +1,7 @@
-"""The scripts of examples/, as a user calls them, and the page that one of them makes."""
+"""The programs of examples/, as a user calls them, and the program that makes docs/choosing.md."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,9 +10,58 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPT, PAGE = ROOT / "examples" / "choosing.py", ROOT / "docs" / "choosing.md"
+EXAMPLES, PAGE = ROOT / "examples", ROOT / "docs" / "choosing.md"
+SCRIPT = PAGE.parent / "make_choosing.py"
 TABLE = re.compile(r"<!-- (\S+): begin -->\n(.*?)\n<!-- \1: end -->", re.DOTALL)
 PICTURES = {"batch-size.png", "order.png", "scale-and-rate.png"}
+
+
+def run_example(name, folder):
+    command = [sys.executable, EXAMPLES / f"{name}.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert not list(folder.iterdir())  # it leaves nothing behind
+    return done.stdout
+
+
+def largest_numbers(text):
+    return [float(number) for number in re.findall(r"largest \w+:? (\S+)", text)]
+
+
+def test_every_example_is_run_here():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        "train",
+        "infer_in_place",
+        "load_pytorch_state",
+    }
+
+
+def test_train_learns_the_digits(tmp_path):
+    pytest.importorskip("sklearn")
+    accuracies = re.findall(r"epoch \d: ([\d.]+)%", run_example("train", tmp_path))
+    assert float(accuracies[-1]) > 90
+
+
+def test_infer_in_place_agrees_with_the_formula(tmp_path):
+    errors = largest_numbers(run_example("infer_in_place", tmp_path))
+    assert len(errors) == 2 and max(errors) < 2e-6
+
+
+def test_load_pytorch_state_agrees_with_pytorch(tmp_path):
+    pytest.importorskip("torch")
+    text = run_example("load_pytorch_state", tmp_path)
+    differences = largest_numbers(text)
+    assert len(differences) == 2 and max(differences) < 1e-5
+    assert "batches that both have seen: 3\n" in text
+
+
+def test_load_pytorch_state_says_so_without_pytorch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError\n")
+    command = [sys.executable, EXAMPLES / "load_pytorch_state.py"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 1
+    assert done.stderr == "PyTorch is not installed: nothing to load from\n"
 
 
 def test_choosing_draws_its_pictures_and_fills_the_page(tmp_path):

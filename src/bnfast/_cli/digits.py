@@ -1,6 +1,6 @@
 """A small convolutional network for scikit-learn's handwritten digits, in plain NumPy and NHWC.
 
-Its normalization is bnfast, or none. ``python -m bnfast demo`` and ``examples/choosing.py`` train
+Its normalization is bnfast, or none. ``python -m bnfast demo`` and ``docs/make_choosing.py`` train
 it.
 """
 

@@ -1,8 +1,8 @@
 """Train a small network in many ways; write the pictures and tables of docs/choosing.md.
 
     python -m pip install ".[demo]"
-    python examples/choosing.py              about eight minutes on two cores
-    python examples/choosing.py --quick      a trial, under a minute, into choosing-quick/
+    python docs/make_choosing.py              about eight minutes on two cores
+    python docs/make_choosing.py --quick      a trial, under a minute, into choosing-quick/
 
 The network is that of `python -m bnfast demo`: three convolutions for handwritten digits of 8x8
 pixels, plain SGD. Everything is seeded: the same machine gives the same accuracies.
@@ -32,7 +32,7 @@ from bnfast._cli.bench.run import machine
 from bnfast._cli.bench.timing import take_turns
 from bnfast._cli.digits import Network, Normalization
 
-PAGE = Path(__file__).parent.parent / "docs" / "choosing.md"
+PAGE = Path(__file__).parent / "choosing.md"
 
 GHOST, GROUPS = 16, 8
 RATE_PER_IMAGE = 0.1 / 32  # the learning rate goes with the size of the batch
