@@ -1,12 +1,13 @@
-"""Measure, and write what the README and docs/ show of it.
+"""Measure, and write what README.md and docs/ show of the measured times and errors.
 
     python benchmarks/make_tables.py              about twenty minutes
     python benchmarks/make_tables.py batch        batch norm alone; or family, or weights
     python benchmarks/make_tables.py --quick      a trial
 
-The geometric means, and for batch norm the picture and what a call costs, go between the markers of
-README.md, all cells with every loss into docs/benchmark.md and its neighbours of the family and of
-the weights. Everything is measured by `python -m bnfast bench`.
+All tables and pictures go into docs/benchmark.md and its neighbours for the family and for weights;
+README.md gets the geometric means of batch norm, and one sentence for the others: where a rival is
+faster. Each text is written between the two markers of its name. Everything is measured by
+`python -m bnfast bench`, but for the cost of a call, which is measured here.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +27,12 @@ from bnfast._cli.bench.rivals import numpy_formulas
 from bnfast._cli.bench.timing import take_turns
 
 ALT = "Ratios in every cell, and bandwidth with its limit"
+RATIOS = "Times of the rivals as multiples of bnfast's time (and largest errors):"
 ROOT = Path(__file__).parent.parent
 README, DOCS = ROOT / "README.md", ROOT / "docs"
+
+# The rivals that README.md has room for.
+IN_README = "NumPy", "PyTorch", "oneDNN", "oneDNN blocked", "ONNX Runtime", "JAX"
 
 
 def bench(*arguments):
@@ -72,61 +78,148 @@ def call_table():
     return report.markdown_table(sheet)
 
 
-def write_into_readme(marker, *parts):
-    """Replace what is between the markers of this name."""
+def write_between(page, marker, parts):
+    """Replace what a page has between the two markers of this name."""
     begin, end = (f"<!-- {marker}: {side} -->" for side in ("begin", "end"))
-    before, _, rest = README.read_text(encoding="utf-8").partition(begin)
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
     _, found, after = rest.partition(end)
     if not found:
-        raise SystemExit(f"README.md has no {begin} ... {end}")
+        raise SystemExit(f"{page} has no {begin} ... {end}")
     body = "\n\n".join(parts)
-    README.write_text(f"{before}{begin}\n{body}\n{end}{after}", encoding="utf-8")
+    page.write_text(f"{before}{begin}\n{body}\n{end}{after}", encoding="utf-8")
+
+
+def is_faster(ratio):
+    return round(ratio, 2) < 1
+
+
+def small_table(means):
+    """The geometric means for README.md; a rival that is faster is called so."""
+    lines = []
+    for mean in means:
+        line = [mean["operation"], mean["layout"].upper(), f"{mean['error of bnfast']:.0e}"]
+        for title in IN_README:
+            if title not in mean["rivals"]:
+                line.append("—")
+                continue
+            rival = mean["rivals"][title]
+            text = f"{rival['ratio']:.2f}{'†' * rival['fresh']}"
+            text = f"**{text} faster**" if is_faster(rival["ratio"]) else text
+            line.append(f"{text} ({rival['error']:.0e})")
+        lines.append(line)
+    rules = ["---", "---", *["---:"] * (1 + len(IN_README))]
+    lines = [["operation", "layout", "bnfast's error", *IN_README], rules, *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def filled(text, indent=""):
+    return textwrap.fill(text, 110, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def where_faster(means, page):
+    """One sentence for README.md: in which geometric means a rival is faster."""
+    found = []
+    for mean in means:
+        rivals = [
+            f"{title} {rival['ratio']:.2f}"
+            for title, rival in mean["rivals"].items()
+            if is_faster(rival["ratio"])
+        ]
+        layout = mean["layout"].upper()
+        where = f" in {layout}" if layout in ("NCHW", "NHWC") else ""
+        what = f"{mean['normalization']} norm {mean['operation']}{where}"
+        found += [f"{what}, {', '.join(rivals)}"] if rivals else []
+    text = "; ".join(found) or "in no geometric mean"
+    link = f"[times as fractions of bnfast's time](docs/{page.name})"
+    return filled(f"- Other libraries are faster ({link}): {text}.", "  ")
+
+
+def tables(means, picture, count, losses, cells, notes, between=()):
+    """What is measured of one kind, as the parts of its page."""
+    return [
+        "## Geometric means",
+        RATIOS,
+        means,
+        f"![{ALT}]({picture})",
+        *between,
+        "## Where a rival is faster",
+        f"In {count} comparisons, the worst first:",
+        losses,
+        "## All cells",
+        RATIOS,
+        cells,
+        "## The measurement",
+        *notes,
+    ]
+
+
+def tables_of(results, picture, between=()):
+    means, losses, cells = (
+        report.markdown_table(sheet)
+        for sheet in (
+            report.all_means(results),
+            report.all_losses(results),
+            report.all_cells(results),
+        )
+    )
+    count = counted(report.all_losses(results))
+    return tables(means, picture, count, losses, cells, report.notes(results), between)
+
+
+def small_tables(means, losses, machine):
+    """What README.md shows of batch norm."""
+    text = (
+        f"Geometric means over {means[0]['cells']} shapes of convolutional networks; {machine}, "
+        f"one thread, float32. Of all comparisons, another library is faster in "
+        f"[{losses}](docs/benchmark.md#where-a-rival-is-faster)."
+    )
+    return [small_table(means), filled(text)]
+
+
+def counted(losses):
+    """Return "3 of 40" from the title of the losses."""
+    return losses.title.partition(": ")[2].removesuffix(" comparisons")
+
+
+def far_and_call(far, call):
+    """What docs/benchmark.md shows besides: a mean that is far off, and small calls."""
+    return [
+        "## A mean far from zero",
+        "Data whose mean is 10,000 times its standard deviation:",
+        far,
+        "## What one call costs",
+        "The median time of one call, with arrays that stay in the caches:",
+        call,
+    ]
 
 
 def make_batch_tables(*quick):
-    picture = DOCS / "benchmark.png"
+    page, picture = DOCS / "benchmark.md", DOCS / "benchmark.png"
     results = bench("--plot", str(picture), *quick)
     far = bench("--op", "training", "--shapes", "32x64x56x56", "--mean", "1e4", *quick)
     bnfast.set_num_threads(1)
-    write_into_readme(
-        "table",
-        "Times of the rivals as multiples of bnfast's, geometric means (and largest errors):",
-        report.markdown_table(report.all_means(results)),
-        f"{report.all_losses(results).title}; [all cells](docs/benchmark.md).",
-        f"![{ALT}](docs/benchmark.png)",
-        "The same with data whose mean is 10,000 times its standard deviation:",
-        report.markdown_table(report.all_cells(far)),
-        call_table(),
-        *report.notes(results),
-        "All of it is made by `python benchmarks/make_tables.py`.",
-    )
-    text = f"# Every cell\n\n{report.markdown(results)}\n\n![{ALT}]({picture.name})\n"
-    (DOCS / "benchmark.md").write_text(text, encoding="utf-8")
+    between = far_and_call(report.markdown_table(report.all_cells(far)), call_table())
+    write_between(page, "tables", tables_of(results, picture.name, between))
+    here = results["machine"]
+    machine = f"{here['cpu']}, {here['instruction set']}"
+    losses = counted(report.all_losses(results))
+    write_between(README, "table", small_tables(results["geometric means"], losses, machine))
 
 
-def make_tables_of(kind, title, *arguments):
-    """The geometric means go into README.md, and all cells into a page of their own."""
+def make_tables_of(kind, *arguments):
+    """All cells go into a page of their own, and where a rival is faster into README.md as well."""
     page, picture = DOCS / f"{kind}_benchmark.md", DOCS / f"{kind}_benchmark.png"
     results = bench(*arguments, "--plot", str(picture))
-    write_into_readme(
-        f"{kind} table",
-        "Times of the rivals as multiples of bnfast's, geometric means (and largest errors):",
-        report.markdown_table(report.all_means(results)),
-        f"{report.all_losses(results).title}; [all cells](docs/{page.name}), with the rest "
-        "of what is to be known.",
-    )
-    text = f"# {title}\n\n{report.markdown(results)}\n\n![{ALT}]({picture.name})\n"
-    page.write_text(text, encoding="utf-8")
+    write_between(page, "tables", tables_of(results, picture.name))
+    write_between(README, kind, [where_faster(results["geometric means"], page)])
 
 
 def make_family_tables(*quick):
-    family = ("layer", "rms", "group", "instance")
-    make_tables_of("family", "Every cell of the family", "--norm", *family, *quick)
+    make_tables_of("family", "--norm", "layer", "rms", "group", "instance", *quick)
 
 
 def make_weights_tables(*quick):
-    names = ("weight", "spectral")
-    make_tables_of("weights", "Every cell of the weights", "--norm", *names, *quick)
+    make_tables_of("weights", "--norm", "weight", "spectral", *quick)
 
 
 TABLES = {
@@ -144,7 +237,6 @@ def main():
     unknown = set(options.tables) - set(TABLES)
     if unknown:
         parser.error(f"{', '.join(sorted(unknown))}: none of {', '.join(TABLES)}")
-    DOCS.mkdir(exist_ok=True)
     for name in options.tables or TABLES:
         TABLES[name](*["--quick"] * options.quick)
 

@@ -1,0 +1,96 @@
+"""The pages in Markdown: links lead somewhere, Python runs, CI runs the README's commands."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = (
+    sorted(ROOT.glob("*.md"))
+    + sorted(ROOT.glob("docs/*.md"))
+    + sorted(ROOT.glob("benchmarks/*.md"))
+)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+COMMAND = re.compile(r"^    (python .*?)(?:  +#.*)?$", re.MULTILINE)
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+def anchors(page):
+    """What GitHub makes of the headings of a page."""
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page, text):
+    broken = []
+    for link in LINK.findall(FENCED.sub("", text)):
+        if link.startswith(("https://", "http://", "mailto:")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    return broken
+
+
+def code_of(page):
+    blocks = FENCED.findall(page.read_text(encoding="utf-8"))
+    return [code for language, code in blocks if language == "python"]
+
+
+BLOCKS = [(page, code) for page in PAGES for code in code_of(page)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_relative_link_and_anchor_exists(page):
+    assert broken_links(page, page.read_text(encoding="utf-8")) == []
+
+
+def test_a_broken_link_is_found():
+    links = ["docs/nothing.md", "docs/numerics.md#nothing", "docs/numerics.md#range", "#nothing"]
+    text = " ".join(f"[text]({link})" for link in links)
+    assert broken_links(ROOT / "README.md", text) == [links[0], links[1], links[3]]
+
+
+def test_the_index_links_every_page_of_docs():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    linked = {link.partition("#")[0] for link in LINK.findall(index)}
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} <= linked
+
+
+@pytest.mark.parametrize(
+    ("page", "code"), BLOCKS, ids=[f"{name_of(page)}-{len(code)}" for page, code in BLOCKS]
+)
+def test_python_in_pages_runs(page, code, tmp_path):
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_has_python():
+    assert code_of(ROOT / "README.md")
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    ci = ROOT / ".ci" / "run"
+    if not ci.is_file():
+        pytest.skip("an sdist has no .ci")
+    commands = COMMAND.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    parts = [part for command in commands for part in command.split(" && ")]
+    assert "python -m bnfast demo" in parts and "python -m pytest" in parts
+    # CI installs a plain clone in `fresh`, and all extras for the comparison in one command.
+    script = ci.read_text(encoding="utf-8")
+    elsewhere = {
+        "python -m pip install .": 'fresh "${pythons[0]}" .\n',
+        'python -m pip install ".[bench]"': 'python -m pip install ".[demo,test,torch,bench,lint]"',
+    }
+    for part in parts:
+        assert elsewhere.get(part, part) in script
