@@ -199,3 +199,11 @@ def test_a_last_ghost_of_one_value_is_refused_before_anything_is_written(rng):
         layer(images(rng, np.float32, (5, 3)), out=out)
     np.testing.assert_array_equal(out, 7)
     np.testing.assert_equal(layer.state_dict(), before)
+
+
+@pytest.mark.filterwarnings("error")
+def test_gradients_that_are_not_finite_raise_no_warning():
+    x, dy = np.array([[1.0], [1.0], [-1.0]]), np.ones((3, 1))
+    saved = np.zeros((2, 1)), np.full((2, 1), np.inf)
+    _, dweight, _ = bnfast.ghost_batch_norm_backward(dy, x, 2, *saved)
+    assert not np.isfinite(dweight).any()

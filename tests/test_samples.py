@@ -334,6 +334,10 @@ D, INVSTD = np.ones((2, 4)), np.ones((2, 4))
             *(ValueError, r"mean must be as forward returned it, of shape \(N, G\)"),
         ),
         (
+            lambda: bnfast.group_norm_backward(X, X, np.zeros((2, 3)), np.ones((2, 3))),
+            *(ValueError, r"mean .* G groups divide the 4 channels, got float64 array of shape"),
+        ),
+        (
             lambda: bnfast.group_norm_backward(X, X, np.zeros((2, 2)), np.ones((2, 4))),
             *(ValueError, r"invstd must be as forward returned it, shape \(2, 2\)"),
         ),

@@ -347,3 +347,9 @@ def test_weights_that_have_no_singular_vectors_leave_those_there_are(rng, bad):
     np.testing.assert_equal(layer.state_dict(), before)
     begun = SpectralNorm(hopeless)
     assert np.isfinite(begun(w)).all()
+
+
+def test_a_layer_refuses_weights_of_half_precision(rng):
+    w = rng.normal(size=(4, 3)).astype(np.float32)
+    with pytest.raises(TypeError, match="w must be float32 or float64"):
+        bnfast.SpectralNorm(w)(w.astype(np.float16))

@@ -294,3 +294,11 @@ def test_a_bad_state_changes_nothing(rng):
         with pytest.raises(error, match=message):
             layer.load_state_dict(bad)
         np.testing.assert_equal(layer.state_dict(), before)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_filter_longer_than_float64_can_hold_raises_no_warning():
+    v = np.full((2, 400), np.finfo(np.float64).max)
+    w, norm = bnfast.weight_norm_forward(v, np.ones(2))
+    np.testing.assert_allclose(w, 1 / 20, rtol=1e-14)
+    assert np.isinf(norm).all()

@@ -219,11 +219,16 @@ cdef Py_ssize_t _channels_per_group(num_groups, Py_ssize_t channels) except -1:
     return _validation.channels_of_group(num_groups, channels)
 
 
-cdef object _groups_of(mean):
-    """How many groups the saved statistics of a group normalization have."""
+cdef Py_ssize_t _channels_per_saved_group(mean, Py_ssize_t channels) except -1:
+    """Of as many groups as the saved statistics of a group normalization have."""
+    cdef Py_ssize_t groups = 0
+    if channels == 0:
+        return 1
     if _is_array(mean) and cnp.PyArray_NDIM(<cnp.ndarray>mean) == 2:
-        return cnp.PyArray_DIM(<cnp.ndarray>mean, 1)
-    return _validation.groups_of_statistics("mean", mean)
+        groups = cnp.PyArray_DIM(<cnp.ndarray>mean, 1)
+    if groups == 0 or channels % groups:
+        groups = _validation.groups_of_statistics("mean", mean, channels)
+    return channels // groups
 
 
 cdef inline object _upstream(dy, cnp.ndarray x):

@@ -275,9 +275,7 @@ cdef tuple _gradient(
     cdef int ndim, kind
     upstream = _upstream(dy, x)
     if grouped:
-        groups = _groups_of(mean)
-        if channels > 0:
-            per_group = _channels_per_group(groups, channels)
+        per_group = _channels_per_saved_group(mean, channels)
     ndim = _statistics_shape(x, axis, over, per_group, shape)
     centre = _saved("mean", mean, ndim, shape) if over.centred else None
     cdef str saved = "invstd" if over.centred else "invrms"

@@ -124,14 +124,15 @@ def matrices_of_groups(name: str, value: object, channels: int | None = None) ->
     return array
 
 
-def groups_of_statistics(name: str, value: object) -> int:
+def groups_of_statistics(name: str, value: object, channels: int) -> int:
     """Return how many groups the saved statistics of a group normalization have."""
     array = floating_array(name, value)
-    if array.ndim != 2:
+    groups: int = array.shape[1] if array.ndim == 2 else 0
+    if groups == 0 or channels % groups:
         raise ValueError(
-            f"{name} must be as forward returned it, of shape (N, G), got {_describe(array)}"
+            f"{name} must be as forward returned it, of shape (N, G) where G groups divide the "
+            f"{channels} channels, got {_describe(array)}"
         )
-    groups: int = array.shape[1]
     return groups
 
 

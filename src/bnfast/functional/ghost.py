@@ -252,7 +252,8 @@ def ghost_batch_norm_backward(
                 *(dy_part, x_part, _moved(array, axis), centre[taken], inverse[taken], wide),
                 *(False, dx_part, PER_SAMPLE),
             )
-            sums += gradients
+            with np.errstate(all="ignore"):
+                sums += gradients
     dtype = array.dtype if own is None else own.dtype
     with np.errstate(all="ignore"):
         dweight, dbias = sums.astype(dtype)

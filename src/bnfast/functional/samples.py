@@ -411,8 +411,8 @@ def group_norm_backward(
             dy, x, axis, mean, invstd, weight, False, out, GROUPS, grouped=True
         )
     array, channels = _validation.channel_axis_of_samples(x, axis)
-    num_groups = _validation.groups_of_statistics("mean", mean)
-    together = _validation.channels_of_group(num_groups, channels) if channels else 1
+    groups = _validation.groups_of_statistics("mean", mean, channels) if channels else 1
+    together = max(channels // groups, 1)
     own = _of_channels("weight", weight, channels, together)
     # Float64, so that the gradients of channels are not rounded before they are added up.
     wide = np.ones(channels) if own is None else own.astype(np.float64)

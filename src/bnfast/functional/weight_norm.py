@@ -134,7 +134,7 @@ def weight_norm_forward(
     w, _, invrms = _primitives.normalize(
         filters, axis, lengths / root, None, 0.0, out=target, over=_LENGTH
     )
-    with np.errstate(divide="ignore"):
+    with np.errstate(all="ignore"):
         norm = root / invrms
     if not in_place:
         special = _special_filters(filters, axis, norm, least)

@@ -114,7 +114,7 @@ class Whitened(NamedTuple):
         shape = self.matrix.shape
         eigenvalues = _validation.saved_statistic("eigenvalues", self.eigenvalues, shape[:2])
         vectors = _validation.saved_statistic("eigenvectors", self.eigenvectors, shape)
-        upstream = _validation.state("dmatrix", dmatrix, shape).astype(np.float64)
+        upstream = _validation.shaped("dmatrix", dmatrix, shape).astype(np.float64)
         with np.errstate(all="ignore"):
             root = np.sqrt(eigenvalues)
             one, other = root[:, :, None], root[:, None, :]
@@ -230,7 +230,7 @@ class IterativelyWhitened(NamedTuple):
         shape = self.matrix.shape
         covariance = _validation.saved_statistic("covariance", self.covariance, shape)
         steps = _validation.integer_from("iterations", self.iterations, 1)
-        upstream = _validation.state("dmatrix", dmatrix, shape).astype(np.float64)
+        upstream = _validation.shaped("dmatrix", dmatrix, shape).astype(np.float64)
         with np.errstate(all="ignore"):
             trace, iterates = _newton_schulz(covariance.astype(np.float64), steps)
             of_root = upstream / np.sqrt(trace)
