@@ -1,5 +1,7 @@
 """``python -m bnfast bench``: what it measures, and what it says of it. No speed is tested."""
 
+import contextlib
+import itertools
 import json
 import re
 import subprocess
@@ -12,7 +14,7 @@ import bnfast
 from bnfast import _cli, _core
 from bnfast import _reference as reference
 from bnfast._cli.bench import cell as cells
-from bnfast._cli.bench import limit, normalizations, rivals, timing, workloads
+from bnfast._cli.bench import limit, normalizations, regime, rivals, timing, workloads
 from bnfast._cli.bench.normalizations import NORMALIZATIONS, exact_result, make_data
 from bnfast._cli.bench.rivals import numpy_formulas
 from tolerances import CLOSE_F32, CLOSE_F64, RIVAL, ROUNDED_F32
@@ -327,6 +329,136 @@ def test_a_contender_that_raises_leaves_the_rounds(monkeypatch):
     assert len(calls) == 9
 
 
+class Clock:
+    """Time that passes only where it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(timing, "perf_counter", lambda: self.now)
+
+    def taking(self, *seconds):
+        """A call that takes these times in turn."""
+        times = itertools.cycle(seconds)
+
+        def call():
+            self.now += next(times)
+
+        return call
+
+
+def test_what_goes_before_a_call_is_not_timed(monkeypatch):
+    clock = Clock(monkeypatch)
+    a, b, log = clock.taking(0.25), clock.taking(0.5), []
+
+    def before():
+        log.append("-")
+        clock.now += 100
+
+    calls = {"a": lambda: (log.append("a"), a()), "b": lambda: (log.append("b"), b())}
+    results = timing.take_turns(calls, 0, turn=0, before=before)
+    rounds = ["-a-b" if number % 2 == 0 else "-b-a" for number in range(timing.FEWEST_ROUNDS)]
+    assert "".join(log) == "aabb" + "".join(rounds)  # twice before the first turn
+    assert (results["a"].median, results["b"].median) == (0.25, 0.5)
+    assert results["a"].rounds == timing.FEWEST_ROUNDS
+
+
+def test_own_calls_come_before_what_goes_before_the_timed_one(monkeypatch):
+    clock, log = Clock(monkeypatch), []
+    a = clock.taking(timing.WARM_UP)
+    timing.take_turns(
+        {"a": lambda: (log.append("a"), a())}, 0, turn=0, before=lambda: log.append("-")
+    )
+    assert "".join(log) == "aa" + "a-a" * timing.FEWEST_ROUNDS
+
+
+def test_percentiles_are_those_of_single_calls(monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(timing, "WARM_UP", 0)
+    times = [2.0**-10] * 18 + [0.5] * 2  # a turn of 20 calls and a bit more than a second
+    call = clock.taking(*times)
+    for _ in times[3:]:  # so that the first turn begins with the first of them
+        call()
+    result = timing.take_turns({"a": call}, 0, turn=1.01, before=lambda: None)["a"]
+    assert result.rounds == timing.FEWEST_ROUNDS
+    assert result.median == result.lower_quartile == result.upper_quartile == 2.0**-10
+    assert result.p95 == 0.5
+
+
+def test_many_calls_at_a_time_have_no_95th_percentile():
+    assert timing.take_turns({"a": lambda: None}, 0)["a"].p95 is None
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_in_a_network_every_thread_touches_other_data(monkeypatch, threads):
+    touched, negative = [], np.negative
+
+    def watched(part, out):
+        touched.append((part.nbytes, part is out))
+        return negative(part, out=out)
+
+    monkeypatch.setattr(np, "negative", watched)
+    monkeypatch.setattr(regime, "OTHER_BYTES", 1 << 12)
+    with regime.REGIMES["network"].meanwhile(threads) as before:
+        assert touched == []
+        before()
+    assert touched == [(1 << 12, True)] * threads
+
+
+@pytest.fixture
+def spinning(monkeypatch):
+    """The processes that were started to spin, two at a time."""
+    started = []
+
+    class Watched(subprocess.Popen):
+        def __init__(self, *arguments, **keywords):
+            super().__init__(*arguments, **keywords)
+            started.append(self)
+
+    monkeypatch.setattr(regime.subprocess, "Popen", Watched)
+    monkeypatch.setattr(regime, "allowed_threads", lambda: 2)
+    return started
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_spinning_processes_are_ended(spinning, error):
+    ending = contextlib.nullcontext() if error is None else pytest.raises(error)
+    with ending, regime.REGIMES["busy"].meanwhile(1) as before:
+        before()
+        assert [process.poll() for process in spinning] == [None, None]
+        if error is not None:
+            raise error
+    assert len(spinning) == 2 and all(process.returncode for process in spinning)
+
+
+def test_spinning_processes_are_ended_where_one_cannot_be_started(spinning, monkeypatch):
+    start = regime.subprocess.Popen
+
+    def one_only(*arguments, **keywords):
+        if spinning:
+            raise OSError("no more processes")
+        return start(*arguments, **keywords)
+
+    monkeypatch.setattr(regime.subprocess, "Popen", one_only)
+    with pytest.raises(OSError, match="no more"), regime.REGIMES["busy"].meanwhile(1):
+        pass
+    assert len(spinning) == 1 and spinning[0].returncode
+
+
+ORPHAN = """
+import os, subprocess, sys
+from bnfast._cli.bench import regime
+child = subprocess.Popen([sys.executable, "-c", regime.SPIN], stdout=subprocess.PIPE)
+child.stdout.read(1)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="orphans keep their parent's number there")
+def test_spinning_processes_end_with_who_started_them():
+    # The orphan holds standard error open: that this returns is that it has ended.
+    subprocess.run([sys.executable, "-c", ORPHAN], check=True, capture_output=True, timeout=60)
+
+
 def test_the_limit_is_the_best_that_fits():
     rates = {"copy": 2.0, "streaming_copy": 4.0, "in_place": 3.0, "read": 16.0}
     assert limit.best("training", rates) == (4, "streaming_copy")
@@ -542,6 +674,106 @@ def test_matrix_products_have_as_many_threads_as_the_rest(run):
     run.measure(selection, watching, budget=1e-9)
     assert seen[0] == [1] * len(before)
     assert threads() == before
+
+
+def test_views_of_channels_last_memory_are_measured_beside_plain_arrays(run, monkeypatch):
+    monkeypatch.setattr(regime, "OTHER_BYTES", 1 << 12)
+    selection = run.Selection(
+        ("batch", "group", "layer"), shapes="3x64x5x5", regime="network", peers=(), quick=True
+    )
+    results = run.measure(selection, run.ready(selection), budget=1e-9)
+    assert list(results["rivals"]) == ["bnfast view"]
+    assert not results["losses"]  # whatever its ratio
+    for row in results["rows"]:
+        view = row["rivals"]["bnfast view"]
+        if row["layout"] == "nhwc":
+            assert view["error"] < RIVAL["float32"]
+            assert view["ratio"] == view["seconds"] / row["bnfast"]["seconds"]
+            assert view["itself"]
+        else:
+            assert view == {"not offered": "views of NHWC arrays alone"}
+    text = run.report.markdown(results)
+    assert "bnfast view has nothing of layer norm: views of NHWC arrays alone." in text
+    assert "**" not in text.partition("Regime network: ")[0]  # the best rival is not bnfast
+
+
+def test_views_share_the_memory_of_the_arrays():
+    from bnfast._cli.bench.rivals.bnfast_view import ChannelsLastView
+
+    data = make_data("batch", (3, 4, 5, 6), "nhwc", np.float32)
+    contender = ChannelsLastView(1).prepare(cells.Cell("batch", "inference", data), False)
+    data.out.fill(np.nan)
+    y = contender.call()
+    assert y.shape == (3, 4, 5, 6) and np.shares_memory(y, data.out)
+    np.testing.assert_array_equal(contender.read(y), data.out)
+
+
+@pytest.mark.parametrize("name", ["network", "busy"])
+def test_regimes_are_reported_in_every_form(run, name, monkeypatch, tmp_path):
+    monkeypatch.setattr(regime, "OTHER_BYTES", 1 << 12)
+    monkeypatch.setattr(regime, "allowed_threads", lambda: 1)
+    selection = run.Selection(
+        ("batch", "moments"), ("training", "moments"), shapes="3x4x5x5", regime=name, quick=True
+    )
+    stubs = {"NumPy": numpy_formulas.NumPyFormulas(1)}
+    results = run.measure(selection, stubs, budget=1e-9)
+    assert results["regime"] == name
+    assert f"--regime {name}" in results["command"]
+    text = run.report.markdown(results)
+    assert results["about the regime"].startswith(f"Regime {name}: ")
+    assert results["about the regime"] in text
+    busy = name == "busy"
+    for row in results["rows"]:
+        mine, numpy = row["bnfast"], row["rivals"]["NumPy"]
+        assert mine["quartiles"][1] <= mine["p95"] and numpy["quartiles"][1] <= numpy["p95"]
+        assert numpy["p95 ratio"] == numpy["p95"] / mine["p95"]
+        assert ("limit" in row) == ("fraction of limit" in mine) == (not busy)
+        both = f"{run.report.duration(numpy['seconds'])}, {run.report.duration(numpy['p95'])}"
+        assert (both in text) == busy
+    assert ("95th percentile (the shortest is marked)" in text) == busy
+    assert ("of limit" in text, "The limit is" in text, "limit is the faster" in text) == (
+        *(not busy,) * 3,
+    )
+    run.figure.draw(results, tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_usual_regimes_say_nothing_of_percentiles(run):
+    for name in ("out", "fresh"):
+        selection = run.Selection(
+            operations=("training",), shapes="3x4x5x5", regime=name, quick=True
+        )
+        results = run.measure(selection, {}, budget=1e-9)
+        assert not regime.REGIMES[name].about()
+        text = json.dumps(results) + run.report.markdown(results)
+        assert "p95" not in text and "percentile" not in text and "Regime" not in text
+
+
+def test_a_network_has_the_shapes_of_resnet18(run):
+    def half(size, kernel, padding):
+        return (size + 2 * padding - kernel) // 2 + 1
+
+    size = half(112, 7, 3)  # the first convolution
+    expected = [(16, 64, size, size)]
+    size = half(size, 3, 1)  # pooled
+    for channels in (64, 128, 256, 512):
+        expected.append((16, channels, size, size))
+        size = half(size, 3, 1)
+    assert workloads.parse("resnet18") == tuple(expected)
+    for quick in (False, True):
+        selection = run.Selection(regime="network", quick=quick)
+        shapes = dict.fromkeys(shape for shape, _, _ in selection.cells_of("batch"))
+        assert list(shapes) == expected
+    selection = run.Selection(regime="network", shapes="2x64")
+    assert [shape for shape, _, _ in selection.cells_of("batch")] == [(2, 64)]
+
+
+def test_regimes_are_chosen_and_explained_on_the_command_line():
+    for name in regime.REGIMES:
+        assert _cli._parser().parse_args(["bench", "--regime", name]).regime == name
+    help_text = " ".join(bench("--help").stdout.split())
+    assert "network: to given memory, each call after 32 MiB" in help_text
+    assert "resnet18 for batch in regime network" in help_text
 
 
 def test_who_has_nothing_of_weights_says_so(run):
@@ -762,6 +994,7 @@ def test_nothing_to_measure_is_said_before_anything_is_loaded(tmp_path):
     [
         *(("--op", "nonsense"), ("--layout", "chwn"), ("--dtype", "float16")),
         ("--norm", "weights"),
+        ("--regime", "idle"),
         *(("--shapes", "3"), ("--threads", "0"), ("--threads", "1000000")),
         *(("--peers", "nobody"), ("--json", "no/such/folder/f"), ("--plot", "plot.xyz")),
         ("--markdown", "no/such/folder/f"),

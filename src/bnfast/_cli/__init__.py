@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from bnfast import __version__, show_config
 from bnfast._cli.bench import rivals, workloads
 from bnfast._cli.bench.cell import OFFSET, OPERATIONS, PAGE
 from bnfast._cli.bench.normalizations import NORMALIZATIONS
+from bnfast._cli.bench.regime import REGIMES
 from bnfast._threads import allowed_threads
 
 
@@ -97,6 +98,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _default_shapes() -> Iterator[str]:
+    for name, norm in NORMALIZATIONS.items():
+        yield f"{norm.shapes} for {name}"
+    for regime, about in REGIMES.items():
+        for name, shapes in about.shapes.items():
+            yield f"{shapes} for {name} in regime {regime}"
+
+
 def _add_bench(commands: Any) -> None:
     bench = commands.add_parser(
         "bench",
@@ -135,16 +144,17 @@ def _add_bench(commands: Any) -> None:
         type=_shapes,
         metavar="NAME|NxCxHxW,...",
         help=f"sets of shapes and shapes, of {', '.join(workloads.SETS)} "
-        f"(default: {'; '.join(f'{n.shapes} for {name}' for name, n in NORMALIZATIONS.items())})",
+        f"(default: {'; '.join(_default_shapes())})",
     )
     bench.add_argument(
         "--threads", type=_threads, default=1, help="of every contender (default: 1)"
     )
     bench.add_argument(
         "--regime",
-        choices=("out", "fresh"),
+        choices=tuple(REGIMES),
         default="out",
-        help="write to given memory, or to a new output at each call (default: out)",
+        help=f"{'; '.join(f'{name}: {regime.help}' for name, regime in REGIMES.items())} "
+        "(default: out)",
     )
     bench.add_argument(
         "--peers",

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter
 
 from bnfast._cli.bench.cell import OPERATIONS
 from bnfast._cli.bench.normalizations import NORMALIZATIONS
+from bnfast._cli.bench.regime import REGIMES
 from bnfast._cli.bench.report import name, names
 
 Row = dict[str, Any]
@@ -48,7 +49,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
     machine = results["machine"]
     about = f"{machine['cpu']}, {machine['instruction set']}; {results['dtype']}, {threads}, "
     about += f"{results['offset']} bytes past a page"
-    figure.supxlabel(f"{about}; {results['command']}", fontsize=8)
+    about += f"; {results['command']}"
+    if REGIMES[results["regime"]].note:
+        about += f"\nregime {results['regime']}: {REGIMES[results['regime']].help}"
+    figure.supxlabel(about, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -82,11 +86,13 @@ def _bandwidths(axes: Axes, rows: list[Row]) -> None:
             axes.plot(sizes, achieved, MARKERS[layout], markersize=4, label=layout.upper())
     limits: dict[float, float] = {}
     for row in sorted(rows, key=lambda r: int(r["traffic"])):
-        size, rate = row["traffic"] / 2**20, row["limit"]["GB/s"]
-        limits[size] = max(rate, limits.get(size, 0))
-    axes.plot(
-        list(limits), list(limits.values()), color="black", linewidth=1, label="limit", zorder=1
-    )
+        if "limit" in row:
+            size, rate = row["traffic"] / 2**20, row["limit"]["GB/s"]
+            limits[size] = max(rate, limits.get(size, 0))
+    if limits:
+        axes.plot(
+            list(limits), list(limits.values()), color="black", linewidth=1, label="limit", zorder=1
+        )
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.set(xlabel="MiB that must be read and written", ylabel="GB/s")

@@ -28,6 +28,7 @@ from rich.table import Table
 
 from bnfast._cli.bench.cell import OPERATIONS
 from bnfast._cli.bench.normalizations import NORMALIZATIONS, called
+from bnfast._cli.bench.regime import REGIMES
 from bnfast._cli.bench.workloads import ALL_LAYOUTS, name_of
 
 Results = dict[str, Any]
@@ -64,6 +65,11 @@ def _error(row: Row, whose: str = "") -> str:
     return ", ".join(f"{error:.0e}" for error in errors.values())
 
 
+def _to_beat(outcome: Row) -> float:
+    """Return the ratio, or infinity where there is none, or no rival whose it is."""
+    return math.inf if outcome.get("itself") else float(outcome.get("ratio", math.inf))
+
+
 def geometric_means(rows: list[Row]) -> list[Row]:
     """Return the mean ratio and largest error for each normalization, operation, layout, rival."""
     means = []
@@ -84,6 +90,8 @@ def geometric_means(rows: list[Row]) -> list[Row]:
                     "cells": len(offered),
                     "fresh": any(outcome.get("fresh") for outcome in offered),
                 }
+                if offered[0].get("itself"):
+                    mean["rivals"][title]["itself"] = True
         means.append(mean)
     return means
 
@@ -100,7 +108,7 @@ def losses(rows: list[Row]) -> list[Row]:
         }
         for row in rows
         for title, outcome in row["rivals"].items()
-        if outcome.get("ratio", 1) < 1
+        if _to_beat(outcome) < 1
     ]
     return sorted(lost, key=lambda loss: float(loss["ratio"]))
 
@@ -154,12 +162,13 @@ def all_cells(results: Results) -> Sheet:
     """Return the table of all cells."""
     keys = names(results, "normalization", "operation", "shape", "layout")
     titles = _offering(results)
-    headings = [*keys, "bnfast", "±", "GB/s", "of limit", "error", *titles]
+    limit = ["of limit"] * REGIMES[results["regime"]].limit
+    headings = [*keys, "bnfast", "±", "GB/s", *limit, "error", *titles]
     lines = []
     for row in results["rows"]:
         mine = row["bnfast"]
         outcomes = [row["rivals"][title] for title in titles]
-        ratios = [outcome.get("ratio", math.inf) for outcome in outcomes]
+        ratios = [_to_beat(outcome) for outcome in outcomes]
         best = min(ratios, default=math.inf)
         lines.append(
             [
@@ -167,7 +176,7 @@ def all_cells(results: Results) -> Sheet:
                 Text(duration(mine["seconds"])),
                 Text(f"{mine['spread']:.0%}"),
                 Text(f"{mine['GB/s']:.1f}"),
-                Text(f"{mine['fraction of limit']:.0%}"),
+                *(Text(f"{mine['fraction of limit']:.0%}") for _ in limit),
                 Text(_error(mine)),
                 *(
                     Text(_outcome(outcome), math.isfinite(ratio) and ratio == best)
@@ -179,6 +188,29 @@ def all_cells(results: Results) -> Sheet:
     return Sheet(title, len(keys), headings, lines)
 
 
+def all_tails(results: Results) -> Sheet:
+    """Return the table of how long single calls take, where the regime is one of long tails."""
+    keys = names(results, "normalization", "operation", "shape", "layout")
+    titles = _offering(results)
+    lines = []
+    for row in results["rows"] if REGIMES[results["regime"]].tail else ():
+        outcomes = [row["bnfast"], *(row["rivals"][title] for title in titles)]
+        shortest = min(outcome.get("p95", math.inf) for outcome in outcomes)
+        lines.append(
+            [
+                *(Text(name(row, key)) for key in keys),
+                *(
+                    Text(f"{duration(o['seconds'])}, {duration(o['p95'])}", o["p95"] == shortest)
+                    if "p95" in o
+                    else Text(_outcome(o))
+                    for o in outcomes
+                ),
+            ]
+        )
+    title = "Single calls: the median, and the 95th percentile (the shortest is marked)"
+    return Sheet(title, len(keys), [*keys, "bnfast", *titles], lines)
+
+
 def all_means(results: Results) -> Sheet:
     """Return the table of geometric means."""
     keys = names(results, "normalization", "operation", "layout")
@@ -186,7 +218,7 @@ def all_means(results: Results) -> Sheet:
     lines = []
     for mean in results["geometric means"]:
         rivals = mean["rivals"]
-        best = min((rival["ratio"] for rival in rivals.values()), default=math.inf)
+        best = min(map(_to_beat, rivals.values()), default=math.inf)
         line = [Text(name(mean, key)) for key in keys]
         line += [Text(str(mean["cells"])), Text(_error(mean, " of bnfast"))]
         for title in titles:
@@ -197,7 +229,7 @@ def all_means(results: Results) -> Sheet:
             some = "" if rival["cells"] == mean["cells"] else f", {rival['cells']} cells"
             mark = "†" if rival["fresh"] else ""
             text = f"{_ratio(rival['ratio'])}{mark} ({_error(rival)}{some})"
-            line.append(Text(text, rival["ratio"] == best))
+            line.append(Text(text, _to_beat(rival) == best < math.inf))
         lines.append(line)
     headings = [*keys, "cells", "error", *titles]
     title = "Geometric means of the ratios (and largest errors)"
@@ -215,7 +247,8 @@ def all_losses(results: Results) -> Sheet:
         ]
         for loss in results["losses"]
     ]
-    compared = sum("ratio" in o for row in results["rows"] for o in row["rivals"].values())
+    outcomes = [outcome for row in results["rows"] for outcome in row["rivals"].values()]
+    compared = sum(math.isfinite(_to_beat(outcome)) for outcome in outcomes)
     title = f"Where a rival is faster: {len(lines)} of {compared} comparisons"
     return Sheet(title, len(keys), [*keys, "ratio", "its error", "of bnfast"], lines)
 
@@ -272,7 +305,8 @@ def notes(results: Results) -> list[str]:
                 where = ", ".join(name(row, key) for key in keys)
                 failed[f"{title} failed ({where}): {outcome['failed']}"] = None
     threads = "one thread" if results["threads"] == 1 else f"{results['threads']} threads"
-    writes = "new outputs" if results["regime"] == "fresh" else "outputs written to given memory"
+    regime = REGIMES[results["regime"]]
+    writes = regime.outputs
     if results["normalizations"] == ["moments"]:
         writes = "statistics alone, which are new"
     caches = ", ".join(f"{level} {size}" for level, size in machine["caches"].items())
@@ -285,17 +319,22 @@ def notes(results: Results) -> list[str]:
         "Medians of calls in turn, and half the distance of their quartiles; above 1 bnfast is "
         "faster; errors are the largest against float64; the best rival is marked.",
     ]
-    if set(results["normalizations"]) - {"moments"}:
+    if regime.note:
+        lines.insert(0, regime.note)
+    if regime.limit and set(results["normalizations"]) - {"moments"}:
         lines.append(
             "The limit is the best that plain and streaming copies, reads and writes in place "
             "reach on as much memory, which begins at a page, measured in the same turns."
         )
     if "moments" in results["normalizations"]:
+        limit = (
+            "; their limit is the faster of a loop that only reads as much memory, which begins at "
+            "a page, and of NumPy's maximum of the table, which is serial, measured in the same "
+            "turns"
+        )
         lines.append(
             "Moments are those of columns. Their errors are that of the mean and that of the "
-            "standard deviation, against sums in long double; their limit is the faster of a loop "
-            "that only reads as much memory, which begins at a page, and of NumPy's maximum of the "
-            "table, which is serial, measured in the same turns."
+            f"standard deviation, against sums in long double{limit * regime.limit}."
         )
     if any(o.get("fresh") for row in results["rows"] for o in row["rivals"].values()):
         lines.append("† writes to new memory at each call: it has no better way.")
@@ -303,7 +342,7 @@ def notes(results: Results) -> list[str]:
 
 
 def _sheets(results: Results) -> list[Sheet]:
-    sheets = [all_cells(results), all_means(results), all_losses(results)]
+    sheets = [all_cells(results), all_tails(results), all_means(results), all_losses(results)]
     return [sheet for sheet in sheets if sheet.rows]
 
 

@@ -18,6 +18,7 @@ import bnfast
 from bnfast._cli.bench import figure, limit, report
 from bnfast._cli.bench.cell import OFFSET, OPERATIONS, Cell, Data, largest_error
 from bnfast._cli.bench.normalizations import NORMALIZATIONS, called, exact_result, make_data
+from bnfast._cli.bench.regime import REGIMES
 from bnfast._cli.bench.rivals import (
     Contender,
     NotInstalled,
@@ -74,7 +75,9 @@ class Selection:
     def cells_of(self, name: str) -> Iterator[tuple[Shape, str, tuple[str, ...]]]:
         """Return every shape in every layout, with the operations on it, of one normalization."""
         norm = NORMALIZATIONS[name]
-        for shape in parse(self.shapes or (norm.quick_shapes if self.quick else norm.shapes)):
+        usual = norm.quick_shapes if self.quick else norm.shapes
+        shapes = self.shapes or REGIMES[self.regime].shapes.get(name, usual)
+        for shape in parse(shapes):
             possible = norm.operations_on(shape)
             operations = tuple(op for op in self.operations if op in possible)
             for layout in norm.layouts_of(shape, self.layouts):
@@ -165,6 +168,7 @@ def measure(
         "dtype": selection.dtype,
         "threads": selection.threads,
         "regime": selection.regime,
+        **REGIMES[selection.regime].about(),
         "mean": selection.mean,
         "offset": selection.offset,
         "rows": rows,
@@ -216,6 +220,8 @@ def _enter_all(
             continue
         if contender.note:
             outcome["implementation"] = contender.note
+        if contender.itself:
+            outcome["itself"] = True
         if contender.fresh:
             outcome["fresh"] = True
         own = contender.own_buffers(fresh and output is not None)
@@ -231,15 +237,20 @@ def _measure_cell(
     rivals: dict[str, Rival | str],
     seconds: float,
 ) -> dict[str, Any]:
-    fresh = selection.regime == "fresh"
-    contenders, outcomes = _enter_all(cell, fresh, rivals)
-    probes = limit.Probes(cell, selection.threads)
+    regime = REGIMES[selection.regime]
+    contenders, outcomes = _enter_all(cell, regime.fresh, rivals)
+    probes = limit.Probes(cell, selection.threads) if regime.limit else None
     calls = {name: contender.call for name, contender in contenders.items()}
-    results = take_turns(
-        {**calls, **{f"memory: {kind}": call for kind, call in probes.calls.items()}},
-        seconds,
-        settle=selection.threads > 1,
-    )
+    if probes is not None:
+        calls |= {f"memory: {kind}": call for kind, call in probes.calls.items()}
+    with regime.meanwhile(selection.threads) as before:
+        results = take_turns(
+            calls,
+            seconds,
+            settle=selection.threads > 1,
+            turn=regime.turn,
+            before=before,
+        )
     for name, result in results.items():
         if isinstance(result, Timing):
             outcomes.setdefault(name, {}).update(
@@ -248,33 +259,39 @@ def _measure_cell(
                 spread=result.spread,
                 rounds=result.rounds,
             )
+            if result.p95 is not None:
+                outcomes[name]["p95"] = result.p95
         elif name in rivals:
             outcomes[name] = {"failed": _reason(result)}
         else:
             raise result
-    probed = probes.rates(
-        {kind: outcomes.pop(f"memory: {kind}")["seconds"] for kind in probes.calls}
-    )
-    rate, set_by = limit.best(cell.operation, probed)
     mine = outcomes.pop("bnfast")
-    for outcome in outcomes.values():
-        if "seconds" in outcome:
-            outcome["ratio"] = outcome["seconds"] / mine["seconds"]
     achieved = cell.traffic / mine["seconds"]
-    return {
+    mine["GB/s"] = achieved / 1e9
+    row = {
         "normalization": cell.normalization,
         "operation": cell.operation,
         "shape": list(cell.data.shape),
         "layout": cell.data.layout,
         "traffic": cell.traffic,
-        "bnfast": {**mine, "GB/s": achieved / 1e9, "fraction of limit": achieved / rate},
-        "limit": {
+        "bnfast": mine,
+    }
+    if probes is not None:
+        probed = probes.rates(
+            {kind: outcomes.pop(f"memory: {kind}")["seconds"] for kind in probes.calls}
+        )
+        rate, set_by = limit.best(cell.operation, probed)
+        mine["fraction of limit"] = achieved / rate
+        row["limit"] = {
             "GB/s": rate / 1e9,
             "set by": set_by,
             "probes in GB/s": {kind: rate / 1e9 for kind, rate in probed.items()},
-        },
-        "rivals": outcomes,
-    }
+        }
+    for outcome in outcomes.values():
+        for of, ratio in (("seconds", "ratio"), ("p95", "p95 ratio")):
+            if of in outcome:
+                outcome[ratio] = outcome[of] / mine[of]
+    return {**row, "rivals": outcomes}
 
 
 def ready(selection: Selection) -> dict[str, Rival | str]:
@@ -283,7 +300,8 @@ def ready(selection: Selection) -> dict[str, Rival | str]:
     # allow for. Read at its first parallel region, which is to come.
     os.environ.setdefault("KMP_BLOCKTIME", "10")
     rivals: dict[str, Rival | str] = {}
-    for peer in choose(selection.peers, selection.normalizations).values():
+    chosen = choose(selection.peers, selection.normalizations)
+    for peer in (*REGIMES[selection.regime].beside, *chosen.values()):
         try:
             rivals[peer.title] = peer.load(selection.threads)
         except Exception as error:

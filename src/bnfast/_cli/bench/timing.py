@@ -30,12 +30,13 @@ FEWEST_ROUNDS, MOST_ROUNDS = 5, 40
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: the median of the rounds and their quartiles."""
+    """Seconds per call: the median of the rounds and their quartiles, or those of single calls."""
 
     median: float
     lower_quartile: float
     upper_quartile: float
     rounds: int
+    p95: float | None = None  # the 95th percentile, of single calls alone
 
     @property
     def spread(self) -> float:
@@ -51,11 +52,25 @@ def _seconds(call: Callable[[], object], many: int) -> float:
     return (perf_counter() - start) / many
 
 
+def _one_by_one(
+    call: Callable[[], object], turn: float, before: Callable[[], object]
+) -> list[float]:
+    """Time each call of a turn; by the clock, for one call says little of how long others take."""
+    times: list[float] = []
+    end = perf_counter() + turn
+    while not times or perf_counter() < end:
+        before()
+        times.append(_seconds(call, 1))
+    return times
+
+
 def take_turns(
     calls: Mapping[str, Callable[[], object]],
     budget: float,
     *,
     settle: bool = False,
+    turn: float | None = None,
+    before: Callable[[], object] | None = None,
 ) -> dict[str, Timing | Exception]:
     """Time all calls in turn until the budget of seconds is spent.
 
@@ -63,6 +78,9 @@ def take_turns(
     same neighbour's work in time. A turn begins with calls that are not timed: what is in the
     caches, and which threads are awake, is then the contender's own doing, as in a loop of its
     calls. A contender that raises leaves the rounds, and its exception is its result.
+
+    A turn lasts for `turn` seconds, or `TURN`. With `before`, which is called before each call that
+    is timed and takes no part in its time, every call is timed by itself.
     """
     failures: dict[str, Exception] = {}
     estimates: dict[str, float] = {}
@@ -72,10 +90,11 @@ def take_turns(
             estimates[name] = _seconds(call, 1)
         except Exception as error:
             failures[name] = error
-    many = {name: _calls_in(TURN, t) for name, t in estimates.items()}
+    turn = TURN if turn is None else turn
+    many = {name: _calls_in(turn, t) for name, t in estimates.items()}
     cached = bool(estimates) and min(estimates.values()) < LONG
     untimed = {name: _calls_in(WARM_UP, t) if cached else 0 for name, t in estimates.items()}
-    times: dict[str, list[float]] = {name: [] for name in estimates}
+    times: dict[str, list[list[float]]] = {name: [] for name in estimates}
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -89,7 +108,11 @@ def take_turns(
                         sleep(SETTLE)
                     for _ in range(untimed[name]):
                         calls[name]()
-                    times[name].append(_seconds(calls[name], many[name]))
+                    times[name].append(
+                        _one_by_one(calls[name], turn, before)
+                        if before
+                        else [_seconds(calls[name], many[name])]
+                    )
                 except Exception as error:
                     failures[name] = error
                     del times[name]
@@ -97,9 +120,9 @@ def take_turns(
         if collecting:
             gc.enable()
     results: dict[str, Timing | Exception] = dict(failures)
-    for name, record in times.items():
-        lower, median, upper = np.percentile(record, (25, 50, 75))
-        results[name] = Timing(float(median), float(lower), float(upper), len(record))
+    for name, turns in times.items():
+        lower, median, upper, p95 = np.percentile(np.concatenate(turns), (25, 50, 75, 95)).tolist()
+        results[name] = Timing(median, lower, upper, len(turns), p95 if before else None)
     return {name: results[name] for name in calls}
 
 

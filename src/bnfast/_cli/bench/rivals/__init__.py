@@ -37,6 +37,7 @@ class Contender:
     read: Callable[[Any], Array] = np.asarray  # that result in the layout of the cell, not timed
     fresh: bool = False  # it makes a new output at each call, although it was asked to write to one
     copies: bool = False  # its inputs are copies of its own
+    itself: bool = False  # bnfast once more, and so no rival
     own_output: bool | None = None  # its output is memory of its own; None: if it is new
     note: str = ""
 
@@ -113,6 +114,10 @@ PEERS = {
     "onedal": Peer("oneDAL", "onedal", "OneDal", ("scikit-learn-intelex",), only="moments"),
     "polars": Peer("polars", "polars_frames", "PolarsFrames", ("polars",), only="moments"),
 }
+
+
+# No rival, but measured as one.
+VIEW = Peer("bnfast view", "bnfast_view", "ChannelsLastView", ("bnfast",))
 
 
 class NotInstalled(Exception):
