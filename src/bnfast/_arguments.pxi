@@ -6,8 +6,18 @@
 
 # predicates
 
+cdef inline bint _is_data(value) noexcept:
+    """An array, no subclass, of a native type that there is arithmetic for."""
+    return (
+        cnp.PyArray_CheckExact(value)
+        and cnp.PyArray_TYPE(<cnp.ndarray>value) < BUILT_IN_TYPES
+        and _arithmetic(<cnp.ndarray>value) != 0
+        and cnp.PyArray_ISNOTSWAPPED(<cnp.ndarray>value)
+    )
+
+
 cdef inline bint _is_array(value) noexcept:
-    """An array, no subclass, of native float32 or float64."""
+    """A parameter or statistic: an array, no subclass, of native float32 or float64."""
     if not cnp.PyArray_CheckExact(value):
         return False
     cdef cnp.ndarray array = value
@@ -41,7 +51,7 @@ cdef bint _is_of_shape(value, int ndim, const cnp.npy_intp *shape) noexcept:
 cdef inline bint _is_like(value, cnp.ndarray x) noexcept:
     """An array of the shape and dtype of x."""
     return (
-        _is_array(value)
+        _is_data(value)
         and cnp.PyArray_TYPE(<cnp.ndarray>value) == cnp.PyArray_TYPE(x)
         and cnp.PyArray_SAMESHAPE(<cnp.ndarray>value, x)
     )
@@ -123,7 +133,7 @@ cdef bint _is_same_memory(cnp.ndarray a, cnp.ndarray b) noexcept:
 cdef inline cnp.ndarray _batch(x, axis_, Py_ssize_t *axis, Reduction over):
     """The input, with `axis` counted from 0; per sample, it is not 0."""
     cdef int beyond, ndim
-    if _is_array(x) and type(axis_) is int:
+    if _is_data(x) and type(axis_) is int:
         ndim = cnp.PyArray_NDIM(<cnp.ndarray>x)
         axis[0] = PyLong_AsLongAndOverflow(axis_, &beyond)
         if not beyond and -ndim <= axis[0] < ndim and ndim >= 2:
@@ -325,7 +335,7 @@ cdef tuple _rows_shape(cnp.ndarray x, int rows, tuple axes):
 
 
 cdef inline cnp.ndarray _rows_input(x):
-    return x if _is_array(x) else _validation.floating_array("x", x)
+    return x if _is_data(x) else _validation.floating_array("x", x)
 
 
 # running statistics, which are updated in place

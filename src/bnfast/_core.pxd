@@ -15,6 +15,7 @@ cdef extern from "kernels.h" nogil:
     ctypedef enum bn_stored:
         BN_as_computed
         BN_stored_f32
+        BN_STORED_TYPES
 
     ctypedef enum bn_layout:
         BN_contiguous
@@ -23,12 +24,6 @@ cdef extern from "kernels.h" nogil:
     enum:
         BN_COEFFICIENTS
         BN_OUTPUT_COEFFICIENTS
-        BN_CLAMPED_OUTPUT_COEFFICIENTS
-        BN_GRADIENT_COEFFICIENTS
-        BN_CONSTANT_GRADIENT_COEFFICIENTS
-        BN_GROUPED_GRADIENT_COEFFICIENTS
-        BN_ROW_GRADIENT_COEFFICIENTS
-        BN_CLAMPED_GRADIENT_COEFFICIENTS
 
     ctypedef struct bn_coefficients:
         void **array

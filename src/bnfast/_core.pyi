@@ -16,7 +16,9 @@ class _BuildFacts(TypedDict):
 
 class Plan:
     walked: tuple[int, ...]
-    def __init__(self, plan: LayoutPlan, roles: tuple[int, ...]) -> None: ...
+    def __init__(
+        self, plan: LayoutPlan, roles: tuple[int, ...], stored: str | None = None
+    ) -> None: ...
     @property
     def row_blocks(self) -> int: ...
 

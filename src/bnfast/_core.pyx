@@ -22,7 +22,10 @@ include "_headers.pxi"
 include "_machine.pxi"
 
 
-_STORED = {"f32": BN_stored_f32}
+_STORED = {
+    bn_stored_name(<bn_stored>stored).decode(): stored
+    for stored in range(BN_as_computed + 1, BN_STORED_TYPES)
+}
 
 
 cdef class Plan:
@@ -142,7 +145,7 @@ cdef void _run_stage(const bn_job *job, const bn_stage *stage, int threads) noex
         bn_do_tasks(job, stage, 0, 0, <size_t>tasks)
     else:
         # All threads, also of fewer tasks: see thresholds.h.
-        bn_begin_region(&times)
+        bn_begin_region(&times, threads)
         for part in prange(threads, num_threads=threads, schedule="static"):
             _do_part(job, stage, <size_t>part, <size_t>tasks, <size_t>threads)
             if part == 0:  # the calling thread's
@@ -172,7 +175,7 @@ cdef int moments(Plan plan, x, mean, mean_low, m2, int threads) except -1:
     job.operand[BN_X] = _data(x)
     job.statistic[BN_MEAN], job.statistic[BN_M2] = _doubles(mean), _doubles(m2)
     job.statistic[BN_MEAN_LOW] = _doubles_or_null(mean_low)
-    _take_statistics(&workspace, &job, _OF_MOMENTS)
+    _choose_and_take(&workspace, &job, _OF_MOMENTS)
     _do_all(&job, &workspace, bn_moments_stages, threads)
     _end(&workspace)
     return 0
@@ -200,9 +203,6 @@ cdef int normalize(
     cdef double divisor
     cdef int too_large = 0
     cdef size_t i
-    cdef unsigned int coefficients = (
-        BN_OUTPUT_COEFFICIENTS if clamp_min is None else BN_CLAMPED_OUTPUT_COEFFICIENTS
-    )
     _take_scratch(&workspace, &job, threads)
     job.operand[BN_X], job.operand[BN_Y] = _data(x), _data(y)
     job.weight = _widened(&workspace, weight, c.channels)
@@ -212,9 +212,8 @@ cdef int normalize(
     if per_group == 1:
         job.statistic[BN_MEAN], job.statistic[BN_INVSTD] = _doubles(mean), _doubles(invstd)
     job.statistic[BN_M2] = _doubles_or_null(m2)
-    _take_statistics(&workspace, &job, _OF_NORMALIZE)
-    _take_coefficients(&workspace, c, coefficients, &job.coefficients)
     job.per_group, job.uncentred = per_group, not centred
+    _choose_and_take(&workspace, &job, _OF_NORMALIZE)
     _do_all(&job, &workspace, bn_normalize_stages, threads)
     if per_group > 1:
         for i in range(_statistics(c) // per_group):
@@ -364,9 +363,7 @@ cdef int scale_shift(
     if prepared is not None:
         job.statistic[BN_INVSTD] = _doubles(prepared.invstd)
         job.coefficients = prepared.coefficients
-    else:
-        job.statistic[BN_INVSTD] = _take_doubles(&workspace, _statistics(c))
-        _take_coefficients(&workspace, c, BN_OUTPUT_COEFFICIENTS, &job.coefficients)
+    _choose_and_take(&workspace, &job, 1 << BN_INVSTD)
     if not job.prepared:
         if of_samples:
             job.parameters_of_repeat = c.channels
@@ -393,14 +390,8 @@ cdef int gradient(
     that sum for each repeat, and sum(dy * (x - mean) * invstd). All three may be None.
     """
     cdef bn_plan *c = &plan.c
-    cdef unsigned int coefficients = BN_GRADIENT_COEFFICIENTS, wanted = _OF_GRADIENT
+    cdef unsigned int wanted = _OF_GRADIENT
     cdef bint centred = mean is not None
-    if constant_statistics:
-        coefficients = BN_CONSTANT_GRADIENT_COEFFICIENTS
-    elif clamp_min is not None:
-        coefficients = BN_CLAMPED_GRADIENT_COEFFICIENTS
-    elif per_group > 1:
-        coefficients = BN_GROUPED_GRADIENT_COEFFICIENTS
     cdef bn_job job = _new_job(c)
     cdef char small[BN_SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, BN_SMALL_WORKSPACE)
@@ -419,8 +410,7 @@ cdef int gradient(
         wanted |= 1 << BN_MEAN_LOW
     job.constant_statistics = constant_statistics
     job.per_group, job.uncentred = per_group, not centred
-    _take_statistics(&workspace, &job, wanted)
-    _take_coefficients(&workspace, c, coefficients, &job.coefficients)
+    _choose_and_take(&workspace, &job, wanted)
     _do_all(&job, &workspace, bn_gradient_stages, threads)
     bn_parameter_gradients(&job, _dtype(dweight), _data(dweight), _data(dbias))
     if dclamp_min is not None:
@@ -452,8 +442,7 @@ cdef int gradient_of_samples(
     job.statistic[BN_SUM_DY] = _doubles(sum_dy)
     job.statistic[BN_SUM_DY_XHAT] = _doubles(sum_dy_xhat)
     job.constant_statistics = True
-    _take_statistics(&workspace, &job, _OF_GRADIENT)
-    _take_coefficients(&workspace, c, BN_CONSTANT_GRADIENT_COEFFICIENTS, &job.coefficients)
+    _choose_and_take(&workspace, &job, _OF_GRADIENT)
     _do_all(&job, &workspace, bn_gradient_stages, threads)
     _end(&workspace)
     return 0
@@ -481,8 +470,7 @@ cdef int normalize_rows(
     job.eps, job.uncentred = eps, mean is None
     job.statistic[BN_INVSTD] = _doubles(invstd)
     job.statistic[BN_MEAN] = _doubles_or_null(mean)
-    _take_statistics(&workspace, &job, _OF_NORMALIZE)
-    _take_coefficients(&workspace, c, BN_OUTPUT_COEFFICIENTS, &job.coefficients)
+    _choose_and_take(&workspace, &job, _OF_NORMALIZE)
     _do_all(&job, &workspace, bn_normalize_stages, threads)
     _end(&workspace)
     return 0
@@ -510,10 +498,9 @@ cdef int row_gradient(
         wanted |= 1 << BN_MEAN_LOW
     job.statistic[BN_MEAN] = _statistic(&workspace, mean, c, 1)
     job.statistic[BN_INVSTD] = _statistic(&workspace, invstd, c, 1)
-    _take_statistics(&workspace, &job, wanted)
-    _take_coefficients(&workspace, c, BN_ROW_GRADIENT_COEFFICIENTS, &job.coefficients)
     if sums is not None:
         job.column_sums = _doubles(sums)
+    _choose_and_take(&workspace, &job, wanted)
     _do_all(&job, &workspace, bn_row_gradient_stages, threads)
     _end(&workspace)
     return 0

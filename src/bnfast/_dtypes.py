@@ -13,7 +13,10 @@ import numpy as np
 
 
 class StorageType(NamedTuple):
-    """A dtype of arrays, what its elements are computed in, and its name in ``kernel_list.h``."""
+    """A dtype of arrays, what its elements are computed in, and its name.
+
+    ``kernel_list.h`` has the name of what is converted: not of what is computed as it is stored.
+    """
 
     dtype: np.dtype[Any]
     arithmetic: np.dtype[Any]

@@ -31,6 +31,9 @@ cdef extern from "job.h" nogil:
         BN_SUM_CLAMPED
         BN_STATISTICS
 
+    ctypedef struct bn_method:
+        unsigned int coefficients
+
     ctypedef struct bn_job:
         const bn_kernels *kernels
         const bn_plan *plan
@@ -52,6 +55,7 @@ cdef extern from "job.h" nogil:
         char *scratch
         size_t scratch_bytes
         int prepared
+        bn_method method
 
     ctypedef void bn_task(const bn_job *job, size_t number) noexcept
 
@@ -60,6 +64,8 @@ cdef extern from "job.h" nogil:
         size_t tasks
         int once
         int serial
+
+    void bn_choose_method(bn_job *job)
 
     enum:
         BN_MAX_STAGES
@@ -81,6 +87,7 @@ cdef extern from "dispatch.h" nogil:
     const bn_kernels *bn_built_kernels(size_t index)
     bint bn_runs_here(size_t index)
     const char *bn_kernel_name(size_t index)
+    const char *bn_stored_name(bn_stored stored)
 
 
 cdef extern from "openmp_runtime.h" nogil:
@@ -98,7 +105,7 @@ cdef extern from "team.h" nogil:
         pass
 
     int bn_startable_threads(int wanted)
-    void bn_begin_region(bn_region_times *times)
+    void bn_begin_region(bn_region_times *times, int threads)
     void bn_end_own_tasks(bn_region_times *times)
     void bn_end_region(const bn_region_times *times, size_t own, size_t tasks)
     bint bn_team_was_late()

@@ -251,7 +251,7 @@ def plan_layout(
     each operand: whether its elements can be read and written where they are, being aligned and of
     the type of the arithmetic. The first operand's strides
     alone choose the layout and the order of the walk, so that no sum depends on where an output
-    lies; an operand that cannot be walked that way is packed. No axis may be empty, none is
+    lies; an operand that cannot be walked that way is staged. No axis may be empty, none is
     negative. The statistics are wanted in the order of ``repeated`` and then ``channel_axes``, one
     axis or some that all inputs walk as one.
     """

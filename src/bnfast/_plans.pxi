@@ -27,6 +27,14 @@ cdef inline int _arithmetic(cnp.ndarray x) noexcept:
     return _computed_in[cnp.PyArray_TYPE(x)]
 
 
+cdef inline int _parameter_type(cnp.ndarray x) noexcept:
+    """The number of the dtype of gradients whose parameter was not given."""
+    cdef int stored = cnp.PyArray_TYPE(x)
+    if stored == cnp.NPY_FLOAT32 or stored == cnp.NPY_FLOAT64:
+        return stored
+    return _arithmetic(x)
+
+
 cdef bytes _key(
     cnp.ndarray x, Py_ssize_t axes, Py_ssize_t kind, cnp.ndarray second, cnp.ndarray third
 ):

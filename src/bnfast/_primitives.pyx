@@ -237,9 +237,10 @@ def gradient(
 def clamped_gradient(
     dy, x, axis, invrms, weight, bias, tau, out, Reduction over, sums, reads
 ):
-    """Return dx, dweight, dbias and dtau: those of what is not centred, and was kept above tau.
+    """Return the gradients of what is not centred and has a minimum tau.
 
-    dy counts where y was not below tau, and for dtau where it was; without a tau, that is None.
+    dx, dweight and dbias are of dy where y was not below tau, dtau is of dy where it was; without a
+    tau, dtau is None.
     `sums`, float64 (2, *shape of invrms) or None, receives what dtau is the sum of, and
     sum(dy * x * invrms). `reads` are more arguments that `out` must share no memory with.
     """
@@ -286,7 +287,7 @@ cdef tuple _gradient(
         out, x, ("dy", "x", "weight", "mean", saved, "bias", "tau"),
         (upstream, x, weight, mean, invstd, bias, tau), reads, 2
     )
-    kind = cnp.PyArray_TYPE(x if scale is None else <cnp.ndarray>scale)
+    kind = _parameter_type(x) if scale is None else cnp.PyArray_TYPE(<cnp.ndarray>scale)
     dweight, dbias = _zeros(1, &channels, kind), _zeros(1, &channels, kind)
     dtau = None
     if clamp_min is not None:
@@ -376,7 +377,7 @@ def row_gradient(
     dx = _output(
         out, x, ("dy", "x", "weight", "mean", saved), (upstream, x, weight, mean, invstd), None, 2
     )
-    cdef int kind = cnp.PyArray_TYPE(x)
+    cdef int kind = _parameter_type(x)
     if weight is not None:
         kind = cnp.PyArray_TYPE(<cnp.ndarray>(weight if scale is weight else numpy.asarray(weight)))
     if cnp.PyArray_SIZE(x) == 0:
@@ -474,4 +475,5 @@ def update_running(
 
 def probe_memory(kind, x, y, int num_threads):
     """Move memory and compute nothing, for the benchmark: see ``_core.probe_memory``."""
-    core.probe_memory(kind, x, y, min(num_threads, _threads.get_num_threads()))
+    threads = core.startable_threads(min(num_threads, _threads.get_num_threads()))
+    core.probe_memory(kind, x, y, threads)

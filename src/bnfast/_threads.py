@@ -74,7 +74,7 @@ def set_num_threads(num_threads: int | None) -> None:
 
 
 def get_num_threads() -> int:
-    """Return how many threads a large call would use now.
+    """Return how many threads a call uses at most.
 
     Returns
     -------
@@ -105,7 +105,8 @@ def chosen_by() -> str:
 def threads_for(work_bytes: int) -> int:
     """Return how many threads do a call that reads and writes so many bytes.
 
-    All of them or one; fewer where the system lets no more start.
+    All of them, or one: for little work, in a forked child, after a team that was late. Fewer where
+    the system lets no more start.
     """
     if work_bytes < SERIAL_BYTES:
         return 1

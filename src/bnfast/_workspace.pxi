@@ -2,19 +2,24 @@
 
 cdef extern from *:
     """
+    #include <stdlib.h>
     /* For sanitizers each array has a block of its own, which ends where the array does. */
     #ifdef BN_EXACT_MEMORY
     #define BN_SMALL_WORKSPACE 1
-    #define BN_NEW_BLOCK(bytes) aligned_alloc(64, 64 + (bytes))
+    static void *bn_new_block(size_t bytes)
+    {
+        void *block;
+        return posix_memalign(&block, 64, 64 + bytes) == 0 ? block : NULL;
+    }
     #else
     #define BN_SMALL_WORKSPACE 16384
-    #define BN_NEW_BLOCK(bytes) malloc((bytes) + sizeof(void *) + 63)
+    static void *bn_new_block(size_t bytes) { return malloc(bytes + sizeof(void *) + 63); }
     #endif
     """
     enum:
         BN_SMALL_WORKSPACE  # bytes, on the stack
 
-    char *BN_NEW_BLOCK(size_t bytes_) noexcept
+    void *bn_new_block(size_t bytes_) noexcept
 
 # Memory of one call: each array begins at a cache line, in the `small` memory of the caller as long
 # as there is room, and then in a block of its own. `blocks` is the last of these, which begins with
@@ -52,7 +57,7 @@ cdef void *_take(_Workspace *workspace, size_t bytes_) noexcept:
     if workspace.end >= workspace.next and bytes_ <= <size_t>(workspace.end - workspace.next):
         workspace.next = _at_line(workspace.next + bytes_)
         return taken
-    block = <char *>BN_NEW_BLOCK(bytes_)
+    block = <char *>bn_new_block(bytes_)
     if block is NULL:
         workspace.failed = True
         return NULL
@@ -64,7 +69,7 @@ cdef void *_take(_Workspace *workspace, size_t bytes_) noexcept:
 cdef void _take_scratch(
     _Workspace *workspace, bn_job *job, int threads, bint made=False
 ) noexcept:
-    """Of all threads of a job: for packed operands, or where an input is `made`."""
+    """Of all threads of a job: for staged operands, or where an input is `made`."""
     if made or job.plan.any_staged:
         job.scratch_bytes = _padded(min(<size_t>BN_SCRATCH_BYTES, _bytes_of_repeat(job.plan)))
         job.scratch = <char *>_take(workspace, <size_t>threads * BN_BUFFERS * job.scratch_bytes)
@@ -145,10 +150,10 @@ cdef inline size_t _coefficient_bytes(const bn_plan *c) noexcept:
 cdef void _take_coefficients(
     _Workspace *workspace, const bn_plan *c, unsigned int wanted, bn_coefficients *coefficients
 ) noexcept:
-    """Arrays for a set of coefficients."""
+    """Arrays for those of a set that are not there."""
     cdef int i
     for i in range(BN_COEFFICIENTS):
-        if wanted >> i & 1:
+        if wanted >> i & 1 and coefficients.array[i] is NULL:
             coefficients.array[i] = _take(workspace, _coefficient_bytes(c))
 
 
@@ -159,14 +164,21 @@ cdef enum:
     _OF_GRADIENT = 1 << BN_SUM_DY | 1 << BN_SUM_DY_XHAT
 
 
-cdef void _take_statistics(_Workspace *workspace, bn_job *job, unsigned int wanted) noexcept:
-    """Memory for those of a set that the caller has not given; and for the sums of blocks."""
+cdef void _choose_and_take(_Workspace *workspace, bn_job *job, unsigned int wanted) noexcept:
+    """Choose the method of a job that says all else, and take memory for what it needs.
+
+    For the wanted statistics that the caller has not given, for their sums of blocks, and for the
+    coefficients of the method.
+    """
     cdef const bn_plan *c = job.plan
     cdef int i
+    bn_choose_method(job)
     for i in range(BN_STATISTICS):
         if wanted >> i & 1 and job.statistic[i] is NULL:
             job.statistic[i] = _take_doubles(workspace, _statistics(c))
-    job.partials = _take_doubles(workspace, _partials(c))
+    if wanted & (1 << BN_M2 | 1 << BN_SUM_DY):
+        job.partials = _take_doubles(workspace, _partials(c))
+    _take_coefficients(workspace, c, job.method.coefficients, &job.coefficients)
 
 
 cdef char *_data(cnp.ndarray array) noexcept:

@@ -227,8 +227,9 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     bn_coefficients *each[] = {&forward, &backward, &per_group, &clamped, &kept_gradient, &of_rows};
     static const unsigned sets[] = {
         BN_OUTPUT_COEFFICIENTS,         BN_GRADIENT_COEFFICIENTS,
-        BN_GROUPED_GRADIENT_COEFFICIENTS, BN_CLAMPED_OUTPUT_COEFFICIENTS,
-        BN_CLAMPED_GRADIENT_COEFFICIENTS, BN_ROW_GRADIENT_COEFFICIENTS | BN_OUTPUT_COEFFICIENTS,
+        BN_GRADIENT_COEFFICIENTS | BN_SET(BN_WEIGHT), BN_OUTPUT_COEFFICIENTS | BN_SET(BN_CLAMP_MIN),
+        BN_GRADIENT_COEFFICIENTS | BN_SET(BN_FORWARD_SHIFT) | BN_SET(BN_CLAMP_MIN),
+        BN_GRADIENT_COEFFICIENTS | BN_SET(BN_FORWARD_SHIFT) | BN_OUTPUT_COEFFICIENTS,
     };
     for (size_t k = 0; k < sizeof sets / sizeof *sets; k++) {
         for (int i = 0; i < BN_COEFFICIENTS; i++) {

@@ -1,6 +1,8 @@
 /* team.c: when a team is late, and for how long its caller works alone then; by a clock of the test's own. */
 #define _POSIX_C_SOURCE 200809L
 #define _OPENMP 1 /* what is tested needs no runtime */
+#include <errno.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <time.h>
@@ -17,7 +19,24 @@ static int read_clock(clockid_t clock, struct timespec *time)
     return 0;
 }
 
+/* The system lets so many threads run besides this one: those of the last region, and those on trial. */
+static int room = 1000, of_region, on_trial;
+
+static int start(pthread_t *thread, const pthread_attr_t *attributes, void *(*body)(void *), void *argument)
+{
+    return of_region + on_trial >= room ? EAGAIN
+                                        : (on_trial++, pthread_create(thread, attributes, body, argument));
+}
+
+static int join(pthread_t thread, void **result)
+{
+    on_trial--;
+    return pthread_join(thread, result);
+}
+
 #define clock_gettime read_clock
+#define pthread_create start
+#define pthread_join join
 #include "team.c"
 
 static int failed;
@@ -30,11 +49,11 @@ static void expect(int is_so, const char *what)
     }
 }
 
-/* A region of which the calling thread computes one of two tasks in so many nanoseconds. */
+/* A region of two threads, of which the calling one computes one of two tasks in so many nanoseconds. */
 static void region(uint64_t own, uint64_t took)
 {
     bn_region_times times;
-    bn_begin_region(&times);
+    bn_begin_region(&times, 2);
     computing += own;
     wall += own;
     bn_end_own_tasks(&times);
@@ -56,9 +75,38 @@ static uint64_t alone(void)
     return passed;
 }
 
+/* Starts a region of so many threads, whose team the runtime then keeps. */
+static void start_region(int threads)
+{
+    bn_region_times times;
+    of_region = threads - 1;
+    bn_begin_region(&times, threads);
+}
+
+static void check_teams(void)
+{
+    expect(bn_startable_threads(3) == 3, "three threads can be started here");
+    start_region(3);
+    expect(bn_startable_threads(2) == 2, "and two of them");
+    room = 3;
+    expect(bn_startable_threads(16) == 4, "a limit leaves those that it allows");
+    start_region(4);
+    expect(bn_startable_threads(16) == 4, "and these are not forgotten by the next call");
+    start_region(2);
+    room = 1;
+    expect(bn_startable_threads(4) == 2, "a team that was cut down is tried again");
+    room = 0, of_region = 0;
+    start_region(1);
+    expect(bn_startable_threads(4) == 1, "no thread but the calling one");
+    room = 1000;
+}
+
 int main(void)
 {
+    check_teams();
     wall = 5 * MS, computing = 3 * MS;
+    region(1 * MS, 60 * MS);
+    expect(alone() == 0, "a region whose threads are started is not judged");
     region(1 * MS, 1 * MS);
     expect(alone() == 0, "a team that ends with its caller is not late");
     region(1 * MS, 2 * MS);
@@ -79,12 +127,10 @@ int main(void)
     region(1 * MS, 6 * MS);
     expect(alone() == 4 * MS, "a team that is in time again has its credit back");
     bn_region_times times;
-    bn_begin_region(&times);
+    bn_begin_region(&times, 2);
     wall += 50 * MS;
     bn_end_own_tasks(&times);
     bn_end_region(&times, 0, 1);
     expect(alone() == 0, "who had no task of its own cannot tell");
-    expect(bn_startable_threads(3) == 3, "three threads can be started here");
-    expect(bn_startable_threads(2) == 2, "and two of them");
     return failed;
 }

@@ -45,11 +45,13 @@ def running_on(machine: Machine) -> Iterator[None]:
     before = _core.active_isa(), _core.cache_sizes(), _core.float_mode()
     of_threads = ("allowed_threads", "SERIAL_BYTES", "BYTES_PER_THREAD")
     kept = {name: getattr(_threads, name) for name in of_threads}
+    was_late = _core.team_was_late
     _core.activate(machine.isa)
     _core.assume_cache_sizes(*machine.caches)
     if machine.threads > 1:
         _threads.allowed_threads = lambda: machine.threads
         _threads.SERIAL_BYTES, _threads.BYTES_PER_THREAD = 0, 1
+        _core.team_was_late = lambda: False
     bnfast.set_num_threads(machine.threads)
     if machine.flushing:
         _core.assume_float_mode(FLUSHING[platform.machine()])
@@ -63,3 +65,4 @@ def running_on(machine: Machine) -> Iterator[None]:
         bnfast.set_num_threads(None)
         for name, value in kept.items():
             setattr(_threads, name, value)
+        _core.team_was_late = was_late

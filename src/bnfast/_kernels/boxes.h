@@ -56,9 +56,9 @@ static inline size_t values_of_block(const bn_plan *plan, size_t block)
     return values;
 }
 
-static inline range channels_of_slab(const bn_job *job, size_t group)
+static inline range channels_of_slab(const bn_job *job, size_t slab)
 {
-    const size_t first = group * job->slab;
+    const size_t first = slab * job->slab;
     return (range){first, MIN(job->slab, job->plan->channels - first)};
 }
 
@@ -142,9 +142,9 @@ static inline bn_view input_view(const bn_job *job, bn_role role, const bn_box *
 
 #define BN_GROUP_RUN_BYTES ((size_t)32768)
 
-/* Whether the channels that share their statistics follow each other as one run, of a single chunk each:
-   the group is then summed as that run, and its moments stand where those of the first channels would
-   until `spread_moments`. A single chunk is a single block, so that the same task does both. Not of more than
+/* Whether the channels of a group are contiguous, of a single chunk each: the group is then summed as one run, and its
+   moments stand where those of the first channels would until `spread_moments` copies them to every channel. A single
+   chunk is a single block, so that the same task does both. Not of more than
    BN_GROUP_RUN_BYTES: the sums of float64, which have nothing wider to be emptied into, round once more for every
    kilobyte (32 planes of 784: 31 ulps). */
 static inline int groups_are_runs(const bn_job *job)

@@ -130,7 +130,8 @@ BN_NOINLINE void scaled_moments(const bn_job *job, range channels, double factor
         }
         job->statistic[BN_MEAN][c] /= factor;
         job->statistic[BN_MEAN_LOW][c] /= factor;
-        job->statistic[BN_M2][c] = job->statistic[BN_M2][c] / factor / factor; /* infinite, where float64 does not hold it */
+        /* Infinite, where float64 does not hold it. */
+        job->statistic[BN_M2][c] = job->statistic[BN_M2][c] / factor / factor;
     }
 }
 
@@ -140,7 +141,8 @@ void bn_mend_moments(const bn_job *job, range channels)
     const size_t end = channels.first + channels.count;
     range some = {channels.first, 0};
     if (job->plan->dtype == BN_f32 ||
-        (job->statistic[BN_INVSTD] && are_within(channels.count, job->statistic[BN_INVSTD] + channels.first, SMALL_INVSTD,
+        (job->statistic[BN_INVSTD] &&
+         are_within(channels.count, job->statistic[BN_INVSTD] + channels.first, SMALL_INVSTD,
                                    LARGE_INVSTD))) {
         return;
     }
@@ -268,8 +270,8 @@ static void finish_mean_low(const bn_job *job, range channels)
     }
 }
 
-/* Lets a coefficient array go on beyond its channels and recur. */
-static void repeat(const bn_plan *plan, void *array)
+/* Tiles the coefficients until they cover one wide row. */
+static void tile(const bn_plan *plan, void *array)
 {
     const size_t length = bn_coefficients_length(plan);
     for (size_t set = plan->channels; set < length;) {
@@ -285,7 +287,7 @@ static void tile_coefficients(const bn_job *job, range channels)
     const int all = channels.count == job->plan->channels;
     for (size_t i = 0; all && i < BN_COEFFICIENTS; i++) {
         if (job->coefficients.array[i]) {
-            repeat(job->plan, job->coefficients.array[i]);
+            tile(job->plan, job->coefficients.array[i]);
         }
     }
 }

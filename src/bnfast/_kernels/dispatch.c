@@ -57,3 +57,11 @@ const char *bn_kernel_name(size_t index)
 {
     return index < sizeof names / sizeof *names ? names[index] : NULL;
 }
+
+const char *bn_stored_name(bn_stored stored)
+{
+#define NAMES(name, arithmetic) [BN_stored_##name] = #name,
+    static const char *const stored_names[] = {BN_FOR_EACH_STORED_TYPE(NAMES)};
+#undef NAMES
+    return stored_names[stored];
+}

@@ -1,7 +1,7 @@
-/* Tasks: a job and a task number in; pointers, and one kernel call after the other, out.
+/* What a job is: operands, statistics, coefficients, how it is done, and its stages of tasks.
 
    A task is a slab, neighbouring channels of one repeat, by one block or, where it is fused, by all
-   blocks. How channels are grouped and who runs which task changes no bit: the sums of a channel
+   blocks. How channels are cut into slabs and who runs which task changes no bit: the sums of a channel
    depend on its chunks and blocks alone. */
 #ifndef BN_JOB_H
 #define BN_JOB_H
@@ -35,6 +35,7 @@ typedef struct {
     bn_do_channels *prepare;   /* before these sums */
     bn_do_channels *finish;    /* from them to the coefficients of dx */
     int has_columns;           /* they are made with those of the columns, in one pass */
+    unsigned coefficients;     /* the set of those that the job needs */
     const bn_output *output;
 } bn_method;
 
@@ -44,13 +45,14 @@ typedef struct {
 /* Scratch of a thread: for each operand. */
 #define BN_BUFFERS ((size_t)BN_ROLES)
 
-/* What a job finds out of each channel, or is told. */
+/* What is known of a channel. moments and normalize write BN_MEAN to BN_M2, and normalize BN_INVSTD; scale_shift is told
+   BN_MEAN and BN_VARIANCE, and writes BN_INVSTD; a gradient is told BN_MEAN and BN_INVSTD, and writes the sums. */
 typedef enum {
-    BN_MEAN,     /* of moments and normalize: what one float64 holds of the mean, */
-    BN_MEAN_LOW, /* what that left of it (a gradient finds it again, where it is missed), */
+    BN_MEAN,     /* rounded to one float64 */
+    BN_MEAN_LOW, /* what rounding left of the mean; a gradient finds it again where it is missed */
     BN_M2,
-    BN_INVSTD,   /* and this, but not of moments; a gradient is told mean and invstd, */
-    BN_VARIANCE, /* and scale_shift mean and variance */
+    BN_INVSTD,
+    BN_VARIANCE,
     BN_SUM_DY,
     BN_SUM_DY_XHAT, /* sum(dy * (x - mean)) until all is summed */
     BN_SUM_CLAMPED, /* of dy where y was below its minimum */
@@ -127,7 +129,7 @@ void bn_do_tasks(const bn_job *job, const bn_stage *stage, size_t thread, size_t
 
 #define BN_MAX_STAGES 5
 
-/* Before all else. */
+/* Once a job says all that it is to do, before its coefficients have memory. */
 void bn_choose_method(bn_job *job);
 
 /* How this job is done by so many threads: returns the number of stages. */

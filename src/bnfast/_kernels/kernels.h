@@ -56,24 +56,17 @@ typedef enum {
 /* The arrays of a job, as a set; what a kernel does not use may be NULL. */
 #define BN_SET(coefficient) (1u << (coefficient))
 #define BN_OUTPUT_COEFFICIENTS (BN_SET(BN_ROUNDED_MEAN) | BN_SET(BN_SCALE) | BN_SET(BN_SHIFT))
-#define BN_CLAMPED_OUTPUT_COEFFICIENTS (BN_OUTPUT_COEFFICIENTS | BN_SET(BN_CLAMP_MIN))
 #define BN_GRADIENT_COEFFICIENTS \
     (BN_SET(BN_ROUNDED_MEAN) | BN_SET(BN_SCALE) | BN_SET(BN_SLOPE) | BN_SET(BN_OFFSET))
-#define BN_GROUPED_GRADIENT_COEFFICIENTS (BN_GRADIENT_COEFFICIENTS | BN_SET(BN_WEIGHT))
-#define BN_ROW_GRADIENT_COEFFICIENTS (BN_GRADIENT_COEFFICIENTS | BN_SET(BN_FORWARD_SHIFT))
-#define BN_CLAMPED_GRADIENT_COEFFICIENTS (BN_ROW_GRADIENT_COEFFICIENTS | BN_SET(BN_CLAMP_MIN))
-/* With constant statistics, dx is an output of dy. */
-#define BN_CONSTANT_GRADIENT_COEFFICIENTS BN_OUTPUT_COEFFICIENTS
 
 typedef struct {
     void *array[BN_COEFFICIENTS];
     size_t period;
 } bn_coefficients;
 
-/* How an input is summed: how many rows of channels_last side by side, of at most BN_WIDE_ROW elements
-   together (see row_sums.inc), and where it lies, which says how it is walked and what is fetched ahead.
-   And how many elements beyond each one of a run the one lies that had better be fetched into the second
-   level of cache meanwhile; 0 for none. */
+/* How an input is summed. interleave: rows of channels_last that are summed side by side, of at most BN_WIDE_ROW
+   elements together (see row_sums.inc). place: the memory that the input comes from, which decides the walk.
+   prefetch_distance: in elements, into the second level of cache; 0: none. */
 #define BN_WIDE_ROW 64
 
 /* Rows of at most so many bytes are narrow: read as one stream, and from memory in the order in which they
@@ -101,8 +94,8 @@ typedef void bn_square_sums_kernel(bn_extent extent, const void *x, bn_strides x
 /* Whether an output may stay in the caches, or had better go around them. */
 typedef enum { BN_stored, BN_streamed } bn_stores;
 
-/* How an output is written: where its lines go, and how many elements beyond each one that is read the
-   one lies that had better be fetched into the cache meanwhile; 0 for none. */
+/* How an output is written: through the caches or around them, and the prefetch distance of its inputs in elements;
+   0: none. */
 typedef struct {
     bn_stores stores;
     ptrdiff_t prefetch_distance;

@@ -1,4 +1,4 @@
-/* A box of an operand as something a kernel can walk: where it lies, or packed into scratch, in
+/* A box of an operand as something a kernel can walk: where it lies, or staged in scratch, in
    the type of the arithmetic. */
 #ifndef BN_OPERANDS_H
 #define BN_OPERANDS_H

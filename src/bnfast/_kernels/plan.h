@@ -23,15 +23,15 @@ typedef enum {
 
 #define BN_MAX_AXES 64
 
-/* An operand is walked directly, with these strides in elements, or packed: its chunks are gathered
+/* An operand is walked directly, with these strides in elements, or staged: its chunks are gathered
    into (and scattered from) scratch memory along the plan's axes, with strides in bytes. What is stored in
-   another type than that of the arithmetic is packed, and converted on the way. */
+   another type than that of the arithmetic is staged, and converted on the way. */
 typedef struct {
     int staged;
     bn_stored stored;
     ptrdiff_t outer_stride, channel_stride;
     ptrdiff_t outer_axis_strides[BN_MAX_AXES], inner_axis_strides[BN_MAX_AXES];
-    /* In bytes, whether packed or not. */
+    /* In bytes, whether staged or not. */
     ptrdiff_t repeat_axis_strides[BN_MAX_AXES], channel_axis_strides[BN_MAX_AXES];
 } bn_operand;
 
@@ -49,7 +49,7 @@ typedef struct {
        which it walks so. */
     size_t channel_axes, channel_axis_sizes[BN_MAX_AXES];
 
-    /* The axes that make up outer and inner, slowest first: needed where an operand is packed. */
+    /* The axes that make up outer and inner, slowest first: needed where an operand is staged. */
     size_t outer_axes, inner_axes;
     size_t outer_axis_sizes[BN_MAX_AXES], inner_axis_sizes[BN_MAX_AXES];
 

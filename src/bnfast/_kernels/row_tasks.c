@@ -3,7 +3,7 @@
 
 #include "kernel_calls.h"
 
-/* So many at a time where they go through scratch, and the multiple of which a group of them is: groups then
+/* So many at a time where they go through scratch, and the multiple of which a slab of them is: slabs then
    change no sum. */
 size_t bn_rows_together(const bn_plan *plan)
 {

@@ -1,4 +1,4 @@
-/* How a job is done by so many threads: its groups of channels, its stores, what is fetched ahead, its stages. */
+/* How a job is done by so many threads: its slabs, its stores, its prefetches, its stages. */
 #include "tasks.h"
 
 #include "coefficients.h"
@@ -31,7 +31,7 @@ static bn_place place_of(const bn_job *job, size_t tensors, size_t threads)
                                                                                 : BN_IN_MEMORY;
 }
 
-/* Cuts the channels into groups for so many threads, which read so many tensors; whether its tasks had
+/* Cuts the channels into slabs for so many threads, which read so many tensors; whether its tasks had
    better be fused. */
 static int cut_into_slabs(bn_job *job, size_t threads, size_t tensors)
 {
@@ -52,8 +52,7 @@ static int cut_into_slabs(bn_job *job, size_t threads, size_t tensors)
         job->slab = whole ? fair : MIN(MIN(together, fair), MAX((size_t)1, slab));
         fused = plan->blocks == 1 || enough || channels / job->slab >= wanted;
     } else {
-        const size_t groups = divide_up(wanted, plan->blocks);
-        const size_t fair = divide_up(channels, groups);
+        const size_t fair = divide_up(channels, divide_up(wanted, plan->blocks));
         job->slab = divide_up(fair, BN_CHANNELS_TOGETHER) * BN_CHANNELS_TOGETHER;
         fused = plan->blocks == 1 || enough;
         if (fused && channels * plan->itemsize > BN_LONG_ROW_BYTES) {
@@ -76,7 +75,7 @@ static int sums_take_long(const bn_job *job, size_t tensors)
     return tensors == 1 ? !job->uncentred : run <= BN_SLOW_RUN_BYTES;
 }
 
-/* While a group is normalized, the input of the next group is prefetched: as much as the second level of cache
+/* While a slab is normalized, the input of the next slab is prefetched: as much as the second level of cache
    has room for, or all of a slab that is too large for that level. (Outputs are written from their end, so that
    what is prefetched then is what is summed next.) */
 static void prefetch_next_slab(bn_job *job, size_t tensors)
@@ -130,7 +129,6 @@ static bn_stage fused_stage(const bn_job *job, bn_task *task)
 
 size_t bn_moments_stages(bn_job *job, size_t threads, bn_stage *stages)
 {
-    bn_choose_method(job);
     cut_into_slabs(job, threads, 1);
     stages[0] = block_stage(job, bn_moments_task);
     stages[1] = channel_stage(job, bn_finish_moments_task);
@@ -139,7 +137,6 @@ size_t bn_moments_stages(bn_job *job, size_t threads, bn_stage *stages)
 
 size_t bn_normalize_stages(bn_job *job, size_t threads, bn_stage *stages)
 {
-    bn_choose_method(job);
     choose_stores(job, threads, BN_Y, 2);
     if (cut_into_slabs(job, threads, 1)) {
         prefetch_next_slab(job, 1);
@@ -155,7 +152,6 @@ size_t bn_normalize_stages(bn_job *job, size_t threads, bn_stage *stages)
 size_t bn_scale_shift_stages(bn_job *job, size_t threads, bn_stage *stages)
 {
     size_t count = 0;
-    bn_choose_method(job);
     choose_stores(job, threads, BN_Y, 2);
     if (!job->prepared) {
         stages[count++] = channel_stage(job, bn_prepare_scale_shift_task);
@@ -168,7 +164,6 @@ size_t bn_gradient_stages(bn_job *job, size_t threads, bn_stage *stages)
 {
     const bn_plan *plan = job->plan;
     size_t count = 0;
-    bn_choose_method(job);
     choose_stores(job, threads, BN_DX, 3);
     if (cut_into_slabs(job, threads, 2)) {
         prefetch_next_slab(job, 2);
@@ -193,7 +188,6 @@ size_t bn_row_gradient_stages(bn_job *job, size_t threads, bn_stage *stages)
     const size_t columns = plan->outer * plan->inner;
     const size_t together = bn_rows_together(plan);
     const size_t slab = bn_slab_bytes(job->caches) / (2 * columns * plan->itemsize);
-    bn_choose_method(job);
     if (!job->column_sums) {
         return bn_gradient_stages(job, threads, stages);
     }

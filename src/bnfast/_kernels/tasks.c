@@ -70,7 +70,7 @@ void bn_do_tasks(const bn_job *job, const bn_stage *stage, size_t thread, size_t
     }
 }
 
-/* tasks: number -> group and, unless the task is fused, block */
+/* tasks: number -> slab and, unless the task is fused, block */
 
 static range task_channels(const bn_job *job, size_t number)
 {

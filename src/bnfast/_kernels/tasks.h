@@ -7,7 +7,7 @@
 /* The same job, with its part of everything that repeats have of their own. */
 bn_job bn_job_of_repeat(const bn_job *job, size_t repeat);
 
-/* By group and block. */
+/* By slab and block. */
 void bn_moments_task(const bn_job *job, size_t number);
 void bn_mean_low_task(const bn_job *job, size_t number);
 void bn_gradient_sums_task(const bn_job *job, size_t number);
@@ -15,7 +15,7 @@ void bn_gradient_sums_task(const bn_job *job, size_t number);
 /* By piece. */
 void bn_output_task(const bn_job *job, size_t number);
 
-/* By group: sums of all blocks, and the output. */
+/* By slab: sums of all blocks, and the output. */
 void bn_fused_normalize_task(const bn_job *job, size_t number);
 void bn_fused_gradient_task(const bn_job *job, size_t number);
 void bn_sum_gradient_of_all_blocks(const bn_job *job, range channels);

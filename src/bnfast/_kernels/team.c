@@ -11,8 +11,12 @@
 #include <stdlib.h>
 #include <time.h>
 
+/* The threads of the calling thread's last region: each thread that calls has a team of its own, which the runtime
+   keeps, and cuts down for a smaller region. */
+static _Thread_local int team = 1;
+
 /* A thread waits here until all of the others have been started, too. */
-static void *pass(void *gate)
+static void *wait_at(void *gate)
 {
     (void)pthread_mutex_lock(gate);
     (void)pthread_mutex_unlock(gate);
@@ -21,45 +25,44 @@ static void *pass(void *gate)
 
 int bn_startable_threads(int wanted)
 {
-    /* Each thread that calls has a team of its own. */
-    static _Thread_local int started = 1;
     pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
     pthread_t *threads;
-    int count = 0;
-    if (wanted <= started) {
+    int more = 0;
+    if (wanted <= team) {
         return wanted;
     }
-    threads = malloc((size_t)wanted * sizeof *threads);
+    threads = malloc((size_t)(wanted - team) * sizeof *threads);
     if (threads == NULL) {
-        return 1;
+        return team;
     }
     (void)pthread_mutex_lock(&gate);
-    while (count < wanted - 1 && pthread_create(&threads[count], NULL, pass, &gate) == 0) {
-        count++;
+    while (more < wanted - team && pthread_create(&threads[more], NULL, wait_at, &gate) == 0) {
+        more++;
     }
     (void)pthread_mutex_unlock(&gate);
-    for (int i = 0; i < count; i++) {
+    for (int i = 0; i < more; i++) {
         (void)pthread_join(threads[i], NULL);
     }
     free(threads);
-    started = count + 1;
-    return started;
+    return team + more;
 }
 
-/* A team is late when its region took more than LATE times as long as the calling thread alone would have computed.
-   Then the thread works alone for as long as was lost, and four times as long each time that the team is late
-   again (half as long each time that it is not): up to MOST_TIMES, so that trying costs a busy machine a sixteenth
-   of its time, and for MOST_ALONE nanoseconds at most, so that the team is soon back when the machine is free.
-   These are nanoseconds that the thread computes: others may pass before the system lets it run again.
+/* A region is late if it took more than LATE / LATE_OF of the time that the calling thread alone would have computed.
+   The thread then works alone for the time that was lost, times 1, 4, 16 for regions that are late in a row (half of
+   that for each region that is not), and never for more than MOST_ALONE nanoseconds. So trying the team costs a busy
+   machine a sixteenth of its time at most, and the team is soon back when the machine is free. Time alone is time that
+   the thread computes: more may pass before the system lets it run again.
 
-   Measured on two cores with two other processes that never rest (training, two threads; mean of a call, without
-   and with this rule, and with one thread): 800 KB 0.7 and 0.08 ms (0.05), 13 MB 12 and 1.7 ms (1.3), 26 MB 12 and 4 ms (3).
-   With LATE 1, a free machine found its team late in 5 % of the calls of 13 MB. */
-#define LATE 5 / 4
-#define MOST_TIMES 16
+   Measured on two cores beside two processes that never rest (training, two threads; mean of a call without and with
+   this rule, and of one thread): 800 KB 0.7 and 0.08 ms (0.05); 13 MB 12 and 1.7 ms (1.3); 26 MB 12 and 4 ms (3). With
+   a LATE of 1, a free machine found its team late in 5 % of the calls on 13 MB. */
+#define LATE 5
+#define LATE_OF 4
+#define FACTOR_STEP 4
+#define MOST_FACTOR 16
 #define MOST_ALONE ((uint64_t)100000000)
 static _Thread_local uint64_t alone_until;
-static _Thread_local unsigned times_alone = 1;
+static _Thread_local unsigned factor = 1;
 
 static uint64_t nanoseconds(clockid_t clock)
 {
@@ -71,8 +74,10 @@ static uint64_t nanoseconds(clockid_t clock)
 static uint64_t now(void) { return nanoseconds(CLOCK_MONOTONIC); }
 static uint64_t computed(void) { return nanoseconds(CLOCK_THREAD_CPUTIME_ID); }
 
-void bn_begin_region(bn_region_times *times)
+void bn_begin_region(bn_region_times *times, int threads)
 {
+    times->grown = threads > team;
+    team = threads;
     times->begun = now();
     times->own_work = computed();
 }
@@ -82,13 +87,16 @@ void bn_end_own_tasks(bn_region_times *times) { times->own_work = computed() - t
 void bn_end_region(const bn_region_times *times, size_t own, size_t tasks)
 {
     const uint64_t took = now() - times->begun;
-    const uint64_t alone = own > 0 ? times->own_work * tasks / own : took;
-    if (took > alone * LATE) {
-        const uint64_t wait = (took - alone) * times_alone;
+    if (own == 0 || times->grown) {
+        return;
+    }
+    const uint64_t alone = times->own_work * tasks / own;
+    if (LATE_OF * took > LATE * alone) {
+        const uint64_t wait = (took - alone) * factor;
         alone_until = computed() + (wait < MOST_ALONE ? wait : MOST_ALONE);
-        times_alone = times_alone < MOST_TIMES ? 4 * times_alone : MOST_TIMES;
-    } else if (own > 0 && times_alone > 1) {
-        times_alone /= 2;
+        factor = factor < MOST_FACTOR ? FACTOR_STEP * factor : MOST_FACTOR;
+    } else if (factor > 1) {
+        factor /= 2;
     }
 }
 
@@ -103,7 +111,11 @@ int bn_team_was_late(void)
 #else
 
 int bn_startable_threads(int wanted) { return wanted; }
-void bn_begin_region(bn_region_times *times) { times->begun = times->own_work = 0; }
+void bn_begin_region(bn_region_times *times, int threads)
+{
+    times->begun = times->own_work = 0;
+    times->grown = threads > 1;
+}
 void bn_end_own_tasks(bn_region_times *times) { (void)times; }
 void bn_end_region(const bn_region_times *times, size_t own, size_t tasks)
 {

@@ -5,25 +5,25 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* How many of so many threads can run at once, the calling one among them. OpenMP's runtimes end the process
-   where a thread cannot be started (a limit of processes or of memory): who needs a larger team than before
-   starts as many threads on trial. */
+/* How many of `wanted` threads, the calling one included, the system lets run now. OpenMP's runtimes end the process
+   where a thread cannot be started (a limit of processes or of memory), so a team that must grow is tried first with
+   threads of our own. */
 int bn_startable_threads(int wanted);
 
-/* Nanoseconds of a region: when it began, and how long the calling thread computed its own tasks. */
+/* Of a region: when it began, and how long the calling thread computed its own tasks, in nanoseconds. */
 typedef struct {
     uint64_t begun, own_work;
+    int grown; /* the runtime starts threads for it */
 } bn_region_times;
 
-void bn_begin_region(bn_region_times *times);
+void bn_begin_region(bn_region_times *times, int threads);
 void bn_end_own_tasks(bn_region_times *times);
 
-/* At the end of a region in which the calling thread did `own` of the tasks: notes whether the team was
-   late. */
+/* At the end of a region in which the calling thread did `own` of the tasks: notes whether the team was late. */
 void bn_end_region(const bn_region_times *times, size_t own, size_t tasks);
 
-/* Whether the calling thread had better work alone for now. On a busy machine the end of a region waits until
-   the system lets the last thread run, for milliseconds where the work takes microseconds. */
+/* Whether the calling thread should work alone for now. On a busy machine a region ends only when the system has run
+   its last thread: milliseconds, for work of microseconds. */
 int bn_team_was_late(void);
 
 #endif

@@ -93,10 +93,10 @@ static inline size_t bn_lost_slab_bytes(bn_caches caches) { return caches.level2
    gained nothing, and pieces of 1 KiB lost.) */
 #define BN_LONG_ROW_BYTES ((size_t)8192)
 
-/* channels_last groups are cut at multiples of so many channels: whole cache lines, whole tiles. */
+/* channels_last slabs are cut at multiples of so many channels: whole cache lines, whole tiles. */
 #define BN_CHANNELS_TOGETHER ((size_t)64)
 
-/* Where a channel is one run, the next group's are fetched while this one's are added up, if that takes
+/* Where a channel is one run, the next slab's are fetched while this one's are added up, if that takes
    longer than memory does, and its output is then left alone with memory: for moments (past the caches
    instance norm of 14x14 planes 1.46, of 35x35 1.2 to 1.3, layer norm of 5120x1024 1.0 to 1.28), not for
    sums of squares (0.92 to 0.99), and for those of gradients where runs are so short (14x14 1.19, 28x28

@@ -68,14 +68,14 @@ def _other_processes(threads: int) -> Iterator[Before]:
     with ExitStack() as stack:
         processes = []
         for _ in range(allowed_threads()):
-            # Of Ctrl-C, which reaches them too, they need not complain.
+            # Ctrl-C reaches them too, and nobody wants their tracebacks.
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             stack.enter_context(process)
             stack.callback(process.kill)
             processes.append(process)
         for process in processes:
-            assert process.stdout is not None
-            process.stdout.read(1)  # it spins
+            if process.stdout is None or not process.stdout.read(1):
+                raise RuntimeError("a process that keeps the machine busy did not start")
         yield lambda: None
 
 
