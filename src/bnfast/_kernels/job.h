@@ -45,8 +45,9 @@ typedef struct {
 /* Scratch of a thread: for each operand. */
 #define BN_BUFFERS ((size_t)BN_ROLES)
 
-/* What is known of a channel. moments and normalize write BN_MEAN to BN_M2, and normalize BN_INVSTD; scale_shift is told
-   BN_MEAN and BN_VARIANCE, and writes BN_INVSTD; a gradient is told BN_MEAN and BN_INVSTD, and writes the sums. */
+/* What is known of a channel. moments and normalize write BN_MEAN to BN_M2, and normalize BN_INVSTD; scale_shift is
+   told BN_MEAN and BN_VARIANCE, and writes BN_INVSTD; a gradient is told BN_MEAN and BN_INVSTD, and writes the
+   sums. */
 typedef enum {
     BN_MEAN,     /* rounded to one float64 */
     BN_MEAN_LOW, /* what rounding left of the mean; a gradient finds it again where it is missed */

@@ -5,7 +5,7 @@
 
 /* one box: one kernel call */
 
-/* The last channels have nothing after them that could be fetched ahead. */
+/* The last channels have nothing after them that could be prefetched. */
 static ptrdiff_t prefetch_distance_of(const bn_job *job, const bn_box *box)
 {
     const size_t at = box->outer * job->plan->inner + box->inner;

@@ -13,7 +13,7 @@
 /* threads */
 
 /* Less work than this many bytes, read and written, is done before a team of threads has woken up and
-   fetched its share from another core's cache: no OpenMP region. On two cores the second one made
+   got its share from another core's cache: no OpenMP region. On two cores the second one made
    inference slower up to an x of 500 KiB (0.65 to 0.76 of one thread's speed) and training up to
    120 KiB; both gained from 1 MiB on (1.5 and 1.7). */
 #define BN_SERIAL_BYTES ((size_t)1 << 20)
@@ -52,7 +52,7 @@ static inline size_t bn_level2_bytes(bn_caches caches, size_t threads)
 }
 
 /* Inputs of more bytes come from memory: the last level has also what is written, and other work. (With 32 MiB
-   of it, fetching rows ahead lost a tenth of the time of 8 MB and won a quarter of that of 16 MB.) For
+   of it, prefetching rows lost a tenth of the time of 8 MB and won a quarter of that of 16 MB.) For
    the moments of narrow rows, the walk for the last level stays the faster one up to larger inputs (13 MB of 64
    columns: 0.77 of the time of the walk for memory; at 18 MB both take as long). */
 static inline size_t bn_last_level_bytes(bn_caches caches, int narrow_moments)
@@ -66,11 +66,11 @@ static inline size_t bn_last_level_bytes(bn_caches caches, int narrow_moments)
    is made: images are then walked as they lie, and not slab by slab. */
 static inline size_t bn_whole_bytes(bn_caches caches) { return caches.last_level / 4 * 3; }
 
-/* Otherwise a slab may take so much of the second level, and so much of the next one is fetched while
+/* Otherwise a slab may take so much of the second level, and so much of the next one is prefetched while
    its output is written. */
 static inline size_t bn_slab_bytes(bn_caches caches) { return caches.level2 / 4 * 3; }
 
-/* A slab of more than this does not stay in the second level anyway: all of the next one is fetched, and waits
+/* A slab of more than this does not stay in the second level anyway: all of the next one is prefetched, and waits
    in the last level (16x64x147x147, training and backward 1.2 times as fast). Slabs of 0.8 of the second level
    were slower that way (0.9 to 0.96). */
 static inline size_t bn_lost_slab_bytes(bn_caches caches) { return caches.level2 / 4 * 5; }
@@ -96,7 +96,7 @@ static inline size_t bn_lost_slab_bytes(bn_caches caches) { return caches.level2
 /* channels_last slabs are cut at multiples of so many channels: whole cache lines, whole tiles. */
 #define BN_CHANNELS_TOGETHER ((size_t)64)
 
-/* Where a channel is one run, the next slab's are fetched while this one's are added up, if that takes
+/* Where a channel is one run, the next slab's are prefetched while this one's are added up, if that takes
    longer than memory does, and its output is then left alone with memory: for moments (past the caches
    instance norm of 14x14 planes 1.46, of 35x35 1.2 to 1.3, layer norm of 5120x1024 1.0 to 1.28), not for
    sums of squares (0.92 to 0.99), and for those of gradients where runs are so short (14x14 1.19, 28x28
