@@ -256,10 +256,10 @@ def test_a_call_is_serial_while_the_team_is_late(many_processors, monkeypatch):
 def test_when_a_team_is_late_in_c(tmp_path):
     program = tmp_path / "team_check"
     source = Path(__file__).parent / "c" / "team_check.c"
-    kernels = Path(bnfast.__file__).parent / "_kernels"
+    kernels = Path(__file__).parent.parent / "src" / "bnfast" / "_kernels"
     compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler")
+    if compiler is None or not kernels.is_dir():
+        pytest.skip("needs a C compiler and the source tree")
     command = [compiler, "-std=c11", "-pthread", f"-I{kernels}", str(source), "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
