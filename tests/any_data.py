@@ -186,11 +186,11 @@ def of_samples(member: str, layout: str, samples: int, channels: int, plane: int
     )
 
 
-def of_groups(layout: str, samples: int, groups: int, shared: int, plane: int) -> Site:
-    channels, last = groups * shared, layout == "channels_last"
+def of_groups(layout: str, samples: int, groups: int, per_group: int, plane: int) -> Site:
+    channels, last = groups * per_group, layout == "channels_last"
     return Site(
-        *("group", layout, samples * groups, shared * plane),
-        *((samples, groups, shared, plane), (0, 3, 1, 2) if last else (0, 1, 2, 3)),
+        *("group", layout, samples * groups, per_group * plane),
+        *((samples, groups, per_group, plane), (0, 3, 1, 2) if last else (0, 1, 2, 3)),
         *((samples, plane, channels) if last else (samples, channels, plane), -1 if last else 1),
         *(True, False),
     )
@@ -252,10 +252,10 @@ def sites() -> Iterator[Site]:
     for member in ("instance", "filter response"):
         yield of_samples(member, "channels_last", 8, 3, 1024)
     for layout in ("nchw", "channels_last"):
-        for samples, groups, shared, plane in (
+        for samples, groups, per_group, plane in (
             *((16, 8, 2, 49), (8, 16, 4, 256), (32, 8, 8, 1), (4, 8, 16, 196), (2, 2, 32, 784)),
         ):
-            yield of_groups(layout, samples, groups, shared, plane)
+            yield of_groups(layout, samples, groups, per_group, plane)
     for member in ("layer", "rms"):
         for size in (8, 17, 48, 64, 100, 192, 256, 768, 1000, 1024, 1280, 4096, 8192):
             yield of_rows(member, max(8, 65536 // size), size)

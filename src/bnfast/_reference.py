@@ -349,8 +349,8 @@ def filter_response_norm(
     invrms = 1 / np.sqrt(nu2 + precision(eps) + _along(axis, x.ndim, more))
     gamma = _along(axis, x.ndim, _per_channel(weight, 1.0, channels, precision))
     y = gamma * x * invrms + _along(axis, x.ndim, _per_channel(bias, 0.0, channels, precision))
-    floor = _per_channel(tau, -np.inf, channels, precision)
-    return np.maximum(y, _along(axis, x.ndim, floor)), y, invrms.squeeze(axes)
+    least = _per_channel(tau, -np.inf, channels, precision)
+    return np.maximum(y, _along(axis, x.ndim, least)), y, invrms.squeeze(axes)
 
 
 def filter_response_norm_backward(
