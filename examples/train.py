@@ -5,10 +5,16 @@
 Batch norm, linear, batch norm, rectifier, linear; plain SGD on the cross entropy.
 """
 
+import sys
+
 import numpy as np
-from sklearn.datasets import load_digits
 
 import bnfast
+
+try:
+    from sklearn.datasets import load_digits
+except ImportError:
+    sys.exit('scikit-learn is not installed, which has the digits: python -m pip install ".[demo]"')
 
 rng = np.random.default_rng(0)
 pixels, labels = load_digits(return_X_y=True)  # 1797 images of 64 pixels, each from 0 to 16

@@ -152,7 +152,7 @@ def run(epochs: int, learning_rate: float, seed: int, output: Path) -> int:
     console.print(table)
     console.print(
         f"normalization in training, {calls} calls: bnfast {ours:.3f} s, plain NumPy formulas "
-        f"{theirs:.3f} s ({theirs / ours:.1f} times as long); results differ by at most "
+        f"{theirs:.3f} s ({theirs / ours:.1f} of bnfast's time); results differ by at most "
         f"{difference:.0e} of the largest"
     )
     console.print(f"all in {perf_counter() - start:.1f} s; plot written to", end=" ")
