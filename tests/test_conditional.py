@@ -637,3 +637,12 @@ def test_a_backward_that_is_refused_may_be_tried_again(rng):
     dx = layer.backward(dy, out=dy)
     assert dx is dy
     assert np.abs(dx.sum((0, 2, 3))).max() < CLOSE_F64 * np.abs(y).sum()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_of_nothing_are_zero_whatever_the_statistics(training):
+    x = np.zeros((2, 3, 0), np.float32)
+    saved = np.zeros(3), np.full(3, np.inf)
+    _, dweight, dbias = bnfast.conditional_batch_norm_backward(x, x, *saved, training=training)
+    np.testing.assert_array_equal(dweight, np.zeros((2, 3)))
+    np.testing.assert_array_equal(dbias, np.zeros((2, 3)))

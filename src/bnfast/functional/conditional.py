@@ -290,7 +290,8 @@ def conditional_batch_norm_backward(
         factor /= power
         _primitives.gradient_of_samples(upstream, array, axis, centre, power, factor, sums, dx)
         dbias, dweight = sums
-        dweight *= inverse / power
+        if array.size > 0:  # else there is nothing that an infinite invstd could make NaN of
+            dweight *= inverse / power
         if through_statistics:
             _primitives.gradient(dx, array, axis, centre, inverse, None, False, dx)
         dtype = array.dtype if own is None else own.dtype
