@@ -46,7 +46,7 @@ def schedule(steps: int) -> bnfast.RenormSchedule:
     return bnfast.RenormSchedule(3.0, 5.0, *(round(steps * part) for part in (0.05, 0.4, 0.25)))
 
 
-# A layer for so many channels, NHWC, in a training of so many steps.
+# Called with the number of channels (NHWC) and of training steps; returns a layer.
 MEMBERS: dict[str, Callable[[int, int], Any]] = {
     "batch": lambda c, steps: bnfast.BatchNorm(c, axis=-1),
     "ghost": lambda c, steps: bnfast.GhostBatchNorm(c, GHOST, axis=-1),

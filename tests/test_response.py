@@ -9,7 +9,15 @@ import bnfast
 from bnfast import _reference as reference
 from cases import BUFFERS, in_layout
 from oracle import WIDE, assert_within
-from tolerances import FINITE_DIFFERENCES, GRADIENT_SUMS, INPUT_GRADIENT, MOMENTS, OUTPUT, eps_of
+from tolerances import (
+    EQUAL_SUMS,
+    FINITE_DIFFERENCES,
+    GRADIENT_SUMS,
+    INPUT_GRADIENT,
+    MOMENTS,
+    OUTPUT,
+    eps_of,
+)
 
 # (batch, channels, ...): around lanes and lines, one sample, one channel, one value for each
 # channel of each sample, rows of few channels, planes that are cut into chunks and blocks.
@@ -303,4 +311,4 @@ def test_the_gradient_of_a_threshold_is_exact_for_equal_values(isa, values, axis
         *(dy, -np.ones_like(dy), np.ones((1, 3)), None, None, np.zeros(3)), axis=axis
     )[3]
     exact = math.fsum([1.1] * values)
-    np.testing.assert_allclose(dtau, exact, rtol=7.5e-15)
+    np.testing.assert_allclose(dtau, exact, rtol=EQUAL_SUMS * eps_of(np.float64))

@@ -48,6 +48,13 @@ INPUT_GRADIENT = 16
 # Sums of products over a channel, relative to the sum of their absolute values.
 GRADIENT_SUMS = 4
 
+# Sums of float64 that are all equal, which round alike in every addition: 256 additions in a row at
+# most, of the rows of a box, each by a quarter of an ulp of half of the sum, in the mean.
+EQUAL_SUMS = 32
+
+# The largest singular value after 30 power iterations on a small matrix, whose second one is near.
+POWER_ITERATIONS = 1e-3
+
 # Running statistics: rounded to their own dtype, after float64 arithmetic on moments.
 RUNNING = 4
 

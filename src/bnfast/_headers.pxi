@@ -1,4 +1,5 @@
-# The headers of _kernels/ and of Python, as _core.pyx needs them (with those of _core.pxd).
+# Declarations of C, for _core.pyx alone: from _kernels/*.h, Python and NumPy. _core.pxd has those
+# that _primitives.pyx needs as well.
 
 cdef extern from "cache_sizes.h" nogil:
     ctypedef struct bn_caches:

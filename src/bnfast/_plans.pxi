@@ -13,6 +13,8 @@ cdef enum:
 cdef int[BUILT_IN_TYPES] _computed_in
 cdef dict _stored_names = {}
 for _type in _dtypes.STORAGE_TYPES:
+    if _type.dtype.num >= BUILT_IN_TYPES:
+        raise ValueError(f"{_type.dtype} is no dtype of NumPy's own")
     _computed_in[<int>_type.dtype.num] = _type.arithmetic.num
     _stored_names[_type.dtype.num] = _type.name
 

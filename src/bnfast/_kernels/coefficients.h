@@ -12,8 +12,8 @@ void bn_mend_moments(const bn_job *job, range channels);
 int bn_any_noticed(const bn_job *job, range channels);
 void bn_sum_mean_low(const bn_job *job, size_t block, range channels);
 
-/* The coefficients of a gradient: before its sums what these need, and from them those of dx, whose statistics did
-   not come from x, are those of neighbours together, or those of each channel. */
+/* The steps of a gradient, among which method.c chooses. Before its sums: the coefficients that the sums need. From the
+   sums: the coefficients of dx, for statistics that did not come from x, for groups, and for single channels. */
 bn_do_channels bn_round_mean, bn_make_output_again;
 bn_do_channels bn_constant_coefficients, bn_grouped_coefficients, bn_gradient_coefficients;
 

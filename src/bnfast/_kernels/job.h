@@ -34,8 +34,8 @@ typedef struct {
     bn_sum_box *gradient_sums; /* of a box of dy and x; `count` values of the block have been summed before */
     bn_do_channels *prepare;   /* before these sums */
     bn_do_channels *finish;    /* from them to the coefficients of dx */
-    int has_columns;           /* they are made with those of the columns, in one pass */
-    unsigned coefficients;     /* the set of those that the job needs */
+    int has_columns;           /* gradient_sums makes the sums of the columns in the same pass */
+    unsigned coefficients;     /* the set of coefficients that the job needs */
     const bn_output *output;
 } bn_method;
 
@@ -73,8 +73,8 @@ struct bn_job {
     char *operand[BN_ROLES];
 
     const double *weight, *bias;
-    size_t parameters_of_repeat; /* elements from the weight of a repeat to that of the next one, and likewise the
-                                    bias; 0 where all repeats have the same weight and bias */
+    size_t parameters_of_repeat; /* stride of weight and bias from repeat to repeat, in elements; 0 where all repeats
+                                    have the same weight and bias */
     const double *clamp_min; /* float64 [channels]: no output goes below it; NULL for none */
     double eps;
     const double *channel_eps; /* float64 [channels]: of each channel, besides; NULL for none */

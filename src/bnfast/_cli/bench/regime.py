@@ -90,7 +90,7 @@ class Regime:
     # For a number of threads: what goes on while calls are timed. It yields what is called before
     # each of them, which is then timed by itself; or None, where many are timed together.
     meanwhile: Callable[[int], AbstractContextManager[Before | None]] = _nothing_else
-    turn: float | None = None  # seconds of a turn, where they are not those of `timing.py`
+    turn: float | None = None  # seconds of a turn; None: as `timing.py` has it
     limit: bool = True  # what moves memory alone is measured beside them
     tail: bool = False  # the report shows the 95th percentile, too
     shapes: Mapping[str, str] = field(default_factory=dict)  # unless asked for others, by norm
