@@ -86,6 +86,9 @@ static void start_region(int threads)
 static void check_teams(void)
 {
     expect(bn_startable_threads(3) == 3, "three threads can be started here");
+    room = 0;
+    expect(bn_startable_threads(3) == 3, "who was tried is not tried again");
+    room = 1000;
     start_region(3);
     expect(bn_startable_threads(2) == 2, "and two of them");
     room = 3;

@@ -15,6 +15,9 @@
    keeps, and cuts down for a smaller region. */
 static _Thread_local int team = 1;
 
+/* And so many threads have been tried since: a call may have no region after all, and need not try again. */
+static _Thread_local int tried = 1;
+
 /* A thread waits here until all of the others have been started, too. */
 static void *wait_at(void *gate)
 {
@@ -28,7 +31,7 @@ int bn_startable_threads(int wanted)
     pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
     pthread_t *threads;
     int more = 0;
-    if (wanted <= team) {
+    if (wanted <= tried) {
         return wanted;
     }
     threads = malloc((size_t)(wanted - team) * sizeof *threads);
@@ -44,7 +47,8 @@ int bn_startable_threads(int wanted)
         (void)pthread_join(threads[i], NULL);
     }
     free(threads);
-    return team + more;
+    tried = team + more;
+    return tried;
 }
 
 /* A region is late if it took more than LATE / LATE_OF of the time that the calling thread alone would have computed.
@@ -78,7 +82,7 @@ static uint64_t computed(void) { return nanoseconds(CLOCK_THREAD_CPUTIME_ID); }
 void bn_begin_region(bn_region_times *times, int threads)
 {
     times->grown = threads > team;
-    team = threads;
+    team = tried = threads;
     times->begun = now();
     times->own_work = computed();
 }
