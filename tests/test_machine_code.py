@@ -72,7 +72,7 @@ def reached_from(variant, kernel):
 EIGHTS = ("scale_shift_coefficients", "gradient_coefficients", "standardize", "invstd")
 
 # They convert and choose.
-NO_ARITHMETIC = ("round_mean", "widen", "narrow", "clamp_coefficients")
+NO_ARITHMETIC = ("round_mean", "widen", "narrow", "activation_coefficients")
 
 
 @pytest.mark.parametrize("variant", REGISTER)

@@ -17,6 +17,10 @@ cdef extern from "kernels.h" nogil:
         BN_stored_f32
         BN_STORED_TYPES
 
+    ctypedef enum bn_activation:
+        BN_no_activation
+        BN_ACTIVATIONS
+
     ctypedef enum bn_layout:
         BN_contiguous
         BN_channels_last
@@ -107,6 +111,11 @@ cdef class Plan:
     cdef readonly bint in_order
 
 
+cdef class Activation:
+    cdef bn_activation c
+    cdef readonly str parameter
+
+
 cdef class _Prepared:
     cdef object weight, bias, mean, variance, invstd, memory
     cdef double eps
@@ -126,8 +135,8 @@ cpdef cnp.ndarray empty_output(cnp.ndarray x)
 cdef int moments(Plan plan, x, mean, mean_low, m2, int threads) except -1
 cdef int normalize(
     Plan plan, x, y, weight, bias, double eps, mean, invstd, m2, size_t per_group,
-    bint centred, running_mean, running_var, double momentum, double correction, clamp_min,
-    channel_eps, int threads
+    bint centred, running_mean, running_var, double momentum, double correction,
+    Activation activation, activation_parameter, channel_eps, int threads
 ) except -1
 cdef int scale_shift(
     Plan plan, x, y, weight, bias, double eps, mean, variance, bint of_samples,
@@ -135,7 +144,8 @@ cdef int scale_shift(
 ) except -1
 cdef int gradient(
     Plan plan, x, dy, dx, weight, mean, invstd, dweight, dbias, size_t per_group,
-    bint constant_statistics, bias, clamp_min, dclamp_min, sum_clamped, sum_dy_xhat, int threads
+    bint constant_statistics, bias, Activation activation, activation_parameter,
+    dactivation_parameter, sum_activation, sum_dy_xhat, int threads
 ) except -1
 cdef int gradient_of_samples(
     Plan plan, x, dy, dx, weight, mean, invstd, sum_dy, sum_dy_xhat, int threads

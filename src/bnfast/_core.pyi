@@ -22,6 +22,10 @@ class Plan:
     @property
     def row_blocks(self) -> int: ...
 
+class Activation:
+    parameter: str
+    def __init__(self, kernels: str, parameter: str) -> None: ...
+
 class Evaluation:
     @property
     def saved(self) -> tuple[Array, Array, Array | None] | None: ...

@@ -28,6 +28,21 @@ _STORED = {
 }
 
 
+_ACTIVATIONS = {
+    bn_activation_name(<bn_activation>number).decode(): number
+    for number in range(BN_no_activation + 1, BN_ACTIVATIONS)
+}
+
+
+cdef class Activation:
+    """What follows a normalization: immutable."""
+
+    def __init__(self, str kernels, str parameter):
+        """Of the activation of this name in kernel_list.h; users know its parameter by its own."""
+        self.c = <bn_activation><int>_ACTIVATIONS[kernels]
+        self.parameter = parameter
+
+
 cdef class Plan:
     """A `LayoutPlan` in C; immutable."""
 
@@ -183,8 +198,8 @@ cdef int moments(Plan plan, x, mean, mean_low, m2, int threads) except -1:
 
 cdef int normalize(
     Plan plan, x, y, weight, bias, double eps, mean, invstd, m2, size_t per_group,
-    bint centred, running_mean, running_var, double momentum, double correction, clamp_min,
-    channel_eps, int threads
+    bint centred, running_mean, running_var, double momentum, double correction,
+    Activation activation, activation_parameter, channel_eps, int threads
 ) except -1:
     """Write y, mean and invstd (float64) from the statistics of x, and update the running ones.
 
@@ -194,7 +209,7 @@ cdef int normalize(
     Mean and invstd have one value for each channel of each repeat, or for each group of `per_group`
     neighbours; m2, which may be None, for each channel. The running
     variance takes m2 / (count - correction), averaged over the repeats as the mean is. Channels may
-    have a minimum that no output goes below, and an eps of their own besides.
+    have a parameter of the activation (0 for None), and an eps of their own besides.
     """
     cdef bn_plan *c = &plan.c
     cdef bn_job job = _new_job(c)
@@ -207,7 +222,7 @@ cdef int normalize(
     job.operand[BN_X], job.operand[BN_Y] = _data(x), _data(y)
     job.weight = _widened(&workspace, weight, c.channels)
     job.bias = _widened(&workspace, bias, c.channels)
-    job.clamp_min = _widened(&workspace, clamp_min, c.channels)
+    _set_activation(&workspace, &job, activation, activation_parameter)
     job.eps, job.channel_eps = eps, _widened(&workspace, channel_eps, c.channels)
     if per_group == 1:
         job.statistic[BN_MEAN], job.statistic[BN_INVSTD] = _doubles(mean), _doubles(invstd)
@@ -228,6 +243,14 @@ cdef int normalize(
             too_large |= _VAR_TOO_LARGE
     _end(&workspace)
     return too_large
+
+
+cdef void _set_activation(
+    _Workspace *workspace, bn_job *job, Activation activation, parameter
+) noexcept:
+    if activation is not None:
+        job.activation = activation.c
+        job.activation_parameter = _widened(workspace, parameter, job.plan.channels)
 
 
 cdef inline double *_doubles_or_null(array) noexcept:
@@ -381,13 +404,15 @@ cdef int scale_shift(
 
 cdef int gradient(
     Plan plan, x, dy, dx, weight, mean, invstd, dweight, dbias, size_t per_group,
-    bint constant_statistics, bias, clamp_min, dclamp_min, sum_clamped, sum_dy_xhat, int threads
+    bint constant_statistics, bias, Activation activation, activation_parameter,
+    dactivation_parameter, sum_activation, sum_dy_xhat, int threads
 ) except -1:
     """Write dx, dweight and dbias; mean and invstd are as `normalize` writes them, or mean is None.
 
-    With a minimum, which needs the bias, dy counts where y was not below it; `dclamp_min` receives
-    its sum where y was. `sum_clamped` and `sum_dy_xhat` (float64, as large as the mean) receive
-    that sum for each repeat, and sum(dy * (x - mean) * invstd). All three may be None.
+    With an activation, which needs the bias, dy is the gradient of what that made of y;
+    `dactivation_parameter` receives the gradient of its parameter. `sum_activation` and
+    `sum_dy_xhat` (float64, as large as the mean) receive that gradient for each repeat, and
+    sum(dy * (x - mean) * invstd). All three may be None.
     """
     cdef bn_plan *c = &plan.c
     cdef unsigned int wanted = _OF_GRADIENT
@@ -395,17 +420,17 @@ cdef int gradient(
     cdef bn_job job = _new_job(c)
     cdef char small[BN_SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, BN_SMALL_WORKSPACE)
-    _take_scratch(&workspace, &job, threads, clamp_min is not None)
+    _take_scratch(&workspace, &job, threads, activation is not None)
     job.operand[BN_X], job.operand[BN_DY], job.operand[BN_DX] = _data(x), _data(dy), _data(dx)
     job.weight = _widened(&workspace, weight, c.channels)
     job.statistic[BN_MEAN] = _statistic(&workspace, mean, c, per_group)
     job.statistic[BN_INVSTD] = _statistic(&workspace, invstd, c, per_group)
     job.statistic[BN_SUM_DY_XHAT] = _doubles_or_null(sum_dy_xhat)
-    if clamp_min is not None:
-        job.statistic[BN_SUM_CLAMPED] = _doubles_or_null(sum_clamped)
+    if activation is not None:
+        _set_activation(&workspace, &job, activation, activation_parameter)
         job.bias = _widened(&workspace, bias, c.channels)
-        job.clamp_min = _widened(&workspace, clamp_min, c.channels)
-        wanted |= 1 << BN_SUM_CLAMPED
+        job.statistic[BN_SUM_ACTIVATION] = _doubles_or_null(sum_activation)
+        wanted |= 1 << BN_SUM_ACTIVATION
     if c.dtype == BN_f64 and centred and not constant_statistics:
         wanted |= 1 << BN_MEAN_LOW
     job.constant_statistics = constant_statistics
@@ -413,10 +438,11 @@ cdef int gradient(
     _choose_and_take(&workspace, &job, wanted)
     _do_all(&job, &workspace, bn_gradient_stages, threads)
     bn_parameter_gradients(&job, _dtype(dweight), _data(dweight), _data(dbias))
-    if dclamp_min is not None:
-        job.kernels.parameter_gradients[<int>_dtype(dclamp_min)](
-            c.channels, c.repeats, job.statistic[BN_SUM_CLAMPED], job.statistic[BN_SUM_CLAMPED],
-            _data(dclamp_min), _data(dclamp_min)
+    if dactivation_parameter is not None:
+        job.kernels.parameter_gradients[<int>_dtype(dactivation_parameter)](
+            c.channels, c.repeats, job.statistic[BN_SUM_ACTIVATION],
+            job.statistic[BN_SUM_ACTIVATION], _data(dactivation_parameter),
+            _data(dactivation_parameter)
         )
     _end(&workspace)
     return 0

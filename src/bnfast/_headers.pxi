@@ -29,7 +29,7 @@ cdef extern from "job.h" nogil:
         BN_VARIANCE
         BN_SUM_DY
         BN_SUM_DY_XHAT
-        BN_SUM_CLAMPED
+        BN_SUM_ACTIVATION
         BN_STATISTICS
 
     ctypedef struct bn_method:
@@ -42,7 +42,8 @@ cdef extern from "job.h" nogil:
         char **operand
         const double *weight
         const double *bias
-        const double *clamp_min
+        bn_activation activation
+        const double *activation_parameter
         double eps
         const double *channel_eps
         double **statistic
@@ -89,6 +90,7 @@ cdef extern from "dispatch.h" nogil:
     bint bn_runs_here(size_t index)
     const char *bn_kernel_name(size_t index)
     const char *bn_stored_name(bn_stored stored)
+    const char *bn_activation_name(bn_activation activation)
 
 
 cdef extern from "openmp_runtime.h" nogil:

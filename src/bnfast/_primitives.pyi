@@ -3,6 +3,7 @@ from typing import Any
 
 from numpy.typing import DTypeLike
 
+from bnfast._core import Activation as Activation
 from bnfast._core import Evaluation as Evaluation
 from bnfast._core import empty_output as empty_output
 from bnfast._typing import Array
@@ -37,7 +38,8 @@ def normalize(
     over: Reduction = ...,
     num_groups: object = None,
     m2: Array | None = None,
-    tau: object = None,
+    activation: Activation | None = None,
+    parameter: object = None,
     channel_eps: Array | None = None,
     reads: Reads = None,
 ) -> tuple[Array, Array, Array]: ...
@@ -86,18 +88,22 @@ def gradient(
     grouped: bool = False,
     reads: Reads = None,
 ) -> tuple[Array, Array, Array]: ...
-def clamped_gradient(
+def activated_gradient(
     dy: object,
     x: object,
     axis: object,
+    mean: object,
     invstd: object,
     weight: object,
     bias: object,
-    tau: object,
-    out: object,
-    over: Reduction,
-    sums: Array | None,
-    reads: Reads,
+    activation: Activation | None,
+    parameter: object,
+    out: object = None,
+    over: Reduction = ...,
+    constant_statistics: bool = False,
+    grouped: bool = False,
+    sums: Array | None = None,
+    reads: Reads = None,
 ) -> tuple[Array, Array, Array, Array | None]: ...
 def normalize_rows(
     x: object,

@@ -10,6 +10,7 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.long cimport PyLong_AsLongAndOverflow
 
 from bnfast cimport _core
+from bnfast._core cimport Activation as _Activation
 from bnfast._core cimport Evaluation as _Evaluation
 from bnfast._core cimport (
     BN_DX,
@@ -30,6 +31,7 @@ from bnfast._layout import plan_layout, plan_rows
 
 cnp.import_array()
 
+Activation = core.Activation  # what follows a `normalize`, and its gradient
 Evaluation = core.Evaluation  # what a layer keeps from one `scale_shift` to the next
 empty_output = core.empty_output  # a new array that begins at a cache line
 
@@ -114,16 +116,16 @@ def moments(x_, axis_, mean_low=None):
 
 def normalize(
     x_, axis_, weight, bias, eps, running_mean=None, running_var=None, momentum=0.0,
-    bint unbiased=True, out=None, Reduction over=BATCH, num_groups=None, m2=None, tau=None,
-    channel_eps=None, reads=None
+    bint unbiased=True, out=None, Reduction over=BATCH, num_groups=None, m2=None,
+    _Activation activation=None, parameter=None, channel_eps=None, reads=None
 ):
     """Return y, and the mean and invstd (float64) that made it.
 
     The running statistics, both given or neither, are updated with `momentum` as the weight of the
     batch: of the average of its samples, where each has its own. `m2`, a float64 array of the shape
-    of the mean, receives that of the batch. Channels may have a minimum `tau` that no output goes
-    below, and a checked `channel_eps` of their own, which is added to eps. `reads` are more
-    arguments that `out` must share no memory with.
+    of the mean, receives that of the batch. Channels may have a `parameter` of the activation, and
+    a checked `channel_eps` of their own, which is added to eps. `reads` are more arguments that
+    `out` must share no memory with.
     """
     cdef Py_ssize_t axis
     cdef cnp.ndarray x = _batch(x_, axis_, &axis, over), mean, invstd
@@ -133,11 +135,13 @@ def normalize(
         per_group = _channels_per_group(num_groups, channels)
     cdef double epsilon = _eps(eps, over.any_eps, True), new = _real("momentum", momentum)
     scale, shift = _of_channels("weight", weight, channels), _of_channels("bias", bias, channels)
-    clamp_min = _of_channels("tau", tau, channels)
+    cdef str called = _parameter_name(activation)
+    given = parameter
+    parameter = _of_channels(called, given, channels)
     tracked = _tracked(running_mean, running_var, x, channels)
     y = _output(
-        out, x, ("x", "weight", "bias", "running_mean", "running_var", "tau"),
-        (x, weight, bias, running_mean, running_var, tau), reads, 1
+        out, x, ("x", "weight", "bias", "running_mean", "running_var", called),
+        (x, weight, bias, running_mean, running_var, given), reads, 1
     )
     cdef cnp.npy_intp shape[2]
     cdef int ndim = _statistics_shape(x, axis, over, per_group, shape), too_large
@@ -159,7 +163,7 @@ def normalize(
     too_large = _core.normalize(
         _plan(axis, over, x, y, None), x, y, scale, shift, epsilon, mean, invstd, m2,
         <size_t>per_group, over.centred, written_mean, written_var, new, 1.0 if unbiased else 0.0,
-        clamp_min, channel_eps, _threads_for(x, 3)
+        activation, parameter, channel_eps, _threads_for(x, 3)
     )
     if tracked is not None:
         _put_back(written_mean, tracked[0])
@@ -230,22 +234,22 @@ def gradient(
     """
     return _gradient(
         dy, x, axis, mean, invstd, weight, constant_statistics, out, over, grouped, None, None,
-        None, reads
+        None, None, reads
     )[:3]
 
 
-def clamped_gradient(
-    dy, x, axis, invrms, weight, bias, tau, out, Reduction over, sums, reads
+def activated_gradient(
+    dy, x, axis, mean, invstd, weight, bias, _Activation activation, parameter, out=None,
+    Reduction over=BATCH, bint constant_statistics=False, bint grouped=False, sums=None, reads=None
 ):
-    """Return the gradients of what is not centred and has a minimum tau.
+    """Return dx, dweight and dbias of a `normalize` with this activation, and that of `parameter`.
 
-    dx, dweight and dbias are of dy where y was not below tau, dtau is of dy where it was; without a
-    tau, dtau is None.
-    `sums`, float64 (2, *shape of invrms) or None, receives what dtau is the sum of, and
-    sum(dy * x * invrms). `reads` are more arguments that `out` must share no memory with.
+    The latter is None where there is no parameter. `sums`, float64 (2, *shape of invstd) or None,
+    receives what it is the sum of, and sum(dy * xhat) of what of dy the activation leaves.
     """
     return _gradient(
-        dy, x, axis, None, invrms, weight, False, out, over, False, bias, tau, sums, reads
+        dy, x, axis, mean, invstd, weight, constant_statistics, out, over, grouped, bias,
+        activation, parameter, sums, reads
     )
 
 
@@ -264,9 +268,13 @@ def gradient_of_samples(dy, x_, axis_, mean, invstd, weight, sums, cnp.ndarray d
         )
 
 
+cdef inline str _parameter_name(_Activation activation):
+    return "parameter" if activation is None else activation.parameter
+
+
 cdef tuple _gradient(
     dy, x_, axis_, mean, invstd, weight, bint constant_statistics, out, Reduction over,
-    bint grouped, bias, tau, sums, reads
+    bint grouped, bias, _Activation activation, given, sums, reads
 ):
     cdef Py_ssize_t axis
     cdef cnp.ndarray x = _batch(x_, axis_, &axis, over)
@@ -282,24 +290,26 @@ cdef tuple _gradient(
     cdef str saved = "invstd" if over.centred else "invrms"
     inverse = _saved(saved, invstd, ndim, shape)
     scale, shift = _of_channels("weight", weight, channels), _of_channels("bias", bias, channels)
-    clamp_min = _of_channels("tau", tau, channels)
+    cdef str called = _parameter_name(activation)
+    parameter = _of_channels(called, given, channels)
     dx = _output(
-        out, x, ("dy", "x", "weight", "mean", saved, "bias", "tau"),
-        (upstream, x, weight, mean, invstd, bias, tau), reads, 2
+        out, x, ("dy", "x", "weight", "mean", saved, "bias", called),
+        (upstream, x, weight, mean, invstd, bias, given), reads, 2
     )
     kind = _parameter_type(x) if scale is None else cnp.PyArray_TYPE(<cnp.ndarray>scale)
     dweight, dbias = _zeros(1, &channels, kind), _zeros(1, &channels, kind)
-    dtau = None
-    if clamp_min is not None:
-        dtau = _zeros(1, &channels, cnp.PyArray_TYPE(<cnp.ndarray>clamp_min))
+    dparameter = None
+    if parameter is not None:
+        dparameter = _zeros(1, &channels, cnp.PyArray_TYPE(<cnp.ndarray>parameter))
     if cnp.PyArray_SIZE(x) > 0:
         _core.gradient(
             _plan(axis, over, x, upstream, dx), x, upstream, dx, scale,
             centre, inverse, dweight, dbias, <size_t>per_group,
-            constant_statistics, shift, clamp_min, dtau, None if sums is None else sums[0],
-            None if sums is None else sums[1], _threads_for(x, 5)
+            constant_statistics, shift, activation, parameter, dparameter,
+            None if sums is None else sums[0], None if sums is None else sums[1],
+            _threads_for(x, 5)
         )
-    return dx, dweight, dbias, dtau
+    return dx, dweight, dbias, dparameter
 
 
 def normalize_rows(x_, normalized_shape, axis, weight, bias, eps, bint centred, out=None):

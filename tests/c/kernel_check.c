@@ -223,12 +223,12 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     const bn_plan plan = {.layout = layout, .dtype = dtype, .itemsize = itemsize,
                                   .channels = c, .interleave = interleave};
     bn_coefficients forward = {.period = 0}, backward = {.period = 0}, per_group = {.period = 0};
-    bn_coefficients clamped = {.period = 0}, kept_gradient = {.period = 0}, of_rows = {.period = 0};
-    bn_coefficients *each[] = {&forward, &backward, &per_group, &clamped, &kept_gradient, &of_rows};
+    bn_coefficients activated = {.period = 0}, activated_gradient = {.period = 0}, of_rows = {.period = 0};
+    bn_coefficients *each[] = {&forward, &backward, &per_group, &activated, &activated_gradient, &of_rows};
     static const unsigned sets[] = {
         BN_OUTPUT_COEFFICIENTS,         BN_GRADIENT_COEFFICIENTS,
-        BN_GRADIENT_COEFFICIENTS | BN_SET(BN_WEIGHT), BN_OUTPUT_COEFFICIENTS | BN_SET(BN_CLAMP_MIN),
-        BN_GRADIENT_COEFFICIENTS | BN_SET(BN_FORWARD_SHIFT) | BN_SET(BN_CLAMP_MIN),
+        BN_GRADIENT_COEFFICIENTS | BN_SET(BN_WEIGHT), BN_OUTPUT_COEFFICIENTS | BN_SET(BN_ACTIVATION_PARAMETER),
+        BN_GRADIENT_COEFFICIENTS | BN_SET(BN_FORWARD_SHIFT) | BN_SET(BN_ACTIVATION_PARAMETER),
         BN_GRADIENT_COEFFICIENTS | BN_SET(BN_FORWARD_SHIFT) | BN_OUTPUT_COEFFICIENTS,
     };
     for (size_t k = 0; k < sizeof sets / sizeof *sets; k++) {
@@ -286,23 +286,25 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
                                               sum_dy, sum_dy_xhat, per_group);
     check_output(CALL(grouped_input_gradient)[layout][dtype], extent, both, per_group, dx_view,
                  &plan);
-    CALL(scale_shift_coefficients)[dtype](c, 0, mean, mean_low, invstd, weight, bias, clamped);
-    CALL(clamp_coefficients)[dtype](c, other_mean, clamped.array[BN_SHIFT],
-                                    clamped.array[BN_CLAMP_MIN]);
-    check_output(CALL(clamped_scale_shift)[layout][dtype], extent, &x_view, clamped, y_view,
-                 &plan);
-    bn_coefficients again = kept_gradient;
+    CALL(scale_shift_coefficients)[dtype](c, 0, mean, mean_low, invstd, weight, bias, activated);
+    CALL(activation_coefficients)[dtype](c, other_mean, activated.array[BN_SHIFT],
+                                         activated.array[BN_ACTIVATION_PARAMETER]);
+    bn_coefficients again = activated_gradient;
     again.array[BN_SHIFT] = again.array[BN_FORWARD_SHIFT];
     CALL(scale_shift_coefficients)[dtype](c, 0, mean, NULL, invstd, weight, bias, again);
-    CALL(clamp_coefficients)[dtype](c, other_mean, kept_gradient.array[BN_FORWARD_SHIFT],
-                                    kept_gradient.array[BN_CLAMP_MIN]);
-    CALL(mask_upstream)[layout][dtype](extent, both, kept_gradient, dx_view, other_low);
-    add_elements(dx, all, dtype);
-    add_doubles(other_low, c);
+    CALL(activation_coefficients)[dtype](c, other_mean, again.array[BN_SHIFT],
+                                         again.array[BN_ACTIVATION_PARAMETER]);
     CALL(gradient_coefficients)[dtype](c, n, mean, NULL, invstd, weight, sum_dy, sum_dy_xhat,
-                                       kept_gradient);
-    check_output(CALL(clamped_input_gradient)[layout][dtype], extent, both, kept_gradient, dx_view,
-                 &plan);
+                                       activated_gradient);
+#define CHECK_ACTIVATION(unused, name)                                                              \
+    check_output(CALL(name##_scale_shift)[layout][dtype], extent, &x_view, activated, y_view, &plan); \
+    CALL(name##_upstream)[layout][dtype](extent, both, activated_gradient, dx_view, other_low);     \
+    add_elements(dx, all, dtype);                                                                   \
+    add_doubles(other_low, c);                                                                      \
+    check_output(CALL(name##_input_gradient)[layout][dtype], extent, both, activated_gradient,      \
+                 dx_view, &plan);
+    BN_FOR_EACH_ACTIVATION(CHECK_ACTIVATION, )
+#undef CHECK_ACTIVATION
     /* Parameters of elements: those of a run, the same for all, or one for each row of channels_last. */
     const int of_run = layout == BN_contiguous;
     void *weights = elements(of_run ? extent.inner : extent.outer, dtype, ORDINARY);

@@ -102,7 +102,7 @@ static inline double *sums_of_block(const bn_job *job, bn_statistic sum, size_t 
 {
     static const size_t place[BN_STATISTICS] = {
         [BN_MEAN] = 0,   [BN_MEAN_LOW] = 1,    [BN_M2] = 2,
-        [BN_SUM_DY] = 0, [BN_SUM_DY_XHAT] = 1, [BN_SUM_CLAMPED] = 2,
+        [BN_SUM_DY] = 0, [BN_SUM_DY_XHAT] = 1, [BN_SUM_ACTIVATION] = 2,
     };
     const size_t channels = job->plan->channels;
     double *sums = block == 0 ? job->statistic[sum]

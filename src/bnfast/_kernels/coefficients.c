@@ -33,7 +33,7 @@ static void spread_moments(size_t channels, size_t per_group, double *moments)
 
 static void merge_gradient(const bn_job *job, range channels)
 {
-    static const bn_statistic sums[] = {BN_SUM_DY, BN_SUM_DY_XHAT, BN_SUM_CLAMPED};
+    static const bn_statistic sums[] = {BN_SUM_DY, BN_SUM_DY_XHAT, BN_SUM_ACTIVATION};
     const size_t c = channels.first;
     for (size_t block = 1; block < job->plan->blocks; block++) {
         for (size_t i = 0; i < sizeof sums / sizeof *sums; i++) {
@@ -169,20 +169,15 @@ static int is_extreme(double invstd)
     return invstd > 0.0 && invstd <= DBL_MAX && !(invstd >= LEAST_INVSTD && invstd <= MOST_INVSTD);
 }
 
-/* Sums of dy * xhat with x made xhat, but for a factor, before it is summed. Nothing but the sums may need the
-   mean meanwhile: it is 0 for them, as that of xhat is. (What is above a minimum is told by it: such jobs, those
-   of filter response norm, are uncentred.) */
+/* Sums of dy * xhat with x made xhat, but for a factor, before it is summed. */
 BN_NOINLINE void scaled_gradient(const bn_job *job, range channels)
 {
-    const bn_coefficients coefficients = coefficients_from(job, channels.first);
     _Alignas(64) char rare[BN_SCRATCH_BYTES];
     const bn_job scaled = scaled_job(job, 1.0, rare);
-    memset(coefficients.array[BN_ROUNDED_MEAN], 0, channels.count * sizeof(double));
     for (size_t block = 0; block < job->plan->blocks; block++) {
         bn_sum_gradient(&scaled, block, channels);
     }
     merge_gradient(&scaled, channels);
-    job->kernels->round_mean[BN_f64](channels.count, job->statistic[BN_MEAN] + channels.first, coefficients);
     for (size_t c = channels.first; c < channels.first + channels.count; c++) {
         const double factor = power_of_two(job->statistic[BN_INVSTD][c]);
         const double low = job->statistic[BN_MEAN_LOW] ? job->statistic[BN_MEAN_LOW][c] * factor : 0.0;
@@ -292,12 +287,12 @@ static void tile_coefficients(const bn_job *job, range channels)
     }
 }
 
-static void set_clamp(const bn_job *job, range channels, bn_coefficient shift)
+static void set_activation(const bn_job *job, range channels, bn_coefficient shift)
 {
     const bn_coefficients coefficients = coefficients_from(job, channels.first);
-    job->kernels->clamp_coefficients[job->plan->dtype](
-        channels.count, job->clamp_min + channels.first, coefficients.array[shift],
-        coefficients.array[BN_CLAMP_MIN]);
+    job->kernels->activation_coefficients[job->plan->dtype](
+        channels.count, parameter_from(job->activation_parameter, channels.first), coefficients.array[shift],
+        coefficients.array[BN_ACTIVATION_PARAMETER]);
 }
 
 void bn_prepare_scale_shift(const bn_job *job, range channels)
@@ -324,12 +319,15 @@ void bn_make_output_again(const bn_job *job, range channels)
     const size_t c = channels.first;
     bn_coefficients forward = coefficients_from(job, c);
     forward.array[BN_SHIFT] = forward.array[BN_FORWARD_SHIFT];
+    if (forward.array[BN_FORWARD_SCALE]) {
+        forward.array[BN_SCALE] = forward.array[BN_FORWARD_SCALE];
+    }
     job->kernels->scale_shift_coefficients[job->plan->dtype](
         channels.count, job->column_sums != NULL, job->statistic[BN_MEAN] + c,
         parameter_from(job->statistic[BN_MEAN_LOW], c), job->statistic[BN_INVSTD] + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), forward);
-    if (job->clamp_min) {
-        set_clamp(job, channels, BN_FORWARD_SHIFT);
+    if (job->activation) {
+        set_activation(job, channels, BN_FORWARD_SHIFT);
     }
 }
 
@@ -353,8 +351,8 @@ void bn_finish_normalize(const bn_job *job, range channels)
     job->kernels->scale_shift_coefficients[job->plan->dtype](
         channels.count, 0, job->statistic[BN_MEAN] + c, job->statistic[BN_MEAN_LOW] + c, job->statistic[BN_INVSTD] + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), coefficients_from(job, c));
-    if (job->clamp_min) {
-        set_clamp(job, channels, BN_SHIFT);
+    if (job->activation) {
+        set_activation(job, channels, BN_SHIFT);
     }
     tile_coefficients(job, channels);
 }
@@ -365,6 +363,14 @@ void bn_constant_coefficients(const bn_job *job, range channels)
     job->kernels->scale_shift_coefficients[job->plan->dtype](
         channels.count, 0, NULL, NULL, job->statistic[BN_INVSTD] + c, parameter_from(job->weight, c), NULL,
         coefficients_from(job, c));
+}
+
+/* No gradient passes through the statistics; the rest has been prepared with the output. */
+void bn_frozen_coefficients(const bn_job *job, range channels)
+{
+    const bn_coefficients coefficients = coefficients_from(job, channels.first);
+    memset(coefficients.array[BN_SLOPE], 0, channels.count * job->plan->itemsize);
+    memset(coefficients.array[BN_OFFSET], 0, channels.count * job->plan->itemsize);
 }
 
 void bn_grouped_coefficients(const bn_job *job, range channels)

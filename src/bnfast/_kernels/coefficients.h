@@ -15,7 +15,7 @@ void bn_sum_mean_low(const bn_job *job, size_t block, range channels);
 /* The steps of a gradient, among which method.c chooses. Before its sums: the coefficients that the sums need. From the
    sums: the coefficients of dx, for statistics that did not come from x, for groups, and for single channels. */
 bn_do_channels bn_round_mean, bn_make_output_again;
-bn_do_channels bn_constant_coefficients, bn_grouped_coefficients, bn_gradient_coefficients;
+bn_do_channels bn_constant_coefficients, bn_frozen_coefficients, bn_grouped_coefficients, bn_gradient_coefficients;
 
 /* Coefficients, before the sums and from them. */
 void bn_prepare_scale_shift(const bn_job *job, range channels);

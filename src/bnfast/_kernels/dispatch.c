@@ -58,6 +58,14 @@ const char *bn_kernel_name(size_t index)
     return index < sizeof names / sizeof *names ? names[index] : NULL;
 }
 
+const char *bn_activation_name(bn_activation activation)
+{
+#define NAMES(unused, name) [BN_activation_##name] = #name,
+    static const char *const activation_names[] = {BN_FOR_EACH_ACTIVATION(NAMES, )};
+#undef NAMES
+    return activation_names[activation];
+}
+
 const char *bn_stored_name(bn_stored stored)
 {
 #define NAMES(name, arithmetic) [BN_stored_##name] = #name,

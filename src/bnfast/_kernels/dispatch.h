@@ -13,6 +13,9 @@ int bn_runs_here(size_t index);
 /* Names of all kernels of a variant, from the X-macro list; NULL past the last. */
 const char *bn_kernel_name(size_t index);
 
+/* The name of an activation, BN_no_activation < activation < BN_ACTIVATIONS. */
+const char *bn_activation_name(bn_activation activation);
+
 /* The name of a storage type that is converted, BN_as_computed < stored < BN_STORED_TYPES. */
 const char *bn_stored_name(bn_stored stored);
 

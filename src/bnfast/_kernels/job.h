@@ -32,6 +32,8 @@ typedef struct {
 typedef struct {
     bn_sum_box *moments;       /* of a box of x */
     bn_sum_box *gradient_sums; /* of a box of dy and x; `count` values of the block have been summed before */
+    const bn_output *upstream; /* makes what these sums read in the place of dy; NULL for dy itself */
+    int output_reads_upstream; /* and so does the output */
     bn_do_channels *prepare;   /* before these sums */
     bn_do_channels *finish;    /* from them to the coefficients of dx */
     int has_columns;           /* gradient_sums makes the sums of the columns in the same pass */
@@ -56,7 +58,7 @@ typedef enum {
     BN_VARIANCE,
     BN_SUM_DY,
     BN_SUM_DY_XHAT, /* sum(dy * (x - mean)) until all is summed */
-    BN_SUM_CLAMPED, /* of dy where y was below its minimum */
+    BN_SUM_ACTIVATION, /* of dy times the derivative of what is written by the activation's parameter */
     BN_STATISTICS
 } bn_statistic;
 
@@ -75,7 +77,8 @@ struct bn_job {
     const double *weight, *bias;
     size_t parameters_of_repeat; /* stride of weight and bias from repeat to repeat, in elements; 0 where all repeats
                                     have the same weight and bias */
-    const double *clamp_min; /* float64 [channels]: no output goes below it; NULL for none */
+    bn_activation activation;           /* of y: y is what is activated */
+    const double *activation_parameter; /* float64 [channels]; NULL for 0 */
     double eps;
     const double *channel_eps; /* float64 [channels]: of each channel, besides; NULL for none */
 

@@ -5,6 +5,13 @@
 
 /* one box: one kernel call */
 
+/* Copies the pointer to a kernel of the job's layout and dtype out of the table. */
+static void find_kernel(const bn_job *job, const bn_output *output, void *kernel, size_t size)
+{
+    const size_t place = (size_t)job->plan->layout * BN_DTYPES + (size_t)job->plan->dtype;
+    memcpy(kernel, (const char *)job->kernels + output->kernel + place * size, size);
+}
+
 /* The last channels have nothing after them that could be prefetched. */
 static ptrdiff_t prefetch_distance_of(const bn_job *job, const bn_box *box)
 {
@@ -69,34 +76,47 @@ void bn_moments_of_box(const bn_job *job, const bn_box *box, size_t block, size_
                             sums_of_block(job, BN_M2, block, box->channel));
 }
 
-static void sum_gradient(const bn_job *job, const bn_box *box, size_t block, bn_view dy)
+/* The mean of what is summed: 0 where that has been made xhat. */
+static bn_coefficients mean_to_sum(const bn_job *job, const bn_box *box)
 {
-    const bn_view x = x_to_sum(job, box);
-    KERNEL_OF(job, gradient_sums)(
-        box->extent, dy.data, dy.strides, x.data, x.strides, input_of(job, box),
-        coefficients_from(job, box->channel), sums_of_block(job, BN_SUM_DY, block, box->channel),
-        sums_of_block(job, BN_SUM_DY_XHAT, block, box->channel));
+    static double zeros[BN_SCRATCH_BYTES / sizeof(double)]; /* never written: as many as scratch has channels */
+    bn_coefficients mean = coefficients_from(job, box->channel);
+    if (job->scaled) {
+        mean.array[BN_ROUNDED_MEAN] = zeros;
+    }
+    return mean;
+}
+
+/* dy, or the part of it that goes through an activation to y, made in scratch; what goes to the parameter is added
+   to the sums, unless these are NULL. */
+static bn_view upstream_view(const bn_job *job, const bn_box *box, double *sums_of_parameter)
+{
+    bn_view inputs[] = {input_view(job, BN_DY, box), {NULL, {0, 0}}};
+    bn_upstream_kernel *kernel;
+    if (!job->method.upstream) {
+        return inputs[0];
+    }
+    const bn_view to_y = bn_dense_view(box, buffer_of(job, BN_DY));
+    bn_coefficients of_y = coefficients_from(job, box->channel);
+    if (of_y.array[BN_FORWARD_SCALE]) {
+        of_y.array[BN_SCALE] = of_y.array[BN_FORWARD_SCALE];
+    }
+    inputs[1] = input_view(job, BN_X, box);
+    find_kernel(job, job->method.upstream, &kernel, sizeof kernel);
+    kernel(box->extent, inputs, of_y, to_y, sums_of_parameter);
+    return to_y;
 }
 
 void bn_gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
 {
+    double *of_parameter =
+        job->activation ? sums_of_block(job, BN_SUM_ACTIVATION, block, box->channel) : NULL;
+    const bn_view dy = upstream_view(job, box, of_parameter), x = x_to_sum(job, box);
     (void)count;
-    sum_gradient(job, box, block, input_view(job, BN_DY, box));
-}
-
-/* Of dy where y was not below its minimum, made in scratch; the rest is added up. */
-void bn_clamped_gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
-{
-    const bn_view inputs[] = {
-        input_view(job, BN_DY, box),
-        input_view(job, BN_X, box),
-    };
-    const bn_view kept = bn_dense_view(box, buffer_of(job, BN_DX)); /* which is not written yet */
-    (void)count;
-    KERNEL_OF(job, mask_upstream)(
-        box->extent, inputs, coefficients_from(job, box->channel), kept,
-        sums_of_block(job, BN_SUM_CLAMPED, block, box->channel));
-    sum_gradient(job, box, block, kept);
+    KERNEL_OF(job, gradient_sums)(
+        box->extent, dy.data, dy.strides, x.data, x.strides, input_of(job, box), mean_to_sum(job, box),
+        sums_of_block(job, BN_SUM_DY, block, box->channel),
+        sums_of_block(job, BN_SUM_DY_XHAT, block, box->channel));
 }
 
 void bn_weighted_gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block,
@@ -109,7 +129,7 @@ void bn_weighted_gradient_sums_of_box(const bn_job *job, const bn_box *box, size
     };
     (void)count;
     KERNEL_OF(job, weighted_gradient_sums)(
-        box->extent, inputs, input_of(job, box), coefficients_from(job, box->channel),
+        box->extent, inputs, input_of(job, box), mean_to_sum(job, box),
         sums_of_block(job, BN_SUM_DY, block, box->channel),
         sums_of_block(job, BN_SUM_DY_XHAT, block, box->channel));
 }
@@ -137,14 +157,6 @@ static bn_store_hint store_hint_of(const bn_job *job, const bn_box *box)
     return (bn_store_hint){job->stores, job->prefetch_in_sums ? 0 : prefetch_distance_of(job, box)};
 }
 
-static bn_output_kernel *kernel_of(const bn_job *job, const bn_output *output)
-{
-    const char *table = (const char *)job->kernels + output->kernel;
-    bn_output_kernel *kernels[BN_LAYOUTS][BN_DTYPES];
-    memcpy(kernels, table, sizeof kernels);
-    return kernels[job->plan->layout][job->plan->dtype];
-}
-
 static void write_part(const bn_job *job, const bn_box *box)
 {
     const bn_plan *plan = job->plan;
@@ -152,12 +164,16 @@ static void write_part(const bn_job *job, const bn_box *box)
     char *to = job->operand[output->writes], *scratch = buffer_of(job, output->writes);
     bn_view inputs[BN_MOST_INPUTS];
     for (size_t i = 0; i < output->inputs; i++) {
-        inputs[i] = input_view(job, output->reads[i], box);
+        inputs[i] = job->method.output_reads_upstream && output->reads[i] == BN_DY
+                        ? upstream_view(job, box, NULL)
+                        : input_view(job, output->reads[i], box);
     }
     const bn_view view = bn_view_to_write(plan, output->writes, to, box, scratch);
     bn_coefficients coefficients = coefficients_from(job, box->channel);
     coefficients.period = period_of(plan, box->extent.channels);
-    kernel_of(job, output)(box->extent, inputs, coefficients, view, store_hint_of(job, box));
+    bn_output_kernel *kernel;
+    find_kernel(job, output, &kernel, sizeof kernel);
+    kernel(box->extent, inputs, coefficients, view, store_hint_of(job, box));
     bn_written(job->kernels, plan, output->writes, to, box, scratch);
 }
 
@@ -206,7 +222,8 @@ void bn_write_block(const bn_job *job, size_t block, range channels)
     const range chunks = chunks_of_block(plan, block);
     const size_t bytes =
         plan->chunk_outer * plan->chunk_inner * channels.count * plan->itemsize;
-    const int apart = plan->any_staged || plan->chunks_per_run > 1 ||
+    const int in_scratch = plan->any_staged || job->method.output_reads_upstream;
+    const int apart = in_scratch || plan->chunks_per_run > 1 ||
                       (job->prefetch_distance != 0 && job->prefetch_count < values_per_channel(plan));
     const size_t together = apart ? 1 : MAX((size_t)1, BN_STEP_BYTES / bytes);
     for (size_t end = chunks.count; end > 0;) {
@@ -214,8 +231,7 @@ void bn_write_block(const bn_job *job, size_t block, range channels)
         bn_box box;
         end -= some;
         if (some == 1) {
-            visit_chunk(job, block, chunks.first + end, channels, 0, plan->any_staged,
-                        output_of_box);
+            visit_chunk(job, block, chunks.first + end, channels, 0, in_scratch, output_of_box);
             continue;
         }
         box = box_of_chunk(plan, chunks.first + end, channels);
@@ -244,11 +260,10 @@ void bn_sum_gradient(const bn_job *job, size_t block, range channels)
 {
     clear(sums_of_block(job, BN_SUM_DY, block, 0), channels);
     clear(sums_of_block(job, BN_SUM_DY_XHAT, block, 0), channels);
-    if (job->clamp_min) {
-        clear(sums_of_block(job, BN_SUM_CLAMPED, block, 0), channels);
+    if (job->activation) {
+        clear(sums_of_block(job, BN_SUM_ACTIVATION, block, 0), channels);
     }
-    /* What is kept of dy is made in scratch. */
-    sum_block(job, block, channels, job->plan->any_staged || job->clamp_min || job->scaled,
+    sum_block(job, block, channels, job->plan->any_staged || job->activation || job->scaled,
               job->method.gradient_sums);
 }
 
@@ -277,13 +292,12 @@ void bn_write_piece(const bn_job *job, size_t number)
     const range channels = channel_part(plan, pieces.channels, number % pieces.channels);
     const range outer = part(plan->outer, pieces.outer, number / pieces.channels);
 
-    const size_t most =
-        (plan->any_staged ? BN_SCRATCH_BYTES : BN_STEP_BYTES) / plan->itemsize;
-    const size_t inner_step = plan->any_staged ? MIN(inner.count, most) : inner.count;
-    const size_t channel_step = plan->any_staged
-                                    ? MIN(channels.count, MAX((size_t)1, most / inner_step))
-                                    : channels.count;
-    const size_t fewest = plan->any_staged ? 1 : BN_FEWEST_ROWS;
+    const int in_scratch = plan->any_staged || job->method.output_reads_upstream;
+    const size_t most = (in_scratch ? BN_SCRATCH_BYTES : BN_STEP_BYTES) / plan->itemsize;
+    const size_t inner_step = in_scratch ? MIN(inner.count, most) : inner.count;
+    const size_t channel_step =
+        in_scratch ? MIN(channels.count, MAX((size_t)1, most / inner_step)) : channels.count;
+    const size_t fewest = in_scratch ? 1 : BN_FEWEST_ROWS;
     const size_t outer_step = MAX(fewest, most / (inner_step * channel_step));
     for (size_t o = divide_up(outer.count, outer_step); o-- > 0;) {
         for (size_t c = 0; c < channels.count; c += channel_step) {

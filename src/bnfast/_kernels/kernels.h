@@ -49,7 +49,8 @@ typedef enum {
     BN_OFFSET,
     BN_WEIGHT,        /* of channels that share their statistics */
     BN_FORWARD_SHIFT, /* that of the output, in a gradient which makes y or xhat again */
-    BN_CLAMP_MIN,
+    BN_FORWARD_SCALE, /* where the gradient's is another: y of channels that share their statistics */
+    BN_ACTIVATION_PARAMETER,
     BN_COEFFICIENTS
 } bn_coefficient;
 
@@ -110,23 +111,31 @@ typedef struct {
      affine, from x, weight, bias:  y = ((x - mean) * scale + shift) * weight + bias
      scaled, from x, weight:        y = (x * scale) * weight
      weighted_input_gradient, from dy, x, weight: as grouped_input_gradient
-   or where each channel has a minimum:
-     clamped_scale_shift:     y = scale_shift or the minimum, whichever is larger
-     clamped_input_gradient:  input_gradient, with 0 in the place of dy where y was below the minimum */
+   or where an activation follows, with a parameter of each channel:
+     <name>_scale_shift, <name>_input_gradient: see activated.inc */
 #define BN_MOST_INPUTS 3
 
 typedef void bn_output_kernel(bn_extent extent, const bn_view *inputs,
                               bn_coefficients coefficients, bn_view output, bn_store_hint hint);
 typedef bn_output_kernel bn_scale_shift_kernel, bn_input_gradient_kernel,
     bn_grouped_input_gradient_kernel, bn_affine_kernel, bn_scaled_kernel,
-    bn_weighted_input_gradient_kernel, bn_clamped_scale_shift_kernel,
-    bn_clamped_input_gradient_kernel;
+    bn_weighted_input_gradient_kernel;
 
-/* mask_upstream: writes dy where y was not below the minimum, else 0, and adds the rest of it up, channel
-   by channel. The inputs are dy and x, the coefficients those of clamped_input_gradient. */
-typedef void bn_mask_upstream_kernel(bn_extent extent, const bn_view *inputs,
-                                        bn_coefficients coefficients, bn_view kept,
-                                        double *sum_rest);
+/* <name>_upstream: writes the part of dy that goes through the activation to y, and adds up, channel by channel,
+   what goes to its parameter, if there is where to. It may write dy itself. The inputs are dy and x, the
+   coefficients those of <name>_input_gradient. */
+typedef void bn_upstream_kernel(bn_extent extent, const bn_view *inputs, bn_coefficients coefficients,
+                                bn_view to_y, double *sum_to_parameter);
+
+#define BN_TYPES(unused, name)                                                              \
+    typedef bn_output_kernel bn_##name##_scale_shift_kernel, bn_##name##_input_gradient_kernel; \
+    typedef bn_upstream_kernel bn_##name##_upstream_kernel;
+BN_FOR_EACH_ACTIVATION(BN_TYPES, )
+#undef BN_TYPES
+
+#define BN_MEMBER(unused, name) BN_activation_##name,
+typedef enum { BN_no_activation, BN_FOR_EACH_ACTIVATION(BN_MEMBER, ) BN_ACTIVATIONS } bn_activation;
+#undef BN_MEMBER
 
 /* gradient_sums: adds sum(dy) and sum(dy * (x - mean)) of the box to two arrays of [channels]; the mean is
    the rounded one. */
@@ -197,9 +206,9 @@ typedef void bn_grouped_gradient_coefficients_kernel(size_t groups, size_t per_g
                                                     const double *sum_dy_xhat,
                                                     bn_coefficients coefficients);
 
-/* What y is held against, `least` in the type of the elements; the shift becomes NaN where that is. */
-typedef void bn_clamp_coefficients_kernel(size_t channels, const double *least, void *shift,
-                                          void *clamp_min);
+/* The parameter of an activation, NULL for 0, in the type of the elements; the shift becomes NaN where that is. */
+typedef void bn_activation_coefficients_kernel(size_t channels, const double *parameter, void *shift,
+                                               void *rounded);
 
 /* The gradients of weight and bias, over all repeats and in the parameters' own type. */
 typedef void bn_parameter_gradients_kernel(size_t channels, size_t repeats, const double *sum_dy,

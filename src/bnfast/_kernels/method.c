@@ -11,6 +11,17 @@
 enum { BN_FOR_EACH_ELEMENT_OPERATION(ID) OPERATIONS };
 static const bn_output calls[] = {BN_FOR_EACH_ELEMENT_OPERATION(CALL)};
 
+/* With an activation, or none. */
+#define ROW(unused, name)                                                                      \
+    [BN_activation_##name] = {&calls[name##_scale_shift_id], &calls[name##_input_gradient_id], \
+                              &calls[name##_upstream_id]},
+static const struct {
+    const bn_output *output, *input_gradient, *upstream;
+} of_activation[] = {
+    [BN_no_activation] = {&calls[scale_shift_id], &calls[input_gradient_id], NULL},
+    BN_FOR_EACH_ACTIVATION(ROW, )
+};
+
 /* dx = dy * weight * invstd, where the statistics did not come from x: a scale_shift that never reads x. */
 static const bn_output scaled_upstream = {offsetof(bn_kernels, scale_shift), 1, {BN_DY}, BN_DX};
 
@@ -27,8 +38,7 @@ static void choose_output(bn_job *job)
     const int weighted = job->operand[BN_ELEMENT_WEIGHT] != NULL;
     job->method.output = job->operand[BN_ELEMENT_BIAS] ? &calls[affine_id]
                          : weighted                    ? &calls[scaled_id]
-                         : job->clamp_min              ? &calls[clamped_scale_shift_id]
-                                                       : &calls[scale_shift_id];
+                                                       : of_activation[job->activation].output;
     job->method.coefficients = BN_OUTPUT_COEFFICIENTS;
 }
 
@@ -36,26 +46,29 @@ static void choose_gradient(bn_job *job)
 {
     bn_method *method = &job->method;
     const int weighted = job->operand[BN_ELEMENT_WEIGHT] != NULL, grouped = job->per_group > 1;
-    const int made_again = job->clamp_min || job->column_sums; /* y, or xhat */
+    const int made_again = job->activation || job->column_sums; /* y, or xhat */
     method->has_columns = has_columns(job);
     method->gradient_sums = method->has_columns ? bn_weighted_sums_and_columns_of_box
                             : weighted          ? bn_weighted_gradient_sums_of_box
-                            : job->clamp_min    ? bn_clamped_gradient_sums_of_box
                                                 : bn_gradient_sums_of_box;
+    method->upstream = of_activation[job->activation].upstream;
+    method->output_reads_upstream = job->activation && grouped;
     method->prepare = made_again ? bn_make_output_again : bn_round_mean;
-    if (job->constant_statistics) {
+    if (job->constant_statistics && !job->activation) {
         method->output = &scaled_upstream;
         method->finish = bn_constant_coefficients;
         method->coefficients = BN_OUTPUT_COEFFICIENTS;
     } else {
-        method->output = weighted         ? &calls[weighted_input_gradient_id]
-                         : job->clamp_min ? &calls[clamped_input_gradient_id]
-                         : grouped        ? &calls[grouped_input_gradient_id]
-                                          : &calls[input_gradient_id];
-        method->finish = grouped ? bn_grouped_coefficients : bn_gradient_coefficients;
+        method->output = weighted  ? &calls[weighted_input_gradient_id]
+                         : grouped ? &calls[grouped_input_gradient_id]
+                                   : of_activation[job->activation].input_gradient;
+        method->finish = job->constant_statistics ? bn_frozen_coefficients
+                         : grouped                ? bn_grouped_coefficients
+                                                  : bn_gradient_coefficients;
         method->coefficients = BN_GRADIENT_COEFFICIENTS | (grouped ? BN_SET(BN_WEIGHT) : 0);
     }
-    method->coefficients |= made_again ? BN_SET(BN_FORWARD_SHIFT) : 0;
+    method->coefficients |= (made_again ? BN_SET(BN_FORWARD_SHIFT) : 0) |
+                            (method->output_reads_upstream ? BN_SET(BN_FORWARD_SCALE) : 0);
 }
 
 void bn_choose_method(bn_job *job)
@@ -66,7 +79,7 @@ void bn_choose_method(bn_job *job)
     } else if (job->operand[BN_Y]) {
         choose_output(job);
     }
-    if (job->clamp_min) {
-        job->method.coefficients |= BN_SET(BN_CLAMP_MIN);
+    if (job->activation) {
+        job->method.coefficients |= BN_SET(BN_ACTIVATION_PARAMETER);
     }
 }

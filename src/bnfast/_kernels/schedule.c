@@ -84,7 +84,7 @@ static void prefetch_next_slab(bn_job *job, size_t tensors)
     const size_t bytes = job->slab * plan->itemsize * tensors;
     if (plan->layout == BN_contiguous && !plan->any_staged) {
         job->prefetch_distance = (ptrdiff_t)job->slab * plan->operand[BN_X].channel_stride;
-        job->prefetch_in_sums = plan->outer == 1 && !job->clamp_min && sums_take_long(job, tensors);
+        job->prefetch_in_sums = plan->outer == 1 && !job->activation && sums_take_long(job, tensors);
         job->prefetch_count = values_per_channel(plan);
         if (bytes * job->prefetch_count <= bn_lost_slab_bytes(job->caches)) {
             job->prefetch_count = bn_slab_bytes(job->caches) / bytes;

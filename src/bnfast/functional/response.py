@@ -7,10 +7,11 @@ from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
-from bnfast._primitives import Reduction
+from bnfast._primitives import Activation, Reduction
 from bnfast._typing import Float, Parameter
 
 _RESPONSES = Reduction(per_sample=True, centred=False, any_eps=False)
+_THRESHOLD = Activation("clamp", "tau")
 
 
 @in_default_float_mode
@@ -144,7 +145,8 @@ def filter_response_norm_forward(
         *(x, axis, weight, bias, eps),
         out=out,
         over=_RESPONSES,
-        tau=tau,
+        activation=None if tau is None else _THRESHOLD,
+        parameter=tau,
         channel_eps=more,
         reads=reads,
     )
@@ -222,16 +224,17 @@ def filter_response_norm_backward(
     >>> gradients[3]
     array([1.])
     """
-    given = x, axis, invrms, weight, bias, tau, out, _RESPONSES
+    threshold = None if tau is None else _THRESHOLD
+    given = dy, x, axis, None, invrms, weight, bias, threshold, tau, out, _RESPONSES
     if learned_eps is None:
-        dx, dweight, dbias, dtau = _primitives.clamped_gradient(dy, *given, None, None)
+        dx, dweight, dbias, dtau = _primitives.activated_gradient(*given)
         return dx, dweight, dbias, dtau, None
     array, channels = _validation.channel_axis_of_samples(x, axis)
     learned = _learned_eps(learned_eps, channels)
     scale = _validation.channel_parameter("weight", weight, channels)
     sums = np.zeros((2, len(array), channels))
     reads = {"learned_eps": learned_eps}
-    dx, dweight, dbias, dtau = _primitives.clamped_gradient(dy, *given, sums, reads)
+    dx, dweight, dbias, dtau = _primitives.activated_gradient(*given, sums=sums, reads=reads)
     gamma = 1.0 if scale is None else scale.astype(np.float64)
     wide = np.asarray(invrms, np.float64)
     with np.errstate(all="ignore"):
