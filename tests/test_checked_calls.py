@@ -43,6 +43,28 @@ def of_responses(x, dy, weight, bias, eps, axis):
     return [y, *bnfast.filter_response_norm_backward(*given, axis=axis)[:4]]
 
 
+def of_ghosts(x, dy, weight, bias, eps, axis):
+    y, mean, invstd = bnfast.ghost_batch_norm_forward(x, 4, weight, bias, eps, axis=axis)
+    gradients = bnfast.ghost_batch_norm_backward(dy, x, 4, mean, invstd, weight, axis=axis)
+    running = np.zeros(4), np.ones(4)
+    tracked = bnfast.ghost_batch_norm(x, 3, *running, weight, bias, True, eps=eps, axis=axis)
+    return [y, mean, invstd, *gradients, tracked, *running]
+
+
+def of_conditions(x, dy, weight, bias, eps, axis):
+    weight, bias = (np.tile(parameter, (len(x), 1)) for parameter in (weight, bias))
+    running = np.zeros(4), np.ones(4)
+    given, options = (x, weight, bias), {"eps": eps, "axis": axis}
+    tracked = bnfast.conditional_batch_norm(*given, *running, True, **options)
+    evaluated = bnfast.conditional_batch_norm(*given, *running, **options)
+    y, *saved = bnfast.conditional_batch_norm_forward(*given, **options)
+    gradients = bnfast.conditional_batch_norm_backward(dy, x, *saved, weight, axis=axis)
+    constant = bnfast.conditional_batch_norm_backward(
+        dy, x, *saved, weight, axis=axis, training=False
+    )
+    return [y, *saved, *gradients, *constant, tracked, evaluated, *running]
+
+
 def of_rows(x, dy, weight, bias, eps, axis):
     del axis
     weight, bias = (np.resize(parameter, x.shape[2:]) for parameter in (weight, bias))
@@ -53,7 +75,8 @@ def of_rows(x, dy, weight, bias, eps, axis):
     return [y, z, *gradients, *bnfast.rms_norm_backward(dy, x, x.shape[2:], invrms, weight)]
 
 
-CALLS = [of_batch, of_instances, of_groups, of_responses, of_rows]
+OF_CHANNELS = [of_batch, of_instances, of_groups, of_responses, of_ghosts]
+CALLS = [*OF_CHANNELS, of_conditions, of_rows]
 
 
 @pytest.fixture
@@ -111,7 +134,7 @@ def odd_forms(parameter):
     yield memoryview(parameter)
 
 
-@pytest.mark.parametrize("call", CALLS[:-1])
+@pytest.mark.parametrize("call", OF_CHANNELS)
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_parameters_in_odd_forms_are_converted(arguments, call, name):
     wide = {key: arguments[key].astype(np.float64) for key in ("weight", "bias")}

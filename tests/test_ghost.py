@@ -107,6 +107,26 @@ def test_a_ghost_of_one_value_is_refused_before_anything_is_written(rng):
     np.testing.assert_array_equal(mean, 0)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_warning_of_one_ghost_comes_after_the_update_by_all():
+    x = np.zeros((6, 1))
+    x[0] = 1e40
+    mean, var = np.zeros(1, np.float32), np.ones(1, np.float32)
+    with pytest.raises(RuntimeWarning, match="running_mean is infinite from now on"):
+        bnfast.ghost_batch_norm(x, 2, mean, var, momentum=1.0, training=True)
+    np.testing.assert_array_equal((mean, var), 0)
+
+
+def test_what_a_ghost_weighs_is_asked_before_anything_is_written(rng):
+    layer = GhostBatchNorm(3, 2)
+    before, out = layer.state_dict(), np.full((4, 3), 7, np.float32)
+    layer.momentum = "nothing"
+    with pytest.raises(TypeError, match="momentum must be a real number"):
+        layer(images(rng, np.float32, (4, 3)), out=out)
+    np.testing.assert_array_equal(out, 7)
+    np.testing.assert_equal(layer.state_dict(), before)
+
+
 def test_an_empty_batch_of_ghosts(dtype):
     x, mean, var = np.empty((0, 3, 4), dtype), np.zeros(3), np.ones(3)
     assert bnfast.ghost_batch_norm(x, 2, mean, var, training=True).shape == x.shape

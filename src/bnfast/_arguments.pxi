@@ -146,6 +146,17 @@ cdef inline cnp.ndarray _batch(x, axis_, Py_ssize_t *axis, Reduction over):
     return array
 
 
+cdef int _MOST_AXES = _validation.MOST_AXES
+
+
+cdef inline cnp.ndarray _batch_of_ghosts(x_, axis_, Py_ssize_t *axis):
+    """The input, with room for one more axis."""
+    cdef cnp.ndarray x = _batch(x_, axis_, axis, PER_SAMPLE)
+    if cnp.PyArray_NDIM(x) >= _MOST_AXES:
+        _validation.room_for_axes("x", x, 1)
+    return x
+
+
 cdef inline Py_ssize_t _channels(cnp.ndarray x, Py_ssize_t axis) noexcept:
     return cnp.PyArray_DIM(x, <int>axis) if cnp.PyArray_NDIM(x) > 1 else 0
 
@@ -229,6 +240,17 @@ cdef Py_ssize_t _channels_per_group(num_groups, Py_ssize_t channels) except -1:
     return _validation.channels_of_group(num_groups, channels)
 
 
+cdef Py_ssize_t _samples_per_ghost(ghost_size, Py_ssize_t samples) except -1:
+    """At least 1, and of so many samples no more than there are."""
+    cdef int beyond
+    cdef Py_ssize_t size, most = max(samples, 1)
+    if type(ghost_size) is int:
+        size = PyLong_AsLongAndOverflow(ghost_size, &beyond)
+        if not beyond and size > 0:
+            return min(size, most)
+    return min(_validation.integer_from("ghost_size", ghost_size, 1), most)
+
+
 cdef Py_ssize_t _channels_per_saved_group(mean, Py_ssize_t channels) except -1:
     """Of as many groups as the saved statistics of a group normalization have."""
     cdef Py_ssize_t groups = 0
@@ -260,6 +282,20 @@ cdef object _tracked(mean, var, cnp.ndarray x, Py_ssize_t channels):
     ):
         return mean, var
     return _validation.running_statistics(mean, var, x, channels)
+
+
+cdef int _keep_apart(tuple tracked, str name, parameter, Py_ssize_t channels) except -1:
+    """Running statistics share no memory with a parameter that is read after their update."""
+    if parameter is None or (
+        cnp.PyArray_CheckExact(parameter)
+        and _are_disjoint(parameter, tracked[0])
+        and _are_disjoint(parameter, tracked[1])
+    ):
+        return 0
+    memory = _validation.memory_of(parameter)
+    if memory is not None:
+        _validation.running_statistics(*tracked, memory, channels, called=name)
+    return 0
 
 
 cdef object _output(out, cnp.ndarray x, tuple names, tuple values, reads, int in_place):

@@ -145,8 +145,9 @@ cdef int scale_shift(
 cdef int gradient(
     Plan plan, x, dy, dx, weight, mean, invstd, dweight, dbias, size_t per_group,
     bint constant_statistics, bias, Activation activation, activation_parameter,
-    dactivation_parameter, sum_activation, sum_dy_xhat, int threads
+    dactivation_parameter, sum_activation, sum_dy, sum_dy_xhat, int threads
 ) except -1
+cdef int parameter_gradients(sum_dy, sum_dy_xhat, dweight, dbias) except -1
 cdef int gradient_of_samples(
     Plan plan, x, dy, dx, weight, mean, invstd, sum_dy, sum_dy_xhat, int threads
 ) except -1

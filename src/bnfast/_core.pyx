@@ -362,7 +362,8 @@ cdef int scale_shift(
 ) except -1:
     """Write y from given statistics; what is prepared for it is kept, unless `kept` is None.
 
-    Where weight and bias are those `of_samples`, the repeats, these have the same statistics.
+    Where weight and bias are those `of_samples`, the repeats, these have the same statistics. Mean
+    and variance may be None, for 0 and 1, where nothing is kept.
     """
     cdef bn_plan *c = &plan.c
     cdef bn_job job = _new_job(c)
@@ -392,8 +393,8 @@ cdef int scale_shift(
             job.parameters_of_repeat = c.channels
         job.weight = _widened(&workspace, weight, _statistics(c) if of_samples else c.channels)
         job.bias = _widened(&workspace, bias, _statistics(c) if of_samples else c.channels)
-        job.statistic[BN_MEAN] = _of_each_repeat(&workspace, mean, c)
-        job.statistic[BN_VARIANCE] = _of_each_repeat(&workspace, variance, c)
+        job.statistic[BN_MEAN] = _of_each_repeat(&workspace, mean, 0.0, c)
+        job.statistic[BN_VARIANCE] = _of_each_repeat(&workspace, variance, 1.0, c)
     _do_all(&job, &workspace, bn_scale_shift_stages, threads)
     _end(&workspace)
     if kept is not None and not job.prepared:
@@ -405,14 +406,14 @@ cdef int scale_shift(
 cdef int gradient(
     Plan plan, x, dy, dx, weight, mean, invstd, dweight, dbias, size_t per_group,
     bint constant_statistics, bias, Activation activation, activation_parameter,
-    dactivation_parameter, sum_activation, sum_dy_xhat, int threads
+    dactivation_parameter, sum_activation, sum_dy, sum_dy_xhat, int threads
 ) except -1:
     """Write dx, dweight and dbias; mean and invstd are as `normalize` writes them, or mean is None.
 
     With an activation, which needs the bias, dy is the gradient of what that made of y;
-    `dactivation_parameter` receives the gradient of its parameter. `sum_activation` and
-    `sum_dy_xhat` (float64, as large as the mean) receive that gradient for each repeat, and
-    sum(dy * (x - mean) * invstd). All three may be None.
+    `dactivation_parameter` receives the gradient of its parameter. `sum_activation`, `sum_dy` and
+    `sum_dy_xhat` (float64, as large as invstd) receive that gradient for each repeat, sum(dy) and
+    sum(dy * (x - mean) * invstd). What is written but dx may be None; dweight and dbias both.
     """
     cdef bn_plan *c = &plan.c
     cdef unsigned int wanted = _OF_GRADIENT
@@ -425,6 +426,7 @@ cdef int gradient(
     job.weight = _widened(&workspace, weight, c.channels)
     job.statistic[BN_MEAN] = _statistic(&workspace, mean, c, per_group)
     job.statistic[BN_INVSTD] = _statistic(&workspace, invstd, c, per_group)
+    job.statistic[BN_SUM_DY] = _doubles_or_null(sum_dy)
     job.statistic[BN_SUM_DY_XHAT] = _doubles_or_null(sum_dy_xhat)
     if activation is not None:
         _set_activation(&workspace, &job, activation, activation_parameter)
@@ -437,7 +439,8 @@ cdef int gradient(
     job.per_group, job.uncentred = per_group, not centred
     _choose_and_take(&workspace, &job, wanted)
     _do_all(&job, &workspace, bn_gradient_stages, threads)
-    bn_parameter_gradients(&job, _dtype(dweight), _data(dweight), _data(dbias))
+    if dweight is not None:
+        bn_parameter_gradients(&job, _dtype(dweight), _data(dweight), _data(dbias))
     if dactivation_parameter is not None:
         job.kernels.parameter_gradients[<int>_dtype(dactivation_parameter)](
             c.channels, c.repeats, job.statistic[BN_SUM_ACTIVATION],
@@ -445,6 +448,15 @@ cdef int gradient(
             _data(dactivation_parameter)
         )
     _end(&workspace)
+    return 0
+
+
+cdef int parameter_gradients(sum_dy, sum_dy_xhat, dweight, dbias) except -1:
+    """Write dweight and dbias: what `gradient` has summed for so many repeats, added up."""
+    active.parameter_gradients[<int>_dtype(dweight)](
+        <size_t>cnp.PyArray_SIZE(dweight), <size_t>cnp.PyArray_DIM(sum_dy, 0), _doubles(sum_dy),
+        _doubles(sum_dy_xhat), _data(dweight), _data(dbias)
+    )
     return 0
 
 
@@ -463,8 +475,8 @@ cdef int gradient_of_samples(
     _take_scratch(&workspace, &job, threads)
     job.operand[BN_X], job.operand[BN_DY], job.operand[BN_DX] = _data(x), _data(dy), _data(dx)
     job.weight, job.parameters_of_repeat = _doubles(weight), c.channels
-    job.statistic[BN_MEAN] = _of_each_repeat(&workspace, mean, c)
-    job.statistic[BN_INVSTD] = _of_each_repeat(&workspace, invstd, c)
+    job.statistic[BN_MEAN] = _of_each_repeat(&workspace, mean, 0.0, c)
+    job.statistic[BN_INVSTD] = _of_each_repeat(&workspace, invstd, 1.0, c)
     job.statistic[BN_SUM_DY] = _doubles(sum_dy)
     job.statistic[BN_SUM_DY_XHAT] = _doubles(sum_dy_xhat)
     job.constant_statistics = True

@@ -1,4 +1,4 @@
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from numpy.typing import DTypeLike
@@ -55,26 +55,6 @@ def scale_shift(
     out: object = None,
     reads: Reads = None,
 ) -> Array: ...
-def scale_shift_samples(
-    x: object,
-    axis: object,
-    mean: object,
-    variance: object,
-    weight: object,
-    bias: object,
-    eps: object,
-    out: object = None,
-) -> Array: ...
-def gradient_of_samples(
-    dy: Array,
-    x: Array,
-    axis: object,
-    mean: Array,
-    invstd: Array,
-    weight: Array,
-    sums: Array,
-    dx: Array,
-) -> None: ...
 def gradient(
     dy: object,
     x: object,
@@ -127,6 +107,61 @@ def row_gradient(
     parameters: bool,
     out: object = None,
 ) -> tuple[Array, Array | None, Array | None]: ...
+def conditional_normalize(
+    x: object,
+    axis: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    running_mean: object = None,
+    running_var: object = None,
+    momentum: object = 0.0,
+    unbiased: bool = True,
+    out: object = None,
+) -> tuple[Array, Array, Array]: ...
+def conditional_scale_shift(
+    x: object,
+    axis: object,
+    mean: object,
+    variance: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    out: object = None,
+) -> Array: ...
+def conditional_gradient(
+    dy: object,
+    x: object,
+    axis: object,
+    mean: object,
+    invstd: object,
+    weight: object,
+    constant_statistics: bool,
+    out: object = None,
+) -> tuple[Array, Array, Array]: ...
+def ghost_normalize(
+    x: object,
+    axis: object,
+    ghost_size: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    running_mean: object = None,
+    running_var: object = None,
+    weight_of_ghost: Callable[[int], float] | None = None,
+    unbiased: bool = True,
+    out: object = None,
+) -> tuple[Array, Array, Array]: ...
+def ghost_gradient(
+    dy: object,
+    x: object,
+    axis: object,
+    ghost_size: object,
+    mean: object,
+    invstd: object,
+    weight: object,
+    out: object = None,
+) -> tuple[Array, Array, Array]: ...
 def update_running(
     tracked: tuple[Array, Array],
     momentum: float,

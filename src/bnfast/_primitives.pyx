@@ -8,6 +8,7 @@ The only room that hands arrays to ``_core``.
 cimport numpy as cnp
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.long cimport PyLong_AsLongAndOverflow
+from libc.math cimport frexp, ldexp
 
 from bnfast cimport _core
 from bnfast._core cimport Activation as _Activation
@@ -128,7 +129,7 @@ def normalize(
     `out` must share no memory with.
     """
     cdef Py_ssize_t axis
-    cdef cnp.ndarray x = _batch(x_, axis_, &axis, over), mean, invstd
+    cdef cnp.ndarray x = _batch(x_, axis_, &axis, over)
     cdef Py_ssize_t channels = _channels(x, axis)
     cdef Py_ssize_t per_group = 1
     if over is GROUPS:
@@ -143,6 +144,19 @@ def normalize(
         out, x, ("x", "weight", "bias", "running_mean", "running_var", called),
         (x, weight, bias, running_mean, running_var, given), reads, 1
     )
+    return _normalized(
+        x, axis, y, scale, shift, epsilon, tracked, new, unbiased, over, per_group, m2, activation,
+        parameter, channel_eps
+    )
+
+
+cdef tuple _normalized(
+    cnp.ndarray x, Py_ssize_t axis, y, scale, shift, double epsilon, tuple tracked, double new,
+    bint unbiased, Reduction over, Py_ssize_t per_group, m2, _Activation activation, parameter,
+    channel_eps
+):
+    """What `normalize` returns, of checked arguments."""
+    cdef cnp.ndarray mean, invstd
     cdef cnp.npy_intp shape[2]
     cdef int ndim = _statistics_shape(x, axis, over, per_group, shape), too_large
     if tracked is not None and cnp.PyArray_NDIM(x) > 1:
@@ -201,28 +215,6 @@ def scale_shift(
     return y
 
 
-def scale_shift_samples(x_, axis_, mean, variance, weight, bias, eps, out=None):
-    """As `scale_shift`, with a weight and a bias for channels of samples: (N, C), or None."""
-    cdef Py_ssize_t axis
-    cdef cnp.ndarray x = _batch(x_, axis_, &axis, PER_SAMPLE)
-    cdef Py_ssize_t channels = _channels(x, axis)
-    cdef double epsilon = _eps(eps, False, False)
-    scale = _of_samples("weight", weight, x, channels)
-    shift = _of_samples("bias", bias, x, channels)
-    centre = _required("running_mean", mean, channels)
-    spread = _required("running_var", variance, channels)
-    y = _output(
-        out, x, ("x", "weight", "bias", "running_mean", "running_var"),
-        (x, weight, bias, mean, variance), None, 1
-    )
-    if cnp.PyArray_SIZE(x) > 0:
-        _core.scale_shift(
-            _plan(axis, PER_SAMPLE, x, y, None), x, y, scale, shift, epsilon, centre, spread,
-            True, None, _threads_for(x, 2)
-        )
-    return y
-
-
 def gradient(
     dy, x, axis, mean, invstd, weight, bint constant_statistics, out=None, Reduction over=BATCH,
     bint grouped=False, reads=None
@@ -251,21 +243,6 @@ def activated_gradient(
         dy, x, axis, mean, invstd, weight, constant_statistics, out, over, grouped, bias,
         activation, parameter, sums, reads
     )
-
-
-def gradient_of_samples(dy, x_, axis_, mean, invstd, weight, sums, cnp.ndarray dx):
-    """Write dx = dy * weight * invstd, with a weight (float64) for each channel of each sample.
-
-    `sums`, float64 (2, N, C), receives sum(dy) and sum(dy * (x - mean) * invstd). Everything has
-    been checked.
-    """
-    cdef Py_ssize_t axis
-    cdef cnp.ndarray x = _batch(x_, axis_, &axis, PER_SAMPLE)
-    if cnp.PyArray_SIZE(x) > 0:
-        _core.gradient_of_samples(
-            _plan(axis, PER_SAMPLE, x, dy, dx), x, dy, dx, weight, mean, invstd, sums[0],
-            sums[1], _threads_for(x, 5)
-        )
 
 
 cdef inline str _parameter_name(_Activation activation):
@@ -306,7 +283,7 @@ cdef tuple _gradient(
             _plan(axis, over, x, upstream, dx), x, upstream, dx, scale,
             centre, inverse, dweight, dbias, <size_t>per_group,
             constant_statistics, shift, activation, parameter, dparameter,
-            None if sums is None else sums[0], None if sums is None else sums[1],
+            None if sums is None else sums[0], None, None if sums is None else sums[1],
             _threads_for(x, 5)
         )
     return dx, dweight, dbias, dparameter
@@ -406,8 +383,12 @@ def row_gradient(
     )
     if sums is None:
         return dx, None, None
+    cdef int elements = cnp.PyArray_NDIM(x) - rows
     if plan.in_order and axes is None:
-        return dx, _rounded(sums, 0, x, rows, kind), _rounded(sums, size, x, rows, kind)
+        return (
+            dx, _rounded(sums, 0, elements, cnp.PyArray_DIMS(x) + rows, kind),
+            _rounded(sums, size, elements, cnp.PyArray_DIMS(x) + rows, kind)
+        )
     columns = _in_order(
         sums[: 2 * size].reshape(2, size), plan.walked, _elements_shape(x, rows, axes)
     )
@@ -415,11 +396,11 @@ def row_gradient(
         return dx, cnp.PyArray_Cast(columns[0], kind), cnp.PyArray_Cast(columns[1], kind)
 
 
-cdef cnp.ndarray _rounded(cnp.ndarray sums, cnp.npy_intp start, cnp.ndarray x, int rows, int kind):
-    """A new array of this type for the elements of a row, from sums of float64."""
-    cdef cnp.ndarray array = _empty(
-        cnp.PyArray_NDIM(x) - rows, cnp.PyArray_DIMS(x) + rows, kind
-    )
+cdef cnp.ndarray _rounded(
+    cnp.ndarray sums, cnp.npy_intp start, int ndim, const cnp.npy_intp *shape, int kind
+):
+    """A new array of this shape and type, from sums of float64."""
+    cdef cnp.ndarray array = _empty(ndim, shape, kind)
     cdef const double *values = <const double *>cnp.PyArray_DATA(sums) + start
     cdef float *narrow = <float *>cnp.PyArray_DATA(array)
     cdef double *wide = <double *>cnp.PyArray_DATA(array)
@@ -447,6 +428,10 @@ def _in_order(columns, walked, shape):
     order = sorted(range(len(walked)), key=walked.__getitem__)
     turned = columns.reshape(len(columns), *sizes).transpose(0, *[d + 1 for d in order])
     return turned.reshape(len(columns), *shape)
+
+
+include "_conditional.pxi"
+include "_ghost.pxi"
 
 
 # running statistics

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Array, Float, Parameter
+from bnfast._typing import Float, Parameter
 
 
 @in_default_float_mode
@@ -97,13 +97,12 @@ def conditional_batch_norm(
     """
     unbiased = _validation.flag("unbiased", unbiased)
     if _validation.flag("training", training):
-        y, _, _ = train_conditionally(
-            *(x, weight, bias, running_mean, running_var),
-            *(momentum, eps, axis, unbiased, out),
+        y, _, _ = _primitives.conditional_normalize(
+            x, axis, weight, bias, eps, running_mean, running_var, momentum, unbiased, out
         )
         return y
     _validation.real("momentum", momentum)
-    return _primitives.scale_shift_samples(
+    return _primitives.conditional_scale_shift(
         x, axis, running_mean, running_var, weight, bias, eps, out
     )
 
@@ -155,40 +154,7 @@ def conditional_batch_norm_forward(
     >>> mean, invstd.round(4)
     (array([2.]), array([1.]))
     """
-    return train_conditionally(x, weight, bias, None, None, 0.0, eps, axis, True, out)
-
-
-def train_conditionally(
-    x: object,
-    weight: object,
-    bias: object,
-    running_mean: object,
-    running_var: object,
-    momentum: object,
-    eps: object,
-    axis: int,
-    unbiased: bool,
-    out: object,
-) -> tuple[Array, Array, Array]:
-    """Return y, and the mean and invstd of the batch, which the running statistics take."""
-    array, channels = _validation.channel_axis_of_samples(x, axis)
-    scale = _validation.sample_parameter("weight", weight, len(array), channels)
-    shift = _validation.sample_parameter("bias", bias, len(array), channels)
-    if running_mean is not None:  # the parameters are read after it has been updated
-        for name, given in (("weight", weight), ("bias", bias)):
-            memory = _validation.memory_of(given)
-            if memory is not None:
-                _validation.running_statistics(
-                    running_mean, running_var, memory, channels, called=name
-                )
-    y, mean, invstd = _primitives.normalize(
-        *(array, axis, None, None, eps, running_mean, running_var, momentum, unbiased, out),
-        reads={"weight": weight, "bias": bias},
-    )
-    if scale is not None or shift is not None:
-        zeros, ones = np.zeros(channels), np.ones(channels)
-        _primitives.scale_shift_samples(y, axis, zeros, ones, scale, shift, 0.0, y)
-    return y, mean, invstd
+    return _primitives.conditional_normalize(x, axis, weight, bias, eps, out=out)
 
 
 @in_default_float_mode
@@ -266,33 +232,7 @@ def conditional_batch_norm_backward(
     array([[2.],
            [1.]])
     """
-    through_statistics = _validation.flag("training", training)
-    array, channels = _validation.channel_axis_of_samples(x, axis)
-    upstream = _validation.upstream_gradient(dy, array)
-    centre = _validation.required_channel_parameter("mean", mean, channels)
-    inverse = _validation.required_channel_parameter("invstd", invstd, channels)
-    own = _validation.sample_parameter("weight", weight, len(array), channels)
-    if out is None:
-        dx = _primitives.empty_output(array)
-    else:
-        x_read = "x, which training reads once more" if through_statistics else "x"
-        others = {"dy": upstream, x_read: array, "weight": weight, "mean": mean, "invstd": invstd}
-        dx = _validation.output(out, array, others)
-    of_samples: tuple[int, int] = (len(array), channels)
-    factor = np.ones(of_samples) if own is None else own.astype(np.float64)
-    sums = np.zeros((2, *of_samples))
-    with np.errstate(all="ignore"):
-        if not through_statistics:
-            factor *= inverse
-        # What is written is dy * factor: g in training, dx in evaluation. The power of two in
-        # invstd keeps products within range.
-        power = np.ldexp(1.0, np.frexp(inverse)[1] - 1)
-        factor /= power
-        _primitives.gradient_of_samples(upstream, array, axis, centre, power, factor, sums, dx)
-        dbias, dweight = sums
-        if array.size > 0:  # else there is nothing that an infinite invstd could make NaN of
-            dweight *= inverse / power
-        if through_statistics:
-            _primitives.gradient(dx, array, axis, centre, inverse, None, False, dx)
-        dtype = array.dtype if own is None else own.dtype
-        return dx, dweight.astype(dtype, copy=False), dbias.astype(dtype, copy=False)
+    constant_statistics = not _validation.flag("training", training)
+    return _primitives.conditional_gradient(
+        dy, x, axis, mean, invstd, weight, constant_statistics, out
+    )

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
-from bnfast._primitives import PER_SAMPLE
-from bnfast._typing import Array, Float, Parameter
+from bnfast._typing import Float, Parameter
 
 
 @in_default_float_mode
@@ -76,49 +73,18 @@ def ghost_batch_norm(
            [-1.],
            [ 1.]], dtype=float32)
     """
-    array, channels = _validation.channel_axis_of_samples(x, axis)
     unbiased = _validation.flag("unbiased", unbiased)
-    if not _validation.flag("training", training):
-        _validation.integer_from("ghost_size", ghost_size, 1)
-        _validation.real("momentum", momentum)
-        return _primitives.scale_shift(
-            x, axis, running_mean, running_var, weight, bias, eps, None, out
-        )
+    training = _validation.flag("training", training)
     new = _validation.real("momentum", momentum)
-    tracked = _validation.running_statistics(running_mean, running_var, array, channels)
-    y, _, _ = train_on_ghosts(
-        array, ghost_size, tracked, weight, bias, lambda _: new, eps, axis, unbiased, out
-    )
-    return y
-
-
-def train_on_ghosts(
-    x: Array,
-    ghost_size: object,
-    tracked: tuple[Array, Array] | None,
-    weight: object,
-    bias: object,
-    weight_of_new_ghost: Callable[[int], float],
-    eps: object,
-    axis: int,
-    unbiased: bool,
-    out: object,
-) -> tuple[Array, Array, Array]:
-    """Return y, mean and invstd of all parts, which the running statistics take one by one.
-
-    A part, counted from 1, has the weight in them that the function says.
-    """
-    if tracked is not None and out is not None:
-        statistics = {"running_mean": tracked[0], "running_var": tracked[1]}
-        _validation.output(out, x, {"x": x, **statistics})
-    tracks_unbiased = tracked is not None and bool(unbiased)
-    y, *of_ghosts = _of_ghosts(x, ghost_size, weight, bias, eps, axis, tracks_unbiased, out)
-    mean, invstd, m2, counts = of_ghosts
-    if tracked is not None and x.size > 0:
-        for number, count in enumerate(counts.tolist()):
-            new, divisor = weight_of_new_ghost(number + 1), float(count - tracks_unbiased)
-            _primitives.update_running(tracked, new, mean[number], m2[number], divisor)
-    return y, mean, invstd
+    if training:
+        y, _, _ = _primitives.ghost_normalize(
+            *(x, axis, ghost_size, weight, bias, eps, running_mean, running_var),
+            *(lambda _: new, unbiased, out),
+        )
+        return y
+    _validation.channel_axis_of_samples(x, axis)
+    _validation.integer_from("ghost_size", ghost_size, 1)
+    return _primitives.scale_shift(x, axis, running_mean, running_var, weight, bias, eps, None, out)
 
 
 @in_default_float_mode
@@ -167,9 +133,7 @@ def ghost_batch_norm_forward(
     array([[2.],
            [7.]])
     """
-    array, _ = _validation.channel_axis_of_samples(x, axis)
-    y, mean, invstd, _, _ = _of_ghosts(array, ghost_size, weight, bias, eps, axis, False, out)
-    return y, mean, invstd
+    return _primitives.ghost_normalize(x, axis, ghost_size, weight, bias, eps, out=out)
 
 
 @in_default_float_mode
@@ -226,93 +190,4 @@ def ghost_batch_norm_backward(
     >>> dbias
     array([0.])
     """
-    array, channels = _validation.channel_axis_of_samples(x, axis)
-    upstream = _validation.upstream_gradient(dy, array)
-    size = min(_validation.integer_from("ghost_size", ghost_size, 1), max(len(array), 1))
-    parts = -(-len(array) // size)
-    centre = _validation.saved_statistic("mean", mean, (parts, channels))
-    inverse = _validation.saved_statistic("invstd", invstd, (parts, channels))
-    own = _validation.channel_parameter("weight", weight, channels)
-    if out is None:
-        dx = _primitives.empty_output(array)
-    else:
-        others = {"dy": upstream, "x": array, "weight": weight, "mean": mean, "invstd": invstd}
-        dx = _validation.output(out, array, others)
-    whole = len(array) // size
-    sums = np.zeros((2, channels))
-    # Float64, so that the gradients of parts are not rounded before they are added up.
-    wide = np.ones(channels) if own is None else own.astype(np.float64)
-    for taken, x_part, dy_part, dx_part in zip(
-        (slice(whole), slice(whole, None)),
-        *(_split(a, size) for a in (array, upstream, dx)),
-        strict=True,
-    ):
-        if x_part.size:
-            _, *gradients = _primitives.gradient(
-                *(dy_part, x_part, _moved(array, axis), centre[taken], inverse[taken], wide),
-                *(False, dx_part, PER_SAMPLE),
-            )
-            with np.errstate(all="ignore"):
-                sums += gradients
-    dtype = array.dtype if own is None else own.dtype
-    with np.errstate(all="ignore"):
-        dweight, dbias = sums.astype(dtype)
-    return dx, dweight, dbias
-
-
-def _split(x: Array, size: int) -> tuple[Array, Array]:
-    """Return views: the whole parts, and the rest as one part, each with an axis of parts first."""
-    _validation.room_for_axes("x", x, 1)
-    whole = len(x) // size
-    return x[: whole * size].reshape(whole, size, *x.shape[1:]), x[None, whole * size :]
-
-
-def _moved(x: Array, axis: int) -> int:
-    """Return the channel axis beside an axis of parts."""
-    return axis % x.ndim + 1
-
-
-def _of_ghosts(
-    x: Array,
-    ghost_size: object,
-    weight: object,
-    bias: object,
-    eps: object,
-    axis: int,
-    unbiased: bool,
-    out: object,
-) -> tuple[Array, Array, Array, Array, Array]:
-    """Return y, and of every part the mean, invstd and m2 (float64), and the values per channel."""
-    size = min(_validation.integer_from("ghost_size", ghost_size, 1), max(len(x), 1))
-    epsilon = _validation.epsilon(eps, training=True)
-    channels = x.shape[axis] if x.ndim > 1 else 0
-    scale = _validation.channel_parameter("weight", weight, channels)
-    shift = _validation.channel_parameter("bias", bias, channels)
-    if out is None:
-        y = _primitives.empty_output(x)
-    else:
-        y = _validation.output(out, x, {"x": x, "weight": weight, "bias": bias})
-    parts = -(-len(x) // size)
-    mean, invstd, m2 = np.zeros((3, parts, channels))
-    counts = np.zeros(parts, np.intp)
-    pieces = list(
-        zip(
-            (slice(len(x) // size), slice(len(x) // size, None)),
-            _split(x, size),
-            _split(y, size),
-            strict=True,
-        )
-    )
-    each = x[0].size // channels if channels and len(x) else 0
-    for taken, x_part, _ in pieces:
-        counts[taken] = values = each * x_part.shape[1] if len(x_part) else 0
-        _validation.enough_values("x", x, values, "channel of a ghost", unbiased=unbiased)
-    for taken, x_part, y_part in pieces:
-        if x_part.size:
-            _, mean[taken], invstd[taken] = _primitives.normalize(
-                *(x_part, _moved(x, axis), scale, shift, epsilon),
-                out=y_part,
-                over=PER_SAMPLE,
-                m2=m2[taken],
-            )
-    return y, mean, invstd, m2, counts
+    return _primitives.ghost_gradient(dy, x, axis, ghost_size, mean, invstd, weight, out)

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from bnfast import _validation, functional
+from bnfast import _primitives, _validation, functional
 from bnfast._float_mode import in_default_float_mode
 from bnfast._typing import Array
-from bnfast.functional.conditional import train_conditionally
 from bnfast.layers._layer import Gradients
 from bnfast.layers._tracking import TrackingLayer
 from bnfast.statistics import weight_of_new_batch
@@ -149,8 +148,8 @@ class ConditionalBatchNorm(TrackingLayer):
             seen, new = self.num_batches_tracked if tracks else None, 0.0
             if seen is not None:
                 new = weight_of_new_batch(self.momentum, seen + 1)
-            y, *statistics = train_conditionally(
-                array, weight, bias, *tracked, new, self.eps, self.axis, self.unbiased, out
+            y, *statistics = _primitives.conditional_normalize(
+                array, self.axis, weight, bias, self.eps, *tracked, new, self.unbiased, out
             )
             if seen is not None and array.size > 0:
                 self.num_batches_tracked = seen + 1

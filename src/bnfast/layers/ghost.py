@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from bnfast import _validation, functional
+from bnfast import _primitives, _validation, functional
 from bnfast._typing import Array
-from bnfast.functional.ghost import train_on_ghosts
 from bnfast.layers._layer import Gradients
 from bnfast.layers._tracking import TrackingLayer
 from bnfast.statistics import weight_of_new_batch
@@ -111,20 +110,10 @@ class GhostBatchNorm(TrackingLayer):
     def _normalize(self, x: Array, out: Array | None, training: bool) -> Array:
         tracks = training and self.track_running_stats
         seen = self.num_batches_tracked if tracks else None
-        tracked = None
-        if tracks:
-            tracked = _validation.running_statistics(
-                *self._running_statistics(), x, self.num_features
-            )
-        y, mean, invstd = train_on_ghosts(
-            x,
-            self.ghost_size,
-            tracked,
-            self.weight,
-            self.bias,
+        y, mean, invstd = _primitives.ghost_normalize(
+            *(x, self.axis, self.ghost_size, self.weight, self.bias, self.eps),
+            *(self._running_statistics() if tracks else (None, None)),
             lambda number: weight_of_new_batch(self.momentum, (seen or 0) + number),
-            self.eps,
-            self.axis,
             self.unbiased,
             out,
         )
