@@ -77,8 +77,7 @@ def conditional_batch_norm(
         y[n] = weight[n] * (x[n] - mu) / sqrt(var + eps) + bias[n]
 
     and the running statistics take mu and var as they do there; in evaluation, mu = running_mean
-    and var = running_var. Samples are scaled and shifted one by one, for some microseconds each,
-    but for C-contiguous arrays with channels along axis 1: those are done at once.
+    and var = running_var.
 
     References
     ----------
