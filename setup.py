@@ -35,10 +35,13 @@ else:
 # Strict IEEE: no fast-math, not even from a user's CFLAGS (its link step would also switch
 # denormals off for the whole process), and no contraction: every instruction set rounds alike.
 STRICT = ["-fno-fast-math"]
-C_FLAGS = ["-std=c11", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", *STRICT]
+C_FLAGS = [
+    *("-std=c11", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    *(*STRICT, "-ffp-contract=off"),
+]
 KERNEL_FLAGS = [
     *C_FLAGS,
-    *("-fopenmp-simd", "-fno-lto", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+    *("-fopenmp-simd", "-fno-lto", "-fno-math-errno", "-fno-trapping-math"),
 ]
 # Where GCC knows it: else it makes calls and 16-byte moves of loops that copy a few vectors between
 # memory and registers, and what was stored in two halves is waited for when it is read as a whole.

@@ -65,6 +65,32 @@ def of_conditions(x, dy, weight, bias, eps, axis):
     return [y, *saved, *gradients, *constant, tracked, evaluated, *running]
 
 
+def of_corrected(x, dy, weight, bias, eps, axis):
+    running, options = (np.zeros(4), np.ones(4)), {"r_max": 3.0, "d_max": 5.0, "axis": axis}
+    y, saved = bnfast.batch_renorm_forward(x, *running, weight, bias, 0.1, eps, **options)
+    z = bnfast.batch_renorm(x, *running, weight, bias, eps=eps, **options)
+    gradients = bnfast.batch_renorm_backward(dy, x, saved, weight, axis=axis)
+    return [y, *saved, z, *gradients, *running]
+
+
+def of_lengths(x, dy, weight, bias, eps, axis):
+    del bias
+    dim = axis if axis >= 0 else axis + x.ndim
+    w, norm = bnfast.weight_norm_forward(x, weight, dim, eps)
+    return [w, norm, *bnfast.weight_norm_backward(dy, x, weight, norm, dim, eps)]
+
+
+def of_filters(x, dy, weight, bias, eps, axis):
+    del bias
+    found = []
+    for standardization in ("weight_standardization", "scaled_weight_standardization"):
+        forward = getattr(bnfast, f"{standardization}_forward")
+        backward = getattr(bnfast, f"{standardization}_backward")
+        y, *saved = forward(x, weight, eps=eps, axis=axis)
+        found += [y, *saved, *backward(dy, x, *saved, weight, eps=eps, axis=axis)]
+    return found
+
+
 def of_rows(x, dy, weight, bias, eps, axis):
     del axis
     weight, bias = (np.resize(parameter, x.shape[2:]) for parameter in (weight, bias))
@@ -75,8 +101,8 @@ def of_rows(x, dy, weight, bias, eps, axis):
     return [y, z, *gradients, *bnfast.rms_norm_backward(dy, x, x.shape[2:], invrms, weight)]
 
 
-OF_CHANNELS = [of_batch, of_instances, of_groups, of_responses, of_ghosts]
-CALLS = [*OF_CHANNELS, of_conditions, of_rows]
+OF_CHANNELS = [of_batch, of_instances, of_groups, of_responses, of_ghosts, of_corrected]
+CALLS = [*OF_CHANNELS, of_conditions, of_lengths, of_filters, of_rows]
 
 
 @pytest.fixture

@@ -253,8 +253,10 @@ def test_a_filter_that_is_not_finite_is_standardized_alone(rng, standardization,
         np.testing.assert_array_equal(a[::2], b[::2])
 
 
-def test_filters_without_elements_have_gradients_of_nothing(standardization):
+@pytest.mark.parametrize("eps", [1e-5, 1e-300])
+def test_filters_without_elements_have_gradients_of_nothing(standardization, eps):
     name, options = standardization
+    options = {**options, "eps": eps}
     _, forward, backward, _, _ = forms(name)
     w, gain = np.zeros((3, 0)), np.ones(3)
     _, mean, std = forward(w, gain, **options)

@@ -57,6 +57,19 @@ cdef inline bint _is_like(value, cnp.ndarray x) noexcept:
     )
 
 
+cdef inline bint _is_batch(x, axis_, Py_ssize_t *axis) noexcept:
+    """At least 2-d, with an axis of these: then `axis` is that, counted from 0."""
+    cdef int beyond, ndim
+    if not _is_data(x) or type(axis_) is not int:
+        return False
+    ndim = cnp.PyArray_NDIM(<cnp.ndarray>x)
+    axis[0] = PyLong_AsLongAndOverflow(axis_, &beyond)
+    if beyond or not -ndim <= axis[0] < ndim or ndim < 2:
+        return False
+    axis[0] += ndim if axis[0] < 0 else 0
+    return True
+
+
 cdef inline bint _is_writable(cnp.ndarray array) noexcept:
     return cnp.PyArray_CHKFLAGS(array, cnp.NPY_ARRAY_WRITEABLE)
 
@@ -132,14 +145,8 @@ cdef bint _is_same_memory(cnp.ndarray a, cnp.ndarray b) noexcept:
 
 cdef inline cnp.ndarray _batch(x, axis_, Py_ssize_t *axis, Reduction over):
     """The input, with `axis` counted from 0; per sample, it is not 0."""
-    cdef int beyond, ndim
-    if _is_data(x) and type(axis_) is int:
-        ndim = cnp.PyArray_NDIM(<cnp.ndarray>x)
-        axis[0] = PyLong_AsLongAndOverflow(axis_, &beyond)
-        if not beyond and -ndim <= axis[0] < ndim and ndim >= 2:
-            axis[0] += ndim if axis[0] < 0 else 0
-            if axis[0] > 0 or not over.per_sample:
-                return x
+    if _is_batch(x, axis_, axis) and (axis[0] > 0 or not over.per_sample):
+        return x
     array, axis[0], _ = _validation.batch("x", x, axis_)
     if over.per_sample:
         _validation.channel_axis_of_samples(array, axis_)
@@ -180,6 +187,18 @@ cdef inline object _required(str name, value, Py_ssize_t channels):
     if _is_of_channels(value, channels):
         return value
     return _validation.required_channel_parameter(name, value, channels)
+
+
+cdef object _of_filters(str name, value, Py_ssize_t filters):
+    if value is None or _is_of_channels(value, filters):
+        return value
+    return _validation.channel_parameter(name, value, filters, "filters")
+
+
+cdef object _required_of_filters(str name, value, Py_ssize_t filters):
+    if _is_of_channels(value, filters):
+        return value
+    return _validation.required_channel_parameter(name, value, filters, "filters")
 
 
 cdef object _saved(str name, value, int ndim, const cnp.npy_intp *shape):
@@ -230,6 +249,12 @@ cdef inline double _real(str name, value) except? -1.0:
     return _validation.real(name, value)
 
 
+cdef inline bint _flag(str name, value) except -1:
+    if value is True or value is False:
+        return value is True
+    return _validation.flag(name, value)
+
+
 cdef Py_ssize_t _channels_per_group(num_groups, Py_ssize_t channels) except -1:
     cdef int beyond
     cdef Py_ssize_t groups
@@ -263,11 +288,11 @@ cdef Py_ssize_t _channels_per_saved_group(mean, Py_ssize_t channels) except -1:
     return channels // groups
 
 
-cdef inline object _upstream(dy, cnp.ndarray x):
-    return dy if _is_like(dy, x) else _validation.upstream_gradient(dy, x)
+cdef inline object _upstream(dy, cnp.ndarray x, tuple names):
+    return dy if _is_like(dy, x) else _validation.upstream_gradient(dy, x, names)
 
 
-cdef object _tracked(mean, var, cnp.ndarray x, Py_ssize_t channels):
+cdef object _tracked(mean, var, cnp.ndarray x, Py_ssize_t channels, tuple names):
     """Both running statistics, to be updated in place, or None for none."""
     if mean is None and var is None:
         return None
@@ -281,7 +306,7 @@ cdef object _tracked(mean, var, cnp.ndarray x, Py_ssize_t channels):
         and _are_disjoint(var, x)
     ):
         return mean, var
-    return _validation.running_statistics(mean, var, x, channels)
+    return _validation.running_statistics(mean, var, x, channels, names)
 
 
 cdef int _keep_apart(tuple tracked, str name, parameter, Py_ssize_t channels) except -1:
@@ -301,8 +326,8 @@ cdef int _keep_apart(tuple tracked, str name, parameter, Py_ssize_t channels) ex
 cdef object _output(out, cnp.ndarray x, tuple names, tuple values, reads, int in_place):
     """Where to write: a new array like x, or `out`, where that shares no memory with the others.
 
-    It may be one of the first `in_place` of the values, element by element. `reads` are more that
-    are read, by name, or None.
+    It may be one of the first `in_place` of the values, element by element: x is the last of these.
+    `reads` are more that are read, by name, or None.
     """
     cdef bint known
     if out is None:
@@ -319,7 +344,7 @@ cdef object _output(out, cnp.ndarray x, tuple names, tuple values, reads, int in
     others = dict(zip(names, values))
     if reads is not None:
         others.update(reads)
-    return _validation.output(out, x, others, ("dy", "x"))
+    return _validation.output(out, x, others, names[:in_place])
 
 
 cdef bint _may_be_written(cnp.ndarray out, tuple values, int in_place):
@@ -370,8 +395,8 @@ cdef tuple _rows_shape(cnp.ndarray x, int rows, tuple axes):
     return tuple([size for d, size in enumerate((<object>x).shape) if d not in axes])
 
 
-cdef inline cnp.ndarray _rows_input(x):
-    return x if _is_data(x) else _validation.floating_array("x", x)
+cdef inline cnp.ndarray _data_of(str name, x):
+    return x if _is_data(x) else _validation.floating_array(name, x)
 
 
 # running statistics, which are updated in place

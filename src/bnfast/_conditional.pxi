@@ -12,7 +12,7 @@ def conditional_normalize(
     scale = _of_samples("weight", weight, x, channels)
     shift = _of_samples("bias", bias, x, channels)
     cdef double epsilon = _eps(eps, False, True), new = _real("momentum", momentum)
-    tracked = _tracked(running_mean, running_var, x, channels)
+    tracked = _tracked(running_mean, running_var, x, channels, _MEAN_AND_VAR)
     if tracked is not None:
         _keep_apart(tracked, "weight", weight, channels)
         _keep_apart(tracked, "bias", bias, channels)
@@ -65,7 +65,7 @@ def conditional_gradient(
     cdef cnp.ndarray x = _batch(x_, axis_, &axis, PER_SAMPLE)
     cdef cnp.npy_intp channels = _channels(x, axis)
     cdef cnp.npy_intp shape[2]
-    upstream = _upstream(dy, x)
+    upstream = _upstream(dy, x, ("dy", "x"))
     centre = _required("mean", mean, channels)
     inverse = _required("invstd", invstd, channels)
     scale = _of_samples("weight", weight, x, channels)
@@ -95,7 +95,10 @@ def conditional_gradient(
             _plan(axis, BATCH, x, dx, dx), x, dx, dx, None, centre, inverse, None, None, 1, False,
             None, None, None, None, None, None, None, _threads_for(x, 5)
         )
-    return dx, _rounded(sum_dy_xhat, 0, 2, shape, kind), _rounded(sum_dy, 0, 2, shape, kind)
+    return (
+        dx, _rounded(_doubles(sum_dy_xhat), 2, shape, kind),
+        _rounded(_doubles(sum_dy), 2, shape, kind)
+    )
 
 
 cdef void _set_factors(

@@ -207,7 +207,7 @@ cdef int normalize(
     finite value; else 0.
 
     Mean and invstd have one value for each channel of each repeat, or for each group of `per_group`
-    neighbours; m2, which may be None, for each channel. The running
+    neighbours; m2, which may be None as the mean of channels may, for each channel. The running
     variance takes m2 / (count - correction), averaged over the repeats as the mean is. Channels may
     have a parameter of the activation (0 for None), and an eps of their own besides.
     """
@@ -225,7 +225,8 @@ cdef int normalize(
     _set_activation(&workspace, &job, activation, activation_parameter)
     job.eps, job.channel_eps = eps, _widened(&workspace, channel_eps, c.channels)
     if per_group == 1:
-        job.statistic[BN_MEAN], job.statistic[BN_INVSTD] = _doubles(mean), _doubles(invstd)
+        job.statistic[BN_MEAN] = _doubles_or_null(mean)
+        job.statistic[BN_INVSTD] = _doubles(invstd)
     job.statistic[BN_M2] = _doubles_or_null(m2)
     job.per_group, job.uncentred = per_group, not centred
     _choose_and_take(&workspace, &job, _OF_NORMALIZE)
@@ -362,8 +363,8 @@ cdef int scale_shift(
 ) except -1:
     """Write y from given statistics; what is prepared for it is kept, unless `kept` is None.
 
-    Where weight and bias are those `of_samples`, the repeats, these have the same statistics. Mean
-    and variance may be None, for 0 and 1, where nothing is kept.
+    Where weight and bias are those `of_samples`, the repeats, these have the same statistics. Where
+    nothing is kept mean and variance may be None: the mean is then 0, and invstd 1.
     """
     cdef bn_plan *c = &plan.c
     cdef bn_job job = _new_job(c)
@@ -393,8 +394,8 @@ cdef int scale_shift(
             job.parameters_of_repeat = c.channels
         job.weight = _widened(&workspace, weight, _statistics(c) if of_samples else c.channels)
         job.bias = _widened(&workspace, bias, _statistics(c) if of_samples else c.channels)
-        job.statistic[BN_MEAN] = _of_each_repeat(&workspace, mean, 0.0, c)
-        job.statistic[BN_VARIANCE] = _of_each_repeat(&workspace, variance, 1.0, c)
+        job.statistic[BN_MEAN] = _of_each_repeat(&workspace, mean, c)
+        job.statistic[BN_VARIANCE] = _of_each_repeat(&workspace, variance, c)
     _do_all(&job, &workspace, bn_scale_shift_stages, threads)
     _end(&workspace)
     if kept is not None and not job.prepared:
@@ -475,8 +476,8 @@ cdef int gradient_of_samples(
     _take_scratch(&workspace, &job, threads)
     job.operand[BN_X], job.operand[BN_DY], job.operand[BN_DX] = _data(x), _data(dy), _data(dx)
     job.weight, job.parameters_of_repeat = _doubles(weight), c.channels
-    job.statistic[BN_MEAN] = _of_each_repeat(&workspace, mean, 0.0, c)
-    job.statistic[BN_INVSTD] = _of_each_repeat(&workspace, invstd, 1.0, c)
+    job.statistic[BN_MEAN] = _of_each_repeat(&workspace, mean, c)
+    job.statistic[BN_INVSTD] = _of_each_repeat(&workspace, invstd, c)
     job.statistic[BN_SUM_DY] = _doubles(sum_dy)
     job.statistic[BN_SUM_DY_XHAT] = _doubles(sum_dy_xhat)
     job.constant_statistics = True

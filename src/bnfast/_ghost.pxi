@@ -18,7 +18,7 @@ def ghost_normalize(
     cdef Py_ssize_t channels = _channels(x, axis), samples = cnp.PyArray_DIM(x, 0), ghost, values
     cdef cnp.npy_intp shape[2]
     cdef int piece
-    tracked = _tracked(running_mean, running_var, x, channels)
+    tracked = _tracked(running_mean, running_var, x, channels, _MEAN_AND_VAR)
     cdef Py_ssize_t size = _samples_per_ghost(ghost_size, samples)
     cdef double epsilon = _eps(eps, False, True)
     scale, shift = _of_channels("weight", weight, channels), _of_channels("bias", bias, channels)
@@ -80,7 +80,7 @@ def ghost_gradient(dy, x_, axis_, ghost_size, mean, invstd, weight, out=None):
     cdef Py_ssize_t samples = cnp.PyArray_DIM(x, 0), ghost
     cdef cnp.npy_intp shape[2]
     cdef int piece, kind
-    upstream = _upstream(dy, x)
+    upstream = _upstream(dy, x, ("dy", "x"))
     cdef Py_ssize_t size = _samples_per_ghost(ghost_size, samples)
     shape[0], shape[1] = _ghosts(samples, size), channels
     centre, inverse = _saved("mean", mean, 2, shape), _saved("invstd", invstd, 2, shape)

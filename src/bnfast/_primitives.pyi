@@ -23,7 +23,7 @@ PER_SAMPLE: Reduction
 GROUPS: Reduction
 
 def invstd_of_nothing(eps: float) -> float: ...
-def moments(x: object, axis: object, mean_low: Array | None = None) -> tuple[int, Array, Array]: ...
+def moments(x: object, axis: object) -> tuple[int, Array, Array]: ...
 def normalize(
     x: object,
     axis: object,
@@ -170,5 +170,67 @@ def update_running(
     divisor: float = 1.0,
     names: tuple[str, str] = ...,
 ) -> None: ...
+def weight_norm(
+    v: object, g: object, dim: object, eps: object, out: object
+) -> tuple[Array, Array]: ...
+def weight_norm_gradient(
+    dw: object, v: object, g: object, norm: object, dim: object, eps: object, out: object
+) -> tuple[Array, Array]: ...
+
+class Divisor: ...
+
+class Deviation(Divisor):
+    def __init__(self, eps: object, inside: object, unbiased: object) -> None: ...
+
+class Length(Divisor):
+    def __init__(self, gamma: object, eps: object, floor: object) -> None: ...
+
+def standardize(
+    w: object, gain: object, by: Divisor, axis: object, out: object
+) -> tuple[Array, Array, Array]: ...
+def standardize_gradient(
+    dy: object,
+    w: object,
+    mean: object,
+    std: object,
+    gain: object,
+    by: Divisor,
+    axis: object,
+    out: object,
+) -> tuple[Array, Array]: ...
+def renormalize(
+    x: object,
+    running_mean: object,
+    running_std: object,
+    weight: object,
+    bias: object,
+    momentum: object,
+    eps: object,
+    r_max: object,
+    d_max: object,
+    axis: object,
+    out: object,
+) -> tuple[Array, Array, Array, Array, Array]: ...
+def evaluate_renorm(
+    x: object,
+    axis: object,
+    running_mean: object,
+    running_std: object,
+    weight: object,
+    bias: object,
+    kept: Evaluation | None = None,
+    out: object = None,
+) -> tuple[Array, Array]: ...
+def renorm_gradient(
+    dy: object,
+    x: object,
+    mean: object,
+    invstd: object,
+    r: object,
+    d: object,
+    weight: object,
+    axis: object,
+    out: object,
+) -> tuple[Array, Array, Array]: ...
 def compute_in(stored: DTypeLike, arithmetic: DTypeLike) -> None: ...
 def probe_memory(kind: str, x: Array, y: Array, num_threads: int) -> None: ...

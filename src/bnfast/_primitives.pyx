@@ -2,13 +2,15 @@
 # the job. Nothing is written before everything has been checked.
 """The primitives on arrays: moments, scale_shift, gradient, and normalize: the first two in one.
 
+And what is composed of several in one call.
+
 The only room that hands arrays to ``_core``.
 """
 
 cimport numpy as cnp
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.long cimport PyLong_AsLongAndOverflow
-from libc.math cimport frexp, ldexp
+from libc.math cimport fabs, frexp, ldexp, pow, sqrt
 
 from bnfast cimport _core
 from bnfast._core cimport Activation as _Activation
@@ -27,7 +29,7 @@ from bnfast._core cimport (
 import numpy
 
 from bnfast import _core as core
-from bnfast import _dtypes, _threads, _validation
+from bnfast import _dtypes, _scaling, _threads, _validation
 from bnfast._layout import plan_layout, plan_rows
 
 cnp.import_array()
@@ -97,13 +99,13 @@ cdef Py_ssize_t _values(
     return values
 
 
+include "_channels.pxi"
+
+
 # the primitives
 
-def moments(x_, axis_, mean_low=None):
-    """Return the count, and the mean and m2 of each channel (float64).
-
-    `mean_low`, a float64 array of the shape of the mean, receives what rounding left of it.
-    """
+def moments(x_, axis_):
+    """Return the count, and the mean and m2 of each channel (float64)."""
     cdef Py_ssize_t axis
     cdef cnp.ndarray x = _batch(x_, axis_, &axis, BATCH)
     cdef cnp.npy_intp channels = _channels(x, axis)
@@ -111,7 +113,7 @@ def moments(x_, axis_, mean_low=None):
     m2 = _zeros(1, &channels, cnp.NPY_FLOAT64)
     if cnp.PyArray_SIZE(x) == 0:
         return 0, mean, m2
-    _core.moments(_plan(axis, BATCH, x, None, None), x, mean, mean_low, m2, _threads_for(x, 1))
+    _core.moments(_plan(axis, BATCH, x, None, None), x, mean, None, m2, _threads_for(x, 1))
     return cnp.PyArray_SIZE(x) // channels, mean, m2
 
 
@@ -139,7 +141,7 @@ def normalize(
     cdef str called = _parameter_name(activation)
     given = parameter
     parameter = _of_channels(called, given, channels)
-    tracked = _tracked(running_mean, running_var, x, channels)
+    tracked = _tracked(running_mean, running_var, x, channels, _MEAN_AND_VAR)
     y = _output(
         out, x, ("x", "weight", "bias", "running_mean", "running_var", called),
         (x, weight, bias, running_mean, running_var, given), reads, 1
@@ -259,7 +261,7 @@ cdef tuple _gradient(
     cdef Py_ssize_t per_group = 1
     cdef cnp.npy_intp shape[2]
     cdef int ndim, kind
-    upstream = _upstream(dy, x)
+    upstream = _upstream(dy, x, ("dy", "x"))
     if grouped:
         per_group = _channels_per_saved_group(mean, channels)
     ndim = _statistics_shape(x, axis, over, per_group, shape)
@@ -295,7 +297,7 @@ def normalize_rows(x_, normalized_shape, axis, weight, bias, eps, bint centred, 
     `weight` and `bias` have their sizes. Around 0 where they are not `centred`, and then the mean
     is None, and an eps of None the step of the dtype at 1.
     """
-    cdef cnp.ndarray x = _rows_input(x_)
+    cdef cnp.ndarray x = _data_of("x", x_)
     cdef int rows = _first_normalized(x, normalized_shape) if axis is None else -1
     cdef tuple axes = None
     cdef double epsilon
@@ -344,13 +346,13 @@ def row_gradient(
 
     The mean of what is not `centred` is None.
     """
-    cdef cnp.ndarray x = _rows_input(x_)
+    cdef cnp.ndarray x = _data_of("x", x_)
     cdef int rows = _first_normalized(x, normalized_shape) if axis is None else -1
     cdef tuple axes = None
     cdef Plan plan
     if rows < 0:
         _, axes = _validation.normalized_axes(x, normalized_shape, axis)
-    upstream = _upstream(dy, x)
+    upstream = _upstream(dy, x, ("dy", "x"))
     cdef str saved = "invstd" if centred else "invrms"
     if axes is None:
         inverse = _saved(saved, invstd, rows, cnp.PyArray_DIMS(x))
@@ -364,7 +366,7 @@ def row_gradient(
     dx = _output(
         out, x, ("dy", "x", "weight", "mean", saved), (upstream, x, weight, mean, invstd), None, 2
     )
-    cdef int kind = _parameter_type(x)
+    cdef int ndim = cnp.PyArray_NDIM(x), kind = _parameter_type(x)
     if weight is not None:
         kind = cnp.PyArray_TYPE(<cnp.ndarray>(weight if scale is weight else numpy.asarray(weight)))
     if cnp.PyArray_SIZE(x) == 0:
@@ -383,35 +385,16 @@ def row_gradient(
     )
     if sums is None:
         return dx, None, None
-    cdef int elements = cnp.PyArray_NDIM(x) - rows
     if plan.in_order and axes is None:
         return (
-            dx, _rounded(sums, 0, elements, cnp.PyArray_DIMS(x) + rows, kind),
-            _rounded(sums, size, elements, cnp.PyArray_DIMS(x) + rows, kind)
+            dx, _rounded(_doubles(sums), ndim - rows, cnp.PyArray_DIMS(x) + rows, kind),
+            _rounded(_doubles(sums) + size, ndim - rows, cnp.PyArray_DIMS(x) + rows, kind)
         )
     columns = _in_order(
         sums[: 2 * size].reshape(2, size), plan.walked, _elements_shape(x, rows, axes)
     )
     with numpy.errstate(all="ignore"):
         return dx, cnp.PyArray_Cast(columns[0], kind), cnp.PyArray_Cast(columns[1], kind)
-
-
-cdef cnp.ndarray _rounded(
-    cnp.ndarray sums, cnp.npy_intp start, int ndim, const cnp.npy_intp *shape, int kind
-):
-    """A new array of this shape and type, from sums of float64."""
-    cdef cnp.ndarray array = _empty(ndim, shape, kind)
-    cdef const double *values = <const double *>cnp.PyArray_DATA(sums) + start
-    cdef float *narrow = <float *>cnp.PyArray_DATA(array)
-    cdef double *wide = <double *>cnp.PyArray_DATA(array)
-    cdef Py_ssize_t i, size = cnp.PyArray_SIZE(array)
-    if kind == cnp.NPY_FLOAT32:
-        for i in range(size):
-            narrow[i] = <float>values[i]
-    else:
-        for i in range(size):
-            wide[i] = values[i]
-    return array
 
 
 def _as_walked(parameter, walked):
@@ -445,9 +428,11 @@ cdef int _warn_of(int too_large) except -1:
     return 0
 
 
+cdef tuple _MEAN_AND_VAR = ("running_mean", "running_var")
+
+
 def update_running(
-    tuple tracked, double momentum, mean, second, double divisor=1.0,
-    tuple names=("running_mean", "running_var")
+    tuple tracked, double momentum, mean, second, double divisor=1.0, tuple names=_MEAN_AND_VAR
 ):
     """Blend the mean and second / divisor (float64) into both checked running statistics.
 
@@ -455,17 +440,34 @@ def update_running(
     with a `momentum` of 0 a statistic stays as it is, with 1 it is that of the batch. Nothing of
     Python's runs between the two: an exception from a signal handler leaves both or none updated.
     """
-    cdef cnp.ndarray first_new = numpy.ascontiguousarray(mean)
-    cdef cnp.ndarray second_new = numpy.ascontiguousarray(second)
+    _update_running(
+        tracked, momentum, numpy.ascontiguousarray(mean), numpy.ascontiguousarray(second), divisor,
+        names
+    )
+
+
+cdef int _update_running(
+    tuple tracked, double momentum, cnp.ndarray mean, cnp.ndarray second, double divisor,
+    tuple names
+) except -1:
     first, other = _contiguous_or_copy(tracked[0]), _contiguous_or_copy(tracked[1])
-    cdef bint mean_too_large = _core.update_running(first, first_new, momentum, 1.0)
-    cdef bint second_too_large = _core.update_running(other, second_new, momentum, divisor)
+    cdef bint mean_too_large = _core.update_running(first, mean, momentum, 1.0)
+    cdef bint second_too_large = _core.update_running(other, second, momentum, divisor)
     _put_back(first, tracked[0])
     _put_back(other, tracked[1])
     if mean_too_large:
         _validation.warn_too_large(names[0])
     if second_too_large:
         _validation.warn_too_large(names[1])
+    return 0
+
+
+# what is composed of them
+
+include "_deviations.pxi"
+include "_weight_norm.pxi"
+include "_standardization.pxi"
+include "_renorm.pxi"
 
 
 def probe_memory(kind, x, y, int num_threads):

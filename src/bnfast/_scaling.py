@@ -32,21 +32,45 @@ def exponents_to_one(sizes: ArrayLike) -> Array:
     return np.asarray(-powers)
 
 
-def largest_values(x: Array, axis: int, which: Array) -> Array:
+def _largest_values(x: Array, axis: int, which: Array) -> Array:
     """Return the largest magnitude of each of some channels, without a copy of any."""
     channels = np.moveaxis(x, axis, 0)
     pairs = ((channels[c].max(initial=0), channels[c].min(initial=0)) for c in which)
     return np.array([max(most, -least) for most, least in pairs], x.dtype)
 
 
-def scaled_channels(x: Array, axis: int, which: Array, exponent: Array) -> ScaledChannels:
+def channels_not_between(
+    x: Array, axis: int, sizes: Array, least: float, most: float, modest: int = -1
+) -> ScaledChannels | None:
+    """Return the channels whose size is NaN or not between two limits, with largest values near 1.
+
+    Those whose largest value needs a power of two of at most `modest` are left out. None if none is
+    left.
+    """
+    which = np.flatnonzero(~((sizes > least) & (sizes < most)))
+    exponent = exponents_to_one(_largest_values(x, axis, which))
+    some = np.abs(exponent) > modest
+    return _scaled_channels(x, axis, which[some], exponent[some])
+
+
+def channels_far_from_one(
+    x: Array, axis: int, sizes: Array, furthest: int
+) -> ScaledChannels | None:
+    """Return the channels whose size needs a power of two beyond this to be near 1, or None."""
+    exponent = exponents_to_one(sizes)
+    which = np.flatnonzero(np.abs(exponent) > furthest)
+    return _scaled_channels(x, axis, which, exponent[which])
+
+
+def _scaled_channels(x: Array, axis: int, which: Array, exponent: Array) -> ScaledChannels | None:
     """Return some channels, each times its power of two: exactly, unless it becomes denormal."""
-    copies = np.moveaxis(x, axis, 0)[which]
-    with np.errstate(all="ignore"):
-        return ScaledChannels(which, scaled(copies, exponent), exponent)
+    if not which.size:
+        return None
+    return ScaledChannels(which, scaled(np.moveaxis(x, axis, 0)[which], exponent), exponent)
 
 
 def scaled(x: Array, exponent: Array) -> Array:
     """Return x with each index of its first axis times its power of two."""
     powers = np.expand_dims(exponent, tuple(range(1, x.ndim)))
-    return np.asarray(np.ldexp(x, powers))
+    with np.errstate(all="ignore"):
+        return np.asarray(np.ldexp(x, powers))

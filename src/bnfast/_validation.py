@@ -95,6 +95,36 @@ def weights(name: str, value: object, axis: object, called: str = "axis") -> tup
     return batch(name, value, axis, called, "filters and what they are made of")
 
 
+def axis_of_filters(name: str, x: Array, dim: object) -> int:
+    """Return the axis of the filters of weights, which is not counted from the end."""
+    axis = integer("dim", dim)
+    if axis < 0:
+        raise ValueError(
+            f"dim must not be negative, got {dim}: in PyTorch -1 means the norm of the whole "
+            f"array, which is dim=None here, and the last axis is {x.ndim - 1}"
+        )
+    if axis >= x.ndim:
+        raise ValueError(f"dim must be less than {x.ndim} for {name} of shape {x.shape}, got {dim}")
+    return axis
+
+
+def lengths(name: str, value: object, shape: tuple[int, ...], axis: int | None) -> Array:
+    """Return one length for each filter of weights of this shape, contiguous and aligned.
+
+    Without an axis the first has the only filter, and may be missing in the shape of the lengths.
+    """
+    array = floating_array(name, value)
+    count = shape[axis or 0]
+    kept = tuple(count if d == axis else 1 for d in range(len(shape)))
+    if array.shape not in {(count,), kept, (count,) if axis is not None else ()}:
+        raise ValueError(
+            f"{name} must have one value for each of the {count} filters, shape ({count},) or "
+            f"{kept}, got shape {array.shape}"
+        )
+    flags = array.flags
+    return array if flags.c_contiguous and flags.aligned else array.copy()
+
+
 def channel_axis_of_samples(x: object, axis: object) -> tuple[Array, int]:
     """Return the input and its number of channels, which are not along axis 0: samples are."""
     array, channel_axis, channels = batch("x", x, axis)

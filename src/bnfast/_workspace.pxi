@@ -117,24 +117,16 @@ cdef double *_statistic(
     return spread
 
 
-cdef double *_of_each_repeat(
-    _Workspace *workspace, statistic, double otherwise, const bn_plan *c
-) noexcept:
-    """Statistics of channels as float64, for all repeats the same; `otherwise` for None."""
+cdef double *_of_each_repeat(_Workspace *workspace, statistic, const bn_plan *c) noexcept:
+    """Statistics of channels as float64, for all repeats the same; NULL for None."""
     cdef double *given = <double *>_widened(workspace, statistic, c.channels)
     cdef double *repeated
-    cdef size_t i, repeat
-    if given is not NULL and c.repeats == 1:
+    cdef size_t repeat
+    if c.repeats == 1 or statistic is None:
         return given
     repeated = _take_doubles(workspace, _statistics(c))
-    if workspace.failed:
-        return NULL
-    if statistic is None:
-        for i in range(_statistics(c)):
-            repeated[i] = otherwise
-    else:
-        for repeat in range(c.repeats):
-            memcpy(repeated + repeat * c.channels, given, c.channels * sizeof(double))
+    for repeat in range(0 if workspace.failed else c.repeats):
+        memcpy(repeated + repeat * c.channels, given, c.channels * sizeof(double))
     return repeated
 
 

@@ -298,10 +298,16 @@ static void set_activation(const bn_job *job, range channels, bn_coefficient shi
 void bn_prepare_scale_shift(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
-    job->kernels->invstd(channels.count, job->statistic[BN_VARIANCE] + c, 1.0, job->eps, NULL,
-                         job->statistic[BN_INVSTD] + c);
+    if (job->statistic[BN_VARIANCE]) {
+        job->kernels->invstd(channels.count, job->statistic[BN_VARIANCE] + c, 1.0, job->eps, NULL,
+                             job->statistic[BN_INVSTD] + c);
+    } else {
+        for (size_t i = c; i < c + channels.count; i++) {
+            job->statistic[BN_INVSTD][i] = 1.0;
+        }
+    }
     job->kernels->scale_shift_coefficients[job->plan->dtype](
-        channels.count, 0, job->statistic[BN_MEAN] + c, NULL, job->statistic[BN_INVSTD] + c,
+        channels.count, 0, parameter_from(job->statistic[BN_MEAN], c), NULL, job->statistic[BN_INVSTD] + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), coefficients_from(job, c));
     tile_coefficients(job, channels);
 }

@@ -48,8 +48,8 @@ typedef struct {
 #define BN_BUFFERS ((size_t)BN_ROLES)
 
 /* What is known of a channel. moments and normalize write BN_MEAN to BN_M2, and normalize BN_INVSTD; scale_shift is
-   told BN_MEAN and BN_VARIANCE, and writes BN_INVSTD; a gradient is told BN_MEAN and BN_INVSTD, and writes the
-   sums. */
+   told BN_MEAN and BN_VARIANCE (0 without the one, invstd 1 without the other), and writes BN_INVSTD; a gradient is
+   told BN_MEAN and BN_INVSTD, and writes the sums. */
 typedef enum {
     BN_MEAN,     /* rounded to one float64 */
     BN_MEAN_LOW, /* what rounding left of the mean; a gradient finds it again where it is missed */

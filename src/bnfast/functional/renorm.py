@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
-from bnfast._deviations import deviations, scale_deviations
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Array, Float, Parameter
+from bnfast._typing import Float, Parameter
 
 
 class RenormSchedule(NamedTuple):
@@ -161,12 +160,10 @@ def batch_renorm(
             out=out,
         )
         return y
-    array, _, _ = _validation.batch("x", x, axis)
     _validation.real("momentum", momentum)
     _validation.epsilon(eps, training=False)
     _validation.renorm_limits(r_max, d_max)
-    given = array, axis, running_mean, running_std, weight, bias
-    y, _ = evaluate_renorm(*given, None, out)
+    y, _ = _primitives.evaluate_renorm(x, axis, running_mean, running_std, weight, bias, None, out)
     return y
 
 
@@ -220,87 +217,12 @@ def batch_renorm_forward(
     >>> saved.r, saved.d
     (array([1.]), array([0.]))
     """
-    array, channel_axis, channels = _validation.batch("x", x, axis)
-    epsilon = _validation.epsilon(eps, training=True)
-    new = _validation.real("momentum", momentum)
-    most, furthest = _validation.renorm_limits(r_max, d_max)
-    tracked = _validation.running_statistics(
-        running_mean, running_std, array, channels, names=("running_mean", "running_std")
-    )
-    if tracked is None:
+    if running_mean is None and running_std is None:
         raise TypeError("running_mean and running_std must be arrays, got None")
-    scale = _validation.channel_parameter("weight", weight, channels)
-    shift = _validation.channel_parameter("bias", bias, channels)
-    if out is not None:
-        others = {"x": array, "weight": weight, "bias": bias}
-        others |= {"running_mean": running_mean, "running_std": running_std}
-        _validation.output(out, array, others)
-    of = deviations(array, channel_axis)
-    mean = of.mean
-    if of.values == 0:
-        nothing = np.ones(channels)
-        saved = Renormalized(mean, np.full(channels, epsilon**-0.5), nothing, mean.copy())
-        return (_primitives.empty_output(array) if out is None else out), saved
-    before, std = (statistic.astype(np.float64) for statistic in tracked)
-    with np.errstate(all="ignore"):
-        sigma = of.with_eps(epsilon)
-        invstd = 1.0 / sigma
-        apart = mean - before if of.mean_low is None else mean - before + of.mean_low
-        r = _between(1.0 / most, sigma, std, most)
-        d = _between(-furthest, apart, std, furthest)
-        gamma = np.ones(channels) if scale is None else scale.astype(np.float64)
-        beta = np.zeros(channels) if shift is None else shift.astype(np.float64)
-        by, term = gamma * r * invstd, gamma * d + beta
-    y = scale_deviations(array, channel_axis, of, by, term, out)
-    names = "running_mean", "running_std"
-    _primitives.update_running(tracked, new, mean, sigma, names=names)
+    y, mean, invstd, r, d = _primitives.renormalize(
+        x, running_mean, running_std, weight, bias, momentum, eps, r_max, d_max, axis, out
+    )
     return y, Renormalized(mean, invstd, r, d)
-
-
-def _between(least: float, divided: Array, std: Array, most: float) -> Array:
-    """Return divided / std within limits: its own limit where the running deviation goes to 0.
-
-    0 / 0 is 0 then: a batch of the running mean is not off. Limits that leave no choice decide,
-    even if a running statistic is NaN.
-    """
-    if least == most:
-        return np.full(divided.shape, most)
-    quotient = np.divide(divided, std, out=np.zeros_like(divided), where=divided != 0)
-    clipped: Array = np.clip(quotient, least, most)
-    return clipped
-
-
-# Smaller running deviations, 0 among them, stand for this one: its inverse times a weight must not
-# be infinite, which would make NaN of an x that is equal to its mean.
-_SMALLEST_STD = 1e-290
-
-
-def evaluate_renorm(
-    x: Array,
-    axis: object,
-    running_mean: object,
-    running_std: object,
-    weight: object,
-    bias: object,
-    kept: _primitives.Evaluation | None,
-    out: object,
-) -> tuple[Array, Array]:
-    """Return y, and the 1 / std (float64) that made it, whose squares float64 need not hold."""
-    array, _, channels = _validation.batch("x", x, axis)
-    centre = _validation.required_channel_parameter("running_mean", running_mean, channels)
-    spread = _validation.required_channel_parameter("running_std", running_std, channels)
-    own = _validation.channel_parameter("weight", weight, channels)
-    if out is not None:
-        others = {"weight": weight, "running_mean": running_mean, "running_std": running_std}
-        _validation.output(out, array, others)
-    wide = spread.astype(np.float64)
-    with np.errstate(all="ignore"):
-        wide[np.abs(wide) < _SMALLEST_STD] = _SMALLEST_STD
-        inverse = 1.0 / wide
-        scale = inverse if own is None else own * inverse
-    unit = np.ones(channels)
-    y = _primitives.scale_shift(array, axis, centre, unit, scale, bias, 0.0, kept, out)
-    return y, inverse
 
 
 @in_default_float_mode
@@ -363,16 +285,5 @@ def batch_renorm_backward(
     >>> dbias, dweight.round(6)
     (array([3.]), array([9.]))
     """
-    array, _, channels = _validation.batch("x", x, axis)
-    own = _validation.channel_parameter("weight", weight, channels)
-    _validation.saved_value(saved, Renormalized, "batch_renorm_forward")
-    mean, invstd = saved.mean, saved.invstd
-    r = _validation.required_channel_parameter("r", saved.r, channels)
-    d = _validation.required_channel_parameter("d", saved.d, channels)
-    if out is not None:
-        _validation.output(out, array, {"weight": weight, "r": saved.r, "d": saved.d})
-    gamma = r.astype(np.float64) if own is None else own * r.astype(np.float64)
-    dx, of_gamma, dbias = _primitives.gradient(dy, array, axis, mean, invstd, gamma, False, out)
-    dtype = array.dtype if own is None else own.dtype
-    with np.errstate(all="ignore"):
-        return dx, (r * of_gamma + d * dbias).astype(dtype), dbias.astype(dtype)
+    mean, invstd, r, d = _validation.saved_value(saved, Renormalized, "batch_renorm_forward")
+    return _primitives.renorm_gradient(dy, x, mean, invstd, r, d, weight, axis, out)

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfast import _primitives, _validation
-from bnfast._deviations import deviations, scale_deviations
+from bnfast import _primitives
 from bnfast._float_mode import in_default_float_mode
-from bnfast._primitives import Reduction
-from bnfast._scaling import (
-    MODEST_EXPONENT,
-    ScaledChannels,
-    exponents_to_one,
-    scaled,
-    scaled_channels,
-)
-from bnfast._typing import Array, Float, Parameter
-
-_DEVIATION = Reduction()
-
-# Of deviations in units of their invstd: the gradient of a normalization by its statistics has the
-# square of that, which is lost in any sum.
-_NEXT_TO_NOTHING = 2.0**-40
+from bnfast._typing import Float, Parameter
 
 
 @in_default_float_mode
@@ -137,10 +119,8 @@ def weight_standardization_forward(
     >>> mean, std
     (array([ 2., 20.]), array([ 1., 10.]))
     """
-    deviation = _Deviation(
-        _validation.epsilon(eps, training=False), _validation.flag("eps_inside", eps_inside)
-    )
-    return _forward(w, gain, deviation, int(_validation.flag("unbiased", unbiased)), axis, out)
+    deviation = _primitives.Deviation(eps, eps_inside, unbiased)
+    return _primitives.standardize(w, gain, deviation, axis, out)
 
 
 @in_default_float_mode
@@ -204,12 +184,8 @@ def weight_standardization_backward(
     >>> bool(abs(dw.sum()) < 1e-12), dgain.round(3)
     (True, array([-1.225]))
     """
-    deviation = _Deviation(
-        _validation.epsilon(eps, training=False), _validation.flag("eps_inside", eps_inside)
-    )
-    return _backward(
-        dy, w, mean, std, gain, deviation, int(_validation.flag("unbiased", unbiased)), axis, out
-    )
+    deviation = _primitives.Deviation(eps, eps_inside, unbiased)
+    return _primitives.standardize_gradient(dy, w, mean, std, gain, deviation, axis, out)
 
 
 @in_default_float_mode
@@ -320,7 +296,8 @@ def scaled_weight_standardization_forward(
     >>> mean, std
     (array([2.]), array([1.]))
     """
-    return _forward(w, gain, _scaled(gamma, eps, floor), 0, axis, out)
+    length = _primitives.Length(gamma, eps, floor)
+    return _primitives.standardize(w, gain, length, axis, out)
 
 
 @in_default_float_mode
@@ -380,183 +357,5 @@ def scaled_weight_standardization_backward(
     >>> bool(np.abs(dw).max() < 1e-12)
     True
     """
-    return _backward(dy, w, mean, std, gain, _scaled(gamma, eps, floor), 0, axis, out)
-
-
-class _Divisor(NamedTuple):
-    """Of every filter (float64): y = (w - mean) / value, and what the value's gradient is.
-
-    That of a normalization whose invstd is `strength`: one to which deviations are next to nothing
-    where the value is constant.
-    """
-
-    value: Array
-    strength: Array
-
-    def scale(self, gain: Array | None) -> Array:
-        """Return what w - mean is multiplied by: where it is divided by 0 it is 0, and stays so."""
-        factor = 1.0 if gain is None else gain
-        return np.where(self.value == 0, 0.0, factor / self.value)
-
-    def as_normalization(self) -> tuple[Array, Array]:
-        """Return the invstd of one with this gradient, and 1 / value as a multiple of it."""
-        nothing = self.value == 0
-        ratio = np.where(nothing, 0.0, 1.0 / (self.value * self.strength))
-        return np.where(nothing, 1.0, self.strength), ratio
-
-
-class _Deviation(NamedTuple):
-    """Weight standardization divides by the deviation, with eps under the root or added to it."""
-
-    eps: float | Array
-    inside: bool
-
-    def least(self) -> float:
-        """Return about what a constant filter is divided by."""
-        return math.sqrt(self.eps) if self.inside else float(self.eps)
-
-    def scaled(self, exponent: Array) -> _Deviation:
-        """Return the same for filters that have been multiplied by powers of two."""
-        return self._replace(eps=np.ldexp(self.eps, 2 * exponent if self.inside else exponent))
-
-    def divisor(self, std: Array, each: int, lost: int) -> _Divisor:
-        """Return it, where of `each` values `lost` do not count in the variance."""
-        counted = np.sqrt(np.float64(each) / np.float64(each - lost))
-        if self.inside:
-            value = np.sqrt(std**2 + self.eps)
-            return _Divisor(value, counted / value)
-        value = std + self.eps
-        # Without a deviation there is eps alone, a constant: as PyTorch has the gradient.
-        deviates = std > value * _NEXT_TO_NOTHING**2
-        return _Divisor(value, np.where(deviates, counted / np.sqrt(value * std), 1 / value))
-
-
-class _ScaledLength(NamedTuple):
-    """Scaled weight standardization divides by the length, which has a floor or eps added."""
-
-    gamma: float
-    eps: float | Array
-    floor: bool
-
-    def least(self) -> float:
-        """As that of `_Deviation`."""
-        return math.sqrt(self.eps)
-
-    def scaled(self, exponent: Array) -> _ScaledLength:
-        """As that of `_Deviation`."""
-        return self._replace(eps=np.ldexp(self.eps, 2 * exponent))
-
-    def divisor(self, std: Array, each: int, lost: int) -> _Divisor:
-        """As that of `_Deviation`."""
-        squares, root = each * std**2, math.sqrt(each)
-        if not self.floor:
-            length = np.sqrt(squares + each * self.eps)
-            return _Divisor(length / self.gamma, root / length)
-        length = np.sqrt(np.maximum(squares, self.eps))
-        constant = np.where(std > length * _NEXT_TO_NOTHING, _NEXT_TO_NOTHING, 1.0)
-        strength = np.where(squares > self.eps, root, constant) / length
-        return _Divisor(length / self.gamma, strength)
-
-
-def _scaled(gamma: object, eps: object, floor: object) -> _ScaledLength:
-    scale = _validation.real("gamma", gamma)
-    return _ScaledLength(
-        scale, _validation.epsilon(eps, training=False), _validation.flag("floor", floor)
-    )
-
-
-def _extreme_filters(
-    w: Array, axis: int, std: Array, by: _Deviation | _ScaledLength
-) -> ScaledChannels | None:
-    """Return those whose divisor is at an end of the range, made near 1; if there are some."""
-    furthest, least = MODEST_EXPONENT[w.dtype], by.least()
-    most = 2.0**furthest
-    if not std.size or (std.max() < most and (1 / most < least < most or std.min() > 1 / most)):
-        return None
-    exponent = exponents_to_one(np.maximum(std, least))
-    which = np.flatnonzero(np.abs(exponent) > furthest)
-    return scaled_channels(w, axis, which, exponent[which]) if which.size else None
-
-
-def _filters(w: object, axis: object, lost: int) -> tuple[Array, int, int]:
-    """Return weights, their axis of filters, its size; `lost` values do not count in variances."""
-    array, own, filters = _validation.weights("w", w, axis)
-    each = array.size // filters if filters else 0
-    _validation.enough_values("w", array, each, "filter", unbiased=lost > 0)
-    return array, own, filters
-
-
-def _forward(
-    w: NDArray[Float],
-    gain: Parameter | None,
-    by: _Deviation | _ScaledLength,
-    lost: int,
-    axis: int,
-    out: NDArray[Float] | None,
-) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
-    """Return y, and mean and std, in whose variance `lost` of the values do not count."""
-    array, axis, filters = _filters(w, axis, lost)
-    own = _validation.channel_parameter("gain", gain, filters, "filters")
-    if out is not None:
-        _validation.output(out, array, {"w": array, "gain": gain}, ("w",))
-    of = deviations(array, axis, lost)
-    each = of.values
-    extreme = _extreme_filters(array, axis, of.std, by)
-    with np.errstate(all="ignore"):
-        scale = by.divisor(of.std, each, lost).scale(own)
-        y = scale_deviations(array, axis, of, scale, out=out)
-        if extreme is not None:
-            which, copies, exponent = extreme
-            anew = deviations(copies, 0, lost)
-            divisor = by.scaled(exponent).divisor(anew.std, each, lost)
-            scale = divisor.scale(None if own is None else own[which])
-            np.moveaxis(y, axis, 0)[which] = scale_deviations(copies, 0, anew, scale)
-    return y, of.mean, of.std
-
-
-def _backward(
-    dy: NDArray[Float],
-    w: NDArray[Float],
-    mean: Parameter,
-    std: Parameter,
-    gain: Parameter | None,
-    by: _Deviation | _ScaledLength,
-    lost: int,
-    axis: int,
-    out: NDArray[Float] | None,
-) -> tuple[NDArray[Float], Parameter]:
-    """Return dw = gain / value * (dy - mean(dy) - c * strength**2 / K * sum(dy * c)), and dgain."""
-    array, axis, filters = _filters(w, axis, lost)
-    upstream = _validation.upstream_gradient(dy, array, ("dy", "w"))
-    centre = _validation.required_channel_parameter("mean", mean, filters, "filters")
-    given = _validation.required_channel_parameter("std", std, filters, "filters")
-    own = _validation.channel_parameter("gain", gain, filters, "filters")
-    if out is not None:
-        others = {"dy": upstream, "w": array, "gain": gain, "mean": mean, "std": std}
-        _validation.output(out, array, others, ("dy", "w"))
-    deviation = given.astype(np.float64)
-    each = array.size // filters if filters else 0
-    extreme = _extreme_filters(array, axis, deviation, by)
-    if extreme is not None:
-        their_upstream = np.moveaxis(upstream, axis, 0)[extreme.which]  # it may be overwritten
-    with np.errstate(all="ignore"):
-        divisor = by.divisor(deviation, each, lost)
-        if not each:  # nothing was divided by nothing
-            divisor = _Divisor(np.ones(filters), np.ones(filters))
-        strength, ratio = divisor.as_normalization()
-        weight = ratio if own is None else own * ratio
-        dw, dgain, _ = _primitives.gradient(
-            upstream, array, axis, centre, strength, weight, False, out, _DEVIATION
-        )
-        dgain *= ratio
-        if extreme is not None:
-            which, copies, exponent = extreme
-            anew = deviations(copies, 0, lost)  # those given may have lost bits
-            strength, ratio = by.scaled(exponent).divisor(anew.std, each, lost).as_normalization()
-            weight = ratio if own is None else own[which] * ratio
-            again, products, _ = _primitives.gradient(
-                *(their_upstream, copies, 0, anew.mean, strength, weight, False, None, _DEVIATION)
-            )
-            np.moveaxis(dw, axis, 0)[which] = scaled(again, exponent)
-            dgain[which] = products * ratio
-        return dw, dgain.astype(array.dtype if own is None else own.dtype)
+    length = _primitives.Length(gamma, eps, floor)
+    return _primitives.standardize_gradient(dy, w, mean, std, gain, length, axis, out)

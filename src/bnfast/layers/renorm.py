@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import DTypeLike
 
-from bnfast import _validation, functional
+from bnfast import _primitives, _validation, functional
 from bnfast._float_mode import in_default_float_mode
 from bnfast._typing import Array
 from bnfast.functional import Renormalized, RenormSchedule
-from bnfast.functional.renorm import evaluate_renorm
 from bnfast.layers._layer import Gradients
 from bnfast.layers._tracking import ChannelLayer
 
@@ -132,7 +131,7 @@ class BatchRenorm(ChannelLayer):
         mean, std = self.running_mean, self.running_std
         if not self.training:
             given = array, self.axis, mean, std, self.weight, self.bias
-            y, inverse_std = evaluate_renorm(*given, self._evaluation, out)
+            y, inverse_std = _primitives.evaluate_renorm(*given, self._evaluation, out)
             self._save(array, y, mean.copy(), inverse_std, self._kept_weight(), True)
             return y
         r_max, d_max = self.schedule.at(self.num_batches_tracked)

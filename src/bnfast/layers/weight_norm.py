@@ -10,8 +10,19 @@ import numpy as np
 from bnfast import _validation, functional
 from bnfast._float_mode import in_default_float_mode
 from bnfast._typing import Array
-from bnfast.functional.weight_norm import lengths_of_filters
 from bnfast.layers._layer import Gradients, Trainable
+
+
+def _lengths_of_filters(weight: Array, dim: int | None) -> Array:
+    """Return them in PyTorch's shape, and in the dtype of the weight."""
+    array = _validation.floating_array("weight", weight)
+    kept = []
+    if dim is not None:
+        axis = _validation.axis_of_filters("weight", array, dim)
+        kept = [size if d == axis else 1 for d, size in enumerate(array.shape)]
+    _, norm = functional.weight_norm_forward(array, np.ones(kept), dim)
+    with np.errstate(all="ignore"):
+        return norm.astype(array.dtype).reshape(kept)
 
 
 class WeightNorm(Trainable):
@@ -83,7 +94,7 @@ class WeightNorm(Trainable):
 
     @in_default_float_mode
     def __init__(self, weight: Array, dim: int | None = 0, eps: float = 0.0) -> None:
-        self.g = lengths_of_filters("weight", weight, dim)
+        self.g = _lengths_of_filters(weight, dim)
         self.v = np.array(weight)
         self.dim = dim
         self.eps = _validation.epsilon(eps, training=False)
