@@ -5,7 +5,7 @@ import pytest
 
 import bnfast
 from bnfast import _reference as reference
-from tolerances import FINITE_DIFFERENCES, eps_of
+from tolerances import EQUAL_SUMS, FINITE_DIFFERENCES, eps_of
 
 STEP = 1e-6
 SHAPES = [(2, 3), (5, 2, 3), (2, 3, 2, 2), (3, 2, 2, 1, 2)]
@@ -104,3 +104,16 @@ def test_gradients_are_linear_in_dy(dtype, rng):
             gradients(2 * a + b), gradients(a), gradients(b), strict=True
         ):
             np.testing.assert_allclose(whole, 2 * first + second, atol=500 * eps_of(dtype))
+
+
+@pytest.mark.parametrize("samples", [3, 33, 1025, 4096])
+def test_gradients_of_parameters_are_exact_for_equal_samples(isa, rng, axis, samples):
+    # Equal values round alike: added one sample after the other, 1025 were 100 ulps off.
+    x, dy = rng.normal(size=(2, 1, 40, 40))
+    _, mean, invstd = bnfast.instance_norm_forward(x, axis=axis)
+    one = bnfast.instance_norm_backward(dy, x, mean, invstd, axis=axis)
+    many = [np.repeat(array, samples, 0) for array in (dy, x, mean, invstd)]
+    for got, single in zip(
+        bnfast.instance_norm_backward(*many, axis=axis)[1:], one[1:], strict=True
+    ):
+        np.testing.assert_allclose(got, samples * single, rtol=EQUAL_SUMS * eps_of(np.float64))

@@ -45,6 +45,18 @@ def test_momentum_one_is_the_batch(rng):
     np.testing.assert_allclose(var, x.var(0, ddof=1), rtol=CLOSE_F64)
 
 
+@pytest.mark.parametrize("samples", [3, 33, 1025])
+def test_the_average_of_equal_samples_is_exact(isa, rng, samples):
+    # Equal values round alike: added one sample after the other, they were 100 ulps off.
+    one = rng.normal(size=(1, 40, 2))
+    (mean, var), (mean_of_one, var_of_one) = statistics(40, np.float64), statistics(40, np.float64)
+    bnfast.instance_norm(np.repeat(one, samples, 0), mean, var, momentum=1.0)
+    bnfast.instance_norm(one, mean_of_one, var_of_one, momentum=1.0)
+    eps = RUNNING * eps_of(np.float64)
+    np.testing.assert_allclose(mean, mean_of_one, rtol=eps)
+    np.testing.assert_allclose(var, var_of_one, rtol=eps)
+
+
 def test_evaluation_leaves_them_alone(dtype, rng, axis):
     mean, var = statistics(6, dtype)
     kept = mean.copy(), var.copy()

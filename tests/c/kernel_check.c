@@ -406,6 +406,12 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     for (size_t i = 0; i < 3; i++) {
         add_elements(forward.array[i], c / together, dtype);
     }
+    CALL(update_running)[dtype](1, c, 0.1, m2, (double)n, forward.array[0]);
+    CALL(parameter_gradients)[dtype](1, c, sum_dy, sum_dy_xhat, forward.array[1],
+                                     forward.array[2]);
+    for (size_t i = 0; i < 3; i++) {
+        add_elements(forward.array[i], 1, dtype);
+    }
     /* Forgets what it was, and leaves the range of float32. */
     double too_large = CALL(update_running)[dtype](c, 1, 1.0, m2, 1e-200, forward.array[0]);
     add_doubles(&too_large, 1);
