@@ -56,6 +56,19 @@ def newton(sigma: Array, iterations: int) -> Array:
     return np.sqrt(share) * p
 
 
+def with_eps(covariance: Array, eps: float, iterations: int | None) -> Array:
+    """Of one group, the covariance with eps on its diagonal.
+
+    A covariance that was rounded to float32 may have a negative eigenvalue, larger than eps or not:
+    0 stands for it, but for Newton's iterations, which have no eigenvalues.
+    """
+    if iterations is None and np.isfinite(covariance).all():
+        values, vectors = np.linalg.eigh(covariance)
+        if values.min(initial=0) < 0:
+            covariance = (vectors * np.maximum(values, 0)) @ vectors.T
+    return covariance + eps * np.eye(len(covariance))
+
+
 def root_of(sigma: Array, iterations: int | None) -> Array:
     return inverse_root(sigma) if iterations is None else newton(sigma, iterations)
 
@@ -73,7 +86,7 @@ def whitening(x: Array, axis: int, groups: int, eps: float, iterations: int | No
 def of_covariance(mean: Array, covariance: Array, eps: float, iterations: int | None) -> Whitening:
     matrices, conditions = [], []
     for each in covariance.astype(DOUBLE):
-        sigma = each + eps * np.eye(len(each))
+        sigma = with_eps(each, eps, iterations)
         if not np.isfinite(sigma).all():
             matrices.append(np.full_like(sigma, np.nan))
             conditions.append(np.inf)
@@ -153,7 +166,7 @@ def gradients(
         through = g @ c.transpose(0, 2, 1)
         d_sigma = np.zeros_like(through)
         for k in np.flatnonzero(np.isfinite(by.condition)):
-            sigma = by.covariance[k] + eps * np.eye(c.shape[1])
+            sigma = with_eps(by.covariance[k], eps, iterations)
             d_sigma[k] = _covariance_gradient(sigma, through[k], iterations)
         both = d_sigma + d_sigma.transpose(0, 2, 1)
         dx = transposed @ (g - g.mean(2, keepdims=True)) + both @ c / values
@@ -195,7 +208,7 @@ def covariance_gradients(
     """The symmetric part of the gradient of each covariance, of a gradient of the matrices."""
     found = np.zeros_like(through)
     for k in np.flatnonzero(np.isfinite(by.condition)):
-        sigma = by.covariance[k] + eps * np.eye(through.shape[1])
+        sigma = with_eps(by.covariance[k], eps, iterations)
         found[k] = _covariance_gradient(sigma, through[k], iterations)
     found = (found + found.transpose(0, 2, 1)) / 2
     largest = [np.abs(part).max((1, 2), keepdims=True, initial=0) for part in (by.matrix, through)]
