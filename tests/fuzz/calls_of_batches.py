@@ -143,12 +143,11 @@ def moments(rng: Random) -> Call:
         if not fold.count:
             zero = Quantity(np.zeros(x.shape[axis], oracle.WIDE), {}, DOUBLE, DOUBLE)
             return Expected({"mean": zero, "m2": zero})
-        std = fold.statistic(oracle.unjudged(np.sqrt(of.var), of.usable))
         m2 = fold.statistic(of.var) * fold.count
         size = fold.statistic(oracle.unjudged(of.var, of.usable)) * fold.count
         return Expected(
             {
-                "mean": Quantity(fold.statistic(of.mean), {"statistics": std}, x.dtype, DOUBLE),
+                "mean": oracle.mean_of(of, fold, x.dtype),
                 "m2": Quantity(m2, {"statistics": size}, x.dtype, DOUBLE),
             }
         )

@@ -175,6 +175,13 @@ def statistics(x: Array, fold: Fold, centred: bool = True) -> Statistics:
     return Statistics(mean, var, deviation, constant, usable)
 
 
+def mean_of(of: Statistics, fold: Fold, dtype: np.dtype) -> Quantity:
+    """The mean as it is returned. Quotients of sums by counts may leave the normal numbers."""
+    std = fold.statistic(unjudged(np.sqrt(of.var), of.usable))
+    sizes = {"statistics": std, "smallest": np.ones(std.shape)}
+    return Quantity(fold.statistic(of.mean), sizes, dtype, DOUBLE)
+
+
 def is_rounded(mean: Array, given: Array) -> Array:
     """Whether a mean is what float64 holds of another one."""
     return np.abs(mean - given) <= 2 * np.spacing(np.abs(given).astype(np.float64))
@@ -241,15 +248,9 @@ def forward(
         y = np.where(exact, rounded, y)
         sizes = {kind: np.where(exact, 0, size) for kind, size in sizes.items()}
     unfolded = {kind: fold.unfold(size) for kind, size in sizes.items()}
-    std = np.sqrt(of.var)
     return Forward(
         Quantity(fold.unfold(y), unfolded, x.dtype, x.dtype),
-        Quantity(
-            fold.statistic(of.mean),
-            {"statistics": fold.statistic(unjudged(std, of.usable))},
-            x.dtype,
-            DOUBLE,
-        ),
+        mean_of(of, fold, x.dtype),
         Quantity(
             fold.statistic(invstd),
             {"statistics": fold.statistic(unjudged(invstd, of.usable & moderate(invstd, DOUBLE)))},

@@ -8,6 +8,7 @@ import numpy as np
 
 from fuzz.judge import DOUBLE, Quantity
 from fuzz.oracle import (
+    LARGE_MEAN,
     WIDE,
     Array,
     Fold,
@@ -15,6 +16,7 @@ from fuzz.oracle import (
     backward,
     forward,
     is_rounded,
+    mean_of,
     mean_over,
     moderate,
     of_filters,
@@ -281,7 +283,7 @@ def standardized(
     kept = fold.statistic(unjudged(std, of.usable))
     return (
         Quantity(value, sizes, w.dtype, w.dtype),
-        Quantity(fold.statistic(of.mean), {"statistics": kept}, w.dtype, DOUBLE),
+        mean_of(of, fold, w.dtype),
         Quantity(fold.statistic(std), {"statistics": kept}, w.dtype, DOUBLE),
     )
 
@@ -306,6 +308,12 @@ def standardized_backward(
         # The mean is known to a rounding of the deviation.
         more = np.abs(c) * np.abs(upstream).sum(fold.over, keepdims=True) * deviation / spread
         size = np.abs(scale) * (size + np.abs(c) * steep + more)
+        # Where the mean is small beside the divisor, eps included, what rounding left of it may be
+        # found again or not.
+        small = np.abs(given) * np.sqrt(fold.count / spread) <= LARGE_MEAN
+        unknown = np.where(near & small, np.abs(of.mean - given), 0)
+        level = np.abs(upstream).sum(fold.over, keepdims=True)
+        off = np.abs(scale) * unknown * (np.abs(c) * level / spread + steep)
         dgain = products.sum(fold.over, keepdims=True) / divisor
         of_gain = terms + np.abs(upstream) * deviation
         lost = (1 + np.abs(scale)) * (1 + 1 / divisor) * (1 + np.abs(c) / divisor)
@@ -319,11 +327,9 @@ def standardized_backward(
         good = good & moderate(number, w.dtype)
     good = good & (np.isinf(spread) | moderate(spread, DOUBLE) & (spread > 0))
     sizes = {"dx": unjudged(size, np.broadcast_to(good, size.shape)), "smallest": lost}
-    # Where the divisor is constant, what rounding left of the mean is not looked for.
-    step = np.spacing(np.abs(given).astype(np.float64)) / 2
+    sizes["known"] = off
     gains = {
-        "known": np.where(np.isinf(spread), np.abs(upstream).sum(fold.over, keepdims=True), 0)
-        * (step / divisor),
+        "known": level * unknown / divisor,
         "sums": unjudged(of_gain.sum(fold.over, keepdims=True) / divisor, good),
         "smallest": fold.count * (1 + 1 / divisor),
     }
