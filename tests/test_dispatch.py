@@ -78,8 +78,10 @@ def test_a_bad_number_of_threads_is_an_import_error(value):
 
 
 def test_bnfast_num_threads_is_obeyed():
-    done = run("import bnfast; print(bnfast.get_num_threads())", BNFAST_NUM_THREADS="1")
-    assert done.stdout.strip() == "1"
+    code = "import bnfast; print(bnfast.get_num_threads())\n"
+    code += "for n in (2, None): bnfast.set_num_threads(n)\nprint(bnfast.get_num_threads())"
+    done = run(code, BNFAST_NUM_THREADS="1")
+    assert done.stdout.split() == ["1", "1"]
 
 
 def test_only_an_available_isa_can_be_activated():

@@ -21,6 +21,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this
 def many_processors(monkeypatch):
     monkeypatch.setattr(_threads, "allowed_threads", lambda: 64)
     monkeypatch.setattr(_core, "team_was_late", lambda: False)
+    monkeypatch.setattr(_threads, "_of_the_environment", None)
     yield
     bnfast.set_num_threads(None)
 
@@ -30,10 +31,20 @@ def test_set_num_threads_is_read_back(many_processors):
     for number in (1, 2, 5):
         bnfast.set_num_threads(number)
         assert bnfast.get_num_threads() == number
-        assert "set_num_threads" in _threads.chosen_by()
+        assert _threads.chosen_by() == "set_num_threads"
     bnfast.set_num_threads(None)
     assert _threads.chosen_by() == "OpenMP"
     assert bnfast.get_num_threads() == _core.openmp_max_threads()
+
+
+@needs_openmp
+def test_none_goes_back_to_the_variable(many_processors):
+    _threads.obey_environment(3)
+    assert _threads.chosen_by() == "BNFAST_NUM_THREADS"
+    for number in (5, None):
+        bnfast.set_num_threads(number)
+        assert bnfast.get_num_threads() == (number or 3)
+    assert _threads.chosen_by() == "BNFAST_NUM_THREADS"
 
 
 @needs_openmp

@@ -41,7 +41,7 @@ def _choose_threads() -> None:
         return
     if not wanted.isdecimal() or int(wanted) < 1:
         raise ImportError(f"BNFAST_NUM_THREADS must be a positive integer, got {wanted!r}")
-    _threads.set_num_threads(int(wanted))
+    _threads.obey_environment(int(wanted))
 
 
 def _choose_pool() -> None:

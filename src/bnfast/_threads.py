@@ -12,6 +12,7 @@ SERIAL_BYTES: int = _core.SERIAL_BYTES
 BYTES_PER_THREAD: int = _core.BYTES_PER_THREAD
 
 _wanted: int | None = None
+_of_the_environment: int | None = None  # BNFAST_NUM_THREADS, as it was at import
 
 
 def _started_by_fork_alone() -> bool:
@@ -51,7 +52,7 @@ def set_num_threads(num_threads: int | None) -> None:
     Parameters
     ----------
     num_threads : int or None
-        At least 1; None goes back to OpenMP's own setting.
+        At least 1; None goes back to what counts without it.
 
     Raises
     ------
@@ -73,6 +74,12 @@ def set_num_threads(num_threads: int | None) -> None:
     _wanted = _validation.integer_from("num_threads", num_threads, 1)
 
 
+def obey_environment(num_threads: int) -> None:
+    """Set how many threads count where `set_num_threads` has not set any."""
+    global _of_the_environment
+    _of_the_environment = num_threads
+
+
 def get_num_threads() -> int:
     """Return how many threads a call uses at most.
 
@@ -89,7 +96,9 @@ def get_num_threads() -> int:
     """
     if in_forked_child() or not _core.HAS_OPENMP:
         return 1
-    wanted = _core.openmp_max_threads() if _wanted is None else _wanted
+    wanted = _of_the_environment if _wanted is None else _wanted
+    if wanted is None:
+        wanted = _core.openmp_max_threads()
     return 1 if wanted == 1 else min(wanted, allowed_threads())  # to ask is a system call
 
 
@@ -99,7 +108,9 @@ def chosen_by() -> str:
         return "the fork: children are serial"
     if not _core.HAS_OPENMP:
         return "the build: no OpenMP"
-    return "OpenMP" if _wanted is None else "set_num_threads or BNFAST_NUM_THREADS"
+    if _wanted is not None:
+        return "set_num_threads"
+    return "OpenMP" if _of_the_environment is None else "BNFAST_NUM_THREADS"
 
 
 def threads_for(work_bytes: int) -> int:
