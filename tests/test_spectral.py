@@ -1,5 +1,7 @@
 """Spectral norm: values, gradients, PyTorch's conventions, what is refused, the layer."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -206,12 +208,21 @@ def test_the_gradient_of_spectral_norm_is_held_where_a_factor_of_it_is_not():
     assert np.abs(dw).max() <= 1e-6 * 1e3 / saved[0]  # of two terms that cancel
 
 
-@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
-def test_spectral_norm_of_nothing_is_nothing(shape):
-    y, sigma, _, _ = bnfast.spectral_norm_forward(
-        np.ones(shape), np.ones(shape[0]), np.ones(shape[1] if shape[0] else 0)
-    )
+@pytest.mark.parametrize(("shape", "dim"), [((0, 4), 0), ((4, 0), 0), ((4, 0, 2), 1)])
+def test_spectral_norm_of_nothing_is_nothing(shape, dim):
+    w, rows = np.ones(shape), shape[dim]
+    columns = math.prod(shape[:dim] + shape[dim + 1 :])
+    u, v = np.ones(rows), np.ones(columns)
+    y, sigma, *improved = bnfast.spectral_norm_forward(w, u, v, dim=dim)
     assert y.shape == shape and sigma == 0
+    for vector, given in zip(improved, (u, v), strict=True):
+        np.testing.assert_array_equal(vector, given)
+    assert bnfast.spectral_norm_backward(y, w, sigma, u, v, dim=dim).shape == shape
+    layer = bnfast.SpectralNorm(w, dim=dim)
+    assert layer(w).shape == shape and layer.backward(w).shape == shape
+    assert (layer.u.shape, layer.v.shape) == ((rows,), (columns,))
+    with pytest.raises(ValueError, match=f"v must have one value for each of the {columns} col"):
+        bnfast.spectral_norm(w, u, np.ones(columns + 1), dim=dim)
 
 
 W = np.arange(12, dtype=np.float32).reshape(3, 4)

@@ -112,9 +112,7 @@ def standardization_backward(rng: Random, name: str) -> Call:
 
 
 def _vectors(rng: Random, w: Array, dim: int) -> tuple[Array, Array]:
-    rows = w.shape[dim]
-    shapes = (rows,), (w.size // rows if rows else 0,)
-    return tuple(draws.running(rng, shape) for shape in shapes)
+    return tuple(draws.running(rng, (n,)) for n in oracle_of_members.matrix(w, dim).shape)
 
 
 def _draw_matrix(rng: Random) -> tuple[Array, int]:

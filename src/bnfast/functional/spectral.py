@@ -32,7 +32,8 @@ def spectral_norm(
     Parameters
     ----------
     w : array of float32 or float64, at least 2-d
-        The weights; seen as a matrix W of shape (h, k), whose rows are the indices of `dim`.
+        The weights; seen as a matrix W of shape (h, k), whose rows are the indices of `dim`. Where
+        h or k is 0, sigma is 0, and u and v are left.
     u : array (h,) of float32 or float64
     v : array (k,) of float32 or float64
         Approximate singular vectors, at first any that are not 0; improved in place, with
@@ -84,9 +85,9 @@ def spectral_norm(
     >>> u.round(3)
     array([1., 0.])
     """
-    array, _, rows = _validation.weights("w", w, dim, "dim")
+    array, axis, _ = _validation.weights("w", w, dim, "dim")
     steps = _validation.integer_from("n_power_iterations", n_power_iterations, 0)
-    left, right = _singular_vectors(u, v, array, rows)
+    left, right = _singular_vectors(u, v, array, axis)
     if steps:
         _validation.running_statistics(
             *(u, v, array, len(left), ("u", "v"), right.shape), called="w"
@@ -151,11 +152,11 @@ def spectral_norm_forward(
     >>> round(sigma, 6)
     3.0
     """
-    array, axis, rows = _validation.weights("w", w, dim, "dim")
+    array, axis, _ = _validation.weights("w", w, dim, "dim")
     least = _validation.real("eps", eps)
     steps = _validation.integer_from("n_power_iterations", n_power_iterations, 0)
     v_first = _validation.flag("v_first", v_first)
-    left, right = _singular_vectors(u, v, array, rows)
+    left, right = _singular_vectors(u, v, array, axis)
     if out is None:
         y = _primitives.empty_output(array)
     else:
@@ -266,7 +267,7 @@ def spectral_norm_backward(
     upstream = _validation.upstream_gradient(dy, array, ("dy", "w"))
     length = np.float64(_validation.estimate("sigma", sigma))
     least = _validation.real("eps", eps)
-    left, right = _singular_vectors(u, v, array, rows)
+    left, right = _singular_vectors(u, v, array, axis)
     if out is None:
         dw = _primitives.empty_output(array)
     else:
@@ -304,11 +305,15 @@ def keep_singular_vectors(vectors: Sequence[Array], improved: Sequence[Array]) -
             vector[...] = z
 
 
-def _singular_vectors(u: object, v: object, w: Array, rows: int) -> tuple[Array, Array]:
+def columns_of(w: Array, axis: int) -> int:
+    """Return how many columns weights have, seen as a matrix: also where they have no rows."""
+    return math.prod(n for d, n in enumerate(w.shape) if d != axis)
+
+
+def _singular_vectors(u: object, v: object, w: Array, axis: int) -> tuple[Array, Array]:
     """Return copies in float64."""
-    columns = w.size // rows if rows else 0
-    left = _validation.required_channel_parameter("u", u, rows, "rows of w")
-    right = _validation.required_channel_parameter("v", v, columns, "columns of w")
+    left = _validation.required_channel_parameter("u", u, w.shape[axis], "rows of w")
+    right = _validation.required_channel_parameter("v", v, columns_of(w, axis), "columns of w")
     return left.astype(np.float64), right.astype(np.float64)
 
 
@@ -362,7 +367,7 @@ class _Matrix:
     def __init__(self, w: Array, axis: int, exponent: Array | None = None) -> None:
         self._rows = np.moveaxis(w, axis, 0)
         self._exponent = exponent
-        self.shape = (len(self._rows), w.size // max(1, len(self._rows)))
+        self.shape = (len(self._rows), columns_of(w, axis))
 
     def pieces(self) -> Iterator[tuple[slice, Array]]:
         """Give some rows after the other, and which they are."""

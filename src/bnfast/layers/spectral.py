@@ -10,7 +10,7 @@ import numpy as np
 from bnfast import _validation, functional
 from bnfast._float_mode import in_default_float_mode
 from bnfast._typing import Array
-from bnfast.functional.spectral import keep_singular_vectors
+from bnfast.functional.spectral import columns_of, keep_singular_vectors
 from bnfast.layers._layer import Flag, Gradients, Trainable
 
 # How often u and v are improved before the first call, as in PyTorch.
@@ -110,7 +110,7 @@ class SpectralNorm(Trainable):
         self.shape = array.shape
         generator = np.random.default_rng(rng)
         u = generator.normal(size=rows)
-        v = generator.normal(size=array.size // rows if rows else 0)
+        v = generator.normal(size=columns_of(array, axis))
         self.u, self.v = (
             (z / np.maximum(np.linalg.norm(z), self.eps)).astype(array.dtype) for z in (u, v)
         )
