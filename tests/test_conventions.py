@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import bnfast
-from bnfast.integrations.conventions import FLAX, KERAS, ONNX, PYTORCH
+from bnfast._conventions import FLAX, KERAS, ONNX, PYTORCH
 from tolerances import CLOSE_F64
 
 CONVENTIONS = {"pytorch": PYTORCH, "keras": KERAS, "flax": FLAX, "onnx": ONNX}

@@ -14,6 +14,7 @@ from bnfast import _core, functional
 
 MODULES = [
     "bnfast._configuration",
+    "bnfast._conventions",
     "bnfast._memory",
     "bnfast._threads",
     "bnfast.functional.batch",
@@ -27,7 +28,6 @@ MODULES = [
     "bnfast.functional.standardization",
     "bnfast.functional.weight_norm",
     "bnfast.functional.whitening",
-    "bnfast.integrations.conventions",
     "bnfast.layers._layer",
     "bnfast.layers.batch",
     "bnfast.layers.conditional",

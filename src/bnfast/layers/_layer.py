@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bnfast import _validation
+from bnfast._conventions import PYTORCH
 from bnfast._float_mode import in_default_float_mode
 from bnfast._typing import Array
-from bnfast.integrations.conventions import PYTORCH
 
 AnyTrainable = TypeVar("AnyTrainable", bound="Trainable")
 Gradients = tuple[Any, ...]  # of the input, and of each parameter: an array or None

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from bnfast import _validation
+from bnfast._conventions import KERAS
 from bnfast._float_mode import in_default_float_mode
 from bnfast._typing import Array
-from bnfast.integrations.conventions import KERAS
 from bnfast.layers._tracking import TrackingLayer
 from bnfast.statistics import weight_of_new_batch
 

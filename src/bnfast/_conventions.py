@@ -55,7 +55,7 @@ class Convention:
 
         Examples
         --------
-        >>> from bnfast.integrations.conventions import KERAS, PYTORCH
+        >>> from bnfast._conventions import KERAS, PYTORCH
         >>> KERAS.weight_of_new_batch(0.75), PYTORCH.weight_of_new_batch(0.75)
         (0.25, 0.75)
         """
