@@ -28,6 +28,9 @@ def batch_norm(
 ) -> NDArray[Float]:
     """Normalize every channel of a batch, as ``torch.nn.functional.batch_norm`` does.
 
+    With the running statistics or, in training, with those of the batch; `batch_norm_forward` takes
+    the latter always, has no running statistics, and returns what the backward pass needs.
+
     Parameters
     ----------
     x : array of float32 or float64, at least 2-d
@@ -125,6 +128,8 @@ def batch_norm_forward(
     out: NDArray[Float] | None = None,
 ) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
     """Normalize with the statistics of the batch and return them for the backward pass.
+
+    As `batch_norm` with ``training=True``, but there are no running statistics to update.
 
     Parameters
     ----------
