@@ -1,4 +1,4 @@
-"""User input in, checked arrays out; every error message about an argument.
+"""User input in, checked arrays out; every check of an argument, those of `_scalars` included.
 
 Each check says which argument it is about, what was expected and what came, and comes before
 anything is written.
@@ -6,35 +6,36 @@ anything is written.
 
 from __future__ import annotations
 
-import math
-import operator
-import reprlib
 import sys
 import warnings
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _dtypes
+from bnfast._scalars import MOST_AXES as MOST_AXES
+from bnfast._scalars import choice as choice
+from bnfast._scalars import describe
+from bnfast._scalars import epsilon as epsilon
+from bnfast._scalars import estimate as estimate
+from bnfast._scalars import flag as flag
+from bnfast._scalars import floating_dtype as floating_dtype
+from bnfast._scalars import instance as instance
+from bnfast._scalars import integer as integer
+from bnfast._scalars import integer_from as integer_from
+from bnfast._scalars import integers as integers
+from bnfast._scalars import real as real
+from bnfast._scalars import renorm_limits as renorm_limits
+from bnfast._scalars import size as size
+from bnfast._scalars import sizes as sizes
 from bnfast._typing import Array
 
 Saved = TypeVar("Saved")
 
 # Beyond this much work numpy gives up on whether two arrays share an element.
 _OVERLAP_WORK = 10_000
-
-# What an array can have, of float64.
-MOST_AXES = 64 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
-_MOST_ELEMENTS = sys.maxsize // 8
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, np.ndarray):
-        return f"{value.dtype} array of shape {value.shape}"
-    return f"{reprlib.repr(value)} of type {type(value).__name__}"
 
 
 def floating_array(name: str, value: object) -> Array:
@@ -43,7 +44,7 @@ def floating_array(name: str, value: object) -> Array:
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError(
                 f"{name} must be an array without a mask (bnfast would ignore it), "
-                f"got a masked {_describe(value)}"
+                f"got a masked {describe(value)}"
             )
         if value is None:
             raise TypeError(f"{name} must be a {_dtypes.NAMES} array, got None")
@@ -53,14 +54,14 @@ def floating_array(name: str, value: object) -> Array:
             raise
         except Exception as error:
             hint = f"; {name}.detach() is one" if getattr(value, "requires_grad", False) else ""
-            raise TypeError(f"{name} must be an array, got {_describe(value)}{hint}") from error
+            raise TypeError(f"{name} must be an array, got {describe(value)}{hint}") from error
     array: Array = value
     dtype = array.dtype
     if not _dtypes.is_floating(dtype):
         numbers = np.can_cast(dtype, np.float64) and dtype.isnative
         hint = f"; numpy.asarray({name}, numpy.float32) is such" if numbers else ""
         raise TypeError(
-            f"{name} must be {_dtypes.NAMES} in native byte order, got {_describe(array)}{hint}"
+            f"{name} must be {_dtypes.NAMES} in native byte order, got {describe(array)}{hint}"
         )
     return array
 
@@ -149,7 +150,7 @@ def matrices_of_groups(name: str, value: object, channels: int | None = None) ->
         what = "channels" if channels is None else f"the {channels} channels"
         raise ValueError(
             f"{name} must have a square matrix for each group of {what}, shape "
-            f"(G, C / G, C / G), got {_describe(array)}"
+            f"(G, C / G, C / G), got {describe(array)}"
         )
     return array
 
@@ -161,7 +162,7 @@ def groups_of_statistics(name: str, value: object, channels: int) -> int:
     if groups == 0 or channels % groups:
         raise ValueError(
             f"{name} must be as forward returned it, of shape (N, G) where G groups divide the "
-            f"{channels} channels, got {_describe(array)}"
+            f"{channels} channels, got {describe(array)}"
         )
     return groups
 
@@ -195,28 +196,6 @@ def normalized_axes(
     return array, axes
 
 
-def integers(name: str, value: object) -> tuple[int, ...]:
-    """Return one integer or several as a tuple."""
-    if isinstance(value, (list, tuple)):
-        return tuple(integer(name, item) for item in value)
-    return (integer(name, value),)
-
-
-def sizes(name: str, value: object) -> tuple[int, ...]:
-    """Return one size or several as a tuple."""
-    shape = integers(name, value)
-    if not shape:
-        raise ValueError(f"{name} must have at least one size, got none")
-    if min(shape) < 0:
-        raise ValueError(f"{name} must have no negative size, got {value}")
-    if len(shape) > MOST_AXES or math.prod(shape) > _MOST_ELEMENTS:
-        raise ValueError(
-            f"{name} must be that of an array, of at most {MOST_AXES} axes and {_MOST_ELEMENTS} "
-            f"elements, got {reprlib.repr(value)}"
-        )
-    return shape
-
-
 def same_channels(name: str, x: Array, axis: int, channels: int, called: str = "channels") -> None:
     """Refuse a batch with another number of channels than a layer has."""
     if x.ndim < 2 or x.shape[axis] != channels:
@@ -231,8 +210,8 @@ def upstream_gradient(value: object, x: Array, names: tuple[str, str] = ("dy", "
     dy = floating_array(names[0], value)
     if dy.shape != x.shape or dy.dtype != x.dtype:
         raise ValueError(
-            f"{names[0]} must have the shape and dtype of {names[1]}, {_describe(x)}, "
-            f"got {_describe(dy)}"
+            f"{names[0]} must have the shape and dtype of {names[1]}, {describe(x)}, "
+            f"got {describe(dy)}"
         )
     return dy
 
@@ -241,13 +220,13 @@ def _one_for_each_channel(name: str, array: Array, channels: int, called: str = 
     if array.shape != (channels,):
         raise ValueError(
             f"{name} must have one value for each of the {channels} {called}, shape "
-            f"({channels},), got {_describe(array)}"
+            f"({channels},), got {describe(array)}"
         )
 
 
 def _of_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
     if array.shape != shape:
-        raise ValueError(f"{name} must have the shape {shape}, got {_describe(array)}")
+        raise ValueError(f"{name} must have the shape {shape}, got {describe(array)}")
 
 
 def channel_parameter(
@@ -272,7 +251,7 @@ def sample_parameter(name: str, value: object, samples: int, channels: int) -> A
     if array.shape != (samples, channels):
         raise ValueError(
             f"{name} must have one value for each of the {channels} channels of each of the "
-            f"{samples} samples, shape ({samples}, {channels}), got {_describe(array)}"
+            f"{samples} samples, shape ({samples}, {channels}), got {describe(array)}"
         )
     flags = array.flags
     return array if flags.c_contiguous and flags.aligned else array.copy()
@@ -286,11 +265,11 @@ def class_labels(value: object, samples: int, classes: int) -> NDArray[np.intp]:
     except MemoryError:
         raise
     except Exception as error:
-        raise TypeError(f"{wanted}, got {_describe(value)}") from error
+        raise TypeError(f"{wanted}, got {describe(value)}") from error
     if isinstance(value, np.ma.MaskedArray) or (array.size and array.dtype.kind not in "iu"):
-        raise TypeError(f"{wanted}, got {_describe(value)}")
+        raise TypeError(f"{wanted}, got {describe(value)}")
     if array.shape != (samples,):
-        raise ValueError(f"{wanted}, got {_describe(array)}")
+        raise ValueError(f"{wanted}, got {describe(array)}")
     wrong = array[(array < 0) | (array >= classes)]
     if wrong.size:
         raise ValueError(
@@ -316,7 +295,7 @@ def element_parameter(
     if array.shape != shape:
         raise ValueError(
             f"{name} must have one value for each normalized element, shape {shape}, "
-            f"got {_describe(array)}"
+            f"got {describe(array)}"
         )
     flags = array.flags
     if array.dtype == dtype and flags.c_contiguous and flags.aligned:
@@ -388,7 +367,7 @@ def saved_statistic(name: str, value: object, shape: tuple[int, ...]) -> Array:
     array = floating_array(name, value)
     if array.shape != shape:
         raise ValueError(
-            f"{name} must be as forward returned it, shape {shape}, got {_describe(array)}"
+            f"{name} must be as forward returned it, shape {shape}, got {describe(array)}"
         )
     flags = array.flags
     return array if flags.c_contiguous and flags.aligned else array.copy()
@@ -404,7 +383,7 @@ def saved_value(value: object, kind: type[Saved], function: str) -> Saved:
 def _running_statistic(name: str, value: object, shape: tuple[int, ...]) -> Array:
     if not isinstance(value, np.ndarray):
         raise TypeError(
-            f"{name} is updated in place and must be a numpy array, got {_describe(value)}"
+            f"{name} is updated in place and must be a numpy array, got {describe(value)}"
         )
     array = floating_array(name, value)
     if len(shape) == 1:
@@ -413,7 +392,7 @@ def _running_statistic(name: str, value: object, shape: tuple[int, ...]) -> Arra
         _of_shape(name, array, shape)
     if not array.flags.writeable:
         raise ValueError(
-            f"{name} is updated in place and must be writable, got a read-only {_describe(array)}"
+            f"{name} is updated in place and must be writable, got a read-only {describe(array)}"
         )
     return array
 
@@ -460,10 +439,10 @@ def _overlaps_itself(array: Array) -> bool:
         for stride, size in zip(array.strides, array.shape, strict=True)
         if size > 1
     )
-    for stride, size in steps:
+    for stride, length in steps:
         if stride < reach:
             return True
-        reach += stride * (size - 1)
+        reach += stride * (length - 1)
     return False
 
 
@@ -517,17 +496,16 @@ def output(
     takes its place is written. The last of `names` is that of x.
     """
     if not isinstance(value, np.ndarray):
-        raise TypeError(f"out must be a numpy array, got {_describe(value)}")
+        raise TypeError(f"out must be a numpy array, got {describe(value)}")
     out: Array = value
     if isinstance(out, np.ma.MaskedArray):
-        raise TypeError(f"out must be an array without a mask, got a masked {_describe(out)}")
+        raise TypeError(f"out must be an array without a mask, got a masked {describe(out)}")
     if out.dtype != x.dtype or out.shape != x.shape:
         raise ValueError(
-            f"out must have the shape and dtype of {names[-1]}, {_describe(x)}, "
-            f"got {_describe(out)}"
+            f"out must have the shape and dtype of {names[-1]}, {describe(x)}, got {describe(out)}"
         )
     if not out.flags.writeable:
-        raise ValueError(f"out must be writable, got a read-only {_describe(out)}")
+        raise ValueError(f"out must be writable, got a read-only {describe(out)}")
     if _overlaps_itself(out):
         raise ValueError(
             f"out must not overlap itself, got strides {out.strides} for shape {out.shape}"
@@ -547,55 +525,6 @@ def output(
     return out
 
 
-def instance(name: str, value: object, wanted: type) -> None:
-    """Refuse what is not of a class of ours."""
-    if not isinstance(value, wanted):
-        raise TypeError(f"{name} must be a {wanted.__name__}, got {_describe(value)}")
-
-
-def flag(name: str, value: object) -> bool:
-    """Return True or False; nothing else is either."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be True or False, got {_describe(value)}")
-    return bool(value)
-
-
-def choice(name: str, value: object, choices: tuple[str, ...]) -> str:
-    """Return one of some words."""
-    if not isinstance(value, str) or value not in choices:
-        words = " or ".join(map(repr, choices))
-        raise ValueError(f"{name} must be {words}, got {reprlib.repr(value)}")
-    return value
-
-
-def integer(name: str, value: object) -> int:
-    """Return an integer; booleans are none."""
-    if type(value) is int:
-        return value
-    try:
-        if isinstance(value, (bool, np.bool_)):
-            raise TypeError
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {_describe(value)}") from None
-
-
-def integer_from(name: str, value: object, least: int) -> int:
-    """Return an integer that is at least `least`."""
-    number = integer(name, value)
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}")
-    return number
-
-
-def size(name: str, value: object, least: int = 0) -> int:
-    """Return a number of channels, or of what else an array has a place for each of."""
-    number = integer_from(name, value, least)
-    if number > _MOST_ELEMENTS:
-        raise ValueError(f"{name} must be at most {_MOST_ELEMENTS}, got {number}")
-    return number
-
-
 def room_for_axes(name: str, x: Array, more: int) -> None:
     """Refuse an array with so many axes that NumPy has none left where some more are used."""
     if x.ndim + more > MOST_AXES:
@@ -603,59 +532,6 @@ def room_for_axes(name: str, x: Array, more: int) -> None:
             f"{name} must have at most {MOST_AXES - more} dimensions, got {x.ndim}: NumPy has "
             f"{MOST_AXES}, and {more} more are used"
         )
-
-
-def floating_dtype(name: str, value: Any) -> np.dtype[Any]:
-    """Return float32 or float64 as a dtype."""
-    try:
-        dtype: np.dtype[Any] = np.dtype(value)
-    except TypeError:
-        raise TypeError(f"{name} must be {_dtypes.NAMES}, got {_describe(value)}") from None
-    if not _dtypes.is_floating(dtype):
-        raise TypeError(f"{name} must be {_dtypes.NAMES} in native byte order, got {dtype}")
-    return dtype
-
-
-def _as_float(name: str, value: object) -> float:
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value[()]
-    if not isinstance(value, Real) or isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be a real number, got {_describe(value)}")
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def real(name: str, value: object) -> float:
-    """Return a finite number."""
-    number = value if type(value) is float else _as_float(name, value)
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {number}")
-    return number
-
-
-def estimate(name: str, value: object) -> float:
-    """Return a number that a forward pass returned: of NaN it may be NaN."""
-    return _as_float(name, value)
-
-
-def renorm_limits(r_max: object, d_max: object) -> tuple[float, float]:
-    """Return how far batch renormalization may correct a batch."""
-    most, furthest = real("r_max", r_max), real("d_max", d_max)
-    if most < 1.0 or furthest < 0.0:
-        raise ValueError(f"r_max must be at least 1 and d_max at least 0, got {r_max} and {d_max}")
-    return most, furthest
-
-
-def epsilon(value: object, *, training: bool) -> float:
-    """Return eps: positive where batch statistics are used, else not negative."""
-    eps = real("eps", value)
-    if training and eps <= 0.0:
-        raise ValueError(f"eps must be positive in training, got {eps}")
-    if eps < 0.0:
-        raise ValueError(f"eps must not be negative, got {eps}")
-    return eps
 
 
 def fewest_values(unbiased: bool) -> int:
