@@ -134,6 +134,12 @@ def test_an_empty_batch_gives_an_empty_array(dtype, shape):
     assert y.shape == shape
 
 
+@pytest.mark.parametrize("eps", [1e-30, 1e-5, 0.1, 3.0])
+def test_the_invstd_of_an_empty_batch_is_that_of_a_variance_of_zero(eps):
+    _, _, invstd = bnfast.batch_norm_forward(np.zeros((0, 3)), eps=eps)
+    np.testing.assert_array_equal(invstd, 1 / np.sqrt(eps))
+
+
 def test_more_values_than_an_int_can_count(rng):
     image = rng.normal(5, 1, (1, 2, 32768)).astype(np.float32)
     got = bnfast.moments(np.broadcast_to(image, (70000, 2, 32768)))

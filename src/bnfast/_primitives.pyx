@@ -10,7 +10,7 @@ The only room that hands arrays to ``_core``.
 cimport numpy as cnp
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.long cimport PyLong_AsLongAndOverflow
-from libc.math cimport fabs, frexp, ldexp, pow, sqrt
+from libc.math cimport fabs, frexp, ldexp, sqrt
 
 from bnfast cimport _core
 from bnfast._core cimport Activation as _Activation
@@ -72,7 +72,7 @@ cdef inline cnp.ndarray _zeros(int ndim, const cnp.npy_intp *shape, int kind):
 def invstd_of_nothing(double eps):
     """Return 1 / sqrt(0 + eps)."""
     if eps > 0:
-        return eps**-0.5
+        return 1.0 / sqrt(eps)
     return numpy.inf if eps == 0 else numpy.nan
 
 

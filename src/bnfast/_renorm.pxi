@@ -32,7 +32,7 @@ def renormalize(
     cdef cnp.ndarray r = _new_doubles(channels), d = _new_doubles(channels)
     if cnp.PyArray_SIZE(x) == 0:
         for array, value in (
-            (mean, 0.0), (invstd, pow(epsilon, -0.5)), (r, 1.0), (d, 0.0)
+            (mean, 0.0), (invstd, invstd_of_nothing(epsilon)), (r, 1.0), (d, 0.0)
         ):
             array.fill(value)
         return y, mean, invstd, r, d
