@@ -101,8 +101,16 @@ def of_rows(x, dy, weight, bias, eps, axis):
     return [y, z, *gradients, *bnfast.rms_norm_backward(dy, x, x.shape[2:], invrms, weight)]
 
 
+def of_pixels(x, dy, weight, bias, eps, axis):
+    sizes = (x.shape[axis],)
+    y, mean, invstd = bnfast.layer_norm_forward(x, sizes, weight, bias, eps, axis=(1,))
+    z, invrms = bnfast.rms_norm_forward(x, sizes, weight, eps, axis=1)
+    gradients = bnfast.layer_norm_backward(dy, x, sizes, mean, invstd, weight, axis=(1,))
+    return [y, z, *gradients, *bnfast.rms_norm_backward(dy, x, sizes, invrms, weight, axis=1)]
+
+
 OF_CHANNELS = [of_batch, of_instances, of_groups, of_responses, of_ghosts, of_corrected]
-CALLS = [*OF_CHANNELS, of_conditions, of_lengths, of_filters, of_rows]
+CALLS = [*OF_CHANNELS, of_conditions, of_lengths, of_filters, of_rows, of_pixels]
 
 
 @pytest.fixture

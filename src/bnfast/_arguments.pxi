@@ -4,6 +4,15 @@
 # Here are predicates alone: is this argument as the core needs it? One that is not goes to
 # _validation, on its own, which converts it or raises: no sentence of an error stands here.
 
+# Rows of an array, which have a mean and invstd each: the shapes of these, and of their elements.
+ctypedef struct _Rows:
+    int first  # the elements are all axes from this one on; -1 where they are others
+    int statistics
+    int elements
+    cnp.npy_intp statistics_shape[BN_MAX_AXES]
+    cnp.npy_intp elements_shape[BN_MAX_AXES]
+
+
 # predicates
 
 cdef inline bint _is_data(value) noexcept:
@@ -205,26 +214,27 @@ cdef object _saved(str name, value, int ndim, const cnp.npy_intp *shape):
     """A statistic that a forward pass returned."""
     if _is_of_shape(value, ndim, shape):
         return value
-    return _validation.saved_statistic(name, value, tuple([shape[d] for d in range(ndim)]))
+    return _validation.saved_statistic(name, value, _shape(ndim, shape))
 
 
-cdef object _of_elements(str name, value, cnp.ndarray x, int rows, tuple axes, bint finite):
-    """One value for each element of a row, which are all axes from `rows` on, or else `axes`.
+cdef tuple _shape(int ndim, const cnp.npy_intp *shape):
+    return tuple([shape[d] for d in range(ndim)])
+
+
+cdef object _of_elements(str name, value, cnp.ndarray x, const _Rows *rows, bint finite):
+    """One value for each element of a row.
 
     An operand of the kernels: of the type of the arithmetic.
     """
-    cdef int ndim = cnp.PyArray_NDIM(x)
-    if value is None:
-        return None
-    if (
-        axes is None
-        and _is_of_shape(value, ndim - rows, cnp.PyArray_DIMS(x) + rows)
+    if value is None or (
+        _is_of_shape(value, rows.elements, rows.elements_shape)
         and cnp.PyArray_TYPE(<cnp.ndarray>value) == _arithmetic(x)
     ):
         return value
-    shape = _elements_shape(x, rows, axes)
     computed = cnp.PyArray_DescrFromType(_arithmetic(x))
-    return _validation.element_parameter(name, value, shape, computed, finite)
+    return _validation.element_parameter(
+        name, value, _shape(rows.elements, rows.elements_shape), computed, finite
+    )
 
 
 cdef inline double _eps(eps, bint any_number, bint positive) except? -1.0:
@@ -382,17 +392,52 @@ cdef int _first_normalized(cnp.ndarray x, sizes) noexcept:
     return ndim - count
 
 
-cdef tuple _elements_shape(cnp.ndarray x, int rows, tuple axes):
-    """The sizes of a row."""
-    if axes is None:
-        return (<object>x).shape[rows:]
-    return tuple([x.shape[d] for d in axes])
+cdef bint _are_axes_of(cnp.ndarray x, sizes, axis) noexcept:
+    """Whether `axis` is a tuple of different axes, counted from 0, that have these sizes."""
+    cdef int d, other, beyond, ndim = cnp.PyArray_NDIM(x)
+    cdef Py_ssize_t at
+    if type(axis) is not tuple or not 0 < len(<tuple>axis) <= ndim:
+        return False
+    if type(sizes) is not tuple or len(<tuple>sizes) != len(<tuple>axis):
+        return False
+    for d in range(<int>len(<tuple>axis)):
+        one, size = (<tuple>axis)[d], (<tuple>sizes)[d]
+        if type(one) is not int or type(size) is not int:
+            return False
+        at = PyLong_AsLongAndOverflow(one, &beyond)
+        if beyond or not 0 <= at < ndim:
+            return False
+        if PyLong_AsLongAndOverflow(size, &beyond) != cnp.PyArray_DIM(x, <int>at) or beyond:
+            return False
+        for other in range(d):
+            if (<tuple>axis)[other] == one:
+                return False
+    return True
 
 
-cdef tuple _rows_shape(cnp.ndarray x, int rows, tuple axes):
-    if axes is None:
-        return (<object>x).shape[:rows]
-    return tuple([size for d, size in enumerate((<object>x).shape) if d not in axes])
+cdef tuple _rows_of(cnp.ndarray x, sizes, axis, _Rows *rows):
+    """Set what rows there are; return the axes that make one, None where they are the last."""
+    cdef int d, ndim = cnp.PyArray_NDIM(x)
+    cdef tuple axes = None
+    rows.first = _first_normalized(x, sizes) if axis is None else -1
+    rows.statistics = rows.elements = 0
+    if rows.first < 0:
+        several = (axis,) if type(axis) is int else axis
+        if _are_axes_of(x, (sizes,) if type(sizes) is int else sizes, several):
+            axes = several
+        else:
+            _, axes = _validation.normalized_axes(x, sizes, axis)
+        for one in axes:
+            rows.elements_shape[rows.elements] = cnp.PyArray_DIM(x, <int>one)
+            rows.elements += 1
+    for d in range(ndim):
+        if axes is None and d >= rows.first:
+            rows.elements_shape[rows.elements] = cnp.PyArray_DIM(x, d)
+            rows.elements += 1
+        elif axes is None or d not in axes:
+            rows.statistics_shape[rows.statistics] = cnp.PyArray_DIM(x, d)
+            rows.statistics += 1
+    return axes
 
 
 cdef inline cnp.ndarray _data_of(str name, x):

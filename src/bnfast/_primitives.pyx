@@ -298,26 +298,22 @@ def normalize_rows(x_, normalized_shape, axis, weight, bias, eps, bint centred, 
     is None, and an eps of None the step of the dtype at 1.
     """
     cdef cnp.ndarray x = _data_of("x", x_)
-    cdef int rows = _first_normalized(x, normalized_shape) if axis is None else -1
-    cdef tuple axes = None
+    cdef _Rows rows
+    cdef tuple axes = _rows_of(x, normalized_shape, axis, &rows)
     cdef double epsilon
-    if rows < 0:
-        _, axes = _validation.normalized_axes(x, normalized_shape, axis)
     if eps is None and not centred:
         epsilon = 2.0**-23 if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32 else 2.0**-52
     else:
         epsilon = _eps(eps, True, True)
     # 0 times infinity would make NaN of what is equal to its mean.
-    scale = _of_elements("weight", weight, x, rows, axes, True)
-    shift = _of_elements("bias", bias, x, rows, axes, False)
+    scale = _of_elements("weight", weight, x, &rows, True)
+    shift = _of_elements("bias", bias, x, &rows, False)
     y = _output(out, x, ("x", "weight", "bias"), (x, weight, bias), None, 1)
     cdef Plan plan
-    if axes is None:
-        mean = _empty(rows, cnp.PyArray_DIMS(x), cnp.NPY_FLOAT64) if centred else None
-        invstd = _empty(rows, cnp.PyArray_DIMS(x), cnp.NPY_FLOAT64)
-    else:
-        shape = _rows_shape(x, rows, axes)
-        mean, invstd = numpy.empty(shape) if centred else None, numpy.empty(shape)
+    mean = None
+    if centred:
+        mean = _empty(rows.statistics, rows.statistics_shape, cnp.NPY_FLOAT64)
+    invstd = _empty(rows.statistics, rows.statistics_shape, cnp.NPY_FLOAT64)
     if cnp.PyArray_SIZE(x) == 0:
         if centred:
             mean.fill(0.0)
@@ -330,7 +326,7 @@ def normalize_rows(x_, normalized_shape, axis, weight, bias, eps, bint centred, 
             cnp.PyArray_NDIM(<cnp.ndarray>scale), cnp.PyArray_DIMS(<cnp.ndarray>scale),
             _arithmetic(x), 0
         )
-    plan = _plan_of_rows(rows, axes, 0 if scale is None else 2, x, y, None)
+    plan = _plan_of_rows(rows.first, axes, 0 if scale is None else 2, x, y, None)
     if not plan.in_order:
         scale, shift = _as_walked(scale, plan.walked), _as_walked(shift, plan.walked)
     _core.normalize_rows(
@@ -347,34 +343,31 @@ def row_gradient(
     The mean of what is not `centred` is None.
     """
     cdef cnp.ndarray x = _data_of("x", x_)
-    cdef int rows = _first_normalized(x, normalized_shape) if axis is None else -1
-    cdef tuple axes = None
+    cdef _Rows rows
+    cdef tuple axes = _rows_of(x, normalized_shape, axis, &rows)
     cdef Plan plan
-    if rows < 0:
-        _, axes = _validation.normalized_axes(x, normalized_shape, axis)
     upstream = _upstream(dy, x, ("dy", "x"))
     cdef str saved = "invstd" if centred else "invrms"
-    if axes is None:
-        inverse = _saved(saved, invstd, rows, cnp.PyArray_DIMS(x))
-        centre = _saved("mean", mean, rows, cnp.PyArray_DIMS(x)) if centred else None
-    else:
-        shape = _rows_shape(x, rows, axes)
-        inverse = _validation.saved_statistic(saved, invstd, shape)
-        centre = _validation.saved_statistic("mean", mean, shape) if centred else None
+    inverse = _saved(saved, invstd, rows.statistics, rows.statistics_shape)
+    centre = None
+    if centred:
+        centre = _saved("mean", mean, rows.statistics, rows.statistics_shape)
     # 0 times infinity would make NaN of what is equal to its mean.
-    scale = _of_elements("weight", weight, x, rows, axes, True)
+    scale = _of_elements("weight", weight, x, &rows, True)
     dx = _output(
         out, x, ("dy", "x", "weight", "mean", saved), (upstream, x, weight, mean, invstd), None, 2
     )
-    cdef int ndim = cnp.PyArray_NDIM(x), kind = _parameter_type(x)
+    cdef int kind = _parameter_type(x)
     if weight is not None:
         kind = cnp.PyArray_TYPE(<cnp.ndarray>(weight if scale is weight else numpy.asarray(weight)))
     if cnp.PyArray_SIZE(x) == 0:
         if not parameters:
             return dx, None, None
-        zeros = numpy.zeros((2, *_elements_shape(x, rows, axes)), cnp.PyArray_DescrFromType(kind))
-        return dx, zeros[0], zeros[1]
-    plan = _plan_of_rows(rows, axes, 0 if scale is None else 1, x, upstream, dx)
+        return (
+            dx, _zeros(rows.elements, rows.elements_shape, kind),
+            _zeros(rows.elements, rows.elements_shape, kind)
+        )
+    plan = _plan_of_rows(rows.first, axes, 0 if scale is None else 1, x, upstream, dx)
     cdef cnp.npy_intp size = <cnp.npy_intp>(plan.c.outer * plan.c.inner)
     cdef cnp.npy_intp all_sums = 2 * size * <cnp.npy_intp>plan.row_blocks
     sums = _empty(1, &all_sums, cnp.NPY_FLOAT64) if parameters else None
@@ -385,13 +378,13 @@ def row_gradient(
     )
     if sums is None:
         return dx, None, None
-    if plan.in_order and axes is None:
+    if plan.in_order:
         return (
-            dx, _rounded(_doubles(sums), ndim - rows, cnp.PyArray_DIMS(x) + rows, kind),
-            _rounded(_doubles(sums) + size, ndim - rows, cnp.PyArray_DIMS(x) + rows, kind)
+            dx, _rounded(_doubles(sums), rows.elements, rows.elements_shape, kind),
+            _rounded(_doubles(sums) + size, rows.elements, rows.elements_shape, kind)
         )
     columns = _in_order(
-        sums[: 2 * size].reshape(2, size), plan.walked, _elements_shape(x, rows, axes)
+        sums[: 2 * size].reshape(2, size), plan.walked, _shape(rows.elements, rows.elements_shape)
     )
     with numpy.errstate(all="ignore"):
         return dx, cnp.PyArray_Cast(columns[0], kind), cnp.PyArray_Cast(columns[1], kind)
