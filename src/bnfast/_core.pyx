@@ -125,7 +125,7 @@ cdef bn_job _new_job(const bn_plan *plan) noexcept:
     cdef bn_job job
     memset(&job, 0, sizeof(bn_job))
     job.kernels, job.plan, job.caches = active, plan, caches
-    job.per_group = 1
+    job.per_group, job.centred = 1, True
     return job
 
 
@@ -228,7 +228,7 @@ cdef int normalize(
         job.statistic[BN_MEAN] = _doubles_or_null(mean)
         job.statistic[BN_INVSTD] = _doubles(invstd)
     job.statistic[BN_M2] = _doubles_or_null(m2)
-    job.per_group, job.uncentred = per_group, not centred
+    job.per_group, job.centred = per_group, centred
     _choose_and_take(&workspace, &job, _OF_NORMALIZE)
     _do_all(&job, &workspace, bn_normalize_stages, threads)
     if per_group > 1:
@@ -437,7 +437,7 @@ cdef int gradient(
     if c.dtype == BN_f64 and centred and not constant_statistics:
         wanted |= 1 << BN_MEAN_LOW
     job.constant_statistics = constant_statistics
-    job.per_group, job.uncentred = per_group, not centred
+    job.per_group, job.centred = per_group, centred
     _choose_and_take(&workspace, &job, wanted)
     _do_all(&job, &workspace, bn_gradient_stages, threads)
     if dweight is not None:
@@ -506,7 +506,7 @@ cdef int normalize_rows(
         job.operand[BN_ELEMENT_WEIGHT] = _data(weight)
     if bias is not None:
         job.operand[BN_ELEMENT_BIAS] = _data(bias)
-    job.eps, job.uncentred = eps, mean is None
+    job.eps, job.centred = eps, mean is not None
     job.statistic[BN_INVSTD] = _doubles(invstd)
     job.statistic[BN_MEAN] = _doubles_or_null(mean)
     _choose_and_take(&workspace, &job, _OF_NORMALIZE)
@@ -532,7 +532,7 @@ cdef int row_gradient(
     job.operand[BN_X], job.operand[BN_DY], job.operand[BN_DX] = _data(x), _data(dy), _data(dx)
     if weight is not None:
         job.operand[BN_ELEMENT_WEIGHT] = _data(weight)
-    job.uncentred = mean is None
+    job.centred = mean is not None
     if c.dtype == BN_f64 and mean is not None:
         wanted |= 1 << BN_MEAN_LOW
     job.statistic[BN_MEAN] = _statistic(&workspace, mean, c, 1)

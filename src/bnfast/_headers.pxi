@@ -50,7 +50,7 @@ cdef extern from "job.h" nogil:
         int constant_statistics
         size_t parameters_of_repeat
         size_t per_group
-        int uncentred
+        int centred
         double *column_sums
         double *partials
         bn_coefficients coefficients

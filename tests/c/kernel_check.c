@@ -283,7 +283,7 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
 
     CALL(round_mean)[dtype](c, mean, per_group);
     CALL(grouped_gradient_coefficients)[dtype](c / together, together, n, mean, NULL, invstd, weight,
-                                              sum_dy, sum_dy_xhat, per_group);
+                                               sum_dy, sum_dy_xhat, per_group);
     check_output(CALL(grouped_input_gradient)[layout][dtype], extent, both, per_group, dx_view,
                  &plan);
     CALL(scale_shift_coefficients)[dtype](c, 0, mean, mean_low, invstd, weight, bias, activated);
@@ -296,12 +296,12 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
                                          again.array[BN_ACTIVATION_PARAMETER]);
     CALL(gradient_coefficients)[dtype](c, n, mean, NULL, invstd, weight, sum_dy, sum_dy_xhat,
                                        activated_gradient);
-#define CHECK_ACTIVATION(unused, name)                                                              \
+#define CHECK_ACTIVATION(unused, name)                                                                \
     check_output(CALL(name##_scale_shift)[layout][dtype], extent, &x_view, activated, y_view, &plan); \
-    CALL(name##_upstream)[layout][dtype](extent, both, activated_gradient, dx_view, other_low);     \
-    add_elements(dx, all, dtype);                                                                   \
-    add_doubles(other_low, c);                                                                      \
-    check_output(CALL(name##_input_gradient)[layout][dtype], extent, both, activated_gradient,      \
+    CALL(name##_upstream)[layout][dtype](extent, both, activated_gradient, dx_view, other_low);       \
+    add_elements(dx, all, dtype);                                                                     \
+    add_doubles(other_low, c);                                                                        \
+    check_output(CALL(name##_input_gradient)[layout][dtype], extent, both, activated_gradient,        \
                  dx_view, &plan);
     BN_FOR_EACH_ACTIVATION(CHECK_ACTIVATION, )
 #undef CHECK_ACTIVATION

@@ -50,15 +50,15 @@ static void expect(int is_so, const char *what)
 }
 
 /* A region of two threads, of which the calling one computes one of two tasks in so many nanoseconds. */
-static void region(uint64_t own, uint64_t took)
+static void region(uint64_t own_work, uint64_t took)
 {
     bn_region_times times;
     bn_begin_region(&times, 2);
-    computing += own;
-    wall += own;
+    computing += own_work;
+    wall += own_work;
     bn_end_own_tasks(&times);
-    computing += took - own; /* it spins while it waits */
-    wall += took - own;
+    computing += took - own_work; /* it spins while it waits */
+    wall += took - own_work;
     bn_end_region(&times, 1, 2);
 }
 

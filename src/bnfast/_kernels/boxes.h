@@ -65,8 +65,8 @@ static inline range channels_of_slab(const bn_job *job, size_t slab)
 /* How many channels of a box go to a kernel at a time: all, unless scratch must hold them. */
 static inline size_t channels_at_once(const bn_plan *plan, const bn_box *box, int in_scratch)
 {
-    const size_t each = box->extent.outer * box->extent.inner * plan->itemsize;
-    return in_scratch ? MAX((size_t)1, BN_SCRATCH_BYTES / each) : box->extent.channels;
+    const size_t bytes_per_channel = box->extent.outer * box->extent.inner * plan->itemsize;
+    return in_scratch ? MAX((size_t)1, BN_SCRATCH_BYTES / bytes_per_channel) : box->extent.channels;
 }
 
 static inline void *element_at(const bn_plan *plan, void *array, size_t index)
@@ -155,7 +155,7 @@ static inline int groups_are_runs(const bn_job *job)
     if (bytes > BN_GROUP_RUN_BYTES) {
         return 0;
     }
-    return job->per_group > 1 && !job->uncentred && plan->layout == BN_contiguous &&
+    return job->per_group > 1 && job->centred && plan->layout == BN_contiguous &&
            plan->chunks == 1 && plan->outer == 1 && !x->staged && !job->scaled &&
            x->channel_stride == (ptrdiff_t)plan->inner;
 }

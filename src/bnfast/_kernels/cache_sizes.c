@@ -34,7 +34,7 @@ static int read_line(int index, const char *name, char *line, int size)
 static void ask_system(bn_caches *caches)
 {
     char line[32];
-    int last = 0;
+    int last_level = 0;
     for (int index = 0; index < CACHES; index++) {
         int level;
         size_t kib;
@@ -46,8 +46,8 @@ static void ask_system(bn_caches *caches)
         if (level == 2) {
             caches->level2 = kib << 10;
         }
-        if (level > last) {
-            last = level;
+        if (level > last_level) {
+            last_level = level;
             caches->last_level = kib << 10;
         }
     }

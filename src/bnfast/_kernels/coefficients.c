@@ -11,22 +11,22 @@ void bn_merge_blocks(const bn_job *job, range channels)
     const size_t c = channels.first;
     size_t count = values_of_block(job->plan, 0);
     for (size_t block = 1; block < job->plan->blocks; block++) {
-        const size_t more = values_of_block(job->plan, block);
+        const size_t block_count = values_of_block(job->plan, block);
         job->kernels->merge_moments(
             channels.count, count, job->statistic[BN_MEAN] + c, job->statistic[BN_MEAN_LOW] + c,
-            job->statistic[BN_M2] + c, more, sums_of_block(job, BN_MEAN, block, c),
+            job->statistic[BN_M2] + c, block_count, sums_of_block(job, BN_MEAN, block, c),
             sums_of_block(job, BN_MEAN_LOW, block, c), sums_of_block(job, BN_M2, block, c));
-        count += more;
+        count += block_count;
     }
 }
 
-/* From groups that were summed as runs, whose moments follow each other, to all of their channels. */
+/* Copies the moments of groups that were summed as runs, which lie side by side, to every channel of the group. */
 static void spread_moments(size_t channels, size_t per_group, double *moments)
 {
     for (size_t group = channels / per_group; group-- > 0;) {
-        const double of_all = moments[group];
+        const double group_moment = moments[group];
         for (size_t c = group * per_group; c < (group + 1) * per_group; c++) {
-            moments[c] = of_all;
+            moments[c] = group_moment;
         }
     }
 }
@@ -73,12 +73,12 @@ static void moments_again(const bn_job *job, range channels)
 /* the ends of float64's range, from which there is no wider type to retreat to (float32 has float64) */
 
 /* Whether there is nothing to mend: asked of every channel, and so by vectors. */
-static int are_within(size_t count, const double *values, double least, double most)
+static int are_within(size_t count, const double *values, double lower, double upper)
 {
     int64_t outside = 0;
     BN_SIMD_ANY(outside)
     for (size_t c = 0; c < count; c++) {
-        outside |= values[c] >= least && values[c] <= most ? 0 : 1;
+        outside |= values[c] >= lower && values[c] <= upper ? 0 : 1;
     }
     return outside == 0;
 }
@@ -139,22 +139,22 @@ BN_NOINLINE void scaled_moments(const bn_job *job, range channels, double factor
 void bn_mend_moments(const bn_job *job, range channels)
 {
     const size_t end = channels.first + channels.count;
-    range some = {channels.first, 0};
+    range neighbours = {channels.first, 0};
     if (job->plan->dtype == BN_f32 ||
         (job->statistic[BN_INVSTD] &&
          are_within(channels.count, job->statistic[BN_INVSTD] + channels.first, SMALL_INVSTD,
-                                   LARGE_INVSTD))) {
+                    LARGE_INVSTD))) {
         return;
     }
-    for (; some.first < end; some.first += some.count) {
-        const double factor = factor_needed(job, some.first);
-        some.count = job->per_group;
-        while (some.first + some.count < end &&
-               factor_needed(job, some.first + some.count) == factor) {
-            some.count += job->per_group;
+    for (; neighbours.first < end; neighbours.first += neighbours.count) {
+        const double factor = factor_needed(job, neighbours.first);
+        neighbours.count = job->per_group;
+        while (neighbours.first + neighbours.count < end &&
+               factor_needed(job, neighbours.first + neighbours.count) == factor) {
+            neighbours.count += job->per_group;
         }
         if (factor != 0.0) {
-            scaled_moments(job, some, factor);
+            scaled_moments(job, neighbours, factor);
         }
     }
 }
@@ -189,20 +189,20 @@ BN_NOINLINE void scaled_gradient(const bn_job *job, range channels)
 static void mend_gradient(const bn_job *job, range channels)
 {
     const size_t end = channels.first + channels.count;
-    range some = {channels.first, 0};
+    range neighbours = {channels.first, 0};
     if (job->plan->dtype == BN_f32 ||
         are_within(channels.count, job->statistic[BN_INVSTD] + channels.first, LEAST_INVSTD, MOST_INVSTD)) {
         return;
     }
-    for (; some.first < end; some.first += some.count) {
-        const int extreme = is_extreme(job->statistic[BN_INVSTD][some.first]);
-        some.count = 1;
-        while (some.first + some.count < end &&
-               is_extreme(job->statistic[BN_INVSTD][some.first + some.count]) == extreme) {
-            some.count++;
+    for (; neighbours.first < end; neighbours.first += neighbours.count) {
+        const int extreme = is_extreme(job->statistic[BN_INVSTD][neighbours.first]);
+        neighbours.count = 1;
+        while (neighbours.first + neighbours.count < end &&
+               is_extreme(job->statistic[BN_INVSTD][neighbours.first + neighbours.count]) == extreme) {
+            neighbours.count++;
         }
         if (extreme) {
-            scaled_gradient(job, some);
+            scaled_gradient(job, neighbours);
         }
     }
 }
@@ -226,24 +226,24 @@ int bn_any_noticed(const bn_job *job, range channels)
     return any != 0;
 }
 
-/* What rounding has left of the mean is found again from x, by the sums that the forward pass made: of all
-   channels of a task where one needs it, because they may be neighbours in memory, but kept for those alone
-   that do. These sums stand where those of the gradient will. */
+/* The sums of the forward pass, made again from x, give what rounding left of the mean. A task sums all of its
+   channels where one needs this, because channels may be neighbours in memory, but keeps the result only for the
+   channels that do. The sums stand where the sums of the gradient will. */
 static bn_job job_of_mean_low(const bn_job *job)
 {
-    bn_job again = *job;
-    again.statistic[BN_MEAN] = job->statistic[BN_SUM_DY];
-    again.statistic[BN_M2] = job->statistic[BN_SUM_DY_XHAT];
-    return again;
+    bn_job forward_job = *job;
+    forward_job.statistic[BN_MEAN] = job->statistic[BN_SUM_DY];
+    forward_job.statistic[BN_M2] = job->statistic[BN_SUM_DY_XHAT];
+    return forward_job;
 }
 
 void bn_sum_mean_low(const bn_job *job, size_t block, range channels)
 {
-    const bn_job again = job_of_mean_low(job);
+    const bn_job forward_job = job_of_mean_low(job);
     if (bn_any_noticed(job, channels)) {
-        bn_sum_moments(&again, block, channels);
+        bn_sum_moments(&forward_job, block, channels);
     } else {
-        bn_clear_moments(&again, block, channels);
+        bn_clear_moments(&forward_job, block, channels);
     }
 }
 
@@ -251,17 +251,18 @@ void bn_sum_mean_low(const bn_job *job, size_t block, range channels)
    no low part. */
 static void finish_mean_low(const bn_job *job, range channels)
 {
-    const bn_job again = job_of_mean_low(job);
+    const bn_job forward_job = job_of_mean_low(job);
     if (!bn_any_noticed(job, channels)) {
         clear(job->statistic[BN_MEAN_LOW], channels);
         return;
     }
-    bn_merge_blocks(&again, channels);
-    share_moments(&again, channels);
+    bn_merge_blocks(&forward_job, channels);
+    share_moments(&forward_job, channels);
     for (size_t c = channels.first; c < channels.first + channels.count; c++) {
-        const double rest = (again.statistic[BN_MEAN][c] - job->statistic[BN_MEAN][c]) + job->statistic[BN_MEAN_LOW][c];
-        const int own = is_noticed(job, c) && fabs(rest) <= DBL_EPSILON * fabs(job->statistic[BN_MEAN][c]);
-        job->statistic[BN_MEAN_LOW][c] = own ? rest : 0.0;
+        const double mean = job->statistic[BN_MEAN][c];
+        const double rest = (forward_job.statistic[BN_MEAN][c] - mean) + job->statistic[BN_MEAN_LOW][c];
+        const int is_rounding_error = is_noticed(job, c) && fabs(rest) <= DBL_EPSILON * fabs(mean);
+        job->statistic[BN_MEAN_LOW][c] = is_rounding_error ? rest : 0.0;
     }
 }
 
@@ -270,17 +271,17 @@ static void tile(const bn_plan *plan, void *array)
 {
     const size_t length = bn_coefficients_length(plan);
     for (size_t set = plan->channels; set < length;) {
-        const size_t more = MIN(set, length - set);
-        memcpy(element_at(plan, array, set), array, more * plan->itemsize);
-        set += more;
+        const size_t count = MIN(set, length - set);
+        memcpy(element_at(plan, array, set), array, count * plan->itemsize);
+        set += count;
     }
 }
 
-/* They recur where a box may have all channels: so does the task, then. */
+/* Coefficients recur where a box may have all channels; a task then has all of them, too. */
 static void tile_coefficients(const bn_job *job, range channels)
 {
-    const int all = channels.count == job->plan->channels;
-    for (size_t i = 0; all && i < BN_COEFFICIENTS; i++) {
+    const int is_whole_row = channels.count == job->plan->channels;
+    for (size_t i = 0; is_whole_row && i < BN_COEFFICIENTS; i++) {
         if (job->coefficients.array[i]) {
             tile(job->plan, job->coefficients.array[i]);
         }
@@ -316,7 +317,7 @@ void bn_round_mean(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
     job->kernels->round_mean[job->plan->dtype](channels.count, job->statistic[BN_MEAN] + c,
-                                                   coefficients_from(job, c));
+                                               coefficients_from(job, c));
 }
 
 /* And what y, or xhat, is made of again. */
@@ -348,10 +349,10 @@ void bn_prepare_gradient(const bn_job *job, range channels)
 
 void bn_finish_normalize(const bn_job *job, range channels)
 {
-    const size_t c = channels.first, each = values_per_channel(job->plan);
+    const size_t c = channels.first, values = values_per_channel(job->plan);
     bn_merge_blocks(job, channels);
     share_moments(job, channels);
-    job->kernels->invstd(channels.count, job->statistic[BN_M2] + c, (double)(each * job->per_group), job->eps,
+    job->kernels->invstd(channels.count, job->statistic[BN_M2] + c, (double)(values * job->per_group), job->eps,
                          parameter_from(job->channel_eps, c), job->statistic[BN_INVSTD] + c);
     bn_mend_moments(job, channels);
     job->kernels->scale_shift_coefficients[job->plan->dtype](
@@ -408,7 +409,7 @@ void bn_finish_gradient(const bn_job *job, range channels)
         job->statistic[BN_INVSTD] + c, job->statistic[BN_SUM_DY] + c, job->statistic[BN_SUM_DY_XHAT] + c);
     mend_gradient(job, channels);
     job->method.finish(job, channels);
-    if (job->uncentred && job->coefficients.array[BN_OFFSET]) {
+    if (!job->centred && job->coefficients.array[BN_OFFSET]) {
         memset(coefficients_from(job, c).array[BN_OFFSET], 0, channels.count * job->plan->itemsize);
     }
     tile_coefficients(job, channels);

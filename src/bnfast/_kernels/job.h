@@ -18,20 +18,25 @@ typedef struct {
     size_t first, count;
 } range;
 
-typedef void bn_sum_box(const bn_job *job, const bn_box *box, size_t block, size_t count);
+/* A block of sums, and how many values of each channel it has summed so far. */
+typedef struct {
+    size_t number, count;
+} block_sums;
+
+typedef void bn_sum_box(const bn_job *job, const bn_box *box, block_sums block);
 typedef void bn_do_channels(const bn_job *job, range channels);
 
 /* What a kernel reads, in its order, and what it writes. */
 typedef struct {
     size_t kernel; /* where its pointers are in bn_kernels */
     size_t inputs;
-    bn_role reads[BN_MOST_INPUTS], writes;
+    bn_role reads[BN_MAX_INPUTS], writes;
 } bn_output;
 
 /* How a job is done: see method.c. */
 typedef struct {
     bn_sum_box *moments;       /* of a box of x */
-    bn_sum_box *gradient_sums; /* of a box of dy and x; `count` values of the block have been summed before */
+    bn_sum_box *gradient_sums; /* of a box of dy and x */
     const bn_output *upstream; /* makes what these sums read in the place of dy; NULL for dy itself */
     int output_reads_upstream; /* and so does the output */
     bn_do_channels *prepare;   /* before these sums */
@@ -85,8 +90,8 @@ struct bn_job {
     double *statistic[BN_STATISTICS]; /* NULL for those that the job has not */
     int constant_statistics; /* gradient: mean and invstd did not come from x */
 
-    size_t per_group; /* so many neighbouring channels have their statistics together */
-    int uncentred; /* statistics are around 0: mean is 0 */
+    size_t per_group; /* how many neighbouring channels have their statistics in common */
+    int centred;      /* statistics are around the mean; else they are around 0, and the mean is 0 */
 
     /* Set for the second sums of float64 channels whose first ones left the range: of values times a
        power of two. */

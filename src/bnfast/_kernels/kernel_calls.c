@@ -16,8 +16,8 @@ static void find_kernel(const bn_job *job, const bn_output *output, void *kernel
 static ptrdiff_t prefetch_distance_of(const bn_job *job, const bn_box *box)
 {
     const size_t at = box->outer * job->plan->inner + box->inner;
-    const int last = box->channel + job->slab >= job->plan->channels;
-    return last || at >= job->prefetch_count ? 0 : job->prefetch_distance;
+    const int is_last = box->channel + job->slab >= job->plan->channels;
+    return is_last || at >= job->prefetch_count ? 0 : job->prefetch_distance;
 }
 
 static bn_input input_of(const bn_job *job, const bn_box *box)
@@ -53,15 +53,14 @@ static bn_view x_to_sum(const bn_job *job, const bn_box *box)
     return job->scaled ? scaled_view(job, box, x, buffer_of(job, BN_X)) : x;
 }
 
-void bn_squares_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
+void bn_squares_of_box(const bn_job *job, const bn_box *box, block_sums block)
 {
     const bn_view x = x_to_sum(job, box);
-    (void)count;
     KERNEL_OF(job, square_sums)(box->extent, x.data, x.strides, input_of(job, box),
-                                sums_of_block(job, BN_M2, block, box->channel)); /* the mean remains 0 */
+                                sums_of_block(job, BN_M2, block.number, box->channel)); /* the mean remains 0 */
 }
 
-void bn_moments_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
+void bn_moments_of_box(const bn_job *job, const bn_box *box, block_sums block)
 {
     bn_view x = x_to_sum(job, box);
     bn_extent extent = box->extent;
@@ -70,10 +69,10 @@ void bn_moments_of_box(const bn_job *job, const bn_box *box, size_t block, size_
         extent.inner *= job->per_group;
         x.strides.channel *= (ptrdiff_t)job->per_group;
     }
-    KERNEL_OF(job, moments)(extent, x.data, x.strides, input_of(job, box), count,
-                            sums_of_block(job, BN_MEAN, block, box->channel),
-                            sums_of_block(job, BN_MEAN_LOW, block, box->channel),
-                            sums_of_block(job, BN_M2, block, box->channel));
+    KERNEL_OF(job, moments)(extent, x.data, x.strides, input_of(job, box), block.count,
+                            sums_of_block(job, BN_MEAN, block.number, box->channel),
+                            sums_of_block(job, BN_MEAN_LOW, block.number, box->channel),
+                            sums_of_block(job, BN_M2, block.number, box->channel));
 }
 
 /* The mean of what is summed: 0 where that has been made xhat. */
@@ -97,45 +96,41 @@ static bn_view upstream_view(const bn_job *job, const bn_box *box, double *sums_
         return inputs[0];
     }
     const bn_view to_y = bn_dense_view(box, buffer_of(job, BN_DY));
-    bn_coefficients of_y = coefficients_from(job, box->channel);
-    if (of_y.array[BN_FORWARD_SCALE]) {
-        of_y.array[BN_SCALE] = of_y.array[BN_FORWARD_SCALE];
+    bn_coefficients coefficients = coefficients_from(job, box->channel);
+    if (coefficients.array[BN_FORWARD_SCALE]) {
+        coefficients.array[BN_SCALE] = coefficients.array[BN_FORWARD_SCALE];
     }
     inputs[1] = input_view(job, BN_X, box);
     find_kernel(job, job->method.upstream, &kernel, sizeof kernel);
-    kernel(box->extent, inputs, of_y, to_y, sums_of_parameter);
+    kernel(box->extent, inputs, coefficients, to_y, sums_of_parameter);
     return to_y;
 }
 
-void bn_gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
+void bn_gradient_sums_of_box(const bn_job *job, const bn_box *box, block_sums block)
 {
-    double *of_parameter =
-        job->activation ? sums_of_block(job, BN_SUM_ACTIVATION, block, box->channel) : NULL;
-    const bn_view dy = upstream_view(job, box, of_parameter), x = x_to_sum(job, box);
-    (void)count;
+    double *parameter_sums =
+        job->activation ? sums_of_block(job, BN_SUM_ACTIVATION, block.number, box->channel) : NULL;
+    const bn_view dy = upstream_view(job, box, parameter_sums), x = x_to_sum(job, box);
     KERNEL_OF(job, gradient_sums)(
         box->extent, dy.data, dy.strides, x.data, x.strides, input_of(job, box), mean_to_sum(job, box),
-        sums_of_block(job, BN_SUM_DY, block, box->channel),
-        sums_of_block(job, BN_SUM_DY_XHAT, block, box->channel));
+        sums_of_block(job, BN_SUM_DY, block.number, box->channel),
+        sums_of_block(job, BN_SUM_DY_XHAT, block.number, box->channel));
 }
 
-void bn_weighted_gradient_sums_of_box(const bn_job *job, const bn_box *box, size_t block,
-                                      size_t count)
+void bn_weighted_gradient_sums_of_box(const bn_job *job, const bn_box *box, block_sums block)
 {
     const bn_view inputs[] = {
         input_view(job, BN_DY, box),
         x_to_sum(job, box),
         input_view(job, BN_ELEMENT_WEIGHT, box),
     };
-    (void)count;
     KERNEL_OF(job, weighted_gradient_sums)(
         box->extent, inputs, input_of(job, box), mean_to_sum(job, box),
-        sums_of_block(job, BN_SUM_DY, block, box->channel),
-        sums_of_block(job, BN_SUM_DY_XHAT, block, box->channel));
+        sums_of_block(job, BN_SUM_DY, block.number, box->channel),
+        sums_of_block(job, BN_SUM_DY_XHAT, block.number, box->channel));
 }
 
-void bn_weighted_sums_and_columns_of_box(const bn_job *job, const bn_box *box, size_t block,
-                                         size_t count)
+void bn_weighted_sums_and_columns_of_box(const bn_job *job, const bn_box *box, block_sums block)
 {
     const bn_plan *plan = job->plan;
     const size_t columns = plan->outer * plan->inner;
@@ -144,11 +139,10 @@ void bn_weighted_sums_and_columns_of_box(const bn_job *job, const bn_box *box, s
         input_view(job, BN_X, box),
         input_view(job, BN_ELEMENT_WEIGHT, box),
     };
-    (void)count;
     KERNEL_OF(job, weighted_sums_and_columns)(
         box->extent, inputs, input_of(job, box), coefficients_from(job, box->channel),
-        sums_of_block(job, BN_SUM_DY, block, box->channel),
-        sums_of_block(job, BN_SUM_DY_XHAT, block, box->channel),
+        sums_of_block(job, BN_SUM_DY, block.number, box->channel),
+        sums_of_block(job, BN_SUM_DY_XHAT, block.number, box->channel),
         job->column_sums + box->outer, job->column_sums + columns + box->outer);
 }
 
@@ -162,7 +156,7 @@ static void write_part(const bn_job *job, const bn_box *box)
     const bn_plan *plan = job->plan;
     const bn_output *output = job->method.output;
     char *to = job->operand[output->writes], *scratch = buffer_of(job, output->writes);
-    bn_view inputs[BN_MOST_INPUTS];
+    bn_view inputs[BN_MAX_INPUTS];
     for (size_t i = 0; i < output->inputs; i++) {
         inputs[i] = job->method.output_reads_upstream && output->reads[i] == BN_DY
                         ? upstream_view(job, box, NULL)
@@ -177,14 +171,13 @@ static void write_part(const bn_job *job, const bn_box *box)
     bn_written(job->kernels, plan, output->writes, to, box, scratch);
 }
 
-/* The output of a call: y, or dx. */
-static void output_of_box(const bn_job *job, const bn_box *box, size_t block, size_t count)
+/* The output of a call, y or dx: at most `max_channels` channels at a time. */
+static void output_of_box(const bn_job *job, const bn_box *box, size_t max_channels)
 {
     const size_t run = bn_channel_run(job->plan), end = box->channel + box->extent.channels;
     bn_box part = *box;
-    (void)block, (void)count;
     for (; part.channel < end; part.channel += part.extent.channels) {
-        part.extent.channels = MIN(run - part.channel % run, end - part.channel);
+        part.extent.channels = MIN(MIN(run - part.channel % run, end - part.channel), max_channels);
         write_part(job, &part);
     }
 }
@@ -192,52 +185,38 @@ static void output_of_box(const bn_job *job, const bn_box *box, size_t block, si
 /* one block: its chunks in order for sums; the last first for outputs, because that is the one
    which the sums have left in the cache */
 
-static size_t visit_chunk(const bn_job *job, size_t block, size_t chunk, range channels,
-                          size_t count, int in_scratch, bn_sum_box *visit_box)
+static void sum_block(const bn_job *job, size_t number, range channels, int in_scratch, bn_sum_box *sum_box)
 {
-    bn_box box = box_of_chunk(job->plan, chunk, channels);
-    const size_t step = channels_at_once(job->plan, &box, in_scratch);
+    const range chunks = chunks_of_block(job->plan, number);
     const size_t end = channels.first + channels.count;
-    for (; box.channel < end; box.channel += step) {
-        box.extent.channels = MIN(step, end - box.channel);
-        visit_box(job, &box, block, count);
-    }
-    return box.extent.outer * box.extent.inner;
-}
-
-static void sum_block(const bn_job *job, size_t block, range channels, int in_scratch,
-                      bn_sum_box *visit_box)
-{
-    const range chunks = chunks_of_block(job->plan, block);
-    size_t count = 0;
+    block_sums block = {number, 0};
     for (size_t i = 0; i < chunks.count; i++) {
-        count += visit_chunk(job, block, chunks.first + i, channels, count, in_scratch, visit_box);
+        bn_box box = box_of_chunk(job->plan, chunks.first + i, channels);
+        const size_t max_channels = channels_at_once(job->plan, &box, in_scratch);
+        for (; box.channel < end; box.channel += max_channels) {
+            box.extent.channels = MIN(max_channels, end - box.channel);
+            sum_box(job, &box, block);
+        }
+        block.count += box.extent.outer * box.extent.inner;
     }
 }
 
-/* Chunks are for sums alone: as many as make a step are written at once where they are neighbours. */
+/* Chunks are for sums alone: where they are neighbours, as many chunks as make a step are written at once. */
 void bn_write_block(const bn_job *job, size_t block, range channels)
 {
     const bn_plan *plan = job->plan;
     const range chunks = chunks_of_block(plan, block);
-    const size_t bytes =
-        plan->chunk_outer * plan->chunk_inner * channels.count * plan->itemsize;
+    const size_t bytes = plan->chunk_outer * plan->chunk_inner * channels.count * plan->itemsize;
     const int in_scratch = plan->any_staged || job->method.output_reads_upstream;
-    const int apart = in_scratch || plan->chunks_per_run > 1 ||
-                      (job->prefetch_distance != 0 && job->prefetch_count < values_per_channel(plan));
-    const size_t together = apart ? 1 : MAX((size_t)1, BN_STEP_BYTES / bytes);
+    const int chunk_by_chunk = in_scratch || plan->chunks_per_run > 1 ||
+                               (job->prefetch_distance != 0 && job->prefetch_count < values_per_channel(plan));
+    const size_t chunks_per_step = chunk_by_chunk ? 1 : MAX((size_t)1, BN_STEP_BYTES / bytes);
     for (size_t end = chunks.count; end > 0;) {
-        const size_t some = MIN(together, end);
-        bn_box box;
-        end -= some;
-        if (some == 1) {
-            visit_chunk(job, block, chunks.first + end, channels, 0, in_scratch, output_of_box);
-            continue;
-        }
-        box = box_of_chunk(plan, chunks.first + end, channels);
-        box.extent.outer =
-            MIN(some * plan->chunk_outer, plan->outer - box.outer);
-        output_of_box(job, &box, block, 0);
+        const size_t count = MIN(chunks_per_step, end);
+        end -= count;
+        bn_box box = box_of_chunk(plan, chunks.first + end, channels);
+        box.extent.outer = MIN(count * plan->chunk_outer, plan->outer - box.outer);
+        output_of_box(job, &box, channels_at_once(plan, &box, in_scratch));
     }
     BN_FENCE_STREAMS();
 }
@@ -293,12 +272,12 @@ void bn_write_piece(const bn_job *job, size_t number)
     const range outer = part(plan->outer, pieces.outer, number / pieces.channels);
 
     const int in_scratch = plan->any_staged || job->method.output_reads_upstream;
-    const size_t most = (in_scratch ? BN_SCRATCH_BYTES : BN_STEP_BYTES) / plan->itemsize;
-    const size_t inner_step = in_scratch ? MIN(inner.count, most) : inner.count;
+    const size_t max_elements = (in_scratch ? BN_SCRATCH_BYTES : BN_STEP_BYTES) / plan->itemsize;
+    const size_t inner_step = in_scratch ? MIN(inner.count, max_elements) : inner.count;
     const size_t channel_step =
-        in_scratch ? MIN(channels.count, MAX((size_t)1, most / inner_step)) : channels.count;
-    const size_t fewest = in_scratch ? 1 : BN_FEWEST_ROWS;
-    const size_t outer_step = MAX(fewest, most / (inner_step * channel_step));
+        in_scratch ? MIN(channels.count, MAX((size_t)1, max_elements / inner_step)) : channels.count;
+    const size_t min_outer = in_scratch ? 1 : BN_FEWEST_ROWS;
+    const size_t outer_step = MAX(min_outer, max_elements / (inner_step * channel_step));
     for (size_t o = divide_up(outer.count, outer_step); o-- > 0;) {
         for (size_t c = 0; c < channels.count; c += channel_step) {
             for (size_t i = 0; i < inner.count; i += inner_step) {
@@ -310,7 +289,7 @@ void bn_write_piece(const bn_job *job, size_t number)
                                .channels = MIN(channel_step, channels.count - c),
                                .inner = MIN(inner_step, inner.count - i)},
                 };
-                output_of_box(job, &box, 0, 0);
+                output_of_box(job, &box, channel_step);
             }
         }
     }

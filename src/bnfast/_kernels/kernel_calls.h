@@ -5,7 +5,8 @@
 #include "boxes.h"
 
 /* The sums of a box. */
-bn_sum_box bn_moments_of_box, bn_squares_of_box, bn_gradient_sums_of_box, bn_weighted_gradient_sums_of_box, bn_weighted_sums_and_columns_of_box;
+bn_sum_box bn_moments_of_box, bn_squares_of_box, bn_gradient_sums_of_box, bn_weighted_gradient_sums_of_box,
+    bn_weighted_sums_and_columns_of_box;
 
 /* The sums of a block for some channels: of moments, or of the gradient. */
 void bn_clear_moments(const bn_job *job, size_t block, range channels);

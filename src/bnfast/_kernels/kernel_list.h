@@ -9,27 +9,27 @@
 #define BN_KERNEL_LIST_H
 
 /* The kernel, the operand that it writes (BN_NONE: sums alone), and those that it reads, in its order. */
-#define BN_FOR_EACH_ELEMENT_OPERATION(X)                                    \
-    X(moments, BN_NONE, BN_X)                                               \
-    X(square_sums, BN_NONE, BN_X)                                           \
-    X(gradient_sums, BN_NONE, BN_DY, BN_X)                                  \
-    X(weighted_gradient_sums, BN_NONE, BN_DY, BN_X, BN_ELEMENT_WEIGHT)      \
-    X(column_sums, BN_NONE, BN_DY, BN_X)                                    \
-    X(weighted_sums_and_columns, BN_NONE, BN_DY, BN_X, BN_ELEMENT_WEIGHT)   \
-    X(scale_shift, BN_Y, BN_X)                                              \
-    X(affine, BN_Y, BN_X, BN_ELEMENT_WEIGHT, BN_ELEMENT_BIAS)               \
-    X(scaled, BN_Y, BN_X, BN_ELEMENT_WEIGHT)                                \
-    X(input_gradient, BN_DX, BN_DY, BN_X)                                   \
-    X(grouped_input_gradient, BN_DX, BN_DY, BN_X)                            \
-    X(weighted_input_gradient, BN_DX, BN_DY, BN_X, BN_ELEMENT_WEIGHT)       \
-    X(columns_and_gradient, BN_DX, BN_DY, BN_X, BN_ELEMENT_WEIGHT)         \
+#define BN_FOR_EACH_ELEMENT_OPERATION(X)                                  \
+    X(moments, BN_NONE, BN_X)                                             \
+    X(square_sums, BN_NONE, BN_X)                                         \
+    X(gradient_sums, BN_NONE, BN_DY, BN_X)                                \
+    X(weighted_gradient_sums, BN_NONE, BN_DY, BN_X, BN_ELEMENT_WEIGHT)    \
+    X(column_sums, BN_NONE, BN_DY, BN_X)                                  \
+    X(weighted_sums_and_columns, BN_NONE, BN_DY, BN_X, BN_ELEMENT_WEIGHT) \
+    X(scale_shift, BN_Y, BN_X)                                            \
+    X(affine, BN_Y, BN_X, BN_ELEMENT_WEIGHT, BN_ELEMENT_BIAS)             \
+    X(scaled, BN_Y, BN_X, BN_ELEMENT_WEIGHT)                              \
+    X(input_gradient, BN_DX, BN_DY, BN_X)                                 \
+    X(grouped_input_gradient, BN_DX, BN_DY, BN_X)                         \
+    X(weighted_input_gradient, BN_DX, BN_DY, BN_X, BN_ELEMENT_WEIGHT)     \
+    X(columns_and_gradient, BN_DX, BN_DY, BN_X, BN_ELEMENT_WEIGHT)        \
     BN_FOR_EACH_ACTIVATION(BN_KERNELS_OF_ACTIVATION, X)
 
 /* Every activation of activations.inc, and its kernels. */
 #define BN_FOR_EACH_ACTIVATION(DO, X) DO(X, clamp)
 
-#define BN_KERNELS_OF_ACTIVATION(X, name)   \
-    X(name##_scale_shift, BN_Y, BN_X)       \
+#define BN_KERNELS_OF_ACTIVATION(X, name)    \
+    X(name##_scale_shift, BN_Y, BN_X)        \
     X(name##_upstream, BN_NONE, BN_DY, BN_X) \
     X(name##_input_gradient, BN_DX, BN_DY, BN_X)
 
@@ -38,7 +38,7 @@
     X(round_mean)                            \
     X(standardize)                           \
     X(gradient_coefficients)                 \
-    X(grouped_gradient_coefficients)          \
+    X(grouped_gradient_coefficients)         \
     X(activation_coefficients)               \
     X(parameter_gradients)                   \
     X(update_running)

@@ -102,7 +102,7 @@ typedef struct {
     ptrdiff_t prefetch_distance;
 } bn_store_hint;
 
-/* Writes an output, which may be one of its inputs, of which there are up to BN_MOST_INPUTS:
+/* Writes an output, which may be one of its inputs, of which there are up to BN_MAX_INPUTS:
      scale_shift, from x:         y  = (x - mean) * scale + shift
      input_gradient, from dy, x:  dx = ((dy - offset) - (x - mean) * slope) * scale
      grouped_input_gradient:       dx = ((dy * weight - offset) - (x - mean) * slope) * scale
@@ -113,7 +113,7 @@ typedef struct {
      weighted_input_gradient, from dy, x, weight: as grouped_input_gradient
    or where an activation follows, with a parameter of each channel:
      <name>_scale_shift, <name>_input_gradient: see activated.inc */
-#define BN_MOST_INPUTS 3
+#define BN_MAX_INPUTS 3
 
 typedef void bn_output_kernel(bn_extent extent, const bn_view *inputs,
                               bn_coefficients coefficients, bn_view output, bn_store_hint hint);
@@ -127,7 +127,7 @@ typedef bn_output_kernel bn_scale_shift_kernel, bn_input_gradient_kernel,
 typedef void bn_upstream_kernel(bn_extent extent, const bn_view *inputs, bn_coefficients coefficients,
                                 bn_view to_y, double *sum_to_parameter);
 
-#define BN_TYPES(unused, name)                                                              \
+#define BN_TYPES(unused, name)                                                                  \
     typedef bn_output_kernel bn_##name##_scale_shift_kernel, bn_##name##_input_gradient_kernel; \
     typedef bn_upstream_kernel bn_##name##_upstream_kernel;
 BN_FOR_EACH_ACTIVATION(BN_TYPES, )
@@ -200,11 +200,11 @@ typedef void bn_gradient_coefficients_kernel(size_t channels, size_t count, cons
 /* The same for groups of `per_group` channels, of `count` values each, which share their statistics:
    sum_dy and sum_dy_xhat are summed over a group with the weights of its channels. */
 typedef void bn_grouped_gradient_coefficients_kernel(size_t groups, size_t per_group, size_t count,
-                                                    const double *mean, const double *mean_low,
-                                                    const double *invstd, const double *weight,
-                                                    const double *sum_dy,
-                                                    const double *sum_dy_xhat,
-                                                    bn_coefficients coefficients);
+                                                     const double *mean, const double *mean_low,
+                                                     const double *invstd, const double *weight,
+                                                     const double *sum_dy,
+                                                     const double *sum_dy_xhat,
+                                                     bn_coefficients coefficients);
 
 /* The parameter of an activation, NULL for 0, in the type of the elements; the shift becomes NaN where that is. */
 typedef void bn_activation_coefficients_kernel(size_t channels, const double *parameter, void *shift,
@@ -231,8 +231,8 @@ typedef void bn_merge_moments_kernel(size_t channels, size_t count_a, double *me
 typedef void bn_pool_moments_kernel(size_t groups, size_t per_group, size_t count, double *mean,
                                     double *mean_low, double *m2);
 
-/* sums += more */
-typedef void bn_merge_sums_kernel(size_t channels, double *sums, const double *more);
+/* sums += addends */
+typedef void bn_merge_sums_kernel(size_t channels, double *sums, const double *addends);
 
 /* invstd = 1 / sqrt(variance + (eps + channel_eps)), variance = divided / divisor; channel_eps may
    be NULL, for 0, but invstd is not `divided`. */

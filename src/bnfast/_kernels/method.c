@@ -73,7 +73,7 @@ static void choose_gradient(bn_job *job)
 
 void bn_choose_method(bn_job *job)
 {
-    job->method = (bn_method){.moments = job->uncentred ? bn_squares_of_box : bn_moments_of_box};
+    job->method = (bn_method){.moments = job->centred ? bn_moments_of_box : bn_squares_of_box};
     if (job->operand[BN_DX]) {
         choose_gradient(job);
     } else if (job->operand[BN_Y]) {

@@ -136,11 +136,11 @@ static void copy_box(const bn_kernels *kernels, const bn_plan *plan, bn_role rol
         for (size_t c = 0; c < box->extent.channels; c++, channel += layout->channel_stride) {
             position row = first_row;
             size_t column = box->inner % length;
-            for (size_t left = box->extent.inner; left > 0;) {
-                const size_t count = left < length - column ? left : length - column;
+            for (size_t remainder = box->extent.inner; remainder > 0;) {
+                const size_t count = remainder < length - column ? remainder : length - column;
                 scratch = copy_to_or_from(&how, channel + row.offset + (ptrdiff_t)column * step, step,
                                           scratch, count);
-                left -= count;
+                remainder -= count;
                 column = 0;
                 go_on(&row);
             }

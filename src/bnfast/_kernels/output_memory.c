@@ -180,9 +180,9 @@ void bn_return_output(void *memory)
         return;
     }
     const size_t limit = atomic_load(&pool.limit);
-    const int kept = returned.bytes <= limit;
-    count = make_room(limit, (size_t)kept, kept ? returned.bytes : 0, removed);
-    if (kept) {
+    const int fits_limit = returned.bytes <= limit;
+    count = make_room(limit, (size_t)fits_limit, fits_limit ? returned.bytes : 0, removed);
+    if (fits_limit) {
         pool.blocks[pool.count++] = returned;
         pool.bytes += returned.bytes;
     } else {

@@ -60,8 +60,8 @@ typedef struct {
     size_t chunks_per_block, blocks;
     size_t interleave; /* rows of channels_last that are summed side by side, lane by lane */
 
-    /* Sums over rows, which are the channels of all repeats: so many rows make a block of them, a part
-       of one repeat's or all of some. */
+    /* Sums over rows, which are the channels of all repeats, are made in blocks of this many rows: a part of the
+       rows of one repeat, or all rows of several repeats. */
     size_t rows_of_block;
 
     int any_staged;
@@ -89,7 +89,7 @@ static inline size_t bn_coefficients_length(const bn_plan *plan)
     return period ? period : plan->channels;
 }
 
-/* Blocks of rows: so many in each repeat, and so many altogether. */
+/* The number of blocks of rows in each repeat, and in all repeats. */
 static inline size_t bn_row_blocks_of_repeat(const bn_plan *plan)
 {
     return (plan->channels + plan->rows_of_block - 1) / plan->rows_of_block;
@@ -98,8 +98,8 @@ static inline size_t bn_row_blocks_of_repeat(const bn_plan *plan)
 static inline size_t bn_row_blocks(const bn_plan *plan)
 {
     const size_t parts = bn_row_blocks_of_repeat(plan);
-    const size_t together = parts > 1 ? 1 : plan->rows_of_block / plan->channels; /* repeats */
-    return (plan->repeats + together - 1) / together * parts;
+    const size_t repeats_per_block = parts > 1 ? 1 : plan->rows_of_block / plan->channels; /* repeats */
+    return (plan->repeats + repeats_per_block - 1) / repeats_per_block * parts;
 }
 
 #endif

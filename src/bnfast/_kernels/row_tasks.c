@@ -3,22 +3,21 @@
 
 #include "kernel_calls.h"
 
-/* So many at a time where they go through scratch, and the multiple of which a slab of them is: slabs then
-   change no sum. */
-size_t bn_rows_together(const bn_plan *plan)
+/* Rows go through scratch this many at a time, and a slab is a multiple of this many rows, so that slabs change
+   no sum. */
+size_t bn_row_unit(const bn_plan *plan)
 {
-    return plan->layout == BN_contiguous ? BN_ADDED_ROWS
-                                             : BN_ADDED_NEIGHBOURS_BYTES / plan->itemsize;
+    return plan->layout == BN_contiguous ? BN_ADDED_ROWS : BN_ADDED_NEIGHBOURS_BYTES / plan->itemsize;
 }
 
-/* The rows of a block: a part of one repeat's, or all of some repeats. */
+/* The rows of a block: a part of the rows of one repeat, or all rows of several repeats. */
 static range rows_of_block(const bn_plan *plan, size_t number)
 {
-    const size_t each = plan->rows_of_block, parts = bn_row_blocks_of_repeat(plan);
-    const size_t covered = parts > 1 ? plan->channels : each; /* by so many blocks */
-    const size_t start = number / parts * covered, first = start + number % parts * each;
-    const size_t all = plan->repeats * plan->channels;
-    return (range){first, MIN(MIN(first + each, start + covered), all) - first};
+    const size_t rows_per_block = plan->rows_of_block, parts = bn_row_blocks_of_repeat(plan);
+    const size_t covered = parts > 1 ? plan->channels : rows_per_block; /* rows of `parts` blocks */
+    const size_t start = number / parts * covered, first = start + number % parts * rows_per_block;
+    const size_t total_rows = plan->repeats * plan->channels;
+    return (range){first, MIN(MIN(first + rows_per_block, start + covered), total_rows) - first};
 }
 
 /* Adds the sums over some rows of dy * xhat and dy, column by column. */
@@ -28,20 +27,19 @@ static void add_columns(const bn_job *job, range rows, double *sums)
     const size_t columns = plan->outer * plan->inner;
     const size_t *const walked =
         plan->layout == BN_contiguous ? &plan->inner : &plan->outer;
-    const size_t most_rows = plan->any_staged ? bn_rows_together(plan) : rows.count;
-    const size_t most_columns = plan->any_staged
-                                    ? BN_SCRATCH_BYTES / bn_rows_together(plan) / plan->itemsize
-                                    : columns;
-    for (size_t row = 0; row < rows.count; row += most_rows) {
-        for (size_t column = 0, some; column < columns; column += some) {
-            some = MIN(most_columns, *walked - column % *walked);
+    const size_t max_rows = plan->any_staged ? bn_row_unit(plan) : rows.count;
+    const size_t max_columns =
+        plan->any_staged ? BN_SCRATCH_BYTES / bn_row_unit(plan) / plan->itemsize : columns;
+    for (size_t row = 0; row < rows.count; row += max_rows) {
+        for (size_t column = 0, width; column < columns; column += width) {
+            width = MIN(max_columns, *walked - column % *walked);
             const bn_box box = {
                 .outer = column / plan->inner,
                 .channel = rows.first + row,
                 .inner = column % plan->inner,
-                .extent = {walked == &plan->outer ? some : 1,
-                           MIN(most_rows, rows.count - row),
-                           walked == &plan->inner ? some : 1},
+                .extent = {walked == &plan->outer ? width : 1,
+                           MIN(max_rows, rows.count - row),
+                           walked == &plan->inner ? width : 1},
             };
             const bn_view inputs[] = {
                 input_view(job, BN_DY, &box),
@@ -103,12 +101,12 @@ void bn_row_gradient_task(const bn_job *job, size_t number)
     const size_t end = rows.first + rows.count;
     double *sums = job->column_sums + number * 2 * columns;
     clear(sums, (range){0, 2 * columns});
-    for (size_t row = rows.first, some; row < end; row += some) {
+    for (size_t row = rows.first, count; row < end; row += count) {
         const size_t repeat = row / plan->channels, first = row % plan->channels;
-        bn_job own = bn_job_of_repeat(job, repeat);
-        own.column_sums = sums;
-        some = MIN(MIN(job->slab, end - row), plan->channels - first);
-        row_gradient(&own, (range){first, some});
+        bn_job repeat_job = bn_job_of_repeat(job, repeat);
+        repeat_job.column_sums = sums;
+        count = MIN(MIN(job->slab, end - row), plan->channels - first);
+        row_gradient(&repeat_job, (range){first, count});
     }
 }
 

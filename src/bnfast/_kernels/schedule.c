@@ -24,10 +24,10 @@ static bn_place place_of(const bn_job *job, size_t tensors, size_t threads)
 {
     const bn_plan *plan = job->plan;
     const size_t row = plan->interleave * plan->channels * plan->itemsize;
-    const int narrow = plan->layout == BN_channels_last && row <= BN_NARROW_ROW_BYTES;
+    const int is_narrow = plan->layout == BN_channels_last && row <= BN_NARROW_ROW_BYTES;
     const size_t bytes = bytes_of_call(job, tensors);
     return bytes <= bn_level2_bytes(job->caches, threads) ? BN_IN_LEVEL2
-           : bytes <= bn_last_level_bytes(job->caches, narrow && tensors == 1) ? BN_IN_LAST_LEVEL
+           : bytes <= bn_last_level_bytes(job->caches, is_narrow && tensors == 1) ? BN_IN_LAST_LEVEL
                                                                                 : BN_IN_MEMORY;
 }
 
@@ -38,23 +38,22 @@ static int cut_into_slabs(bn_job *job, size_t threads, size_t tensors)
     const bn_plan *plan = job->plan;
     const size_t channels = plan->channels;
     const size_t wanted = threads > 1 ? divide_up(2 * threads, plan->repeats) : 1;
-    const int enough = threads <= plan->repeats; /* of the repeats alone, for all threads */
+    const int repeats_suffice = threads <= plan->repeats; /* every thread has a repeat */
     int fused;
     if (plan->layout == BN_contiguous) {
         const size_t run = plan->inner * plan->itemsize;
-        const size_t neighbouring =
-            plan->outer == 1 ? BN_ROWS_BYTES : BN_NEIGHBOURING_BYTES;
-        const size_t together = MAX((size_t)1, neighbouring / run);
-        const size_t fair = MAX((size_t)1, channels / wanted);
+        const size_t neighbouring_bytes = plan->outer == 1 ? BN_ROWS_BYTES : BN_NEIGHBOURING_BYTES;
+        const size_t max_channels = MAX((size_t)1, neighbouring_bytes / run);
+        const size_t fair_share = MAX((size_t)1, channels / wanted);
         const size_t channel = values_per_channel(plan) * plan->itemsize * tensors;
         const size_t slab = MAX(bn_slab_bytes(job->caches) / channel, BN_FEWEST_BYTES / run);
         const int whole = bytes_of_call(job, tensors + 1) < bn_whole_bytes(job->caches);
-        job->slab = whole ? fair : MIN(MIN(together, fair), MAX((size_t)1, slab));
-        fused = plan->blocks == 1 || enough || channels / job->slab >= wanted;
+        job->slab = whole ? fair_share : MIN(MIN(max_channels, fair_share), MAX((size_t)1, slab));
+        fused = plan->blocks == 1 || repeats_suffice || channels / job->slab >= wanted;
     } else {
-        const size_t fair = divide_up(channels, divide_up(wanted, plan->blocks));
-        job->slab = divide_up(fair, BN_CHANNELS_TOGETHER) * BN_CHANNELS_TOGETHER;
-        fused = plan->blocks == 1 || enough;
+        const size_t fair_share = divide_up(channels, divide_up(wanted, plan->blocks));
+        job->slab = divide_up(fair_share, BN_CHANNELS_TOGETHER) * BN_CHANNELS_TOGETHER;
+        fused = plan->blocks == 1 || repeats_suffice;
         if (fused && channels * plan->itemsize > BN_LONG_ROW_BYTES) {
             const size_t lines = plan->outer * plan->itemsize * tensors * BN_CHANNELS_TOGETHER;
             const size_t slab = bn_slab_bytes(job->caches) / lines * BN_CHANNELS_TOGETHER;
@@ -72,7 +71,7 @@ static int cut_into_slabs(bn_job *job, size_t threads, size_t tensors)
 static int sums_take_long(const bn_job *job, size_t tensors)
 {
     const size_t run = job->plan->inner * job->plan->itemsize;
-    return tensors == 1 ? !job->uncentred : run <= BN_SLOW_RUN_BYTES;
+    return tensors == 1 ? job->centred : run <= BN_SLOW_RUN_BYTES;
 }
 
 /* While a slab is normalized, the input of the next slab is prefetched: as much as the second level of cache
@@ -98,9 +97,9 @@ static void prefetch_next_slab(bn_job *job, size_t tensors)
 static bn_stage channel_stage(const bn_job *job, bn_task *task)
 {
     const bn_plan *plan = job->plan;
-    const size_t all = plan->repeats * plan->channels * plan->blocks;
+    const size_t channel_blocks = plan->repeats * plan->channels * plan->blocks;
     return (bn_stage){task, divide_up(plan->channels, bn_channels_per_task(job)), 0,
-                      all <= BN_CHANNELS_PER_TASK};
+                      channel_blocks <= BN_CHANNELS_PER_TASK};
 }
 
 static bn_stage block_stage(const bn_job *job, bn_task *task)
@@ -186,14 +185,14 @@ size_t bn_row_gradient_stages(bn_job *job, size_t threads, bn_stage *stages)
 {
     const bn_plan *plan = job->plan;
     const size_t columns = plan->outer * plan->inner;
-    const size_t together = bn_rows_together(plan);
+    const size_t unit = bn_row_unit(plan);
     const size_t slab = bn_slab_bytes(job->caches) / (2 * columns * plan->itemsize);
     if (!job->column_sums) {
         return bn_gradient_stages(job, threads, stages);
     }
     choose_stores(job, threads, BN_DX, 3);
     job->place = place_of(job, 2, threads);
-    job->slab = MAX((size_t)1, slab / together) * together;
+    job->slab = MAX((size_t)1, slab / unit) * unit;
     stages[0] = (bn_stage){bn_row_gradient_task, bn_row_blocks(plan), 1, 0};
     stages[1] = (bn_stage){bn_merge_columns_task, divide_up(2 * columns, BN_CHANNELS_PER_TASK), 1, 0};
     return 2;

@@ -4,7 +4,7 @@
 #include "coefficients.h"
 #include "kernel_calls.h"
 
-/* one repeat: the same job, with its part of everything that repeats have of their own */
+/* one repeat: the same job, with the repeat's part of every array that has one for each repeat */
 
 static char *operand_of_repeat(const bn_plan *plan, bn_role role, char *data,
                                size_t repeat)
@@ -17,34 +17,34 @@ static char *operand_of_repeat(const bn_plan *plan, bn_role role, char *data,
     return data;
 }
 
-static double *statistics_of_repeat(double *statistics, size_t each, size_t repeat)
+static double *statistics_of_repeat(double *statistics, size_t values_per_repeat, size_t repeat)
 {
-    return statistics ? statistics + repeat * each : NULL;
+    return statistics ? statistics + repeat * values_per_repeat : NULL;
 }
 
 bn_job bn_job_of_repeat(const bn_job *job, size_t repeat)
 {
     const bn_plan *plan = job->plan;
     const size_t channels = plan->channels;
-    bn_job own = *job;
+    bn_job repeat_job = *job;
     for (size_t role = 0; role < BN_ROLES; role++) {
-        own.operand[role] =
+        repeat_job.operand[role] =
             operand_of_repeat(plan, (bn_role)role, job->operand[role], repeat);
     }
-    own.weight = parameter_from(job->weight, repeat * job->parameters_of_repeat);
-    own.bias = parameter_from(job->bias, repeat * job->parameters_of_repeat);
+    repeat_job.weight = parameter_from(job->weight, repeat * job->parameters_of_repeat);
+    repeat_job.bias = parameter_from(job->bias, repeat * job->parameters_of_repeat);
     for (size_t i = 0; i < BN_STATISTICS; i++) {
-        own.statistic[i] = statistics_of_repeat(job->statistic[i], channels, repeat);
+        repeat_job.statistic[i] = statistics_of_repeat(job->statistic[i], channels, repeat);
     }
-    own.partials = statistics_of_repeat(
+    repeat_job.partials = statistics_of_repeat(
         job->partials, (plan->blocks - 1) * BN_SUMS * channels, repeat);
     for (size_t i = 0; i < BN_COEFFICIENTS; i++) {
         if (job->coefficients.array[i]) {
-            own.coefficients.array[i] = element_at(plan, job->coefficients.array[i],
-                                                   repeat * bn_coefficients_length(plan));
+            repeat_job.coefficients.array[i] = element_at(plan, job->coefficients.array[i],
+                                                          repeat * bn_coefficients_length(plan));
         }
     }
-    return own;
+    return repeat_job;
 }
 
 static void do_task(const bn_job *job, const bn_stage *stage, size_t number)
@@ -52,18 +52,18 @@ static void do_task(const bn_job *job, const bn_stage *stage, size_t number)
     if (job->plan->repeats == 1 || stage->once) {
         stage->task(job, number);
     } else {
-        const bn_job own = bn_job_of_repeat(job, number / stage->tasks);
-        stage->task(&own, number % stage->tasks);
+        const bn_job repeat_job = bn_job_of_repeat(job, number / stage->tasks);
+        stage->task(&repeat_job, number % stage->tasks);
     }
 }
 
 void bn_do_tasks(const bn_job *job, const bn_stage *stage, size_t thread, size_t first, size_t end)
 {
-    bn_job own;
+    bn_job thread_job;
     if (thread > 0 && job->scratch) {
-        own = *job;
-        own.scratch += thread * BN_BUFFERS * job->scratch_bytes;
-        job = &own;
+        thread_job = *job;
+        thread_job.scratch += thread * BN_BUFFERS * job->scratch_bytes;
+        job = &thread_job;
     }
     for (size_t number = first; number < end; number++) {
         do_task(job, stage, number);

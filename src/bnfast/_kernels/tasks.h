@@ -4,7 +4,7 @@
 
 #include "boxes.h"
 
-/* The same job, with its part of everything that repeats have of their own. */
+/* The same job, with the repeat's part of every array that has one for each repeat. */
 bn_job bn_job_of_repeat(const bn_job *job, size_t repeat);
 
 /* By slab and block. */
@@ -29,7 +29,7 @@ void bn_finish_normalize_task(const bn_job *job, size_t number);
 void bn_finish_gradient_task(const bn_job *job, size_t number);
 
 /* By blocks of rows, whose elements have parameters. */
-size_t bn_rows_together(const bn_plan *plan);
+size_t bn_row_unit(const bn_plan *plan);
 void bn_row_gradient_task(const bn_job *job, size_t number);
 void bn_merge_columns_task(const bn_job *job, size_t number);
 

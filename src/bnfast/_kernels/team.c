@@ -30,7 +30,7 @@ int bn_startable_threads(int wanted)
 {
     pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
     pthread_t *threads;
-    int more = 0;
+    int extra_threads = 0;
     if (wanted <= tried) {
         return wanted;
     }
@@ -39,15 +39,15 @@ int bn_startable_threads(int wanted)
         return team;
     }
     (void)pthread_mutex_lock(&gate);
-    while (more < wanted - team && pthread_create(&threads[more], NULL, wait_at, &gate) == 0) {
-        more++;
+    while (extra_threads < wanted - team && pthread_create(&threads[extra_threads], NULL, wait_at, &gate) == 0) {
+        extra_threads++;
     }
     (void)pthread_mutex_unlock(&gate);
-    for (int i = 0; i < more; i++) {
+    for (int i = 0; i < extra_threads; i++) {
         (void)pthread_join(threads[i], NULL);
     }
     free(threads);
-    tried = team + more;
+    tried = team + extra_threads;
     return tried;
 }
 
@@ -89,13 +89,13 @@ void bn_begin_region(bn_region_times *times, int threads)
 
 void bn_end_own_tasks(bn_region_times *times) { times->own_work = computed() - times->own_work; }
 
-void bn_end_region(const bn_region_times *times, size_t own, size_t tasks)
+void bn_end_region(const bn_region_times *times, size_t own_tasks, size_t tasks)
 {
     const uint64_t took = now() - times->begun;
-    if (own == 0 || times->grown) {
+    if (own_tasks == 0 || times->grown) {
         return;
     }
-    const uint64_t alone = times->own_work * tasks / own;
+    const uint64_t alone = times->own_work * tasks / own_tasks;
     if (LATE_OF * took > LATE * alone) {
         const uint64_t wait = (took - alone) * factor;
         alone_until = computed() + (wait < MOST_ALONE ? wait : MOST_ALONE);
@@ -122,9 +122,9 @@ void bn_begin_region(bn_region_times *times, int threads)
     times->grown = threads > 1;
 }
 void bn_end_own_tasks(bn_region_times *times) { (void)times; }
-void bn_end_region(const bn_region_times *times, size_t own, size_t tasks)
+void bn_end_region(const bn_region_times *times, size_t own_tasks, size_t tasks)
 {
-    (void)times, (void)own, (void)tasks;
+    (void)times, (void)own_tasks, (void)tasks;
 }
 int bn_team_was_late(void) { return 0; }
 

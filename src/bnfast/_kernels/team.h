@@ -19,8 +19,8 @@ typedef struct {
 void bn_begin_region(bn_region_times *times, int threads);
 void bn_end_own_tasks(bn_region_times *times);
 
-/* At the end of a region in which the calling thread did `own` of the tasks: notes whether the team was late. */
-void bn_end_region(const bn_region_times *times, size_t own, size_t tasks);
+/* At the end of a region in which the calling thread did `own_tasks` of the tasks: notes whether the team was late. */
+void bn_end_region(const bn_region_times *times, size_t own_tasks, size_t tasks);
 
 /* Whether the calling thread should work alone for now. On a busy machine a region ends only when the system has run
    its last thread: milliseconds, for work of microseconds. */
