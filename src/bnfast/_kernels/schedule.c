@@ -28,7 +28,7 @@ static bn_place place_of(const bn_job *job, size_t tensors, size_t threads)
     const size_t bytes = bytes_of_call(job, tensors);
     return bytes <= bn_level2_bytes(job->caches, threads) ? BN_IN_LEVEL2
            : bytes <= bn_last_level_bytes(job->caches, is_narrow && tensors == 1) ? BN_IN_LAST_LEVEL
-                                                                                : BN_IN_MEMORY;
+                                                                                  : BN_IN_MEMORY;
 }
 
 /* Cuts the channels into slabs for so many threads, which read so many tensors; whether its tasks had
