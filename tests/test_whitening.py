@@ -149,7 +149,7 @@ def test_no_temporary_is_as_large_as_the_batch(kind, rng, axis, monkeypatch):
 def test_a_batch_of_many_channels_and_few_samples_is_cut_all_the_same():
     x = np.zeros((4, 1024, 16, 16), np.float32)
     pieces = _whitening._Pieces(((x, None),), 1, 1)
-    assert pieces.most * 8 * x.shape[1] <= x.nbytes / 2
+    assert pieces.max_columns * 8 * x.shape[1] <= x.nbytes / 2
 
 
 def test_every_sample_is_in_one_piece(rng, few_columns):
@@ -158,7 +158,7 @@ def test_every_sample_is_in_one_piece(rng, few_columns):
         pieces = _whitening._Pieces(((x, None),), 1, 2)
         seen = pieces.view(x)
         for columns, index in pieces:
-            assert columns.shape[2] <= pieces.most
+            assert columns.shape[2] <= pieces.max_columns
             seen[index] += 1
         np.testing.assert_array_equal(x, 1)
 

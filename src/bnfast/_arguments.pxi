@@ -278,12 +278,12 @@ cdef Py_ssize_t _channels_per_group(num_groups, Py_ssize_t channels) except -1:
 cdef Py_ssize_t _samples_per_ghost(ghost_size, Py_ssize_t samples) except -1:
     """At least 1, and of so many samples no more than there are."""
     cdef int beyond
-    cdef Py_ssize_t size, most = max(samples, 1)
+    cdef Py_ssize_t size, max_size = max(samples, 1)
     if type(ghost_size) is int:
         size = PyLong_AsLongAndOverflow(ghost_size, &beyond)
         if not beyond and size > 0:
-            return min(size, most)
-    return min(_validation.integer_from("ghost_size", ghost_size, 1), most)
+            return min(size, max_size)
+    return min(_validation.integer_from("ghost_size", ghost_size, 1), max_size)
 
 
 cdef Py_ssize_t _channels_per_saved_group(mean, Py_ssize_t channels) except -1:
@@ -351,10 +351,10 @@ cdef object _output(out, cnp.ndarray x, tuple names, tuple values, reads, int in
     )
     if known:
         return out
-    others = dict(zip(names, values))
+    named_arrays = dict(zip(names, values))
     if reads is not None:
-        others.update(reads)
-    return _validation.output(out, x, others, names[:in_place])
+        named_arrays.update(reads)
+    return _validation.output(out, x, named_arrays, names[:in_place])
 
 
 cdef bint _may_be_written(cnp.ndarray out, tuple values, int in_place):

@@ -24,40 +24,40 @@ cdef inline double _at(cnp.ndarray values, Py_ssize_t i, double otherwise) noexc
 
 cdef cnp.ndarray _widened(cnp.ndarray values):
     """A dense array of float32 or float64 as one of float64, which may be the array itself."""
-    cdef const float *narrow
-    cdef double *wide
+    cdef const float *singles
+    cdef double *doubles
     cdef cnp.ndarray array
     cdef Py_ssize_t i
     if cnp.PyArray_TYPE(values) == cnp.NPY_FLOAT64:
         return values
     array = _empty(cnp.PyArray_NDIM(values), cnp.PyArray_DIMS(values), cnp.NPY_FLOAT64)
-    narrow, wide = <const float *>cnp.PyArray_DATA(values), _doubles(array)
+    singles, doubles = <const float *>cnp.PyArray_DATA(values), _doubles(array)
     for i in range(cnp.PyArray_SIZE(values)):
-        wide[i] = narrow[i]
+        doubles[i] = singles[i]
     return array
 
 
 cdef cnp.ndarray _rounded(const double *values, int ndim, const cnp.npy_intp *shape, int kind):
     """A new array of this type, float32 or float64."""
     cdef cnp.ndarray array = _empty(ndim, shape, kind)
-    cdef float *narrow = <float *>cnp.PyArray_DATA(array)
-    cdef double *wide = _doubles(array)
+    cdef float *singles = <float *>cnp.PyArray_DATA(array)
+    cdef double *doubles = _doubles(array)
     cdef Py_ssize_t i, size = cnp.PyArray_SIZE(array)
     if kind == cnp.NPY_FLOAT32:
         for i in range(size):
-            narrow[i] = <float>values[i]
+            singles[i] = <float>values[i]
     else:
         for i in range(size):
-            wide[i] = values[i]
+            doubles[i] = values[i]
     return array
 
 
-cdef bint _are_between(cnp.ndarray values, double least, double most) noexcept:
+cdef bint _are_between(cnp.ndarray values, double lower, double upper) noexcept:
     """Whether all of these float64 are; NaN is not."""
     cdef const double *value = _doubles(values)
     cdef Py_ssize_t i
     for i in range(cnp.PyArray_SIZE(values)):
-        if not (least < value[i] < most):
+        if not (lower < value[i] < upper):
             return False
     return True
 

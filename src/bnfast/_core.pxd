@@ -140,7 +140,7 @@ cdef int normalize(
 ) except -1
 cdef int scale_shift(
     Plan plan, x, y, weight, bias, double eps, mean, variance, bint of_samples,
-    Evaluation kept, int threads
+    Evaluation evaluation, int threads
 ) except -1
 cdef int gradient(
     Plan plan, x, dy, dx, weight, mean, invstd, dweight, dbias, size_t per_group,

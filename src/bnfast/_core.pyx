@@ -326,11 +326,11 @@ cdef object _copied(array):
     return None if array is None else cnp.PyArray_NewCopy(array, cnp.NPY_CORDER)
 
 
-cdef inline bint _is_same(kept, now) noexcept:
+cdef inline bint _is_same(saved, current) noexcept:
     """Two plain arrays of the same bytes and dtype, or None twice."""
-    if kept is None or now is None:
-        return kept is now
-    cdef cnp.ndarray a = kept, b = now
+    if saved is None or current is None:
+        return saved is current
+    cdef cnp.ndarray a = saved, b = current
     return (
         cnp.PyArray_TYPE(a) == cnp.PyArray_TYPE(b)
         and cnp.PyArray_NBYTES(a) == cnp.PyArray_NBYTES(b)
@@ -359,21 +359,21 @@ cdef class Evaluation:
 
 cdef int scale_shift(
     Plan plan, x, y, weight, bias, double eps, mean, variance, bint of_samples,
-    Evaluation kept, int threads
+    Evaluation evaluation, int threads
 ) except -1:
-    """Write y from given statistics; what is prepared for it is kept, unless `kept` is None.
+    """Write y from given statistics; `evaluation`, which may be None, keeps what is prepared.
 
     Where weight and bias are those `of_samples`, the repeats, these have the same statistics. Where
-    nothing is kept mean and variance may be None: the mean is then 0, and invstd 1.
+    nothing is kept, mean and variance may be None: the mean is then 0, and invstd 1.
     """
     cdef bn_plan *c = &plan.c
     cdef bn_job job = _new_job(c)
     cdef char small[BN_SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, BN_SMALL_WORKSPACE)
     cdef _Prepared prepared = None
-    if kept is not None:
-        with cython.critical_section(kept):
-            prepared = kept.prepared  # a reference: another thread may replace it meanwhile
+    if evaluation is not None:
+        with cython.critical_section(evaluation):
+            prepared = evaluation.prepared  # a reference: another thread may replace it meanwhile
         job.prepared = (
             prepared is not None and prepared.is_of(plan, weight, bias, eps, mean, variance)
         )
@@ -398,9 +398,9 @@ cdef int scale_shift(
         job.statistic[BN_VARIANCE] = _of_each_repeat(&workspace, variance, c)
     _do_all(&job, &workspace, bn_scale_shift_stages, threads)
     _end(&workspace)
-    if kept is not None and not job.prepared:
-        with cython.critical_section(kept):
-            kept.prepared = prepared
+    if evaluation is not None and not job.prepared:
+        with cython.critical_section(evaluation):
+            evaluation.prepared = prepared
     return 0
 
 

@@ -42,11 +42,11 @@ cdef object _deviations(
     if extreme is None:
         return None
     which, copies, exponent = extreme
-    again = [_new_doubles(len(which)) for _ in range(4)]
-    _deviations(copies, 0, lost, again[0], again[1], again[2], again[3])
+    centre, low, m2, deviation = [_new_doubles(len(which)) for _ in range(4)]
+    _deviations(copies, 0, lost, centre, low, m2, deviation)
     with numpy.errstate(all="ignore"):
-        for statistic, of_copies in ((mean, again[0]), (mean_low, again[1]), (std, again[3])):
-            statistic[which] = numpy.ldexp(of_copies, -exponent)
+        for statistic, values in ((mean, centre), (mean_low, low), (std, deviation)):
+            statistic[which] = numpy.ldexp(values, -exponent)
     return which
 
 

@@ -190,8 +190,8 @@ def _interleave(channels: int, itemsize: int) -> int:
         whole, broken = divmod(row, VECTOR_BYTES)
         return (whole + (1 + BROKEN if broken else 0) + BEGINNING) / row
 
-    most = STREAM_BYTES // (channels * itemsize)
-    return min(range(1, most + 1), key=cost, default=1)
+    max_rows = STREAM_BYTES // (channels * itemsize)
+    return min(range(1, max_rows + 1), key=cost, default=1)
 
 
 def _cut(
@@ -258,8 +258,8 @@ def plan_layout(
     channel_sizes, channel_strides = _merge(channel_axes, shape, strides)
     channels = math.prod(channel_sizes)
     last = [d for d in channel_axes if shape[d] > 1][-1:]
-    kept = {*channel_axes, *repeated}
-    reduced = [d for d in range(len(shape)) if d not in kept and shape[d] > 1]
+    statistic_axes = {*channel_axes, *repeated}
+    reduced = [d for d in range(len(shape)) if d not in statistic_axes and shape[d] > 1]
     # With a single channel everything is one run.
     order = _walking_order([*reduced, *last], strides[0])
     cut_at = order.index(last[0]) if last else -1
@@ -318,12 +318,12 @@ def plan_rows(
     element of a row, the same for all rows, in the order in which a row is walked. In channels_last
     that is one for all channels.
     """
-    kept = [d for d in range(len(shape)) if d not in normalized and shape[d] > 1]
-    together = len(kept)
-    while together > 0 and len(_merge(kept[together - 1 :], shape, strides[:inputs])[0]) == 1:
-        together -= 1
+    row_axes = [d for d in range(len(shape)) if d not in normalized and shape[d] > 1]
+    cut = len(row_axes)
+    while cut > 0 and len(_merge(row_axes[cut - 1 :], shape, strides[:inputs])[0]) == 1:
+        cut -= 1
     plan = plan_layout(
-        shape, tuple(kept[together:]), tuple(kept[:together]), itemsize, strides, directly
+        shape, tuple(row_axes[cut:]), tuple(row_axes[:cut]), itemsize, strides, directly
     )
     parameter = OperandLayout(
         True, plan.inner * itemsize, 0, (0,) * len(plan.repeat_axis_sizes), (), (), ()

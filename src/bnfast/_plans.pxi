@@ -79,13 +79,13 @@ cdef object _layout_of(cnp.ndarray second, cnp.ndarray third, cnp.ndarray x):
 cdef tuple _ROLES = ((), (BN_X,), (BN_X, BN_Y), (BN_X, BN_DY, BN_DX))
 
 
-cdef Plan _kept(key, plan, tuple roles, cnp.ndarray x):
+cdef Plan _stored(key, plan, tuple roles, cnp.ndarray x):
     cdef int stored = cnp.PyArray_TYPE(x)
     name = None if _arithmetic(x) == stored else _stored_names[stored]
     if len(_plans) >= _MOST_PLANS:
         _plans.clear()
-    _plans[key] = kept = Plan(plan, roles, name)
-    return kept
+    _plans[key] = new_plan = Plan(plan, roles, name)
+    return new_plan
 
 
 cdef Plan _plan(
@@ -99,7 +99,7 @@ cdef Plan _plan(
     itemsize, strides, directly = _layout_of(second, third, x)
     repeated = (0,) if over.per_sample else ()
     plan = plan_layout((<object>x).shape, (axis,), repeated, itemsize, strides, directly)
-    return _kept(key, plan, _ROLES[len(strides)], x)
+    return _stored(key, plan, _ROLES[len(strides)], x)
 
 
 cdef Plan _plan_of_rows(
@@ -119,7 +119,7 @@ cdef Plan _plan_of_rows(
         (<object>x).shape, normalized, itemsize, strides, directly, inputs, parameters
     )
     of_elements = (BN_ELEMENT_WEIGHT, BN_ELEMENT_BIAS)[:parameters]
-    return _kept(key, plan, _ROLES[len(strides)] + of_elements, x)
+    return _stored(key, plan, _ROLES[len(strides)] + of_elements, x)
 
 
 cdef int _threads_for(cnp.ndarray x, int passes) except -1:

@@ -51,7 +51,7 @@ def scale_shift(
     weight: object,
     bias: object,
     eps: object,
-    kept: Evaluation | None = None,
+    evaluation: Evaluation | None = None,
     out: object = None,
     reads: Reads = None,
 ) -> Array: ...
@@ -186,7 +186,7 @@ class Length(Divisor):
     def __init__(self, gamma: object, eps: object, floor: object) -> None: ...
 
 def standardize(
-    w: object, gain: object, by: Divisor, axis: object, out: object
+    w: object, gain: object, divisor: Divisor, axis: object, out: object
 ) -> tuple[Array, Array, Array]: ...
 def standardize_gradient(
     dy: object,
@@ -194,7 +194,7 @@ def standardize_gradient(
     mean: object,
     std: object,
     gain: object,
-    by: Divisor,
+    divisor: Divisor,
     axis: object,
     out: object,
 ) -> tuple[Array, Array]: ...
@@ -218,7 +218,7 @@ def evaluate_renorm(
     running_std: object,
     weight: object,
     bias: object,
-    kept: Evaluation | None = None,
+    evaluation: Evaluation | None = None,
     out: object = None,
 ) -> tuple[Array, Array]: ...
 def renorm_gradient(

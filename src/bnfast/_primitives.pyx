@@ -190,12 +190,12 @@ cdef tuple _normalized(
 
 
 def scale_shift(
-    x_, axis_, mean, variance, weight, bias, eps, _Evaluation kept=None, out=None, reads=None
+    x_, axis_, mean, variance, weight, bias, eps, _Evaluation evaluation=None, out=None, reads=None
 ):
     """Return y from given statistics, called running_mean and running_var in messages.
 
-    What statistics and parameters are turned into is `kept` for the next call, if there is such an
-    object, and used again where they are the same then; an empty x needs none. `reads` are more
+    `evaluation`, which may be None, keeps what statistics and parameters are turned into for the
+    next call, which uses it again where they are the same; an empty x needs none. `reads` are more
     arguments that `out` must share no memory with.
     """
     cdef Py_ssize_t axis
@@ -212,7 +212,7 @@ def scale_shift(
     if cnp.PyArray_SIZE(x) > 0:
         _core.scale_shift(
             _plan(axis, BATCH, x, y, None), x, y, scale, shift, epsilon, centre, spread, False,
-            kept, _threads_for(x, 2)
+            evaluation, _threads_for(x, 2)
         )
     return y
 
@@ -394,8 +394,8 @@ def _as_walked(parameter, walked):
     """Return the parameter of the elements of a row in the order in which they are walked."""
     if parameter is None:
         return None
-    others = [d for d in range(parameter.ndim) if d not in walked]  # of a single element
-    return numpy.ascontiguousarray(parameter.transpose(*walked, *others))
+    single_axes = [d for d in range(parameter.ndim) if d not in walked]  # of a single element
+    return numpy.ascontiguousarray(parameter.transpose(*walked, *single_axes))
 
 
 def _in_order(columns, walked, shape):

@@ -18,8 +18,8 @@ def renormalize(
     cdef cnp.ndarray x = _batch(x_, axis_, &axis, BATCH)
     cdef Py_ssize_t c, channels = _channels(x, axis)
     cdef double epsilon = _eps(eps, False, True), new = _real("momentum", momentum)
-    cdef double most = _real("r_max", r_max), furthest = _real("d_max", d_max)
-    if most < 1.0 or furthest < 0.0:
+    cdef double largest = _real("r_max", r_max), furthest = _real("d_max", d_max)
+    if largest < 1.0 or furthest < 0.0:
         _validation.renorm_limits(r_max, d_max)
     cdef tuple tracked = _tracked(running_mean, running_std, x, channels, _MEAN_AND_STD)
     cdef cnp.ndarray gamma = _of_channels("weight", weight, channels)
@@ -40,15 +40,15 @@ def renormalize(
     cdef cnp.ndarray scale = _new_doubles(channels), shift = _new_doubles(channels)
     cdef cnp.ndarray sigma = _new_doubles(channels)
     cdef cnp.ndarray before = _contiguous_or_copy(tracked[0]), std = _contiguous_or_copy(tracked[1])
-    cdef double apart, factor
+    cdef double distance, factor
     _deviations_with_eps(x, axis, epsilon, mean, mean_low, sigma, invstd)
     for c in range(channels):
-        apart = _doubles(mean)[c] - _at(before, c, 0.0)
+        distance = _doubles(mean)[c] - _at(before, c, 0.0)
         if mean_low is not None:
-            apart += _doubles(mean_low)[c]
+            distance += _doubles(mean_low)[c]
         _doubles(invstd)[c] = 1.0 / _doubles(sigma)[c]
-        _doubles(r)[c] = _between(1.0 / most, _doubles(sigma)[c], _at(std, c, 0.0), most)
-        _doubles(d)[c] = _between(-furthest, apart, _at(std, c, 0.0), furthest)
+        _doubles(r)[c] = _between(1.0 / largest, _doubles(sigma)[c], _at(std, c, 0.0), largest)
+        _doubles(d)[c] = _between(-furthest, distance, _at(std, c, 0.0), furthest)
         factor = _at(gamma, c, 1.0)
         _doubles(scale)[c] = factor * _doubles(r)[c] * _doubles(invstd)[c]
         _doubles(shift)[c] = factor * _doubles(d)[c] + _at(beta, c, 0.0)
@@ -57,17 +57,17 @@ def renormalize(
     return y, mean, invstd, r, d
 
 
-cdef double _between(double least, double divided, double std, double most) noexcept:
+cdef double _between(double lower, double divided, double std, double upper) noexcept:
     """divided / std within limits: its own limit where the running deviation goes to 0.
 
     0 / 0 is 0 then: a batch of the running mean is not off. Limits that leave no choice decide,
     even if a running statistic is NaN.
     """
     cdef double quotient
-    if least == most:
-        return most
+    if lower == upper:
+        return upper
     quotient = 0.0 if divided == 0.0 else divided / std
-    return least if quotient < least else most if quotient > most else quotient
+    return lower if quotient < lower else upper if quotient > upper else quotient
 
 
 cdef int _deviations_with_eps(
@@ -81,19 +81,19 @@ cdef int _deviations_with_eps(
         _doubles(sigma)[c] = sqrt(_doubles(sigma)[c] + eps)
     if extreme is not None:
         with numpy.errstate(all="ignore"):
-            theirs = std[extreme]
-            exponent = _scaling.exponents_to_one(numpy.maximum(theirs, sqrt(eps)))
-            scaled = numpy.ldexp(theirs, exponent) ** 2 + numpy.ldexp(eps, 2 * exponent)
+            std_of_extreme = std[extreme]
+            exponent = _scaling.exponents_to_one(numpy.maximum(std_of_extreme, sqrt(eps)))
+            scaled = numpy.ldexp(std_of_extreme, exponent) ** 2 + numpy.ldexp(eps, 2 * exponent)
             sigma[extreme] = numpy.ldexp(numpy.sqrt(scaled), -exponent)
     return 0
 
 
 def evaluate_renorm(
-    x_, axis_, running_mean, running_std, weight, bias, _Evaluation kept=None, out=None
+    x_, axis_, running_mean, running_std, weight, bias, _Evaluation evaluation=None, out=None
 ):
     """Return y, and the 1 / std (float64) that made it, whose squares float64 need not hold.
 
-    What it is made of is `kept` as `scale_shift` does.
+    `evaluation` keeps what y is made of, as in `scale_shift`.
     """
     cdef Py_ssize_t axis
     cdef cnp.ndarray x = _batch(x_, axis_, &axis, BATCH)
@@ -116,8 +116,8 @@ def evaluate_renorm(
         _doubles(scale)[c] = _at(gamma, c, 1.0) * _doubles(inverse)[c]
     if cnp.PyArray_SIZE(x) > 0:
         _core.scale_shift(
-            _plan(axis, BATCH, x, y, None), x, y, scale, shift, 0.0, centre, None, False, kept,
-            _threads_for(x, 2)
+            _plan(axis, BATCH, x, y, None), x, y, scale, shift, 0.0, centre, None, False,
+            evaluation, _threads_for(x, 2)
         )
     return y, inverse
 
@@ -127,7 +127,7 @@ def renorm_gradient(dy, x_, mean, invstd, r, d, weight, axis_, out):
     cdef Py_ssize_t axis
     cdef cnp.ndarray x = _batch(x_, axis_, &axis, BATCH)
     cdef cnp.npy_intp c, channels = _channels(x, axis)
-    cdef cnp.ndarray own = _of_channels("weight", weight, channels)
+    cdef cnp.ndarray weights = _of_channels("weight", weight, channels)
     cdef cnp.ndarray slope = _required("r", r, channels), offset = _required("d", d, channels)
     cdef cnp.ndarray upstream = _upstream(dy, x, ("dy", "x"))
     centre, inverse = _required("mean", mean, channels), _required("invstd", invstd, channels)
@@ -135,11 +135,11 @@ def renorm_gradient(dy, x_, mean, invstd, r, d, weight, axis_, out):
         out, x, ("dy", "x", "weight", "r", "d", "mean", "invstd"),
         (upstream, x, weight, r, d, mean, invstd), None, 2
     )
-    cdef int kind = _parameter_type(x) if own is None else cnp.PyArray_TYPE(own)
+    cdef int kind = _parameter_type(x) if weights is None else cnp.PyArray_TYPE(weights)
     cdef cnp.ndarray dweight = _zero_doubles(channels), dbias = _zero_doubles(channels)
     cdef cnp.ndarray gamma = _new_doubles(channels)
     for c in range(channels):
-        _doubles(gamma)[c] = _at(own, c, 1.0) * _at(slope, c, 1.0)
+        _doubles(gamma)[c] = _at(weights, c, 1.0) * _at(slope, c, 1.0)
     if cnp.PyArray_SIZE(x) > 0:
         _core.gradient(
             _plan(axis, BATCH, x, upstream, dx), x, upstream, dx, gamma, centre, inverse, dweight,

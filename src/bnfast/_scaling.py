@@ -36,21 +36,21 @@ def _largest_values(x: Array, axis: int, which: Array) -> Array:
     """Return the largest magnitude of each of some channels, without a copy of any."""
     channels = np.moveaxis(x, axis, 0)
     pairs = ((channels[c].max(initial=0), channels[c].min(initial=0)) for c in which)
-    return np.array([max(most, -least) for most, least in pairs], x.dtype)
+    return np.array([max(largest, -smallest) for largest, smallest in pairs], x.dtype)
 
 
 def channels_not_between(
-    x: Array, axis: int, sizes: Array, least: float, most: float, modest: int = -1
+    x: Array, axis: int, sizes: Array, lower: float, upper: float, modest: int = -1
 ) -> ScaledChannels | None:
     """Return the channels whose size is NaN or not between two limits, with largest values near 1.
 
     Those whose largest value needs a power of two of at most `modest` are left out. None if none is
     left.
     """
-    which = np.flatnonzero(~((sizes > least) & (sizes < most)))
+    which = np.flatnonzero(~((sizes > lower) & (sizes < upper)))
     exponent = exponents_to_one(_largest_values(x, axis, which))
-    some = np.abs(exponent) > modest
-    return _scaled_channels(x, axis, which[some], exponent[some])
+    is_far = np.abs(exponent) > modest
+    return _scaled_channels(x, axis, which[is_far], exponent[is_far])
 
 
 def channels_far_from_one(

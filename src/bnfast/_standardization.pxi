@@ -18,9 +18,9 @@ cdef class Divisor:
         return sqrt(self.eps) if self.power_of_eps == 2 else self.eps
 
     cdef void divide(
-        self, double std, double each, int exponent, double *value, double *strength
+        self, double std, double count, int exponent, double *value, double *strength
     ) noexcept:
-        """Write the divisor of a filter of `each` values, times a power of two as its std is.
+        """Write the divisor of a filter of `count` values, times a power of two as its std is.
 
         Its gradient is that of a normalization whose invstd is the strength: one to which
         deviations are next to nothing where the value is constant.
@@ -36,9 +36,9 @@ cdef class Deviation(Divisor):
         self.lost = _flag("unbiased", unbiased)
 
     cdef void divide(
-        self, double std, double each, int exponent, double *value, double *strength
+        self, double std, double count, int exponent, double *value, double *strength
     ) noexcept:
-        cdef double counted = sqrt(each / (each - self.lost))
+        cdef double counted = sqrt(count / (count - self.lost))
         cdef double eps = ldexp(self.eps, self.power_of_eps * exponent)
         if self.power_of_eps == 2:
             value[0] = sqrt(std * std + eps)
@@ -64,12 +64,12 @@ cdef class Length(Divisor):
         self.floor = _flag("floor", floor)
 
     cdef void divide(
-        self, double std, double each, int exponent, double *value, double *strength
+        self, double std, double count, int exponent, double *value, double *strength
     ) noexcept:
-        cdef double squares = each * (std * std), eps = ldexp(self.eps, 2 * exponent)
-        cdef double length, root = sqrt(each)
+        cdef double squares = count * (std * std), eps = ldexp(self.eps, 2 * exponent)
+        cdef double length, root = sqrt(count)
         if not self.floor:
-            length = sqrt(squares + each * eps)
+            length = sqrt(squares + count * eps)
         elif squares < eps:
             length = sqrt(eps)
         else:
@@ -79,40 +79,42 @@ cdef class Length(Divisor):
         value[0], strength[0] = length / self.gamma, root / length
 
 
-def standardize(w_, gain, Divisor by not None, axis_, out):
+def standardize(w_, gain, Divisor divisor not None, axis_, out):
     """Return y, and the mean and std (float64) of the filters."""
     cdef Py_ssize_t axis
-    cdef cnp.ndarray w = _filters(w_, axis_, &axis, by.lost)
+    cdef cnp.ndarray w = _filters(w_, axis_, &axis, divisor.lost)
     cdef Py_ssize_t filters = _channels(w, axis)
-    own = _of_filters("gain", gain, filters)
+    gains = _of_filters("gain", gain, filters)
     cdef cnp.ndarray y = _output(out, w, ("w", "gain"), (w, gain), None, 1)
     cdef cnp.ndarray mean = _new_doubles(filters), std = _new_doubles(filters)
-    _standardize(w, axis, by, None if own is None else _widened(own), None, y, mean, std)
+    _standardize(w, axis, divisor, None if gains is None else _widened(gains), None, y, mean, std)
     return y, mean, std
 
 
-def standardize_gradient(dy, w_, mean, std, gain, Divisor by not None, axis_, out):
+def standardize_gradient(dy, w_, mean, std, gain, Divisor divisor not None, axis_, out):
     """Return dw = gain / value * (dy - mean(dy) - c * strength**2 / K * sum(dy * c)), and dgain."""
     cdef Py_ssize_t axis
-    cdef cnp.ndarray w = _filters(w_, axis_, &axis, by.lost)
+    cdef cnp.ndarray w = _filters(w_, axis_, &axis, divisor.lost)
     cdef cnp.npy_intp filters = _channels(w, axis)
     cdef cnp.ndarray upstream = _upstream(dy, w, ("dy", "w"))
     centre = _required_of_filters("mean", mean, filters)
     cdef cnp.ndarray deviation = _widened(_required_of_filters("std", std, filters))
-    own = _of_filters("gain", gain, filters)
+    gains = _of_filters("gain", gain, filters)
     cdef cnp.ndarray dw = _output(
         out, w, ("dy", "w", "gain", "mean", "std"), (upstream, w, gain, mean, std), None, 2
     )
-    cdef cnp.ndarray factors = None if own is None else _widened(own)
+    cdef cnp.ndarray factors = None if gains is None else _widened(gains)
     cdef cnp.ndarray dgain = _zero_doubles(filters)
     if cnp.PyArray_SIZE(w) > 0:
-        extreme = _extreme_filters(w, axis, deviation, by)
+        extreme = _extreme_filters(w, axis, deviation, divisor)
         if extreme is not None:
-            theirs = numpy.moveaxis(upstream, axis, 0)[extreme.which]  # it may be overwritten
-        _gradient_of_filters(upstream, w, axis, centre, deviation, factors, by, None, dw, dgain)
+            dy_of_copies = numpy.moveaxis(upstream, axis, 0)[extreme.which]  # dy may be overwritten
+        _gradient_of_filters(
+            upstream, w, axis, centre, deviation, factors, divisor, None, dw, dgain
+        )
         if extreme is not None:
-            _gradient_of_filters_again(theirs, extreme, axis, factors, by, dw, dgain)
-    kind = _parameter_type(w) if own is None else cnp.PyArray_TYPE(<cnp.ndarray>own)
+            _gradient_of_filters_again(dy_of_copies, extreme, axis, factors, divisor, dw, dgain)
+    kind = _parameter_type(w) if gains is None else cnp.PyArray_TYPE(<cnp.ndarray>gains)
     return dw, _rounded(_doubles(dgain), 1, &filters, kind)
 
 
@@ -132,7 +134,7 @@ cdef cnp.ndarray _filters(w, axis_, Py_ssize_t *axis, int lost):
 
 # the steps, also of copies, which are the filters times powers of two
 
-cdef inline double _each(cnp.ndarray w, Py_ssize_t filters) noexcept:
+cdef inline double _elements_per_filter(cnp.ndarray w, Py_ssize_t filters) noexcept:
     return <double>(cnp.PyArray_SIZE(w) // filters)
 
 
@@ -141,44 +143,45 @@ cdef inline int _power(cnp.ndarray exponent, Py_ssize_t filter) noexcept:
 
 
 cdef int _standardize(
-    cnp.ndarray w, Py_ssize_t axis, Divisor by, cnp.ndarray gain, cnp.ndarray exponent,
+    cnp.ndarray w, Py_ssize_t axis, Divisor divisor, cnp.ndarray gain, cnp.ndarray exponent,
     cnp.ndarray y, cnp.ndarray mean, cnp.ndarray std
 ) except -1:
     cdef Py_ssize_t f, filters = cnp.PyArray_SIZE(std)
     cdef cnp.ndarray mean_low = _new_mean_low(w, filters), scale = _new_doubles(filters)
-    cdef double value, strength, factor
-    _deviations(w, axis, by.lost, mean, mean_low, scale, std)  # the variance is not needed
+    cdef double value, strength, factor, count
+    _deviations(w, axis, divisor.lost, mean, mean_low, scale, std)  # the variance is not needed
     if cnp.PyArray_SIZE(w) == 0:
         return 0
-    extreme = None if exponent is not None else _extreme_filters(w, axis, std, by)
+    count = _elements_per_filter(w, filters)
+    extreme = None if exponent is not None else _extreme_filters(w, axis, std, divisor)
     for f in range(filters):
-        by.divide(_doubles(std)[f], _each(w, filters), _power(exponent, f), &value, &strength)
+        divisor.divide(_doubles(std)[f], count, _power(exponent, f), &value, &strength)
         factor = 1.0 if gain is None else _doubles(gain)[f]
         # What is divided by 0 is 0, and stays so.
         _doubles(scale)[f] = 0.0 if value == 0.0 else factor / value
     _scale_deviations(w, axis, mean, mean_low, scale, None, y)
     if extreme is not None:
         which, copies, exponents = extreme
-        again, theirs = empty_output(copies), None if gain is None else gain[which]
+        y_of_copies, gain_of_copies = empty_output(copies), None if gain is None else gain[which]
         _standardize(
-            copies, 0, by, theirs, exponents, again, _new_doubles(len(which)),
+            copies, 0, divisor, gain_of_copies, exponents, y_of_copies, _new_doubles(len(which)),
             _new_doubles(len(which))
         )
-        numpy.moveaxis(y, axis, 0)[which] = again
+        numpy.moveaxis(y, axis, 0)[which] = y_of_copies
     return 0
 
 
 cdef int _gradient_of_filters(
     cnp.ndarray dy, cnp.ndarray w, Py_ssize_t axis, mean, cnp.ndarray std, cnp.ndarray gain,
-    Divisor by, cnp.ndarray exponent, cnp.ndarray dw, cnp.ndarray dgain
+    Divisor divisor, cnp.ndarray exponent, cnp.ndarray dw, cnp.ndarray dgain
 ) except -1:
     """Write the gradient of a normalization, whose invstd is the strength of the divisor."""
     cdef Py_ssize_t f, filters = cnp.PyArray_SIZE(std)
     cdef cnp.ndarray invstd = _new_doubles(filters), weight = _new_doubles(filters)
     cdef cnp.ndarray ratio = _new_doubles(filters)  # of 1 / value to the strength
-    cdef double value, strength
+    cdef double value, strength, count = _elements_per_filter(w, filters)
     for f in range(filters):
-        by.divide(_doubles(std)[f], _each(w, filters), _power(exponent, f), &value, &strength)
+        divisor.divide(_doubles(std)[f], count, _power(exponent, f), &value, &strength)
         _doubles(invstd)[f] = 1.0 if value == 0.0 else strength
         _doubles(ratio)[f] = 0.0 if value == 0.0 else 1.0 / (value * strength)
         _doubles(weight)[f] = _doubles(ratio)[f]
@@ -196,25 +199,28 @@ cdef int _gradient_of_filters(
 
 # filters whose divisor is at an end of the range, from copies: rare, and so in NumPy
 
-cdef object _extreme_filters(cnp.ndarray w, Py_ssize_t axis, cnp.ndarray std, Divisor by):
+cdef object _extreme_filters(cnp.ndarray w, Py_ssize_t axis, cnp.ndarray std, Divisor divisor):
     """Return those, made near 1, if there are some."""
     cdef int furthest = _modest_exponent(w)
-    cdef double most = ldexp(1.0, furthest), least = by.least()
-    if _are_between(std, -1.0 if 1.0 / most < least < most else 1.0 / most, most):
+    cdef double largest = ldexp(1.0, furthest), smallest = divisor.least()
+    if _are_between(std, -1.0 if 1.0 / largest < smallest < largest else 1.0 / largest, largest):
         return None
-    return _scaling.channels_far_from_one(w, axis, numpy.maximum(std, least), furthest)
+    return _scaling.channels_far_from_one(w, axis, numpy.maximum(std, smallest), furthest)
 
 
 cdef int _gradient_of_filters_again(
-    upstream, extreme, Py_ssize_t axis, gain, Divisor by, dw, dgain
+    upstream, extreme, Py_ssize_t axis, gain, Divisor divisor, dw, dgain
 ) except -1:
     which, copies, exponent = extreme
-    again, products = empty_output(copies), _new_doubles(len(which))
+    dw_of_copies, products = empty_output(copies), _new_doubles(len(which))
     mean, variance, std = [_new_doubles(len(which)) for _ in range(3)]
     mean_low = _new_mean_low(copies, len(which))
-    _deviations(copies, 0, by.lost, mean, mean_low, variance, std)  # those given may have lost bits
-    theirs = None if gain is None else gain[which]
-    _gradient_of_filters(upstream, copies, 0, mean, std, theirs, by, exponent, again, products)
-    numpy.moveaxis(dw, axis, 0)[which] = _scaling.scaled(again, exponent)
+    # Made again: the statistics that the caller gave may have lost bits.
+    _deviations(copies, 0, divisor.lost, mean, mean_low, variance, std)
+    gain_of_copies = None if gain is None else gain[which]
+    _gradient_of_filters(
+        upstream, copies, 0, mean, std, gain_of_copies, divisor, exponent, dw_of_copies, products
+    )
+    numpy.moveaxis(dw, axis, 0)[which] = _scaling.scaled(dw_of_copies, exponent)
     dgain[which] = products
     return 0

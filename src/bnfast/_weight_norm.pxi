@@ -47,11 +47,11 @@ def weight_norm_gradient(dw, v_, g_, norm_, dim, eps, out):
     if cnp.PyArray_SIZE(v) > 0:
         special = _special_filters(filters, axis, norm, least)
         if special is not None:
-            theirs = numpy.moveaxis(upstream, axis, 0)[special.which]  # it may be overwritten
+            dw_of_copies = numpy.moveaxis(upstream, axis, 0)[special.which]  # dw may be overwritten
         _gradient_of_lengths(upstream, filters, axis, lengths, norm, written, dlengths)
         if special is not None:
             _gradient_of_lengths_again(
-                theirs, special, axis, lengths, norm, least, written, dlengths
+                dw_of_copies, special, axis, lengths, norm, least, written, dlengths
             )
     return dv, _rounded(
         _doubles(dlengths), cnp.PyArray_NDIM(g), cnp.PyArray_DIMS(g), cnp.PyArray_TYPE(g)
@@ -84,10 +84,10 @@ cdef cnp.ndarray _lengths(g, cnp.ndarray filters, int axis):
     """One for each filter, dense, and of any shape that g may have."""
     cdef int d, ndim = cnp.PyArray_NDIM(filters)
     cdef cnp.npy_intp count = cnp.PyArray_DIM(filters, max(axis, 0))
-    cdef bint kept = axis >= 0 and _is_dense(g) and cnp.PyArray_NDIM(<cnp.ndarray>g) == ndim
-    for d in range(ndim if kept else 0):
-        kept = kept and cnp.PyArray_DIM(<cnp.ndarray>g, d) == (count if d == axis else 1)
-    if kept or _is_of_channels(g, count):
+    cdef bint is_shaped = axis >= 0 and _is_dense(g) and cnp.PyArray_NDIM(<cnp.ndarray>g) == ndim
+    for d in range(ndim if is_shaped else 0):
+        is_shaped = is_shaped and cnp.PyArray_DIM(<cnp.ndarray>g, d) == (count if d == axis else 1)
+    if is_shaped or _is_of_channels(g, count):
         return g
     return _validation.lengths("g", g, (<object>filters).shape, None if axis < 0 else axis)
 
@@ -145,14 +145,14 @@ cdef cnp.ndarray _over(cnp.ndarray lengths, double root):
 cdef cnp.ndarray _norms(cnp.ndarray filters, int axis):
     """The lengths of filters before anything is written."""
     cdef Py_ssize_t i, count = cnp.PyArray_DIM(filters, axis)
-    cdef double each = <double>(cnp.PyArray_SIZE(filters) // count)
+    cdef double elements_per_filter = <double>(cnp.PyArray_SIZE(filters) // count)
     cdef cnp.ndarray mean = _new_doubles(count), m2 = _new_doubles(count)
-    cdef double *of = _doubles(mean)
+    cdef double *value = _doubles(mean)
     _core.moments(
         _plan(axis, BATCH, filters, None, None), filters, mean, None, m2, _threads_for(filters, 1)
     )
     for i in range(count):
-        of[i] = sqrt(_doubles(m2)[i] + each * (of[i] * of[i]))
+        value[i] = sqrt(_doubles(m2)[i] + elements_per_filter * (value[i] * value[i]))
     return mean
 
 
@@ -160,25 +160,26 @@ cdef cnp.ndarray _norms(cnp.ndarray filters, int axis):
 
 cdef object _special_filters(cnp.ndarray filters, int axis, cnp.ndarray norm, double least):
     """Return those, scaled, if there are some."""
-    cdef double most = ldexp(1.0, _modest_exponent(filters)), shortest = max(1.0 / most, least)
-    if _are_between(norm, shortest, most):
+    cdef double longest = ldexp(1.0, _modest_exponent(filters))
+    cdef double shortest = max(1.0 / longest, least)
+    if _are_between(norm, shortest, longest):
         return None
-    return _scaling.channels_not_between(filters, axis, norm, shortest, most)
+    return _scaling.channels_not_between(filters, axis, norm, shortest, longest)
 
 
 cdef int _give_lengths_again(
     special, int axis, lengths, double least, w, cnp.ndarray norm
 ) except -1:
     which, copies, exponent = special
-    theirs, again = lengths.reshape(-1)[which], empty_output(copies)
-    their_norm = _new_doubles(len(which))
-    _give_lengths(copies, 0, theirs, again, their_norm)
+    lengths_of_copies, w_of_copies = lengths.reshape(-1)[which], empty_output(copies)
+    norm_of_copies = _new_doubles(len(which))
+    _give_lengths(copies, 0, lengths_of_copies, w_of_copies, norm_of_copies)
     with numpy.errstate(all="ignore"):
-        norm[which] = numpy.ldexp(their_norm, -exponent)
+        norm[which] = numpy.ldexp(norm_of_copies, -exponent)
         short = norm[which] < least
         along = _scaling.scaled(copies[short], -exponent[short])
-        again[short] = _shares_of(least, along, theirs[short])
-    numpy.moveaxis(w, axis, 0)[which] = again
+        w_of_copies[short] = _shares_of(least, along, lengths_of_copies[short])
+    numpy.moveaxis(w, axis, 0)[which] = w_of_copies
     return 0
 
 
@@ -186,20 +187,22 @@ cdef int _gradient_of_lengths_again(
     upstream, special, int axis, lengths, norm, double least, dv, dlengths
 ) except -1:
     which, copies, exponent = special
-    theirs, short = lengths.reshape(-1)[which], norm[which] < least
-    again, products = empty_output(copies), _new_doubles(len(which))
+    lengths_of_copies, short = lengths.reshape(-1)[which], norm[which] < least
+    dv_of_copies, products = empty_output(copies), _new_doubles(len(which))
     # With their norms of now: those given may be rounded to a few bits.
-    _gradient_of_lengths(upstream, copies, 0, theirs, _norms(copies, 0), again, products)
+    _gradient_of_lengths(
+        upstream, copies, 0, lengths_of_copies, _norms(copies, 0), dv_of_copies, products
+    )
     with numpy.errstate(all="ignore"):
-        again = _scaling.scaled(again, exponent)
+        dv_of_copies = _scaling.scaled(dv_of_copies, exponent)
         of_eps, along = upstream[short], _scaling.scaled(copies[short], -exponent[short])
-        again[short] = _shares_of(least, of_eps, theirs[short])
+        dv_of_copies[short] = _shares_of(least, of_eps, lengths_of_copies[short])
         products[short] = (of_eps * _shares_of(least, along)).sum(tuple(range(1, along.ndim)))
-        numpy.moveaxis(dv, axis, 0)[which], dlengths[which] = again, products
+        numpy.moveaxis(dv, axis, 0)[which], dlengths[which] = dv_of_copies, products
     return 0
 
 
 def _shares_of(length, filters, factors=1.0):
     """Return filters that are no longer than `length`, divided by it and times a factor each."""
-    each = numpy.reshape(factors, (-1, *[1] * (filters.ndim - 1)))
-    return filters.astype(numpy.float64) / length * each
+    factor_of_filter = numpy.reshape(factors, (-1, *[1] * (filters.ndim - 1)))
+    return filters.astype(numpy.float64) / length * factor_of_filter

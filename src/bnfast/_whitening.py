@@ -95,9 +95,9 @@ def normalize(
         names=("running_mean", "running_matrix"),
         shape=shape,
     )
-    others = {"x": array, "weight": weight, "bias": bias}
-    others |= {"running_mean": running_mean, "running_matrix": running_matrix}
-    y = _output(out, array, others)
+    reads = {"x": array, "weight": weight, "bias": bias}
+    reads |= {"running_mean": running_mean, "running_matrix": running_matrix}
+    y = _output(out, array, reads)
     if array.size == 0:
         return y, whiten(np.zeros(channels), np.zeros(shape))
     with np.errstate(all="ignore"):
@@ -132,9 +132,9 @@ def evaluate(
     running = _validation.shaped("running_matrix", running_matrix, shape)
     scale = _validation.channel_parameter("weight", weight, channels)
     shift = _validation.channel_parameter("bias", bias, channels)
-    others = {"x": array, "weight": weight, "bias": bias}
-    others |= {"running_mean": running_mean, "running_matrix": running_matrix}
-    y = _output(out, array, others)
+    reads = {"x": array, "weight": weight, "bias": bias}
+    reads |= {"running_mean": running_mean, "running_matrix": running_matrix}
+    y = _output(out, array, reads)
     mean, matrix = centre.astype(np.float64), running.astype(np.float64)
     saved = whiten(mean, matrix) if of_covariance else Constant(mean, matrix)
     if array.size > 0:
@@ -164,8 +164,8 @@ def gradient(
     centre = _validation.saved_statistic("mean", mean, (channels,))
     whitening = _validation.matrices_of_groups("matrix", matrix, channels)
     scale = _validation.channel_parameter("weight", weight, channels)
-    others = {"dy": upstream, "x": array, "weight": weight, "mean": mean, "matrix": matrix}
-    dx = _output(out, array, others)
+    reads = {"dy": upstream, "x": array, "weight": weight, "mean": mean, "matrix": matrix}
+    dx = _output(out, array, reads)
     dtype = array.dtype if scale is None else scale.dtype
     if array.size == 0:
         return dx, np.zeros(channels, dtype), np.zeros(channels, dtype)
@@ -247,11 +247,11 @@ def _products(
     left is `dy` or, without it, x - centre.
     """
     products, sums = np.zeros(shape), np.zeros(shape[:2])
-    each = shape[1]
+    channels_per_group = shape[1]
     operands = ((x, centre),) if dy is None else ((x, centre), (dy, None))
     for columns, _ in _Pieces(operands, axis, shape[0]):
-        right = columns[:, :each]
-        left = right if dy is None else columns[:, each:]
+        right = columns[:, :channels_per_group]
+        left = right if dy is None else columns[:, channels_per_group:]
         products += left @ right.swapaxes(1, 2)
         sums += left @ np.ones(columns.shape[2])
     return products, sums
@@ -261,25 +261,27 @@ def _multiply(operands: list[Operand], axis: int, shift: Array, out: Array) -> N
     """Write the sum of ``matrix (array - centre)`` over the operands, plus shift (G, C / G)."""
     matrix = np.concatenate([operand.matrix for operand in operands], axis=2)
     pieces = _Pieces([(o.array, o.centre) for o in operands], axis, len(matrix))
-    products = _Memory(matrix.shape[:2], pieces.most, pieces.columns_are_neighbours)
+    products = _Memory(matrix.shape[:2], pieces.max_columns, pieces.columns_are_neighbours)
     target = pieces.view(out)
     for columns, index in pieces:
         piece = target[index]
-        product, block = products.of(piece.shape[2:])
+        product, block = products.columns(piece.shape[2:])
         np.matmul(matrix, columns, out=product)
         product += shift[..., None]
         np.copyto(piece, block, casting="same_kind")
 
 
 class _Memory:
-    """Memory that is used again for every piece: float64 columns of so many rows in each group."""
+    """Memory that is used again for every piece: at most `max_columns` float64 columns."""
 
-    def __init__(self, rows: tuple[int, ...], most: int, columns_are_neighbours: bool) -> None:
+    def __init__(
+        self, rows: tuple[int, ...], max_columns: int, columns_are_neighbours: bool
+    ) -> None:
         self._rows = rows
-        self._memory = np.empty(math.prod(rows) * most)
+        self._memory = np.empty(math.prod(rows) * max_columns)
         self._columns_are_neighbours = columns_are_neighbours
 
-    def of(self, sizes: tuple[int, ...]) -> tuple[Array, Array]:
+    def columns(self, sizes: tuple[int, ...]) -> tuple[Array, Array]:
         """Return it as (*rows, samples), and as (*rows, *sizes of the axes of samples)."""
         used = self._memory[: math.prod(self._rows) * math.prod(sizes)]
         if self._columns_are_neighbours:
@@ -310,13 +312,15 @@ class _Pieces:
         neighbours = math.prod([first.shape[d] for d in steps if steps[d] < step])
         channels = first.shape[axis]
         self.columns_are_neighbours = neighbours < FEWEST_NEIGHBOURS and channels >= FEWEST_CHANNELS
-        each = channels // groups
+        channels_per_group = channels // groups
         bytes_of_a_column = 8 * channels * len(operands)
         samples = math.prod(self._sizes)
-        wanted = min(COLUMNS_OF_A_ROW * each, samples // FEWEST_PIECES)
-        self.most = min(max(PIECE_BYTES // bytes_of_a_column, wanted, 1), samples)
+        wanted = min(COLUMNS_OF_A_ROW * channels_per_group, samples // FEWEST_PIECES)
+        self.max_columns = min(max(PIECE_BYTES // bytes_of_a_column, wanted, 1), samples)
         self._views = [self.view(array) for array, _ in operands]
-        self._centres = [None if c is None else c.reshape(groups, each) for _, c in operands]
+        self._centres = [
+            None if c is None else c.reshape(groups, channels_per_group) for _, c in operands
+        ]
 
     def view(self, array: Array) -> Array:
         """Return an array of the same shape as (G, C / G, *axes of samples)."""
@@ -326,25 +330,25 @@ class _Pieces:
     def _indices(self) -> Iterator[tuple[Any, ...]]:
         """Cut one axis of samples; those before it are walked index by index, the others whole."""
         cut, inner = len(self._sizes) - 1, 1
-        while cut > 0 and inner * self._sizes[cut] <= self.most:
+        while cut > 0 and inner * self._sizes[cut] <= self.max_columns:
             inner *= self._sizes[cut]
             cut -= 1
-        pieces = -(-self._sizes[cut] // (self.most // inner))
+        pieces = -(-self._sizes[cut] // (self.max_columns // inner))
         length = -(-self._sizes[cut] // pieces)
         for before in np.ndindex(self._sizes[:cut]):
             for start in range(0, self._sizes[cut], length):
                 yield (slice(None), slice(None), *before, slice(start, start + length))
 
     def __iter__(self) -> Iterator[tuple[Array, tuple[Any, ...]]]:
-        each = self._views[0].shape[1]
-        rows = (self._groups, len(self._views), each)
-        memory = _Memory(rows, self.most, self.columns_are_neighbours)
+        channels_per_group = self._views[0].shape[1]
+        rows = (self._groups, len(self._views), channels_per_group)
+        memory = _Memory(rows, self.max_columns, self.columns_are_neighbours)
         for index in self._indices():
             pieces = [view[index] for view in self._views]
-            _, block = memory.of(pieces[0].shape[2:])
+            _, block = memory.columns(pieces[0].shape[2:])
             for n, (piece, centre) in enumerate(zip(pieces, self._centres, strict=True)):
                 part = block[:, n]
                 np.copyto(part, piece)
                 if centre is not None:
                     part -= np.expand_dims(centre, tuple(range(2, part.ndim)))
-            yield block.reshape(self._groups, len(pieces) * each, -1), index
+            yield block.reshape(self._groups, len(pieces) * channels_per_group, -1), index

@@ -89,15 +89,15 @@ cdef double *_take_doubles(_Workspace *workspace, size_t count) noexcept:
 
 cdef const double *_widened(_Workspace *workspace, parameter, size_t count) noexcept:
     """The parameter as float64, NULL for None: a 1-d aligned contiguous float32 or float64."""
-    cdef double *wide
+    cdef double *doubles
     if parameter is None:
         return NULL
     if cnp.PyArray_TYPE(<cnp.ndarray>parameter) == cnp.NPY_FLOAT64:
         return <const double *>_data(parameter)
-    wide = _take_doubles(workspace, count)
-    if wide is not NULL:
-        active.widen[<int>BN_stored_f32](count, _data(parameter), sizeof(float), wide)
-    return wide
+    doubles = _take_doubles(workspace, count)
+    if doubles is not NULL:
+        active.widen[<int>BN_stored_f32](count, _data(parameter), sizeof(float), doubles)
+    return doubles
 
 
 cdef double *_statistic(
