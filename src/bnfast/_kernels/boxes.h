@@ -174,7 +174,7 @@ static inline double power_of_two(double number)
 /* How many channels are cut off together. */
 static inline size_t channel_unit(const bn_plan *plan)
 {
-    return plan->layout == BN_channels_last ? BN_CHANNELS_TOGETHER : 1;
+    return plan->layout == BN_channels_last ? BN_CHANNEL_UNIT : 1;
 }
 
 #endif

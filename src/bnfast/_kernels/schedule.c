@@ -52,11 +52,11 @@ static int cut_into_slabs(bn_job *job, size_t threads, size_t tensors)
         fused = plan->blocks == 1 || repeats_suffice || channels / job->slab >= wanted;
     } else {
         const size_t fair_share = divide_up(channels, divide_up(wanted, plan->blocks));
-        job->slab = divide_up(fair_share, BN_CHANNELS_TOGETHER) * BN_CHANNELS_TOGETHER;
+        job->slab = divide_up(fair_share, BN_CHANNEL_UNIT) * BN_CHANNEL_UNIT;
         fused = plan->blocks == 1 || repeats_suffice;
         if (fused && channels * plan->itemsize > BN_LONG_ROW_BYTES) {
-            const size_t lines = plan->outer * plan->itemsize * tensors * BN_CHANNELS_TOGETHER;
-            const size_t slab = bn_slab_bytes(job->caches) / lines * BN_CHANNELS_TOGETHER;
+            const size_t lines = plan->outer * plan->itemsize * tensors * BN_CHANNEL_UNIT;
+            const size_t slab = bn_slab_bytes(job->caches) / lines * BN_CHANNEL_UNIT;
             job->slab = MIN(job->slab, MAX(slab, BN_NEIGHBOURING_BYTES / plan->itemsize));
         }
         job->slab = MIN(job->slab, channels);

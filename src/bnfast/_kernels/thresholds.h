@@ -110,7 +110,7 @@ static inline size_t bn_lost_slab_bytes(bn_caches caches) { return caches.level2
 #define BN_LONG_ROW_BYTES ((size_t)8192)
 
 /* channels_last slabs are cut at multiples of so many channels: whole cache lines, whole tiles. */
-#define BN_CHANNELS_TOGETHER ((size_t)64)
+#define BN_CHANNEL_UNIT ((size_t)64)
 
 /* Where a channel is one run, the next slab's are prefetched while this one's are added up, if that takes
    longer than memory does, and its output is then left alone with memory: for moments (past the caches
