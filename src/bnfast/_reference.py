@@ -316,9 +316,9 @@ def layer_norm_backward(
     not `centred`; dweight = sum(dy * xhat) and dbias = sum(dy) over all rows.
     """
     dy, x = np.asarray(dy, precision), np.asarray(x, precision)
-    kept = tuple(sorted(axes))
-    mean = np.expand_dims(np.asarray(mean, precision), kept)
-    scale = np.expand_dims(np.asarray(invstd, precision), kept)
+    row_axes = tuple(sorted(axes))
+    mean = np.expand_dims(np.asarray(mean, precision), row_axes)
+    scale = np.expand_dims(np.asarray(invstd, precision), row_axes)
     xhat = (x - mean) * scale
     g = dy * _for_rows(weight, 1.0, x, axes)
     dx = g - xhat * (g * xhat).mean(axes, keepdims=True)
@@ -344,9 +344,9 @@ def filter_response_norm(
     x = np.asarray(x, precision)
     channels = x.shape[axis]
     axes = tuple(d for d in range(1, x.ndim) if d != axis % x.ndim)
-    more = np.broadcast_to(np.abs(np.asarray(learned_eps, precision)), channels)
+    added_eps = np.broadcast_to(np.abs(np.asarray(learned_eps, precision)), channels)
     nu2 = (x**2).mean(axes, keepdims=True)
-    invrms = 1 / np.sqrt(nu2 + precision(eps) + _along(axis, x.ndim, more))
+    invrms = 1 / np.sqrt(nu2 + precision(eps) + _along(axis, x.ndim, added_eps))
     gamma = _along(axis, x.ndim, _per_channel(weight, 1.0, channels, precision))
     y = gamma * x * invrms + _along(axis, x.ndim, _per_channel(bias, 0.0, channels, precision))
     least = _per_channel(tau, -np.inf, channels, precision)
@@ -374,8 +374,8 @@ def filter_response_norm_backward(
     axes = tuple(d for d in range(1, x.ndim) if d != axis % x.ndim)
     scale = np.expand_dims(np.asarray(invrms, precision), axes)
     gamma = _along(axis, x.ndim, _per_channel(weight, 1.0, channels, precision))
-    kept = np.asarray(y) >= _along(axis, x.ndim, _per_channel(tau, -np.inf, channels, precision))
-    d, xhat = np.where(kept, dy, 0), x * scale
+    mask = np.asarray(y) >= _along(axis, x.ndim, _per_channel(tau, -np.inf, channels, precision))
+    d, xhat = np.where(mask, dy, 0), x * scale
     products = (gamma * d * xhat).mean(axes, keepdims=True)
     dx = scale * (gamma * d - xhat * products)
     all_axes = (0, *axes)

@@ -116,11 +116,11 @@ def lengths(name: str, value: object, shape: tuple[int, ...], axis: int | None) 
     """
     array = floating_array(name, value)
     count = shape[axis or 0]
-    kept = tuple(count if d == axis else 1 for d in range(len(shape)))
-    if array.shape not in {(count,), kept, (count,) if axis is not None else ()}:
+    full_shape = tuple(count if d == axis else 1 for d in range(len(shape)))
+    if array.shape not in {(count,), full_shape, (count,) if axis is not None else ()}:
         raise ValueError(
             f"{name} must have one value for each of the {count} filters, shape ({count},) or "
-            f"{kept}, got shape {array.shape}"
+            f"{full_shape}, got shape {array.shape}"
         )
     flags = array.flags
     return array if flags.c_contiguous and flags.aligned else array.copy()
@@ -302,8 +302,8 @@ def element_parameter(
         return array
     with np.errstate(all="ignore"):
         if finite:
-            most = np.finfo(dtype).max
-            array = np.where(np.isfinite(array), np.clip(array, -most, most), array)
+            largest = np.finfo(dtype).max
+            array = np.where(np.isfinite(array), np.clip(array, -largest, largest), array)
         return np.array(array, dtype, order="C")
 
 
@@ -314,8 +314,8 @@ def _single_at_least(value: object) -> object:
     except Exception:  # PyTorch's bfloat16 has no array of its own; what has none at all is refused
         as_single = getattr(value, "float", None)
         return as_single() if callable(as_single) else value
-    narrow = dtype == np.float16 or dtype.name == "bfloat16"
-    return np.asarray(value).astype(np.float32) if narrow else value
+    is_narrow = dtype == np.float16 or dtype.name == "bfloat16"
+    return np.asarray(value).astype(np.float32) if is_narrow else value
 
 
 def state(name: str, value: object, shape: tuple[int, ...]) -> Array:
@@ -336,9 +336,9 @@ def shaped(name: str, value: object, shape: tuple[int, ...]) -> Array:
 def counter(name: str, value: object) -> int:
     """Return a number of batches, which a state keeps as int64."""
     number = integer_from(name, np.asarray(value)[()], 0)
-    most = np.iinfo(np.int64).max
-    if number > most:
-        raise ValueError(f"{name} must be at most {most}, got {number}")
+    max_count = np.iinfo(np.int64).max
+    if number > max_count:
+        raise ValueError(f"{name} must be at most {max_count}, got {number}")
     return number
 
 
