@@ -349,6 +349,7 @@ W = np.ones((4, 3), np.float32)
     ("call", "error", "message"),
     [
         (lambda: bnfast.layer_norm(X, 4), ValueError, "normalized_shape must be the sizes of the"),
+        (lambda: bnfast.layer_norm(X.T, 3), ValueError, "of channels first it is axis=0"),
         (lambda: bnfast.layer_norm(X, (2, 2, 4, 3)), ValueError, "normalized_shape must be"),
         (lambda: bnfast.layer_norm(X, ()), ValueError, "normalized_shape must have at least one"),
         (lambda: bnfast.layer_norm(X, 3.0), TypeError, "normalized_shape must be an integer"),

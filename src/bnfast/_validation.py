@@ -189,9 +189,12 @@ def normalized_axes(
             raise ValueError(f"axis must not name an axis twice, got {axis}")
     if len(shape) > array.ndim or tuple(array.shape[d] for d in axes) != shape:
         where = "the last axes" if axis is None else f"the axes {axis}"
+        hint = ""
+        if axis is None and len(shape) == 1 and shape[0] in array.shape[:-1]:
+            hint = f"; of channels first it is axis={array.shape.index(shape[0])}"
         raise ValueError(
             f"normalized_shape must be the sizes of {where} of x, which has the shape "
-            f"{array.shape}, got {shape}"
+            f"{array.shape}, got {shape}{hint}"
         )
     return array, axes
 
