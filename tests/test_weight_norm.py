@@ -154,6 +154,17 @@ def test_eps_gives_filters_of_zeros_a_gradient_and_changes_no_other(dtype):
     np.testing.assert_array_equal(dg[1:], unlimited[1])
 
 
+@pytest.mark.parametrize(("length", "size"), [(1e-315, 1e6), (1e-300, 1e308), (1e-310, 1e-300)])
+def test_a_share_of_eps_is_rounded_once_at_the_ends_of_the_range(rng, length, size):
+    v, dw = rng.uniform(0.5, 1, (2, 1, 17)) * [[[length]], [[size]]]
+    g, eps = np.array([size]), 3.0
+    w, norm = bnfast.weight_norm_forward(v, g, 0, eps)
+    wide = v.astype(np.longdouble)
+    np.testing.assert_allclose(w, wide / eps * size, rtol=4e-16, atol=5e-324)
+    _, dg = bnfast.weight_norm_backward(dw, v, g, norm, 0, eps)
+    np.testing.assert_allclose(dg, [(dw * wide).sum() / eps], rtol=2e-15, atol=5e-324)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_filter_that_is_not_finite_changes_no_other(rng, value):
     v, dw = rng.normal(size=(2, 3, 4))

@@ -177,8 +177,9 @@ cdef int _give_lengths_again(
     with numpy.errstate(all="ignore"):
         norm[which] = numpy.ldexp(norm_of_copies, -exponent)
         short = norm[which] < least
-        along = _scaling.scaled(copies[short], -exponent[short])
-        w_of_copies[short] = _shares_of(least, along, lengths_of_copies[short])
+        w_of_copies[short] = _shares_of(
+            least, copies[short], exponent[short], lengths_of_copies[short]
+        )
     numpy.moveaxis(w, axis, 0)[which] = w_of_copies
     return 0
 
@@ -195,14 +196,25 @@ cdef int _gradient_of_lengths_again(
     )
     with numpy.errstate(all="ignore"):
         dv_of_copies = _scaling.scaled(dv_of_copies, exponent)
-        of_eps, along = upstream[short], _scaling.scaled(copies[short], -exponent[short])
-        dv_of_copies[short] = _shares_of(least, of_eps, lengths_of_copies[short])
-        products[short] = (of_eps * _shares_of(least, along)).sum(tuple(range(1, along.ndim)))
+        of_eps = upstream[short].astype(numpy.float64)
+        dv_of_copies[short] = _shares_of(least, of_eps, 0, lengths_of_copies[short])
+        others = tuple(range(1, of_eps.ndim))
+        _, power = numpy.frexp(numpy.abs(of_eps).max(others, initial=0.0))
+        along = (_scaling.scaled(of_eps, -power) * copies[short]).sum(others)
+        products[short] = _shares_of(least, along, exponent[short] - power)
         numpy.moveaxis(dv, axis, 0)[which], dlengths[which] = dv_of_copies, products
     return 0
 
 
-def _shares_of(length, filters, factors=1.0):
-    """Return filters that are no longer than `length`, divided by it and times a factor each."""
-    factor_of_filter = numpy.reshape(factors, (-1, *[1] * (filters.ndim - 1)))
-    return filters.astype(numpy.float64) / length * factor_of_filter
+def _shares_of(length, values, exponent, factors=1.0):
+    """Return values times 2 ** -exponent, divided by `length` and times a factor each.
+
+    Powers of two come last: what is denormal is rounded once, and nothing on the way leaves the
+    range.
+    """
+    mantissa, power = numpy.frexp(length)
+    factor, power_of_factor = numpy.frexp(factors)
+    powers = power_of_factor - power + 1 - exponent
+    each = (-1, *[1] * (values.ndim - 1))
+    shares = values.astype(numpy.float64) / (2 * mantissa) * numpy.reshape(factor, each)
+    return numpy.ldexp(shares, numpy.reshape(powers, each))
