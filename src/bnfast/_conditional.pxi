@@ -102,7 +102,8 @@ def conditional_gradient(
 
 
 cdef void _set_factors(
-    cnp.ndarray inverse, scale, bint constant_statistics, cnp.ndarray power, cnp.ndarray factor
+    cnp.ndarray inverse, cnp.ndarray scale, bint constant_statistics, cnp.ndarray power,
+    cnp.ndarray factor
 ) noexcept:
     """What `gradient_of_samples` is told as invstd and weight.
 
@@ -115,13 +116,13 @@ cdef void _set_factors(
     cdef int exponent
     cdef double value
     for c in range(channels):
-        frexp(_value(inverse, c), &exponent)
+        frexp(_at(inverse, c, 1.0), &exponent)
         powers[c] = ldexp(1.0, exponent - 1)
     for n in range(cnp.PyArray_DIM(factor, 0)):
         for c in range(channels):
-            value = 1.0 if scale is None else _value(scale, i)
+            value = _at(scale, i, 1.0)
             if constant_statistics:
-                value *= _value(inverse, c)
+                value *= _at(inverse, c, 1.0)
             factors[i] = value / powers[c]
             i += 1
 
@@ -135,12 +136,5 @@ cdef void _make_up_for_powers(
     cdef Py_ssize_t n, c, i = 0
     for n in range(cnp.PyArray_DIM(sum_dy_xhat, 0)):
         for c in range(cnp.PyArray_DIM(sum_dy_xhat, 1)):
-            sums[i] *= _value(inverse, c) / powers[c]
+            sums[i] *= _at(inverse, c, 1.0) / powers[c]
             i += 1
-
-
-cdef inline double _value(cnp.ndarray array, Py_ssize_t i) noexcept:
-    """Of a dense parameter or statistic, counted through all of its axes."""
-    if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32:
-        return (<const float *>cnp.PyArray_DATA(array))[i]
-    return (<const double *>cnp.PyArray_DATA(array))[i]

@@ -102,7 +102,7 @@ typedef struct {
     ptrdiff_t prefetch_distance;
 } bn_store_hint;
 
-/* Writes an output, which may be one of its inputs, of which there are up to BN_MAX_INPUTS:
+/* Writes an output from at most BN_MAX_INPUTS inputs; the output may overwrite one of the inputs:
      scale_shift, from x:         y  = (x - mean) * scale + shift
      input_gradient, from dy, x:  dx = ((dy - offset) - (x - mean) * slope) * scale
      grouped_input_gradient:       dx = ((dy * weight - offset) - (x - mean) * slope) * scale
