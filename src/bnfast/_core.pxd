@@ -37,9 +37,8 @@ cdef extern from "kernels.h" nogil:
     ctypedef int bn_update_running_kernel(size_t channels, size_t repeats, double momentum,
                                           const double *divided, double divisor,
                                           void *running) noexcept
-    ctypedef void bn_parameter_gradients_kernel(size_t channels, size_t repeats,
-                                                const double *sum_dy, const double *sum_dy_xhat,
-                                                void *dweight, void *dbias) noexcept
+    ctypedef void bn_parameter_gradient_kernel(size_t channels, size_t repeats,
+                                               const double *sums, void *gradient) noexcept
     ctypedef float bn_memory_probe(size_t lines, const float *start, float *to) noexcept
 
     ctypedef struct bn_kernels:
@@ -47,7 +46,7 @@ cdef extern from "kernels.h" nogil:
         const char *flags
         bn_widen_kernel **widen
         bn_update_running_kernel *update_running[2]
-        bn_parameter_gradients_kernel *parameter_gradients[2]
+        bn_parameter_gradient_kernel *parameter_gradient[2]
         bn_memory_probe *probe_copy
         bn_memory_probe *probe_streaming_copy
         bn_memory_probe *probe_read
@@ -147,7 +146,7 @@ cdef int gradient(
     bint constant_statistics, bias, Activation activation, activation_parameter,
     dactivation_parameter, sum_activation, sum_dy, sum_dy_xhat, int threads
 ) except -1
-cdef int parameter_gradients(sum_dy, sum_dy_xhat, dweight, dbias) except -1
+cdef int parameter_gradient(sums, gradient) except -1
 cdef int gradient_of_samples(
     Plan plan, x, dy, dx, weight, mean, invstd, sum_dy, sum_dy_xhat, int threads
 ) except -1

@@ -414,7 +414,7 @@ cdef int gradient(
     With an activation, which needs the bias, dy is the gradient of what that made of y;
     `dactivation_parameter` receives the gradient of its parameter. `sum_activation`, `sum_dy` and
     `sum_dy_xhat` (float64, as large as invstd) receive that gradient for each repeat, sum(dy) and
-    sum(dy * (x - mean) * invstd). What is written but dx may be None; dweight and dbias both.
+    sum(dy * (x - mean) * invstd). What is written but dx may be None.
     """
     cdef bn_plan *c = &plan.c
     cdef unsigned int wanted = _OF_GRADIENT
@@ -440,24 +440,24 @@ cdef int gradient(
     job.per_group, job.centred = per_group, centred
     _choose_and_take(&workspace, &job, wanted)
     _do_all(&job, &workspace, bn_gradient_stages, threads)
-    if dweight is not None:
-        bn_parameter_gradients(&job, _dtype(dweight), _data(dweight), _data(dbias))
-    if dactivation_parameter is not None:
-        job.kernels.parameter_gradients[<int>_dtype(dactivation_parameter)](
-            c.channels, c.repeats, job.statistic[BN_SUM_ACTIVATION],
-            job.statistic[BN_SUM_ACTIVATION], _data(dactivation_parameter),
-            _data(dactivation_parameter)
-        )
+    _parameter_gradient(c.repeats, job.statistic[BN_SUM_DY_XHAT], dweight)
+    _parameter_gradient(c.repeats, job.statistic[BN_SUM_DY], dbias)
+    _parameter_gradient(c.repeats, job.statistic[BN_SUM_ACTIVATION], dactivation_parameter)
     _end(&workspace)
     return 0
 
 
-cdef int parameter_gradients(sum_dy, sum_dy_xhat, dweight, dbias) except -1:
-    """Write dweight and dbias: what `gradient` has summed for so many repeats, added up."""
-    active.parameter_gradients[<int>_dtype(dweight)](
-        <size_t>cnp.PyArray_SIZE(dweight), <size_t>cnp.PyArray_DIM(sum_dy, 0), _doubles(sum_dy),
-        _doubles(sum_dy_xhat), _data(dweight), _data(dbias)
-    )
+cdef void _parameter_gradient(size_t repeats, const double *sums, gradient) noexcept:
+    """Write the gradient, unless it is None: the sums of all repeats."""
+    if gradient is not None:
+        active.parameter_gradient[<int>_dtype(gradient)](
+            <size_t>cnp.PyArray_SIZE(gradient), repeats, sums, _data(gradient)
+        )
+
+
+cdef int parameter_gradient(sums, gradient) except -1:
+    """Write a gradient from the sums of each repeat, the first axis, that `gradient` has made."""
+    _parameter_gradient(<size_t>cnp.PyArray_DIM(sums, 0), _doubles(sums), gradient)
     return 0
 
 

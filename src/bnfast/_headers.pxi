@@ -82,7 +82,6 @@ cdef extern from "job.h" nogil:
     size_t bn_scale_shift_stages(bn_job *job, size_t threads, bn_stage *stages)
     size_t bn_gradient_stages(bn_job *job, size_t threads, bn_stage *stages)
     size_t bn_row_gradient_stages(bn_job *job, size_t threads, bn_stage *stages)
-    void bn_parameter_gradients(const bn_job *job, bn_dtype dtype, void *dweight, void *dbias)
 
 
 cdef extern from "dispatch.h" nogil:

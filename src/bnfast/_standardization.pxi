@@ -189,7 +189,7 @@ cdef int _gradient_of_filters(
             _doubles(weight)[f] *= _doubles(gain)[f]
     _core.gradient(
         _plan(axis, BATCH, w, dy, dw), w, dy, dw, weight, mean, invstd, dgain,
-        _new_doubles(filters), 1, False, None, None, None, None, None, None, None,
+        None, 1, False, None, None, None, None, None, None, None,
         _threads_for(w, 5)
     )
     for f in range(filters):

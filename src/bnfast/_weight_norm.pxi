@@ -122,7 +122,7 @@ cdef int _gradient_of_lengths(
         _doubles(invrms)[i] = root / _doubles(norm)[i]
     _core.gradient(
         _plan(axis, _LENGTHS, v, dw, dv), v, dw, dv, weight, None, invrms, dlengths,
-        _new_doubles(count), 1, False, None, None, None, None, None, None, None, _threads_for(v, 5)
+        None, 1, False, None, None, None, None, None, None, None, _threads_for(v, 5)
     )
     for i in range(count):
         _doubles(dlengths)[i] /= root

@@ -395,20 +395,20 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
         add_doubles(other_m2, c);
         check_conversions(forward.array[0], c);
     }
-    CALL(parameter_gradients)[dtype](c, 1, sum_dy, sum_dy_xhat, forward.array[1],
-                                     forward.array[2]);
+    CALL(parameter_gradient)[dtype](c, 1, sum_dy_xhat, forward.array[1]);
+    CALL(parameter_gradient)[dtype](c, 1, sum_dy, forward.array[2]);
     for (size_t i = 0; i < 3; i++) {
         add_elements(forward.array[i], c, dtype);
     }
     CALL(update_running)[dtype](c / together, together, 0.1, m2, (double)n, forward.array[0]);
-    CALL(parameter_gradients)[dtype](c / together, together, sum_dy, sum_dy_xhat,
-                                     forward.array[1], forward.array[2]);
+    CALL(parameter_gradient)[dtype](c / together, together, sum_dy_xhat, forward.array[1]);
+    CALL(parameter_gradient)[dtype](c / together, together, sum_dy, forward.array[2]);
     for (size_t i = 0; i < 3; i++) {
         add_elements(forward.array[i], c / together, dtype);
     }
     CALL(update_running)[dtype](1, c, 0.1, m2, (double)n, forward.array[0]);
-    CALL(parameter_gradients)[dtype](1, c, sum_dy, sum_dy_xhat, forward.array[1],
-                                     forward.array[2]);
+    CALL(parameter_gradient)[dtype](1, c, sum_dy_xhat, forward.array[1]);
+    CALL(parameter_gradient)[dtype](1, c, sum_dy, forward.array[2]);
     for (size_t i = 0; i < 3; i++) {
         add_elements(forward.array[i], 1, dtype);
     }

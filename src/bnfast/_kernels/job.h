@@ -148,7 +148,4 @@ size_t bn_scale_shift_stages(bn_job *job, size_t threads, bn_stage *stages);  /*
 size_t bn_gradient_stages(bn_job *job, size_t threads, bn_stage *stages);     /* x and dy to dx */
 size_t bn_row_gradient_stages(bn_job *job, size_t threads, bn_stage *stages); /* with parameters of elements */
 
-/* dweight and dbias, of this dtype, once the stages of the gradient have ended. */
-void bn_parameter_gradients(const bn_job *job, bn_dtype dtype, void *dweight, void *dbias);
-
 #endif

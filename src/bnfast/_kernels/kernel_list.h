@@ -40,7 +40,7 @@
     X(gradient_coefficients)                 \
     X(grouped_gradient_coefficients)         \
     X(activation_coefficients)               \
-    X(parameter_gradients)                   \
+    X(parameter_gradient)                    \
     X(update_running)
 
 #define BN_FOR_EACH_CHANNEL_OPERATION(X) \

@@ -210,9 +210,9 @@ typedef void bn_grouped_gradient_coefficients_kernel(size_t groups, size_t per_g
 typedef void bn_activation_coefficients_kernel(size_t channels, const double *parameter, void *shift,
                                                void *rounded);
 
-/* The gradients of weight and bias, over all repeats and in the parameters' own type. */
-typedef void bn_parameter_gradients_kernel(size_t channels, size_t repeats, const double *sum_dy,
-                                           const double *sum_dy_xhat, void *dweight, void *dbias);
+/* The gradient of a parameter, in the parameter's own type: its sums over all repeats. */
+typedef void bn_parameter_gradient_kernel(size_t channels, size_t repeats, const double *sums,
+                                          void *gradient);
 
 /* running = (1 - momentum) * running + momentum * batch, which has the element type; batch is the
    average of divided / divisor over the repeats. A weight of 0 leaves nothing of what it weighs, NaN and

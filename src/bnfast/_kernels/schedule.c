@@ -197,9 +197,3 @@ size_t bn_row_gradient_stages(bn_job *job, size_t threads, bn_stage *stages)
     stages[1] = (bn_stage){bn_merge_columns_task, divide_up(2 * columns, BN_CHANNELS_PER_TASK), 1, 0};
     return 2;
 }
-
-void bn_parameter_gradients(const bn_job *job, bn_dtype dtype, void *dweight, void *dbias)
-{
-    job->kernels->parameter_gradients[dtype](job->plan->channels, job->plan->repeats,
-                                             job->statistic[BN_SUM_DY], job->statistic[BN_SUM_DY_XHAT], dweight, dbias);
-}
