@@ -290,3 +290,15 @@ def test_a_search_can_be_repeated():
     for a, b, c in zip(first, again, other, strict=True):
         np.testing.assert_array_equal(a, b)
         assert (a != c).any()
+
+
+@pytest.mark.parametrize("period", [2, 3, 4, 8])
+def test_rows_that_are_sampled_for_the_first_shift_may_all_be_alike(isa, rng, period):
+    """Then the shift is far from the mean, and has to be moved: else 3 periods are 6.2e-7 off."""
+    rows, channels = 32 * period, 2048  # every period-th row is sampled
+    sampled = (np.arange(rows) % period == 0)[:, None]
+    values = rng.uniform(1, 2, channels).astype(np.float32)
+    for x in (np.where(sampled, 0, values), np.where(sampled, values, 0)):
+        wide = x.astype(np.longdouble)
+        variance = ((wide - wide.mean(0)) ** 2).mean(0)
+        assert np.max(np.abs(bnfast.moments(x, -1).var / variance - 1)) < 4e-7
