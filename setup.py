@@ -142,6 +142,7 @@ core = Extension(
                 "coefficients",
                 "method",
                 "kernel_calls",
+                "summaries",
                 "operands",
                 "dispatch",
                 "cpu_features",

@@ -166,7 +166,12 @@ def planned(monkeypatch):
         seen.append((shape, *strides))
         return _layout.plan_layout(shape, axes, repeated, itemsize, strides, aligned)
 
+    def plan_rows(shape, reduced, itemsize, strides, aligned, inputs):
+        seen.append((shape, *strides))
+        return _layout.plan_rows(shape, reduced, itemsize, strides, aligned, inputs)
+
     monkeypatch.setattr(_primitives, "plan_layout", plan_layout)
+    monkeypatch.setattr(_primitives, "plan_rows", plan_rows)
     return seen
 
 

@@ -1,5 +1,8 @@
 """Moments as a value, and the weight of a new batch."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 
@@ -68,3 +71,144 @@ def test_merging_changes_neither(rng):
 def test_the_weight_of_a_new_batch():
     assert weight_of_new_batch(0.1, 1) == weight_of_new_batch(0.1, 5) == 0.1
     assert [weight_of_new_batch(None, n) for n in (1, 2, 4)] == [1.0, 0.5, 0.25]
+
+
+def test_moments_are_values(rng):
+    moments = bnfast.moments(rng.normal(size=(5, 4)))
+    assert moments == bnfast.Moments(moments.count, moments.mean, moments.m2)
+    assert moments != bnfast.Moments(6, moments.mean, moments.m2)
+    assert moments != 3
+    with pytest.raises(ValueError, match="read-only"):
+        moments.mean[0] = 1.0
+    with pytest.raises(AttributeError, match="mean"):
+        moments.mean = np.zeros(4)
+    mean = np.zeros(4)
+    made = bnfast.Moments(3, mean, np.ones(4))
+    mean[:] = 7.0
+    np.testing.assert_array_equal(made.mean, np.zeros(4))
+    assert mean.flags.writeable
+
+
+def test_one_count_stands_for_equal_ones():
+    assert bnfast.Moments([3, 3], [1.0, 2.0], [0.0, 0.0]).count == 3
+    np.testing.assert_array_equal(bnfast.Moments([3, 4], [1.0, 2.0], [0.0, 0.0]).count, [3, 4])
+
+
+def test_sum_and_plus_merge(rng):
+    x = rng.normal(size=(60, 4))
+    parts = [bnfast.moments(part) for part in np.array_split(x, 7)]
+    np.testing.assert_allclose(sum(parts).var, x.var(0), rtol=CLOSE_F64)
+    assert parts[0] + parts[1] == parts[0].merge(parts[1])
+    with pytest.raises(TypeError):
+        parts[0] + 3
+
+
+def test_channels_may_have_counts_of_their_own():
+    a = bnfast.Moments([0, 2, 3], [0.0, 1.0, 4.0], [0.0, 2.0, 6.0])
+    b = bnfast.Moments([2, 0, 3], [5.0, 0.0, 6.0], [8.0, 0.0, 6.0])
+    for merged in (a + b, b + a):
+        np.testing.assert_array_equal(merged.count, [2, 2, 6])
+        np.testing.assert_array_equal(merged.mean, [5.0, 1.0, 5.0])
+        np.testing.assert_array_equal(merged.m2, [8.0, 2.0, 18.0])
+    np.testing.assert_array_equal(a.variance(1), [np.nan, 2.0, 3.0])
+    np.testing.assert_array_equal(a.var, [0.0, 1.0, 2.0])
+
+
+def test_float64_parts_far_from_zero_lose_nothing(rng):
+    x = 1e9 + rng.normal(size=(3000, 4))
+    whole = bnfast.moments(x)
+    merged = sum(bnfast.moments(part) for part in np.array_split(x, 100))
+    np.testing.assert_allclose(merged.m2, whole.m2, rtol=1e-12)
+
+
+def test_counts_are_exact_and_end_at_2_to_the_62():
+    large = bnfast.Moments(2**62 - 1, [1.0], [0.0])
+    assert (large + bnfast.Moments(1, [1.0], [0.0])).count == 2**62
+    with pytest.raises(ValueError, match=r"count must be at most 2\*\*62 in all"):
+        large + bnfast.Moments(2, [1.0], [0.0])
+    with pytest.raises(ValueError, match="count must be from 0 to 4611686018427387904, got -1"):
+        bnfast.Moments(-1, [1.0], [0.0])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        bnfast.Moments(3, [1.0, 2.0], [0.5, np.nan]),
+        bnfast.Moments([3, 4], [1.0, 2.0], [0.5, 0.25]),
+        bnfast.Moments(3, 1.5, 2.5),
+        bnfast.moments(np.arange(12, dtype=np.uint8).reshape(4, 3)),
+        bnfast.moments(1e9 + np.arange(12.0).reshape(4, 3)),
+        bnfast.summary(np.arange(12, dtype=np.int16).reshape(4, 3)),
+        bnfast.summary(np.array([[1.0, np.nan], [np.inf, np.nan]])),
+        bnfast.summary(np.empty((0, 3))),
+    ],
+    ids=repr,
+)
+def test_what_is_saved_comes_back(tmp_path, value):
+    kind = type(value)
+    value.save(tmp_path / "saved.npz")
+    copies = [
+        kind.from_bytes(value.to_bytes()),
+        kind.load(tmp_path / "saved.npz"),
+        pickle.loads(pickle.dumps(value)),
+        copy.deepcopy(value),
+    ]
+    other = bnfast.moments(
+        np.full((2, *np.shape(value.mean)), 7.25), axis=tuple(range(1, 1 + np.ndim(value.mean)))
+    )
+    for again in copies:
+        assert again == value
+        assert type(again) is kind
+        assert repr(again) == repr(value)
+        if kind is bnfast.Moments:
+            assert again + other == value + other
+    with np.load(tmp_path / "saved.npz") as file:
+        np.testing.assert_array_equal(file["mean"], value.mean)
+
+
+def test_bytes_of_something_else_are_refused(tmp_path):
+    data = bnfast.moments(np.ones((3, 2))).to_bytes()
+    for wrong in (b"", b"nothing", data[:-7], data[: len(data) // 2], data[1:]):
+        with pytest.raises(ValueError, match="data must be of saved Moments, got"):
+            bnfast.Moments.from_bytes(wrong)
+    with pytest.raises(ValueError, match="data must be of saved Summary, got a file with Moments"):
+        bnfast.Summary.from_bytes(data)
+    with pytest.raises(TypeError, match="data must be bytes, got str"):
+        bnfast.Moments.from_bytes("text")
+    path = tmp_path / "weights.npz"
+    np.savez(path, weights=np.ones(3))
+    with pytest.raises(ValueError, match=r"weights.npz: data must be of saved Moments"):
+        bnfast.Moments.load(path)
+    np.savez(path, Moments=np.array(2), count=1, mean=np.ones(1), m2=np.ones(1))
+    with pytest.raises(ValueError, match="of format 1, got 2"):
+        bnfast.Moments.load(path)
+    np.savez(path, Moments=np.array(1), count=1, mean=np.ones(1))
+    with pytest.raises(ValueError, match="got a file without m2"):
+        bnfast.Moments.load(path)
+
+
+def test_summaries_merge_with_summaries_alone(rng):
+    x = rng.normal(size=(30, 3))
+    x[4, 1] = np.inf
+    first, second = bnfast.summary(x[:7]), bnfast.summary(x[7:])
+    merged = first + second
+    np.testing.assert_array_equal(merged.minimum, x.min(0))
+    np.testing.assert_array_equal(merged.maximum, x.max(0))
+    np.testing.assert_array_equal(merged.nonfinite, [0, 1, 0])
+    assert type(bnfast.moments(x).merge(merged)) is bnfast.Moments
+    with pytest.raises(TypeError, match="other must be a Summary, got Moments"):
+        merged.merge(bnfast.moments(x))
+
+
+def test_statistics_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"m2 must have the shape of mean, \(2,\), got \(3,\)"):
+        bnfast.Moments(3, np.zeros(2), np.zeros(3))
+    with pytest.raises(TypeError, match="count must be an integer"):
+        bnfast.Moments(3.0, np.zeros(2), np.zeros(2))
+    with pytest.raises(ValueError, match=r"count must be an integer or of shape \(2,\)"):
+        bnfast.Moments([1, 2, 3], np.zeros(2), np.zeros(2))
+    with pytest.raises(ValueError, match=r"minimum must have the shape \(2,\)"):
+        bnfast.Summary(3, np.zeros(2), np.zeros(2), np.zeros(3), np.zeros(2), np.zeros(2, int))
+    a, b = bnfast.moments(np.ones((3, 2, 2)), (1, 2)), bnfast.moments(np.ones((3, 2)))
+    with pytest.raises(ValueError, match=r"other must be of shape \(2, 2\), got \(2,\)"):
+        a.merge(b)

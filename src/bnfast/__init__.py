@@ -5,7 +5,7 @@ Functions: `batch_norm`, `instance_norm`, `group_norm`, `layer_norm`, `rms_norm`
 `ghost_batch_norm` and `batch_renorm`, in the order of arguments that PyTorch's have.
 ``<name>_forward`` also returns what ``<name>_backward`` needs for the gradients. `weight_norm`,
 `weight_standardization`, `scaled_weight_standardization` and `spectral_norm` are of weights rather
-than data. `moments` gives count, mean and m2 of each channel.
+than data. `moments` and `summary` are statistics of any array, which merge.
 
 Layers, which own parameters and statistics: call one, then its ``backward``: `BatchNorm`,
 `InstanceNorm`, `GroupNorm`, `LayerNorm`, `RMSNorm`, `FilterResponseNorm`, `ConditionalBatchNorm`,
@@ -64,6 +64,7 @@ from bnfast.functional import (
     spectral_norm,
     spectral_norm_backward,
     spectral_norm_forward,
+    summary,
     weight_norm,
     weight_norm_backward,
     weight_norm_forward,
@@ -88,7 +89,7 @@ from bnfast.layers import (
     WeightNorm,
     WeightStandardization,
 )
-from bnfast.statistics import Moments
+from bnfast.statistics import Moments, Summary
 
 __all__ = [
     "BatchNorm",
@@ -108,6 +109,7 @@ __all__ = [
     "Renormalized",
     "ScaledWeightStandardization",
     "SpectralNorm",
+    "Summary",
     "WeightNorm",
     "WeightStandardization",
     "Whitened",
@@ -158,6 +160,7 @@ __all__ = [
     "spectral_norm",
     "spectral_norm_backward",
     "spectral_norm_forward",
+    "summary",
     "weight_norm",
     "weight_norm_backward",
     "weight_norm_forward",

@@ -16,11 +16,11 @@ ctypedef struct _Rows:
 # predicates
 
 cdef inline bint _is_data(value) noexcept:
-    """An array, no subclass, of a native type that there is arithmetic for."""
+    """An array, no subclass, of a native type that can be normalized."""
     return (
         cnp.PyArray_CheckExact(value)
         and cnp.PyArray_TYPE(<cnp.ndarray>value) < BUILT_IN_TYPES
-        and _arithmetic(<cnp.ndarray>value) != 0
+        and _has_outputs[cnp.PyArray_TYPE(<cnp.ndarray>value)]
         and cnp.PyArray_ISNOTSWAPPED(<cnp.ndarray>value)
     )
 

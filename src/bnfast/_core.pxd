@@ -59,6 +59,7 @@ cdef extern from "plan.h" nogil:
         BN_DY
         BN_ELEMENT_WEIGHT
         BN_ELEMENT_BIAS
+        BN_MASK
         BN_Y
         BN_DX
         BN_MAX_AXES
@@ -132,6 +133,10 @@ cdef class Evaluation:
 cpdef cnp.ndarray empty_output(cnp.ndarray x)
 
 cdef int moments(Plan plan, x, mean, mean_low, m2, int threads) except -1
+cdef int summary(
+    Plan plan, x, mask, mean, mean_low, m2, count, minimum, maximum, nonfinite, bint integers,
+    bint finite_only, int threads
+) except -1
 cdef int normalize(
     Plan plan, x, y, weight, bias, double eps, mean, invstd, m2, size_t per_group,
     bint centred, running_mean, running_var, double momentum, double correction,

@@ -50,7 +50,7 @@ cdef class Plan:
         """Of a plan whose operands have these roles.
 
         Those that are not walked directly are `stored` as the type of this name (`_dtypes`), or in
-        that of the arithmetic.
+        that of the arithmetic; a mask as bytes.
         """
         cdef bn_plan *c = &self.c
         cdef bn_operand *operand
@@ -93,7 +93,9 @@ cdef class Plan:
         for role, layout in zip(roles, plan.operands, strict=True):
             operand = &c.operand[role]
             operand.staged = not layout.direct
-            operand.stored = BN_as_computed if layout.direct or stored is None else _STORED[stored]
+            operand.stored = BN_as_computed
+            if not layout.direct and stored is not None and role != BN_MASK:
+                operand.stored = _STORED[stored]
             c.any_staged |= operand.staged
             for axis, stride in enumerate(layout.repeat_axis_strides):
                 operand.repeat_axis_strides[axis] = stride
@@ -125,7 +127,7 @@ cdef bn_job _new_job(const bn_plan *plan) noexcept:
     cdef bn_job job
     memset(&job, 0, sizeof(bn_job))
     job.kernels, job.plan, job.caches = active, plan, caches
-    job.per_group, job.centred = 1, True
+    job.per_group, job.centred, job.partial_sums = 1, True, BN_SUMS
     return job
 
 
@@ -190,6 +192,34 @@ cdef int moments(Plan plan, x, mean, mean_low, m2, int threads) except -1:
     job.operand[BN_X] = _data(x)
     job.statistic[BN_MEAN], job.statistic[BN_M2] = _doubles(mean), _doubles(m2)
     job.statistic[BN_MEAN_LOW] = _doubles_or_null(mean_low)
+    _choose_and_take(&workspace, &job, _OF_MOMENTS)
+    _do_all(&job, &workspace, bn_moments_stages, threads)
+    _end(&workspace)
+    return 0
+
+
+cdef int summary(
+    Plan plan, x, mask, mean, mean_low, m2, count, minimum, maximum, nonfinite, bint integers,
+    bint finite_only, int threads
+) except -1:
+    """Write what `moments` does, and more that is not None (float64 all).
+
+    Of `integers` of at most 16 bits the sum, its squares (m2) and what is left of these (mean_low).
+    With a `mask`, or of `finite_only`, not all values count; `count` is then an array.
+    """
+    cdef bn_job job = _new_job(&plan.c)
+    cdef char small[BN_SMALL_WORKSPACE]
+    cdef _Workspace workspace = _begin(small, BN_SMALL_WORKSPACE)
+    _take_scratch(&workspace, &job, threads, made=count is not None)
+    job.operand[BN_X] = _data(x)
+    if mask is not None:
+        job.operand[BN_MASK] = _data(mask)
+    job.statistic[BN_MEAN], job.statistic[BN_MEAN_LOW] = _doubles(mean), _doubles(mean_low)
+    job.statistic[BN_M2], job.statistic[BN_COUNT] = _doubles(m2), _doubles_or_null(count)
+    job.statistic[BN_MINIMUM] = _doubles_or_null(minimum)
+    job.statistic[BN_MAXIMUM] = _doubles_or_null(maximum)
+    job.statistic[BN_NONFINITE] = _doubles_or_null(nonfinite)
+    job.integers, job.finite_only, job.partial_sums = integers, finite_only, BN_SUMS_OF_SUMMARY
     _choose_and_take(&workspace, &job, _OF_MOMENTS)
     _do_all(&job, &workspace, bn_moments_stages, threads)
     _end(&workspace)

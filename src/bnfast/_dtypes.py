@@ -30,6 +30,19 @@ STORAGE_TYPES = (
     StorageType(_F64, _F64, "f64"),
 )
 
+
+def _integer_type(code: str) -> StorageType:
+    dtype = np.dtype(code)
+    kind = "i" if dtype.kind == "i" else "u"
+    return StorageType(dtype, _F32 if dtype.itemsize == 1 else _F64, f"{kind}{8 * dtype.itemsize}")
+
+
+# Those of statistics alone, which are read but never written. C has several types of one size.
+INTEGER_TYPES = tuple(_integer_type(code) for code in "?bBhHiIlLqQ")
+
+# Their sums are exact: with more bits, squares are not.
+MOST_EXACT_BYTES = 2
+
 # Of the arithmetic, and of parameters and statistics.
 NAMES = "float32 or float64"
 

@@ -19,6 +19,8 @@ cdef extern from "operands.h" nogil:
     enum:
         BN_SCRATCH_BYTES
 
+    size_t bn_scratch_bytes(const bn_plan *plan)
+
 
 cdef extern from "job.h" nogil:
     enum:
@@ -27,6 +29,10 @@ cdef extern from "job.h" nogil:
         BN_M2
         BN_INVSTD
         BN_VARIANCE
+        BN_COUNT
+        BN_MINIMUM
+        BN_MAXIMUM
+        BN_NONFINITE
         BN_SUM_DY
         BN_SUM_DY_XHAT
         BN_SUM_ACTIVATION
@@ -53,6 +59,9 @@ cdef extern from "job.h" nogil:
         int centred
         double *column_sums
         double *partials
+        size_t partial_sums
+        int integers
+        int finite_only
         bn_coefficients coefficients
         char *scratch
         size_t scratch_bytes
@@ -72,6 +81,7 @@ cdef extern from "job.h" nogil:
     enum:
         BN_MAX_STAGES
         BN_SUMS
+        BN_SUMS_OF_SUMMARY
         BN_BUFFERS
 
     void bn_do_tasks(

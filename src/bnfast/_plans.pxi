@@ -9,13 +9,15 @@ cdef enum:
     BUILT_IN_TYPES = 32  # of NumPy, more than there are
 
 # By the number of the dtype that data is stored in: that of its arithmetic, 0 (bool) for none, and
-# the name by which the core knows how to convert it.
+# the name by which the core knows how to convert it. Integers can be summed, not normalized.
 cdef int[BUILT_IN_TYPES] _computed_in
+cdef bint[BUILT_IN_TYPES] _has_outputs
 cdef dict _stored_names = {}
-for _type in _dtypes.STORAGE_TYPES:
+for _type in _dtypes.STORAGE_TYPES + _dtypes.INTEGER_TYPES:
     if _type.dtype.num >= BUILT_IN_TYPES:
         raise ValueError(f"{_type.dtype} is no dtype of NumPy's own")
     _computed_in[<int>_type.dtype.num] = _type.arithmetic.num
+    _has_outputs[<int>_type.dtype.num] = _type in _dtypes.STORAGE_TYPES
     _stored_names[_type.dtype.num] = _type.name
 
 
@@ -67,11 +69,11 @@ cdef bytes _key(
 cdef object _layout_of(cnp.ndarray second, cnp.ndarray third, cnp.ndarray x):
     """Item size of the arithmetic; strides of all operands, and which may lie as they are."""
     operands = [operand for operand in (x, second, third) if operand is not None]
-    cdef bint converted = _arithmetic(x) != cnp.PyArray_TYPE(x)
+    cdef int computed = _arithmetic(x)
     return (
-        cnp.PyArray_DescrFromType(_arithmetic(x)).itemsize,
+        cnp.PyArray_DescrFromType(computed).itemsize,
         tuple([operand.strides for operand in operands]),
-        tuple([operand.flags.aligned and not converted for operand in operands]),
+        tuple([operand.flags.aligned and operand.dtype.num == computed for operand in operands]),
     )
 
 
@@ -120,6 +122,18 @@ cdef Plan _plan_of_rows(
     )
     of_elements = (BN_ELEMENT_WEIGHT, BN_ELEMENT_BIAS)[:parameters]
     return _stored(key, plan, _ROLES[len(strides)] + of_elements, x)
+
+
+cdef Plan _plan_of_summary(tuple kept, cnp.ndarray x, cnp.ndarray mask):
+    """The plan of a call with statistics for these axes, of what a mask selects, or all."""
+    cdef tuple key = (_key(x, 0, 5, mask, None), kept)
+    cdef Plan found = _plans.get(key)
+    if found is not None:
+        return found
+    itemsize, strides, directly = _layout_of(mask, None, x)
+    reduced = tuple([d for d in range(cnp.PyArray_NDIM(x)) if d not in kept])
+    plan = plan_rows((<object>x).shape, reduced, itemsize, strides, directly, len(strides))
+    return _stored(key, plan, (BN_X, BN_MASK)[: len(strides)], x)
 
 
 cdef int _threads_for(cnp.ndarray x, int passes) except -1:

@@ -10,7 +10,7 @@ The only room that hands arrays to ``_core``.
 cimport numpy as cnp
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.long cimport PyLong_AsLongAndOverflow
-from libc.math cimport fabs, frexp, ldexp, sqrt
+from libc.math cimport INFINITY, NAN, fabs, fma, frexp, ldexp, sqrt
 
 from bnfast cimport _core
 from bnfast._core cimport Activation as _Activation
@@ -20,6 +20,7 @@ from bnfast._core cimport (
     BN_DY,
     BN_ELEMENT_BIAS,
     BN_ELEMENT_WEIGHT,
+    BN_MASK,
     BN_MAX_AXES,
     BN_X,
     BN_Y,
@@ -102,20 +103,10 @@ cdef Py_ssize_t _values(
 include "_channels.pxi"
 
 
+include "_summaries.pxi"
+
+
 # the primitives
-
-def moments(x_, axis_):
-    """Return the count, and the mean and m2 of each channel (float64)."""
-    cdef Py_ssize_t axis
-    cdef cnp.ndarray x = _batch(x_, axis_, &axis, BATCH)
-    cdef cnp.npy_intp channels = _channels(x, axis)
-    mean = _zeros(1, &channels, cnp.NPY_FLOAT64)
-    m2 = _zeros(1, &channels, cnp.NPY_FLOAT64)
-    if cnp.PyArray_SIZE(x) == 0:
-        return 0, mean, m2
-    _core.moments(_plan(axis, BATCH, x, None, None), x, mean, None, m2, _threads_for(x, 1))
-    return cnp.PyArray_SIZE(x) // channels, mean, m2
-
 
 def normalize(
     x_, axis_, weight, bias, eps, running_mean=None, running_var=None, momentum=0.0,

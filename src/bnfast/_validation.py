@@ -15,6 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _dtypes
+from bnfast._overlap import address, is_same_memory, overlaps_itself
+from bnfast._overlap import memory_of as memory_of
+from bnfast._overlap import shares_memory as shares_memory
 from bnfast._scalars import MOST_AXES as MOST_AXES
 from bnfast._scalars import choice as choice
 from bnfast._scalars import describe
@@ -34,28 +37,30 @@ from bnfast._typing import Array
 
 Saved = TypeVar("Saved")
 
-# Beyond this much work numpy gives up on whether two arrays share an element.
-_OVERLAP_WORK = 10_000
+
+def _array(name: str, value: object, wanted: str) -> Array:
+    """Return an array of any type, without a copy where possible."""
+    if type(value) is np.ndarray:
+        return value
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} must be an array without a mask (bnfast would ignore it), "
+            f"got a masked {describe(value)}"
+        )
+    if value is None:
+        raise TypeError(f"{name} must be a {wanted} array, got None")
+    try:
+        return np.asarray(value)
+    except MemoryError:
+        raise
+    except Exception as error:
+        hint = f"; {name}.detach() is one" if getattr(value, "requires_grad", False) else ""
+        raise TypeError(f"{name} must be an array, got {describe(value)}{hint}") from error
 
 
 def floating_array(name: str, value: object) -> Array:
     """Return a float32 or float64 array in native byte order, without a copy where possible."""
-    if type(value) is not np.ndarray:
-        if isinstance(value, np.ma.MaskedArray):
-            raise TypeError(
-                f"{name} must be an array without a mask (bnfast would ignore it), "
-                f"got a masked {describe(value)}"
-            )
-        if value is None:
-            raise TypeError(f"{name} must be a {_dtypes.NAMES} array, got None")
-        try:
-            value = np.asarray(value)
-        except MemoryError:
-            raise
-        except Exception as error:
-            hint = f"; {name}.detach() is one" if getattr(value, "requires_grad", False) else ""
-            raise TypeError(f"{name} must be an array, got {describe(value)}{hint}") from error
-    array: Array = value
+    array = _array(name, value, _dtypes.NAMES)
     dtype = array.dtype
     if not _dtypes.is_floating(dtype):
         numbers = np.can_cast(dtype, np.float64) and dtype.isnative
@@ -64,6 +69,49 @@ def floating_array(name: str, value: object) -> Array:
             f"{name} must be {_dtypes.NAMES} in native byte order, got {describe(array)}{hint}"
         )
     return array
+
+
+def numbers(name: str, value: object) -> Array:
+    """Return an array of numbers that can be summed, without a copy where possible."""
+    array = _array(name, value, "float32, float64 or integer")
+    dtype = array.dtype
+    if not (dtype.isnative and (dtype.char in "fd" or dtype.kind in "biu")):
+        hint = ""
+        if dtype.kind in "fbiu":
+            dtype_of_hint = "float32" if dtype.char == "e" else dtype.newbyteorder("=").name
+            hint = f"; {name}.astype(numpy.{dtype_of_hint}) is such"
+        raise TypeError(
+            f"{name} must be float32, float64 or integers in native byte order, "
+            f"got {describe(array)}{hint}"
+        )
+    return array
+
+
+def kept_axes(x: Array, axis: object) -> tuple[int, ...]:
+    """Return axes of x, an integer or several, none of them negative, in order."""
+    if x.shape == (0,):
+        return (0,)  # an empty batch, as in `batch`
+    wanted = f"from {-x.ndim} to {x.ndim - 1}" if x.ndim else "None"
+    axes = integers("axis", axis)
+    if any(not -x.ndim <= d < x.ndim for d in axes):
+        raise ValueError(f"axis must be {wanted} for x of shape {x.shape}, got {axis}")
+    kept = sorted(d % x.ndim for d in axes)
+    if len(set(kept)) != len(kept):
+        raise ValueError(f"axis must not name an axis twice, got {axis}")
+    return tuple(kept)
+
+
+def mask(name: str, value: object, x: Array) -> Array:
+    """Return a boolean array of the shape of x."""
+    array = _array(name, value, "boolean")
+    if array.dtype != bool:
+        raise TypeError(f"{name} must be a boolean array, got {describe(array)}")
+    try:
+        return np.broadcast_to(array, x.shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} must broadcast to x, of shape {x.shape}, got shape {array.shape}"
+        ) from None
 
 
 def batch(
@@ -422,7 +470,7 @@ def running_statistics(
         raise ValueError(f"{both} must both be given or both be None, got None for {missing}")
     mean_array = _running_statistic(names[0], mean, (channels,))
     var_array = _running_statistic(names[1], var, shape or (channels,))
-    if _overlaps_itself(mean_array) or _overlaps_itself(var_array):
+    if overlaps_itself(mean_array) or overlaps_itself(var_array):
         raise ValueError(f"{both} must have a place for each channel")
     if shares_memory(mean_array, var_array):
         raise ValueError(f"{both} must not share memory")
@@ -430,60 +478,6 @@ def running_statistics(
         if shares_memory(array, x):
             raise ValueError(f"{name} is updated in place and must not share memory with {called}")
     return mean_array, var_array
-
-
-def _overlaps_itself(array: Array) -> bool:
-    """Whether two indices may name the same memory."""
-    if array.flags.c_contiguous:
-        return False
-    reach = array.itemsize
-    steps = sorted(
-        (abs(stride), size)
-        for stride, size in zip(array.strides, array.shape, strict=True)
-        if size > 1
-    )
-    for stride, length in steps:
-        if stride < reach:
-            return True
-        reach += stride * (length - 1)
-    return False
-
-
-def shares_memory(a: Array, b: Array) -> bool:
-    """Whether two arrays have an element in common; in doubt, yes."""
-    if a is not b and a.flags.owndata and b.flags.owndata:
-        return False
-    if not np.may_share_memory(a, b):
-        return False
-    try:
-        return np.shares_memory(a, b, max_work=_OVERLAP_WORK)  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:
-        return True
-
-
-def _address(array: Array) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return address
-
-
-def _is_same_memory(a: Array, b: Array) -> bool:
-    """Whether every index names the same element; what the stride of a single step is, is moot."""
-    if _address(a) != _address(b):
-        return False
-    axes = zip(a.shape, a.strides, b.strides, strict=True)
-    return all(size == 1 or ours == theirs for size, ours, theirs in axes)
-
-
-def memory_of(argument: object) -> Array | None:
-    """Return the memory of an array, a tensor or a buffer as an array; None of what is copied."""
-    if isinstance(argument, np.ndarray):
-        return argument
-    if argument is None or isinstance(argument, (int, float, list, tuple)):
-        return None
-    try:
-        return np.asarray(argument)
-    except Exception:  # no array: refused where it is read
-        return None
 
 
 def output(
@@ -509,7 +503,7 @@ def output(
         )
     if not out.flags.writeable:
         raise ValueError(f"out must be writable, got a read-only {describe(out)}")
-    if _overlaps_itself(out):
+    if overlaps_itself(out):
         raise ValueError(
             f"out must not overlap itself, got strides {out.strides} for shape {out.shape}"
         )
@@ -519,10 +513,10 @@ def output(
             continue
         if name not in names:
             raise ValueError(f"out must not share memory with {name}")
-        if not _is_same_memory(out, argument):
+        if not is_same_memory(out, argument):
             raise ValueError(
                 f"out must be {name} itself or share no element with it: got one that begins "
-                f"{_address(out) - _address(argument)} bytes after {name}, with strides "
+                f"{address(out) - address(argument)} bytes after {name}, with strides "
                 f"{out.strides} beside {argument.strides}"
             )
     return out
@@ -547,6 +541,26 @@ def fewest_values(unbiased: bool) -> int:
     value has none.
     """
     return 2 if unbiased else 1
+
+
+def statistics(name: str, value: object, shape: tuple[int, ...] | None = None) -> Array:
+    """Return a copy of float64 statistics, of this shape if any."""
+    array = np.array(floating_array(name, value), np.float64)
+    if shape is not None:
+        _of_shape(name, array, shape)
+    return array
+
+
+def counts(name: str, value: object, shape: tuple[int, ...], most: int) -> NDArray[np.int64]:
+    """Return a copy of how many values there are: one number, or of this shape."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be an integer or an array of integers, got {describe(value)}")
+    if array.shape not in ((), shape):
+        raise ValueError(f"{name} must be an integer or of shape {shape}, got {describe(array)}")
+    if array.size and not 0 <= int(array.min()) <= int(array.max()) <= most:
+        raise ValueError(f"{name} must be from 0 to {most}, got {array}")
+    return array.astype(np.int64)
 
 
 def enough_values(name: str, x: Array, values: int, what: str, *, unbiased: bool) -> None:

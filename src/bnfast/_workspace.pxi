@@ -71,7 +71,7 @@ cdef void _take_scratch(
 ) noexcept:
     """Of all threads of a job: for staged operands, or where an input is `made`."""
     if made or job.plan.any_staged:
-        job.scratch_bytes = _padded(min(<size_t>BN_SCRATCH_BYTES, _bytes_of_repeat(job.plan)))
+        job.scratch_bytes = _padded(min(bn_scratch_bytes(job.plan), _bytes_of_repeat(job.plan)))
         job.scratch = <char *>_take(workspace, <size_t>threads * BN_BUFFERS * job.scratch_bytes)
 
 
@@ -139,8 +139,8 @@ cdef inline size_t _statistics(const bn_plan *c) noexcept:
     return c.repeats * c.channels
 
 
-cdef inline size_t _partials(const bn_plan *c) noexcept:
-    return (c.blocks - 1) * BN_SUMS * _statistics(c)
+cdef inline size_t _partials(const bn_job *job) noexcept:
+    return (job.plan.blocks - 1) * job.partial_sums * _statistics(job.plan)
 
 
 cdef inline size_t _coefficient_bytes(const bn_plan *c) noexcept:
@@ -177,7 +177,7 @@ cdef void _choose_and_take(_Workspace *workspace, bn_job *job, unsigned int want
         if wanted >> i & 1 and job.statistic[i] is NULL:
             job.statistic[i] = _take_doubles(workspace, _statistics(c))
     if wanted & (1 << BN_M2 | 1 << BN_SUM_DY):
-        job.partials = _take_doubles(workspace, _partials(c))
+        job.partials = _take_doubles(workspace, _partials(job))
     _take_coefficients(workspace, c, job.method.coefficients, &job.coefficients)
 
 

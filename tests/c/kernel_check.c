@@ -16,19 +16,22 @@ extern const bn_kernels BN_TABLE;
 /* Which operations of the list were called: main fails if one was not. */
 #define ID(operation, ...) ID_##operation,
 #define PROBE_ID(kind) ID_probe_##kind,
-#define STORED_IDS(stored, arithmetic) ID_widen_##stored, ID_narrow_##stored,
+#define WIDEN_ID(stored, arithmetic) ID_widen_##stored,
+#define NARROW_ID(stored, arithmetic) ID_narrow_##stored,
 #define NAME(operation, ...) #operation,
-#define STORED_NAMES(stored, arithmetic) "widen_" #stored, "narrow_" #stored,
+#define WIDEN_NAME(stored, arithmetic) "widen_" #stored,
+#define NARROW_NAME(stored, arithmetic) "narrow_" #stored,
 enum {
     BN_FOR_EACH_ELEMENT_OPERATION(ID) BN_FOR_EACH_COEFFICIENT_OPERATION(ID)
-        BN_FOR_EACH_CHANNEL_OPERATION(ID) BN_FOR_EACH_STORED_TYPE(STORED_IDS)
-            BN_FOR_EACH_MEMORY_PROBE(PROBE_ID) OPERATIONS
+        BN_FOR_EACH_CHANNEL_OPERATION(ID) BN_FOR_EACH_STORED_TYPE(WIDEN_ID)
+            BN_FOR_EACH_WRITTEN_TYPE(NARROW_ID) BN_FOR_EACH_MEMORY_PROBE(PROBE_ID) OPERATIONS
 };
 static const char *const names[] = {BN_FOR_EACH_ELEMENT_OPERATION(NAME)
                                         BN_FOR_EACH_COEFFICIENT_OPERATION(NAME)
                                             BN_FOR_EACH_CHANNEL_OPERATION(NAME)
-                                                BN_FOR_EACH_STORED_TYPE(STORED_NAMES)
-                                                    BN_FOR_EACH_MEMORY_PROBE(NAME)};
+                                                BN_FOR_EACH_STORED_TYPE(WIDEN_NAME)
+                                                    BN_FOR_EACH_WRITTEN_TYPE(NARROW_NAME)
+                                                        BN_FOR_EACH_MEMORY_PROBE(NAME)};
 static int called[OPERATIONS];
 #define CALL(operation) (called[ID_##operation] = 1, BN_TABLE.operation)
 #define CONVERT(direction, stored) \
@@ -429,6 +432,129 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     }
 }
 
+/* A box where all values count, those of a mask, and the finite ones of these. */
+static void check_summary(bn_layout layout, int dtype_, bn_extent extent, int values)
+{
+    const bn_dtype dtype = (bn_dtype)dtype_;
+    const size_t c = extent.channels, n = extent.outer * extent.inner, all = n * c;
+    const bn_strides strides = {(ptrdiff_t)(c * extent.inner), (ptrdiff_t)extent.inner};
+    void *x = elements(all, dtype, (enum values)values), *filled = allocate(bytes_of(all, dtype));
+    unsigned char *mask = allocate(all);
+    double *statistic[8];
+    for (size_t i = 0; i < 8; i++) {
+        statistic[i] = zeros(c);
+    }
+    const bn_tally tally = {statistic[0], statistic[1], statistic[2], statistic[3], statistic[4]};
+    for (size_t i = 0; i < all; i++) {
+        mask[i] = next() < 0.0 ? 0 : (unsigned char)(1 + i % 255);
+    }
+    CALL(extremes)[layout][dtype](extent, x, strides, tally);
+    add_doubles(tally.minimum, c);
+    add_doubles(tally.maximum, c);
+    for (int way = 0; way < 4; way++) {
+        const unsigned char *some = way % 2 ? mask : NULL;
+        CALL(tally)[layout][dtype](extent, x, strides, some, strides, way / 2, tally);
+        add_doubles(tally.count, c);
+        add_doubles(tally.nonfinite, c);
+        if (way > 0) {
+            memcpy(filled, x, bytes_of(all, dtype));
+            CALL(fill_in)[layout][dtype](extent, filled, strides, some, strides, way / 2, tally.centre);
+            add_elements(filled, all, dtype);
+        }
+        add_doubles(tally.centre, c);
+    }
+    /* The same of every other row, or run. */
+    if (extent.outer % 2 == 0) {
+        const bn_strides wide = {2 * strides.outer, strides.channel};
+        CALL(tally)[layout][dtype]((bn_extent){extent.outer / 2, c, extent.inner}, x, wide, mask, wide, 0, tally);
+        add_doubles(tally.centre, c);
+    }
+    /* Integers of 8 bits, or of 16. */
+    for (size_t i = 0; i < all; i++) {
+        const double integer = floor(next() * (dtype == BN_f32 ? 128 : 32768));
+        if (dtype == BN_f32) {
+            ((float *)x)[i] = (float)integer;
+        } else {
+            ((double *)x)[i] = integer;
+        }
+    }
+    const bn_input near = {1, BN_IN_LEVEL2, 0}, far = {1, BN_IN_MEMORY, 0};
+    double **sums = statistic + 2, **sums_again = statistic + 5;
+    for (size_t i = 0; i < 3; i++) {
+        memset(sums[i], 0, c * sizeof(double));
+    }
+    CALL(integer_sums)[layout][dtype](extent, x, strides, near, sums[0], sums[1], sums[2]);
+    CALL(integer_sums)[layout][dtype](extent, x, strides, far, sums_again[0], sums_again[1], sums_again[2]);
+    for (size_t i = 0; i < c; i++) {
+        int64_t sum = 0, squares = 0;
+        for (size_t k = 0; k < n; k++) {
+            const size_t at = k / extent.inner * c * extent.inner + i * extent.inner + k % extent.inner;
+            const int64_t value =
+                dtype == BN_f32 ? (int64_t)((float *)x)[at] : (int64_t)((double *)x)[at];
+            sum += value;
+            squares += value * value;
+        }
+        if (sums[0][i] != (double)sum || sums[1][i] != 0.0 || sums[2][i] != (double)squares) {
+            fprintf(stderr, "sums of integers are not exact\n");
+            exit(1);
+        }
+    }
+    for (size_t i = 0; i < 3; i++) {
+        expect_same(sums[i], sums_again[i], c, BN_f64);
+    }
+    CALL(merge_integer_sums)(c, sums[0], sums[1], sums[2], sums_again[0], sums_again[1], sums_again[2]);
+    add_doubles(sums[2], c);
+    for (size_t i = 0; i < c; i++) {
+        statistic[5][i] = (double)(i % 3); /* counts: some channels have no values in one of both */
+        tally.count[i] = i % 2 ? tally.count[i] : 0.0;
+    }
+    CALL(merge_counted_moments)(c, statistic[5], statistic[6], statistic[7], sums[0], tally.count, tally.centre,
+                                sums[1], sums[2]);
+    for (size_t i = 0; i < 8; i++) {
+        add_doubles(statistic[i], c);
+        free(statistic[i]);
+    }
+    free(x);
+    free(filled);
+    free(mask);
+}
+
+/* Every integer type, dense and with gaps: as C converts it. */
+#define CHECK_INTEGERS(stored, type, wide_type)                                                     \
+    for (size_t k = 0; k < sizeof steps / sizeof *steps; k++) {                                     \
+        const size_t step = steps[k] * sizeof(type);                                                \
+        char *from = allocate((COUNT - 1) * step + sizeof(type));                                   \
+        wide_type *to = allocate(COUNT * sizeof *to);                                               \
+        for (size_t i = 0; i < (COUNT - 1) * step + sizeof(type); i++) {                            \
+            from[i] = (char)(unsigned char)(next() * 128.0 + 128.0);                                \
+        }                                                                                           \
+        CONVERT(widen, stored)(COUNT, from, (ptrdiff_t)step, to);                                   \
+        for (size_t i = 0; i < COUNT; i++) {                                                        \
+            type value;                                                                             \
+            memcpy(&value, from + i * step, sizeof value);                                          \
+            if (to[i] != (wide_type)value) {                                                        \
+                fprintf(stderr, "a value of " #type " was not widened\n");                          \
+                exit(1);                                                                            \
+            }                                                                                       \
+        }                                                                                           \
+        free(from);                                                                                 \
+        free(to);                                                                                   \
+    }
+
+static void check_integers(void)
+{
+    enum { COUNT = 300 };
+    const size_t steps[] = {1, 3};
+    CHECK_INTEGERS(i8, int8_t, float)
+    CHECK_INTEGERS(u8, uint8_t, float)
+    CHECK_INTEGERS(i16, int16_t, double)
+    CHECK_INTEGERS(u16, uint16_t, double)
+    CHECK_INTEGERS(i32, int32_t, double)
+    CHECK_INTEGERS(u32, uint32_t, double)
+    CHECK_INTEGERS(i64, int64_t, double)
+    CHECK_INTEGERS(u64, uint64_t, double)
+}
+
 /* Memory probes take whole cache lines. */
 static void check_probes(void)
 {
@@ -458,7 +584,9 @@ static void check_probes(void)
     }
 }
 
-int main(void)
+typedef void check_of_box(bn_layout layout, int dtype, bn_extent extent, int values);
+
+static void check_boxes(const char *title, check_of_box *check_box)
 {
     static const size_t runs[] = {1,  2,  3,  15,  16,  17,  31,   32,   33,   49,
                                   63, 64, 65, 196, 511, 513, 1000, 1025, 2049, 4096};
@@ -470,24 +598,31 @@ int main(void)
         for (int values = 0; values < ALL_VALUES; values++) {
             hash = UINT64_C(14695981039346656037);
             for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
-                check(BN_contiguous, dtype, (bn_extent){1, 3, runs[i]}, values);
-                check(BN_contiguous, dtype, (bn_extent){19, 2, runs[i]}, values);
+                check_box(BN_contiguous, dtype, (bn_extent){1, 3, runs[i]}, values);
+                check_box(BN_contiguous, dtype, (bn_extent){19, 2, runs[i]}, values);
             }
             for (size_t i = 0; i < sizeof many / sizeof *many; i++) {
-                check(BN_contiguous, dtype, (bn_extent){many[i], 70, 49}, values);
+                check_box(BN_contiguous, dtype, (bn_extent){many[i], 70, 49}, values);
             }
-            printf("contiguous %s %d %016llx\n", dtype == BN_f64 ? "f64" : "f32", values,
+            printf("%scontiguous %s %d %016llx\n", title, dtype == BN_f64 ? "f64" : "f32", values,
                    (unsigned long long)hash);
             hash = UINT64_C(14695981039346656037);
             for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) {
                 for (size_t j = 0; j < sizeof rows / sizeof *rows; j++) {
-                    check(BN_channels_last, dtype, (bn_extent){rows[j], widths[i], 1}, values);
+                    check_box(BN_channels_last, dtype, (bn_extent){rows[j], widths[i], 1}, values);
                 }
             }
-            printf("channels_last %s %d %016llx\n", dtype == BN_f64 ? "f64" : "f32", values,
+            printf("%schannels_last %s %d %016llx\n", title, dtype == BN_f64 ? "f64" : "f32", values,
                    (unsigned long long)hash);
         }
     }
+}
+
+int main(void)
+{
+    check_boxes("", check);
+    check_boxes("summary ", check_summary);
+    check_integers();
     check_probes();
     for (int i = 0; i < OPERATIONS; i++) {
         if (!called[i]) {

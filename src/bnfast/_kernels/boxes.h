@@ -63,10 +63,11 @@ static inline range channels_of_slab(const bn_job *job, size_t slab)
 }
 
 /* How many channels of a box go to a kernel at a time: all, unless scratch must hold them. */
-static inline size_t channels_at_once(const bn_plan *plan, const bn_box *box, int in_scratch)
+static inline size_t channels_at_once(const bn_job *job, const bn_box *box, int in_scratch)
 {
-    const size_t bytes_per_channel = box->extent.outer * box->extent.inner * plan->itemsize;
-    return in_scratch ? MAX((size_t)1, BN_SCRATCH_BYTES / bytes_per_channel) : box->extent.channels;
+    const size_t bytes_per_channel = box->extent.outer * box->extent.inner * job->plan->itemsize;
+    const size_t scratch_bytes = job->scratch ? job->scratch_bytes : BN_SCRATCH_BYTES;
+    return in_scratch ? MAX((size_t)1, scratch_bytes / bytes_per_channel) : box->extent.channels;
 }
 
 static inline void *element_at(const bn_plan *plan, void *array, size_t index)
@@ -103,10 +104,11 @@ static inline double *sums_of_block(const bn_job *job, bn_statistic sum, size_t 
     static const size_t place[BN_STATISTICS] = {
         [BN_MEAN] = 0,   [BN_MEAN_LOW] = 1,    [BN_M2] = 2,
         [BN_SUM_DY] = 0, [BN_SUM_DY_XHAT] = 1, [BN_SUM_ACTIVATION] = 2,
+        [BN_COUNT] = 3,  [BN_MINIMUM] = 4,     [BN_MAXIMUM] = 5,        [BN_NONFINITE] = 6,
     };
     const size_t channels = job->plan->channels;
     double *sums = block == 0 ? job->statistic[sum]
-                              : job->partials + ((block - 1) * BN_SUMS + place[sum]) * channels;
+                              : job->partials + ((block - 1) * job->partial_sums + place[sum]) * channels;
     return sums + channel;
 }
 

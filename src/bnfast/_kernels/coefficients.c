@@ -6,17 +6,21 @@
 #include "kernel_calls.h"
 #include "portability.h"
 
-void bn_merge_blocks(const bn_job *job, range channels)
+void bn_merge_moments(const bn_job *job, block_sums block, range channels)
 {
     const size_t c = channels.first;
-    size_t count = values_of_block(job->plan, 0);
-    for (size_t block = 1; block < job->plan->blocks; block++) {
-        const size_t block_count = values_of_block(job->plan, block);
-        job->kernels->merge_moments(
-            channels.count, count, job->statistic[BN_MEAN] + c, job->statistic[BN_MEAN_LOW] + c,
-            job->statistic[BN_M2] + c, block_count, sums_of_block(job, BN_MEAN, block, c),
-            sums_of_block(job, BN_MEAN_LOW, block, c), sums_of_block(job, BN_M2, block, c));
-        count += block_count;
+    job->kernels->merge_moments(
+        channels.count, block.count, job->statistic[BN_MEAN] + c, job->statistic[BN_MEAN_LOW] + c,
+        job->statistic[BN_M2] + c, values_of_block(job->plan, block.number), sums_of_block(job, BN_MEAN, block.number, c),
+        sums_of_block(job, BN_MEAN_LOW, block.number, c), sums_of_block(job, BN_M2, block.number, c));
+}
+
+void bn_merge_blocks(const bn_job *job, range channels)
+{
+    block_sums block = {1, values_of_block(job->plan, 0)};
+    for (; block.number < job->plan->blocks; block.number++) {
+        job->method.merge(job, block, channels);
+        block.count += values_of_block(job->plan, block.number);
     }
 }
 
@@ -107,6 +111,7 @@ static bn_job scaled_job(const bn_job *job, double factor, char *rare)
     bn_job scaled = *job;
     scaled.scaled = 1;
     scaled.factor = factor;
+    scaled.statistic[BN_MINIMUM] = NULL; /* which are right already */
     bn_choose_method(&scaled);
     if (!job->scratch) {
         scaled.scratch = rare;

@@ -45,8 +45,11 @@ static const char *const names[] = {
 #define NAMES(operation) #operation,
     BN_FOR_EACH_CHANNEL_OPERATION(NAMES)
 #undef NAMES
-#define NAMES(stored, arithmetic) "widen_" #stored, "narrow_" #stored,
+#define NAMES(stored, arithmetic) "widen_" #stored,
     BN_FOR_EACH_STORED_TYPE(NAMES)
+#undef NAMES
+#define NAMES(stored, arithmetic) "narrow_" #stored,
+    BN_FOR_EACH_WRITTEN_TYPE(NAMES)
 #undef NAMES
 #define NAMES(kind) "probe_" #kind,
     BN_FOR_EACH_MEMORY_PROBE(NAMES)

@@ -26,6 +26,9 @@ typedef struct {
 typedef void bn_sum_box(const bn_job *job, const bn_box *box, block_sums block);
 typedef void bn_do_channels(const bn_job *job, range channels);
 
+/* Joins the sums of a block to those of all blocks before it, which have so many values of each channel. */
+typedef void bn_merge_block(const bn_job *job, block_sums block, range channels);
+
 /* What a kernel reads, in its order, and what it writes. */
 typedef struct {
     size_t kernel; /* where its pointers are in bn_kernels */
@@ -36,6 +39,7 @@ typedef struct {
 /* How a job is done: see method.c. */
 typedef struct {
     bn_sum_box *moments;       /* of a box of x */
+    bn_merge_block *merge;     /* of these */
     bn_sum_box *gradient_sums; /* of a box of dy and x */
     const bn_output *upstream; /* makes what these sums read in the place of dy; NULL for dy itself */
     int output_reads_upstream; /* and so does the output */
@@ -46,8 +50,9 @@ typedef struct {
     const bn_output *output;
 } bn_method;
 
-/* Sums of a block: mean, mean_low and m2, or sum_dy and sum_dy_xhat. */
+/* Sums of a block: mean, mean_low and m2, or sum_dy and sum_dy_xhat; and of a summary, all that it has. */
 #define BN_SUMS 3
+#define BN_SUMS_OF_SUMMARY 7
 
 /* Scratch of a thread: for each operand. */
 #define BN_BUFFERS ((size_t)BN_ROLES)
@@ -63,6 +68,11 @@ typedef enum {
     BN_VARIANCE,
     BN_SUM_DY,
     BN_SUM_DY_XHAT, /* sum(dy * (x - mean)) until all is summed */
+    /* Of a summary, which has BN_MEAN to BN_M2 besides. */
+    BN_COUNT,     /* of the values that count, where this differs from channel to channel */
+    BN_MINIMUM,   /* of values that are not NaN; infinite where there is none */
+    BN_MAXIMUM,
+    BN_NONFINITE, /* how many values are NaN or infinite */
     BN_SUM_ACTIVATION, /* of dy times the derivative of what is written by the activation's parameter */
     BN_STATISTICS
 } bn_statistic;
@@ -93,6 +103,10 @@ struct bn_job {
     size_t per_group; /* how many neighbouring channels have their statistics in common */
     int centred;      /* statistics are around the mean; else they are around 0, and the mean is 0 */
 
+    /* Summaries: x holds integers, whose sums are exact, rather than moments; values that are not finite do not
+       count. */
+    int integers, finite_only;
+
     /* Set for the second sums of float64 channels whose first ones left the range: of values times a
        power of two. */
     int scaled;
@@ -102,7 +116,8 @@ struct bn_job {
        [blocks of rows][2][outer * inner] float64, of which the first become those of all. */
     double *column_sums; /* NULL where they are not wanted */
 
-    double *partials; /* [repeats][blocks - 1][BN_SUMS][channels]: of every block but the first */
+    double *partials;     /* [repeats][blocks - 1][partial_sums][channels]: of every block but the first */
+    size_t partial_sums;  /* BN_SUMS or BN_SUMS_OF_SUMMARY */
     bn_coefficients coefficients;
 
     /* Scratch memory: for each thread BN_BUFFERS buffers of scratch_bytes bytes. NULL where the call packs no

@@ -1,6 +1,8 @@
 /* From boxes to kernel calls: which kernel, with which operands, in which order. */
 #include "kernel_calls.h"
 
+#include <math.h>
+
 #include "portability.h"
 
 /* one box: one kernel call */
@@ -20,7 +22,7 @@ static ptrdiff_t prefetch_distance_of(const bn_job *job, const bn_box *box)
     return is_last || at >= job->prefetch_count ? 0 : job->prefetch_distance;
 }
 
-static bn_input input_of(const bn_job *job, const bn_box *box)
+bn_input bn_input_of(const bn_job *job, const bn_box *box)
 {
     return (bn_input){job->plan->interleave, job->place, job->prefetch_in_sums ? prefetch_distance_of(job, box) : 0};
 }
@@ -47,7 +49,7 @@ static bn_view scaled_view(const bn_job *job, const bn_box *box, bn_view x, char
     return scaled;
 }
 
-static bn_view x_to_sum(const bn_job *job, const bn_box *box)
+bn_view bn_x_to_sum(const bn_job *job, const bn_box *box)
 {
     const bn_view x = input_view(job, BN_X, box);
     return job->scaled ? scaled_view(job, box, x, buffer_of(job, BN_X)) : x;
@@ -55,24 +57,28 @@ static bn_view x_to_sum(const bn_job *job, const bn_box *box)
 
 void bn_squares_of_box(const bn_job *job, const bn_box *box, block_sums block)
 {
-    const bn_view x = x_to_sum(job, box);
-    KERNEL_OF(job, square_sums)(box->extent, x.data, x.strides, input_of(job, box),
+    const bn_view x = bn_x_to_sum(job, box);
+    KERNEL_OF(job, square_sums)(box->extent, x.data, x.strides, bn_input_of(job, box),
                                 sums_of_block(job, BN_M2, block.number, box->channel)); /* the mean remains 0 */
 }
 
-void bn_moments_of_box(const bn_job *job, const bn_box *box, block_sums block)
+void bn_add_moments(const bn_job *job, const bn_box *box, block_sums block, bn_view x)
 {
-    bn_view x = x_to_sum(job, box);
     bn_extent extent = box->extent;
     if (groups_are_runs(job)) {
         extent.channels /= job->per_group;
         extent.inner *= job->per_group;
         x.strides.channel *= (ptrdiff_t)job->per_group;
     }
-    KERNEL_OF(job, moments)(extent, x.data, x.strides, input_of(job, box), block.count,
+    KERNEL_OF(job, moments)(extent, x.data, x.strides, bn_input_of(job, box), block.count,
                             sums_of_block(job, BN_MEAN, block.number, box->channel),
                             sums_of_block(job, BN_MEAN_LOW, block.number, box->channel),
                             sums_of_block(job, BN_M2, block.number, box->channel));
+}
+
+void bn_moments_of_box(const bn_job *job, const bn_box *box, block_sums block)
+{
+    bn_add_moments(job, box, block, bn_x_to_sum(job, box));
 }
 
 /* The mean of what is summed: 0 where that has been made xhat. */
@@ -110,9 +116,9 @@ void bn_gradient_sums_of_box(const bn_job *job, const bn_box *box, block_sums bl
 {
     double *parameter_sums =
         job->activation ? sums_of_block(job, BN_SUM_ACTIVATION, block.number, box->channel) : NULL;
-    const bn_view dy = upstream_view(job, box, parameter_sums), x = x_to_sum(job, box);
+    const bn_view dy = upstream_view(job, box, parameter_sums), x = bn_x_to_sum(job, box);
     KERNEL_OF(job, gradient_sums)(
-        box->extent, dy.data, dy.strides, x.data, x.strides, input_of(job, box), mean_to_sum(job, box),
+        box->extent, dy.data, dy.strides, x.data, x.strides, bn_input_of(job, box), mean_to_sum(job, box),
         sums_of_block(job, BN_SUM_DY, block.number, box->channel),
         sums_of_block(job, BN_SUM_DY_XHAT, block.number, box->channel));
 }
@@ -121,11 +127,11 @@ void bn_weighted_gradient_sums_of_box(const bn_job *job, const bn_box *box, bloc
 {
     const bn_view inputs[] = {
         input_view(job, BN_DY, box),
-        x_to_sum(job, box),
+        bn_x_to_sum(job, box),
         input_view(job, BN_ELEMENT_WEIGHT, box),
     };
     KERNEL_OF(job, weighted_gradient_sums)(
-        box->extent, inputs, input_of(job, box), mean_to_sum(job, box),
+        box->extent, inputs, bn_input_of(job, box), mean_to_sum(job, box),
         sums_of_block(job, BN_SUM_DY, block.number, box->channel),
         sums_of_block(job, BN_SUM_DY_XHAT, block.number, box->channel));
 }
@@ -140,7 +146,7 @@ void bn_weighted_sums_and_columns_of_box(const bn_job *job, const bn_box *box, b
         input_view(job, BN_ELEMENT_WEIGHT, box),
     };
     KERNEL_OF(job, weighted_sums_and_columns)(
-        box->extent, inputs, input_of(job, box), coefficients_from(job, box->channel),
+        box->extent, inputs, bn_input_of(job, box), coefficients_from(job, box->channel),
         sums_of_block(job, BN_SUM_DY, block.number, box->channel),
         sums_of_block(job, BN_SUM_DY_XHAT, block.number, box->channel),
         job->column_sums + box->outer, job->column_sums + columns + box->outer);
@@ -192,7 +198,7 @@ static void sum_block(const bn_job *job, size_t number, range channels, int in_s
     block_sums block = {number, 0};
     for (size_t i = 0; i < chunks.count; i++) {
         bn_box box = box_of_chunk(job->plan, chunks.first + i, channels);
-        const size_t max_channels = channels_at_once(job->plan, &box, in_scratch);
+        const size_t max_channels = channels_at_once(job, &box, in_scratch);
         for (; box.channel < end; box.channel += max_channels) {
             box.extent.channels = MIN(max_channels, end - box.channel);
             sum_box(job, &box, block);
@@ -216,7 +222,7 @@ void bn_write_block(const bn_job *job, size_t block, range channels)
         end -= count;
         bn_box box = box_of_chunk(plan, chunks.first + end, channels);
         box.extent.outer = MIN(count * plan->chunk_outer, plan->outer - box.outer);
-        output_of_box(job, &box, channels_at_once(plan, &box, in_scratch));
+        output_of_box(job, &box, channels_at_once(job, &box, in_scratch));
     }
     BN_FENCE_STREAMS();
 }
@@ -226,12 +232,22 @@ void bn_clear_moments(const bn_job *job, size_t block, range channels)
     clear(sums_of_block(job, BN_MEAN, block, 0), channels);
     clear(sums_of_block(job, BN_MEAN_LOW, block, 0), channels);
     clear(sums_of_block(job, BN_M2, block, 0), channels);
+    if (job->statistic[BN_COUNT]) {
+        clear(sums_of_block(job, BN_COUNT, block, 0), channels);
+    }
+    if (job->statistic[BN_MINIMUM]) {
+        clear(sums_of_block(job, BN_NONFINITE, block, 0), channels);
+        for (size_t c = channels.first; c < channels.first + channels.count; c++) {
+            *sums_of_block(job, BN_MINIMUM, block, c) = INFINITY;
+            *sums_of_block(job, BN_MAXIMUM, block, c) = -INFINITY;
+        }
+    }
 }
 
 void bn_sum_moments(const bn_job *job, size_t block, range channels)
 {
     bn_clear_moments(job, block, channels);
-    sum_block(job, block, channels, job->plan->operand[BN_X].staged || job->scaled,
+    sum_block(job, block, channels, job->plan->operand[BN_X].staged || job->scaled || job->statistic[BN_COUNT],
               job->method.moments);
 }
 

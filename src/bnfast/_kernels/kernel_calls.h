@@ -4,9 +4,19 @@
 
 #include "boxes.h"
 
-/* The sums of a box. */
+/* x, as it is summed. */
+bn_view bn_x_to_sum(const bn_job *job, const bn_box *box);
+bn_input bn_input_of(const bn_job *job, const bn_box *box);
+
+/* The sums of a box; the last two are of summaries. */
 bn_sum_box bn_moments_of_box, bn_squares_of_box, bn_gradient_sums_of_box, bn_weighted_gradient_sums_of_box,
-    bn_weighted_sums_and_columns_of_box;
+    bn_weighted_sums_and_columns_of_box, bn_summary_of_box, bn_counted_summary_of_box;
+
+/* Moments of a box of x. */
+void bn_add_moments(const bn_job *job, const bn_box *box, block_sums block, bn_view x);
+
+/* Block by block: of moments, and of summaries. */
+bn_merge_block bn_merge_moments, bn_merge_summaries;
 
 /* The sums of a block for some channels: of moments, or of the gradient. */
 void bn_clear_moments(const bn_job *job, size_t block, range channels);

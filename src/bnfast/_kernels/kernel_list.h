@@ -3,7 +3,8 @@
    Element operations exist for every layout and dtype, <operation>_<layout>_<dtype>;
    coefficient operations for every dtype, <operation>_<dtype>;
    channel operations work on float64 channel arrays, <operation>;
-   storage types are converted to the arithmetic type beside them, widen_<stored> and narrow_<stored>;
+   storage types are converted to the arithmetic type beside them, widen_<stored>, and back, narrow_<stored>, but for
+   integers, which are read alone;
    memory probes compute nothing: the benchmark asks with them what memory can do, probe_<kind>. */
 #ifndef BN_KERNEL_LIST_H
 #define BN_KERNEL_LIST_H
@@ -12,6 +13,10 @@
 #define BN_FOR_EACH_ELEMENT_OPERATION(X)                                  \
     X(moments, BN_NONE, BN_X)                                             \
     X(square_sums, BN_NONE, BN_X)                                         \
+    X(integer_sums, BN_NONE, BN_X)                                        \
+    X(extremes, BN_NONE, BN_X)                                            \
+    X(tally, BN_NONE, BN_X, BN_MASK)                                      \
+    X(fill_in, BN_X, BN_X, BN_MASK)                                       \
     X(gradient_sums, BN_NONE, BN_DY, BN_X)                                \
     X(weighted_gradient_sums, BN_NONE, BN_DY, BN_X, BN_ELEMENT_WEIGHT)    \
     X(column_sums, BN_NONE, BN_DY, BN_X)                                  \
@@ -45,11 +50,27 @@
 
 #define BN_FOR_EACH_CHANNEL_OPERATION(X) \
     X(merge_moments)                     \
+    X(merge_counted_moments)             \
+    X(merge_integer_sums)                \
     X(pool_moments)                      \
     X(merge_sums)                        \
     X(invstd)
 
-#define BN_FOR_EACH_STORED_TYPE(X) X(f32, f64)
+#define BN_FOR_EACH_STORED_TYPE(X) \
+    BN_FOR_EACH_WRITTEN_TYPE(X)    \
+    BN_FOR_EACH_INTEGER_TYPE(X)
+
+#define BN_FOR_EACH_WRITTEN_TYPE(X) X(f32, f64)
+
+#define BN_FOR_EACH_INTEGER_TYPE(X) \
+    X(i8, f32)                      \
+    X(u8, f32)                      \
+    X(i16, f64)                     \
+    X(u16, f64)                     \
+    X(i32, f64)                     \
+    X(u32, f64)                     \
+    X(i64, f64)                     \
+    X(u64, f64)
 
 #define BN_FOR_EACH_MEMORY_PROBE(X) \
     X(copy)                         \

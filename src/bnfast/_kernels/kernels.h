@@ -92,6 +92,28 @@ typedef void bn_moments_kernel(bn_extent extent, const void *x, bn_strides x_str
 typedef void bn_square_sums_kernel(bn_extent extent, const void *x, bn_strides x_strides,
                                    bn_input input, double *m2);
 
+/* integer_sums: adds sum(x) and sum(x^2) of integers to arrays of [channels]; the latter to the sum of two. */
+typedef void bn_integer_sums_kernel(bn_extent extent, const void *x, bn_strides x_strides, bn_input input,
+                                    double *sum, double *rest, double *sum_of_squares);
+
+/* What summaries find in some channels, arrays of [channels]: the extremes are those so far and of the box, NaN aside;
+   how many values are not finite is added up; how many count, and their centre, which is near the mean of these, are
+   those of the box. */
+typedef struct {
+    double *count, *centre, *minimum, *maximum, *nonfinite;
+} bn_tally;
+
+typedef void bn_extremes_kernel(bn_extent extent, const void *x, bn_strides x_strides, bn_tally tally);
+
+/* tally: all but the extremes. Values count where the mask, if there is any, is not 0 and, with `finite_only`, where
+   they are finite. */
+typedef void bn_tally_kernel(bn_extent extent, const void *x, bn_strides x_strides, const unsigned char *mask,
+                             bn_strides mask_strides, int finite_only, bn_tally tally);
+
+/* fill_in: makes the values that do not count the rounded centre. */
+typedef void bn_fill_in_kernel(bn_extent extent, void *x, bn_strides x_strides, const unsigned char *mask,
+                               bn_strides mask_strides, int finite_only, const double *centre);
+
 /* Whether an output may stay in the caches, or had better go around them. */
 typedef enum { BN_stored, BN_streamed } bn_stores;
 
@@ -226,6 +248,15 @@ typedef void bn_merge_moments_kernel(size_t channels, size_t count_a, double *me
                                      const double *mean_b, const double *mean_low_b,
                                      const double *m2_b);
 
+/* The same with a count of each channel. */
+typedef void bn_merge_counted_moments_kernel(size_t channels, double *count_a, double *mean_a, double *mean_low_a,
+                                             double *m2_a, const double *count_b, const double *mean_b,
+                                             const double *mean_low_b, const double *m2_b);
+
+/* Adds the sums of b, as integer_sums makes them, to those of a. */
+typedef void bn_merge_integer_sums_kernel(size_t channels, double *sum_a, double *rest_a, double *squares_a,
+                                          const double *sum_b, const double *rest_b, const double *squares_b);
+
 /* Gives each of the `per_group` channels of a group, which have `count` values each, the moments of all of
    them. */
 typedef void bn_pool_moments_kernel(size_t groups, size_t per_group, size_t count, double *mean,
@@ -260,7 +291,7 @@ typedef struct {
     BN_FOR_EACH_CHANNEL_OPERATION(BN_MEMBER)
 #undef BN_MEMBER
     bn_widen_kernel *widen[BN_STORED_TYPES];
-    bn_narrow_kernel *narrow[BN_STORED_TYPES];
+    bn_narrow_kernel *narrow[BN_STORED_TYPES]; /* NULL for integers */
 #define BN_MEMBER(kind) bn_memory_probe *probe_##kind;
     BN_FOR_EACH_MEMORY_PROBE(BN_MEMBER)
 #undef BN_MEMBER

@@ -73,7 +73,14 @@ static void choose_gradient(bn_job *job)
 
 void bn_choose_method(bn_job *job)
 {
-    job->method = (bn_method){.moments = job->centred ? bn_moments_of_box : bn_squares_of_box};
+    const int is_summary = job->integers || job->statistic[BN_COUNT] || job->statistic[BN_MINIMUM];
+    job->method = (bn_method){
+        .moments = job->statistic[BN_COUNT] ? bn_counted_summary_of_box
+                   : is_summary             ? bn_summary_of_box
+                   : job->centred           ? bn_moments_of_box
+                                            : bn_squares_of_box,
+        .merge = is_summary ? bn_merge_summaries : bn_merge_moments,
+    };
     if (job->operand[BN_DX]) {
         choose_gradient(job);
     } else if (job->operand[BN_Y]) {

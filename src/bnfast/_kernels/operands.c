@@ -88,6 +88,8 @@ static char *copy_to_or_from(const copying *how, char *run, ptrdiff_t step, char
         } else {
             how->kernels->narrow[how->stored](count, scratch, run, step);
         }
+    } else if (how->itemsize == 1) {
+        copy_run(1, to, to_step, from, from_step, count);
     } else if (how->itemsize == 4) {
         copy_run(4, to, to_step, from, from_step, count);
     } else {
@@ -108,16 +110,41 @@ static ptrdiff_t channel_offset(const bn_plan *plan, const bn_operand *layout, s
     return offset + (ptrdiff_t)channel * layout->channel_axis_strides[0];
 }
 
+/* Whether the elements of a box lie in memory as they do in scratch, each as far from the one before. */
+static int is_one_run(const bn_plan *plan, const bn_operand *layout, const bn_box *box)
+{
+    const bn_extent extent = box->extent;
+    const ptrdiff_t run = (ptrdiff_t)extent.inner;
+    ptrdiff_t step = layout->channel_stride, channel = step;
+    if (plan->inner > 1) {
+        step = layout->inner_axis_strides[0];
+        channel = run * step;
+        if (plan->inner_axes > 1 || extent.inner < plan->inner || (extent.channels > 1 && layout->channel_stride != channel)) {
+            return 0;
+        }
+    } else if (extent.channels < plan->channels || plan->channel_axes > 1) {
+        return 0;
+    }
+    return extent.outer == 1 ||
+           (plan->outer_axes == 1 && layout->outer_axis_strides[0] == (ptrdiff_t)extent.channels * channel);
+}
+
 /* Visits the box in the order of scratch, (outer, channel, inner), one strided run at a time. */
 static void copy_box(const bn_kernels *kernels, const bn_plan *plan, bn_role role, char *data,
                      const bn_box *box, char *scratch, int to_scratch)
 {
     const bn_operand *layout = &plan->operand[role];
-    const copying how = {kernels, layout->stored, plan->itemsize, to_scratch};
+    const copying how = {kernels, layout->stored, role == BN_MASK ? 1 : plan->itemsize, to_scratch};
     position outer;
     go_to(&outer, plan->outer_axes, plan->outer_axis_sizes, layout->outer_axis_strides,
           box->outer);
     data += channel_offset(plan, layout, box->channel);
+    if (is_one_run(plan, layout, box)) {
+        const ptrdiff_t step = plan->inner == 1 ? layout->channel_stride : layout->inner_axis_strides[0];
+        copy_to_or_from(&how, data + outer.offset, step, scratch,
+                        box->extent.outer * box->extent.channels * box->extent.inner);
+        return;
+    }
     if (plan->inner == 1) {
         for (size_t o = 0; o < box->extent.outer; o++, go_on(&outer)) {
             scratch = copy_to_or_from(&how, data + outer.offset, layout->channel_stride, scratch,

@@ -8,6 +8,13 @@
 /* Most bytes of one scratch buffer; a chunk of one channel must fit, and Plan sees to it. */
 #define BN_SCRATCH_BYTES ((size_t)32768)
 
+/* Of a plan: rows that are summed side by side are not taken apart, so that what is read is one run. */
+static inline size_t bn_scratch_bytes(const bn_plan *plan)
+{
+    const size_t chunk = plan->chunk_outer * plan->channels * plan->itemsize;
+    return plan->interleave > 1 && chunk > BN_SCRATCH_BYTES ? chunk : BN_SCRATCH_BYTES;
+}
+
 typedef struct {
     size_t outer, channel, inner; /* where the box begins */
     bn_extent extent;

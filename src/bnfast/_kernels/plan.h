@@ -15,6 +15,7 @@ typedef enum {
     BN_DY,
     BN_ELEMENT_WEIGHT,
     BN_ELEMENT_BIAS,
+    BN_MASK, /* one byte for each element, 0 for those that do not count */
     BN_Y,
     BN_DX,
     BN_ROLES,

@@ -37,7 +37,7 @@ bn_job bn_job_of_repeat(const bn_job *job, size_t repeat)
         repeat_job.statistic[i] = statistics_of_repeat(job->statistic[i], channels, repeat);
     }
     repeat_job.partials = statistics_of_repeat(
-        job->partials, (plan->blocks - 1) * BN_SUMS * channels, repeat);
+        job->partials, (plan->blocks - 1) * job->partial_sums * channels, repeat);
     for (size_t i = 0; i < BN_COEFFICIENTS; i++) {
         if (job->coefficients.array[i]) {
             repeat_job.coefficients.array[i] = element_at(plan, job->coefficients.array[i],

@@ -4,7 +4,6 @@ from bnfast.functional.batch import (
     batch_norm,
     batch_norm_backward,
     batch_norm_forward,
-    moments,
 )
 from bnfast.functional.conditional import (
     conditional_batch_norm,
@@ -16,6 +15,7 @@ from bnfast.functional.ghost import (
     ghost_batch_norm_backward,
     ghost_batch_norm_forward,
 )
+from bnfast.functional.moments import moments, summary
 from bnfast.functional.renorm import (
     Renormalized,
     RenormSchedule,
@@ -118,6 +118,7 @@ __all__ = [
     "spectral_norm",
     "spectral_norm_backward",
     "spectral_norm_forward",
+    "summary",
     "weight_norm",
     "weight_norm_backward",
     "weight_norm_forward",

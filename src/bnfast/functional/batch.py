@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
 from bnfast._typing import Float, Parameter
-from bnfast.statistics import Moments
 
 
 @in_default_float_mode
@@ -260,46 +259,3 @@ def batch_norm_backward(
     """
     constant_statistics = not _validation.flag("training", training)
     return _primitives.gradient(dy, x, axis, mean, invstd, weight, constant_statistics, out)
-
-
-@in_default_float_mode
-def moments(x: NDArray[Float], axis: int = 1) -> Moments:
-    """Return the count, mean and sum of squared deviations of every channel.
-
-    Parameters
-    ----------
-    x : array of float32 or float64, at least 2-d
-        Any strides; C channels along `axis`.
-    axis : int
-        The channel axis.
-
-    Returns
-    -------
-    Moments
-        With ``count``, ``mean`` and ``m2`` (float64), ``var`` and ``std``; `Moments.merge` joins
-        those of two parts of a data set. The moments of an empty batch are ``(0, 0, 0)``. For
-        float32 data m2 is within a relative 6e-7 of the exact one, and the mean within 6e-7
-        standard deviations, whatever the mean (1e-6 where a few outliers make up the variance); for
-        float64 data both within 1e-14.
-
-    Raises
-    ------
-    TypeError, ValueError
-        For an argument of the wrong type, dtype, shape or value.
-
-    Notes
-    -----
-    mean = sum(x) / count, m2 = sum((x - mean)**2), over all axes but `axis`.
-
-    References
-    ----------
-    T. Chan, G. Golub, R. LeVeque, 1979, "Updating Formulae and a Pairwise Algorithm for Computing
-    Sample Variances", Stanford STAN-CS-79-773.
-
-    Examples
-    --------
-    >>> import numpy as np, bnfast
-    >>> bnfast.moments(np.array([[1.0, 10.0], [3.0, 30.0]]))
-    Moments(count=2, mean=array([ 2., 20.]), m2=array([  2., 200.]))
-    """
-    return Moments(*_primitives.moments(x, axis))
