@@ -101,7 +101,10 @@ def summarize(x_, axis, where, bint extremes, bint finite_only):
             )
         else:
             _core.moments(plan, x, mean, low, m2, threads)
-    count = cnp.PyArray_SIZE(x) // max(statistics, 1) if count is None else cnp.PyArray_Cast(count, cnp.NPY_INT64)
+    if count is None:
+        count = cnp.PyArray_SIZE(x) // max(statistics, 1)
+    else:
+        count = cnp.PyArray_Cast(count, cnp.NPY_INT64)
     if extremes:
         nonfinite = cnp.PyArray_Cast(nonfinite, cnp.NPY_INT64)
         _end_extremes(minimum, maximum)
