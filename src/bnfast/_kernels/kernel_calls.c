@@ -191,6 +191,16 @@ static void output_of_box(const bn_job *job, const bn_box *box, size_t max_chann
 /* one block: its chunks in order for sums; the last first for outputs, because that is the one
    which the sums have left in the cache */
 
+/* Rows of a chunk whose values are counted one by one: as many as scratch holds of all channels. Every such box has its
+   own moments, so the rows decide bits, and must not depend on slabs. */
+static size_t rows_at_once(const bn_job *job, const bn_box *box)
+{
+    const bn_plan *plan = job->plan;
+    const size_t rows = BN_SCRATCH_BYTES / (plan->channels * plan->itemsize);
+    const int by_rows = job->statistic[BN_COUNT] && plan->layout == BN_channels_last && plan->interleave == 1;
+    return by_rows ? MIN(box->extent.outer, MAX(rows, (size_t)16)) : box->extent.outer;
+}
+
 static void sum_block(const bn_job *job, size_t number, range channels, int in_scratch, bn_sum_box *sum_box)
 {
     const range chunks = chunks_of_block(job->plan, number);
@@ -198,12 +208,16 @@ static void sum_block(const bn_job *job, size_t number, range channels, int in_s
     block_sums block = {number, 0};
     for (size_t i = 0; i < chunks.count; i++) {
         bn_box box = box_of_chunk(job->plan, chunks.first + i, channels);
-        const size_t max_channels = channels_at_once(job, &box, in_scratch);
-        for (; box.channel < end; box.channel += max_channels) {
-            box.extent.channels = MIN(max_channels, end - box.channel);
-            sum_box(job, &box, block);
+        const size_t rows = box.extent.outer, max_rows = rows_at_once(job, &box);
+        for (const size_t end_of_rows = box.outer + rows; box.outer < end_of_rows; box.outer += max_rows) {
+            box.extent.outer = MIN(max_rows, end_of_rows - box.outer);
+            const size_t max_channels = channels_at_once(job, &box, in_scratch);
+            for (box.channel = channels.first; box.channel < end; box.channel += max_channels) {
+                box.extent.channels = MIN(max_channels, end - box.channel);
+                sum_box(job, &box, block);
+            }
         }
-        block.count += box.extent.outer * box.extent.inner;
+        block.count += rows * box.extent.inner;
     }
 }
 
