@@ -16,11 +16,11 @@ TABLE = re.compile(r"<!-- (\S+): begin -->\n(.*?)\n<!-- \1: end -->", re.DOTALL)
 PICTURES = {"batch-size.png", "order.png", "scale-and-rate.png"}
 
 
-def run_example(name, folder):
-    command = [sys.executable, EXAMPLES / f"{name}.py"]
+def run_example(name, folder, *arguments):
+    command = [sys.executable, EXAMPLES / f"{name}.py", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert not list(folder.iterdir())  # it leaves nothing behind
+    assert {path.name for path in folder.iterdir()} == set(arguments)  # it leaves nothing else
     return done.stdout
 
 
@@ -30,6 +30,7 @@ def largest_numbers(text):
 
 def test_every_example_is_run_here():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        "adapt_to_shift",
         "train",
         "infer_in_place",
         "load_pytorch_state",
@@ -40,6 +41,17 @@ def test_train_learns_the_digits(tmp_path):
     pytest.importorskip("sklearn")
     accuracies = re.findall(r"epoch \d: ([\d.]+)%", run_example("train", tmp_path))
     assert float(accuracies[-1]) > 90
+
+
+def test_adapt_to_shift_recovers_most_of_the_accuracy(tmp_path):
+    for package in ("sklearn", "matplotlib"):
+        pytest.importorskip(package)
+    text = run_example("adapt_to_shift", tmp_path, "drift.png")
+    assert (tmp_path / "drift.png").read_bytes().startswith(b"\x89PNG")
+    clean, shifted, adapted, recalibrated = map(float, re.findall(r"([\d.]+)% of the test", text))
+    assert clean > 95 and shifted < 40 and recalibrated > 85
+    assert shifted + 30 < adapted < recalibrated + 5
+    assert re.search(r"norm 1 .*\n    mean drifted in \d+ of 32 channels", text)
 
 
 def test_infer_in_place_agrees_with_the_formula(tmp_path):

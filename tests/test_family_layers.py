@@ -9,6 +9,7 @@ import pytest
 import bnfast
 from bnfast import (
     BatchRenorm,
+    ExponentialAverage,
     FilterResponseNorm,
     GhostBatchNorm,
     GroupNorm,
@@ -22,11 +23,13 @@ from oracle import central_differences
 from tolerances import FINITE_DIFFERENCES
 
 SHAPE = (4, 6, 5, 3)
+AVERAGE = ExponentialAverage(old=0.75, bias_corrected=True)
 
 
 LAYERS = {
     "instance": lambda **k: InstanceNorm(6, affine=True, **k),
     "instance, tracked": lambda **k: InstanceNorm(6, 1e-3, 0.3, True, True, **k),
+    "instance, averaged": lambda **k: InstanceNorm(6, 1e-3, AVERAGE, True, True, **k),
     "instance, plain": lambda **k: InstanceNorm(6, **k),
     "group": lambda **k: GroupNorm(3, 6, **k),
     "group, plain": lambda **k: GroupNorm(2, 6, 1e-3, False, **k),
@@ -40,8 +43,10 @@ LAYERS = {
     "rms": lambda **k: RMSNorm((5, 3), **k),
     "rms, plain": lambda **k: RMSNorm(3, 1e-3, False, **k),
     "ghosts": lambda **k: GhostBatchNorm(6, 3, **k),
+    "ghosts, averaged": lambda **k: GhostBatchNorm(6, 3, 1e-3, AVERAGE, nonfinite="skip", **k),
     "ghosts, plain": lambda **k: GhostBatchNorm(6, 2, 1e-3, None, False, False, **k),
     "renormalized": lambda **k: BatchRenorm(6, schedule=RenormSchedule(1.5, 0.5, 0, 0, 0), **k),
+    "renormalized, averaged": lambda **k: BatchRenorm(6, 1e-3, AVERAGE, nonfinite="raise", **k),
     "renormalized, plain": lambda **k: BatchRenorm(6, 1e-3, 0.3, False, **k),
 }
 

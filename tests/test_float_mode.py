@@ -77,8 +77,16 @@ def test_functions_do_not_depend_on_the_mode_of_the_caller(
                 np.testing.assert_array_equal(a, b, f"{called}, {what}")
 
 
+LEARNED = bnfast.LearnableMomentum(0.25, per_channel=True)
+AVERAGED = bnfast.ExponentialAverage(new=1e-320, bias_corrected=True)
 LAYERS = {
     "batch": lambda x: bnfast.BatchNorm(32, dtype=x.dtype),
+    "batch, learned": lambda x: bnfast.BatchNorm(32, momentum=LEARNED, dtype=x.dtype),
+    "batch, averaged": lambda x: bnfast.BatchNorm(32, momentum=AVERAGED, dtype=x.dtype),
+    "conditional, learned": lambda x: bnfast.ConditionalBatchNorm(
+        32, 3, momentum=LEARNED, dtype=x.dtype
+    ),
+    "ghosts, learned": lambda x: bnfast.GhostBatchNorm(32, 2, momentum=LEARNED, dtype=x.dtype),
     "conditional": lambda x: bnfast.ConditionalBatchNorm(32, 3, dtype=x.dtype),
     "decorrelated": lambda x: bnfast.DecorrelatedBatchNorm(32, num_groups=4, dtype=x.dtype),
     "iterative": lambda x: bnfast.IterNorm(32, num_groups=4, dtype=x.dtype),

@@ -17,6 +17,8 @@ MODULES = [
     "bnfast._conventions",
     "bnfast._memory",
     "bnfast._threads",
+    "bnfast.adaptation.monitor",
+    "bnfast.adaptation.recalibration",
     "bnfast.functional.batch",
     "bnfast.functional.conditional",
     "bnfast.functional.ghost",
@@ -40,6 +42,7 @@ MODULES = [
     "bnfast.layers.standardization",
     "bnfast.layers.weight_norm",
     "bnfast.layers.whitening",
+    "bnfast.running_averages",
     "bnfast.statistics",
 ]
 
@@ -91,7 +94,7 @@ def test_all_names_are_there_and_documented():
         (
             bnfast.BatchNorm,
             "num_features, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, *, "
-            f"axis=1, unbiased=True, dtype={np.float32!r}",
+            f"axis=1, unbiased=True, dtype={np.float32!r}, frozen=False, nonfinite='propagate'",
         ),
         (
             bnfast.conditional_batch_norm,
@@ -109,7 +112,7 @@ def test_all_names_are_there_and_documented():
         (
             bnfast.ConditionalBatchNorm,
             "num_features, num_classes, eps=1e-05, momentum=0.1, track_running_stats=True, *, "
-            f"axis=1, unbiased=True, dtype={np.float32!r}",
+            f"axis=1, unbiased=True, dtype={np.float32!r}, frozen=False, nonfinite='propagate'",
         ),
         (
             bnfast.decorrelated_batch_norm,
@@ -146,6 +149,8 @@ def test_all_names_are_there_and_documented():
             "w, u, v, n_power_iterations=1, eps=1e-12, *, dim=0, v_first=False, out=None",
         ),
         (bnfast.spectral_norm_backward, "dy, w, sigma, u, v, eps=1e-12, *, dim=0, out=None"),
+        (bnfast.recalibrating, "layers, *, method='pooled', prior=None"),
+        (bnfast.monitoring, "layers"),
         (bnfast.set_num_threads, "num_threads"),
         (bnfast.get_num_threads, ""),
         (bnfast.set_output_pool_limit, "limit"),

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import bnfast
-from bnfast.statistics import weight_of_new_batch
 from tolerances import CLOSE_F64
 
 
@@ -66,11 +65,6 @@ def test_merging_changes_neither(rng):
     a.merge(b)
     np.testing.assert_array_equal(a.mean, kept[0])
     np.testing.assert_array_equal(b.m2, kept[1])
-
-
-def test_the_weight_of_a_new_batch():
-    assert weight_of_new_batch(0.1, 1) == weight_of_new_batch(0.1, 5) == 0.1
-    assert [weight_of_new_batch(None, n) for n in (1, 2, 4)] == [1.0, 0.5, 0.25]
 
 
 def test_moments_are_values(rng):

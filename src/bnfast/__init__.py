@@ -12,6 +12,10 @@ Layers, which own parameters and statistics: call one, then its ``backward``: `B
 `DecorrelatedBatchNorm`, `IterNorm`, `GhostBatchNorm`, `BatchRenorm`, `WeightNorm`,
 `WeightStandardization`, `ScaledWeightStandardization`, `SpectralNorm`.
 
+`ExponentialAverage`, `CumulativeAverage` and `LearnableMomentum` say what a batch weighs in the
+running statistics of a layer. `recalibrating` makes these statistics anew, of other data;
+`monitoring` says whether that is needed.
+
 `set_num_threads` and `show_config` say how it runs; ``python -m bnfast info`` prints the latter.
 """
 
@@ -19,6 +23,7 @@ from bnfast._configuration import available_isas, show_config
 from bnfast._memory import get_output_pool_limit, set_output_pool_limit
 from bnfast._threads import get_num_threads, set_num_threads
 from bnfast._version import __version__
+from bnfast.adaptation import monitoring, recalibrating
 from bnfast.functional import (
     IterativelyWhitened,
     Renormalized,
@@ -89,13 +94,16 @@ from bnfast.layers import (
     WeightNorm,
     WeightStandardization,
 )
+from bnfast.running_averages import CumulativeAverage, ExponentialAverage, LearnableMomentum
 from bnfast.statistics import Moments, Summary
 
 __all__ = [
     "BatchNorm",
     "BatchRenorm",
     "ConditionalBatchNorm",
+    "CumulativeAverage",
     "DecorrelatedBatchNorm",
+    "ExponentialAverage",
     "FilterResponseNorm",
     "GhostBatchNorm",
     "GroupNorm",
@@ -103,6 +111,7 @@ __all__ = [
     "IterNorm",
     "IterativelyWhitened",
     "LayerNorm",
+    "LearnableMomentum",
     "Moments",
     "RMSNorm",
     "RenormSchedule",
@@ -148,6 +157,8 @@ __all__ = [
     "layer_norm_backward",
     "layer_norm_forward",
     "moments",
+    "monitoring",
+    "recalibrating",
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_forward",

@@ -207,6 +207,13 @@ def _of_groups(values: Array | None, shape: tuple[int, ...], default: float) -> 
     return values.astype(np.float64).reshape(shape[:2])
 
 
+def mean_and_covariance(x: Array, axis: int, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Return the mean (C,) of a batch, and the covariance of each group, of this shape."""
+    with np.errstate(all="ignore"):
+        centre, rest, covariance = _mean_and_covariance(x, axis, shape)
+        return centre + rest.reshape(-1), covariance
+
+
 def _mean_and_covariance(x: Array, axis: int, shape: tuple[int, ...]) -> tuple[Array, Array, Array]:
     """Return the mean as two summands, (C,) and (G, C / G), and the covariance of each group."""
     # Around the mean of the first piece, one pass gives both: what that is off costs the covariance

@@ -1,4 +1,4 @@
-"""Statistics as values: `Moments` and `Summary`, mergeable; and the weight of a new batch."""
+"""Statistics as values: `Moments` and `Summary`, mergeable."""
 
 from __future__ import annotations
 
@@ -557,21 +557,3 @@ class Summary(Moments):
         rest = checked._with_rest(arrays)
         rest += (None,) * (5 - len(rest))
         return cls._of(*rest, checked._minimum, checked._maximum, checked._nonfinite)
-
-
-def weight_of_new_batch(momentum: float | None, num_batches_tracked: int) -> float:
-    """Return the weight of a batch in the running statistics.
-
-    Parameters
-    ----------
-    momentum : float or None
-        The weight of the new batch; None for the plain average of all batches so far.
-    num_batches_tracked : int
-        How many batches there are, the new one included.
-
-    Returns
-    -------
-    float
-        `momentum`, or 1 / `num_batches_tracked`.
-    """
-    return 1.0 / num_batches_tracked if momentum is None else momentum

@@ -67,11 +67,22 @@ def _copies(*arrays: Array | None) -> list[Array | None]:
 
 
 OF_CHANNELS = ("weight", "bias")
+AVERAGES = (
+    bnfast.ExponentialAverage(old=0.75, bias_corrected=True),
+    bnfast.CumulativeAverage(),
+)
 
 
 def _momentum(layer: Any, number: int) -> float:
     """The weight of the next batch."""
+    if callable(layer.momentum):
+        return layer.momentum(number)
     return 1.0 / number if layer.momentum is None else layer.momentum
+
+
+def _trains(layer: Any) -> bool:
+    """Whether the layer normalizes by the batch, if it has a choice."""
+    return layer.training and not layer.frozen
 
 
 def _of_statistics(
@@ -86,8 +97,8 @@ def _of_statistics(
     if conditions is not None:
         weight, bias = weight[conditions], bias[conditions]
     dtypes = _dtypes(layer, OF_CHANNELS)
-    tracks = layer.training and layer.track_running_stats
-    if not layer.training and layer.running_mean is not None:
+    tracks = _trains(layer) and layer.track_running_stats
+    if not _trains(layer) and layer.running_mean is not None:
         mean, var = _copies(layer.running_mean, layer.running_var)
         fold = oracle.of_channels(x.shape, layer.axis)
         if conditions is not None:
@@ -112,14 +123,15 @@ def _of_statistics(
         parts.append((part, fold, found))
         if tracks and x.size:
             number += 1
-            own = isinstance(layer, bnfast.InstanceNorm)
-            momentum = (layer.momentum or 0.0) if own else _momentum(layer, number)
+            own = isinstance(layer, bnfast.InstanceNorm) and layer.momentum is None
+            momentum = 0.0 if own else _momentum(layer, number)
             now = call.tracked(found.of, fold, x, *running, momentum, unbiased)
             updated = now if updated is None else call.carried(updated, now, momentum)
             running = [quantity.value.astype(quantity.dtype) for quantity in now]
     y = oracle.concatenated([found.y for *_, found in parts])
     state = {} if updated is None else {"running_mean": updated.mean, "running_var": updated.var}
-    counted = 0 if isinstance(layer, bnfast.InstanceNorm) or not tracks else len(parts)
+    counts = not isinstance(layer, bnfast.InstanceNorm) or callable(layer.momentum)
+    counted = len(parts) if tracks and counts else 0
 
     def gradients(dy: Array) -> dict[str, Quantity | None]:
         each = [
@@ -170,7 +182,8 @@ def _channel_inputs(
 def _tracking(rng: Random) -> dict[str, Any]:
     return {
         "eps": draws.pick(rng, (1e-5, 1e-3)),
-        "momentum": draws.pick(rng, (0.1, None, 0.5, 1.0, 0.0)),
+        "momentum": draws.pick(rng, (0.1, None, 0.5, 1.0, 0.0, *AVERAGES)),
+        "frozen": draws.chance(rng, 0.1),
         "track_running_stats": draws.chance(rng, 0.8),
         "dtype": draws.dtype(rng),
     }
@@ -285,7 +298,8 @@ def _renorm(rng: Random) -> Plan:
         axis=axis,
         affine=draws.chance(rng, 0.7),
         schedule=schedule,
-        momentum=draws.pick(rng, (0.01, 0.5, 1.0)),
+        momentum=draws.pick(rng, (0.01, 0.5, 1.0, *AVERAGES)),
+        frozen=draws.chance(rng, 0.1),
         dtype=draws.dtype(rng),
     )
     limits = schedule or bnfast.RenormSchedule()
@@ -295,7 +309,7 @@ def _renorm(rng: Random) -> Plan:
         weight, bias, mean, std = _copies(
             layer.weight, layer.bias, layer.running_mean, layer.running_std
         )
-        if not layer.training:
+        if not _trains(layer):
             y = oracle.evaluate(x, fold, mean, std.astype(oracle.WIDE) ** 2, weight, bias, 0.0)
 
             def evaluated(dy: Array) -> dict[str, Quantity | None]:
@@ -310,13 +324,12 @@ def _renorm(rng: Random) -> Plan:
         found = oracle_of_members.corrected(
             x, fold, mean, std, weight, bias, layer.eps, r_max, d_max
         )
+        momentum = _momentum(layer, at + 1)
         size = found.sigma + 0 * found.invstd.sizes["statistics"]
         of_mean = found.mean.sizes["statistics"]
         updated = {
-            "running_mean": oracle.blended(
-                mean, found.mean.value, layer.momentum, of_mean, x.dtype
-            ),
-            "running_std": oracle.blended(std, found.sigma, layer.momentum, size, x.dtype),
+            "running_mean": oracle.blended(mean, found.mean.value, momentum, of_mean, x.dtype),
+            "running_std": oracle.blended(std, found.sigma, momentum, size, x.dtype),
         }
 
         def gradients(dy: Array) -> dict[str, Quantity | None]:
@@ -480,14 +493,14 @@ def _whitening(rng: Random, name: str) -> Plan:
             layer.weight, layer.bias, layer.running_mean, layer.running_matrix
         )
         dtypes, eps = _dtypes(layer, OF_CHANNELS), layer.eps
-        constant = not layer.training and mean is not None
+        constant = not _trains(layer) and mean is not None
         if constant:
             by = oracle_of_whitening.evaluation_of(mean, matrix, layer.averaged, eps, iterations)
         else:
             by = oracle_of_whitening.whitening(x, axis, groups, eps, iterations)
         y = oracle_of_whitening.whitened(x, axis, by, weight, bias)
         updated: dict[str, Quantity] = {}
-        tracks = layer.training and layer.track_running_stats
+        tracks = _trains(layer) and layer.track_running_stats
         if tracks:
             momentum = _momentum(layer, layer.num_batches_tracked + 1)
             updated = oracle_of_whitening.tracked_matrix(

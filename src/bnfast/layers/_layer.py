@@ -65,9 +65,11 @@ class Trainable(ABC):
     num_batches_tracked: int | None = None
     training = Flag()
 
-    _parameters: ClassVar[tuple[str, ...]] = ()  # attributes with a gradient, `<name>_grad`
+    _parameters: tuple[str, ...] = ()  # attributes with a gradient, `<name>_grad`
     _arrays: ClassVar[Mapping[str, str]] = {}  # of the state: PyTorch's names of the attributes
+    _may_be_missing: ClassVar[tuple[str, ...]] = ()  # from a state that is loaded
     _shown: ClassVar[tuple[str, ...]] = ()  # attributes of the repr, by the names of the arguments
+    _shown_if_not: ClassVar[Mapping[str, Any]] = {}  # ... and those shown unless they are these
 
     # What `_gradients` needs of the last call, x first, or a reason why there is nothing.
     _saved: tuple[Any, ...] | str = NONE_YET
@@ -160,7 +162,10 @@ class Trainable(ABC):
             )
         gradients = self._gradients(dy, out, *self._saved)
         dx: Array = gradients[0]
-        for name, gradient in zip(self._parameters, gradients[1:], strict=True):
+        # A call may have had no use for the last ones.
+        for name in self._parameters[len(gradients) - 1 :]:
+            setattr(self, f"{name}_grad", np.zeros_like(getattr(self, name)))
+        for name, gradient in zip(self._parameters, gradients[1:], strict=False):
             parameter = getattr(self, name)
             kept = None
             if parameter is not None and gradient is not None:
@@ -205,7 +210,8 @@ class Trainable(ABC):
         ----------
         state_dict : mapping of str to array
             As `state_dict` returns it; PyTorch's tensors on the CPU will do. As in PyTorch,
-            ``num_batches_tracked`` may be missing, and is then left as it is.
+            ``num_batches_tracked`` may be missing, and is then left as it is; so may
+            ``momentum_logit``, which PyTorch has not.
 
         Raises
         ------
@@ -224,7 +230,8 @@ class Trainable(ABC):
             raise TypeError(f"state_dict must map names to arrays, got {type(state_dict).__name__}")
         own = self._state()
         names = [*own] if self.num_batches_tracked is None else [*own, _COUNTER]
-        missing = [name for name in own if name not in state_dict]
+        optional = self._may_be_missing
+        missing = [name for name in own if name not in state_dict and name not in optional]
         unexpected = [name for name in state_dict if name not in names]
         if missing or unexpected:
             wrong = [f"missing {missing}"] * bool(missing) + [f"unexpected {unexpected}"] * bool(
@@ -234,12 +241,13 @@ class Trainable(ABC):
         new = {
             name: _validation.state(name, state_dict[name], array.shape).astype(array.dtype)
             for name, array in own.items()
+            if name in state_dict
         }
         tracked = self.num_batches_tracked
         if _COUNTER in state_dict:
             tracked = _validation.counter(_COUNTER, state_dict[_COUNTER])
-        for name, array in own.items():
-            array[...] = new[name]
+        for name, array in new.items():
+            own[name][...] = array
         self.num_batches_tracked = tracked
 
     def __getstate__(self) -> dict[str, Any]:
@@ -247,7 +255,9 @@ class Trainable(ABC):
 
     def __repr__(self) -> str:
         first, *others = self._shown
-        shown = [str(getattr(self, first)), *[f"{name}={getattr(self, name)}" for name in others]]
+        unusual = self._shown_if_not.items()
+        names = [*others, *(name for name, usual in unusual if getattr(self, name) != usual)]
+        shown = [str(getattr(self, first)), *[f"{name}={getattr(self, name)}" for name in names]]
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
@@ -273,7 +283,7 @@ class Layer(Trainable):
     weight_grad: Array | None = None
     bias_grad: Array | None = None
 
-    _parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    _parameters: tuple[str, ...] = ("weight", "bias")
     _arrays: ClassVar[Mapping[str, str]] = {
         PYTORCH.weight: "weight",
         PYTORCH.bias: "bias",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -11,7 +12,20 @@ from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
 from bnfast._primitives import Reduction
 from bnfast._typing import Array
+from bnfast.functional.moments import moments
+from bnfast.layers._blend import Blend, blend, share_of_batch
 from bnfast.layers._layer import Flag, Gradients, Layer
+from bnfast.running_averages import (
+    LearnableMomentum,
+    Momentum,
+    checked_momentum,
+    weight_of_new_batch,
+)
+
+AnyAveraging = TypeVar("AnyAveraging", bound="Averaging")
+
+# What batches with values that are not finite do to the running statistics.
+PROPAGATE, SKIP, RAISE = "propagate", "skip", "raise"
 
 
 class ChannelLayer(Layer):
@@ -70,49 +84,119 @@ class ChannelLayer(Layer):
         return {**super().__getstate__(), "_evaluation": _primitives.Evaluation()}
 
 
-class Tracking(Layer):
+class Averaging(Layer):
+    """A layer whose running statistics are averages of those of batches."""
+
+    frozen = Flag()
+    momentum: Momentum
+    nonfinite: str
+
+    _running: ClassVar[tuple[str, str]] = ("running_mean", "running_var")
+    _shown_if_not: ClassVar[Mapping[str, Any]] = {"frozen": False, "nonfinite": PROPAGATE}
+
+    # Told of each batch, checked, before it is normalized.
+    _observer: Callable[[Array], None] | None = None
+
+    def __new__(cls: type[AnyAveraging], *_: Any, **__: Any) -> AnyAveraging:
+        layer = super().__new__(cls)
+        layer.frozen, layer.nonfinite = False, PROPAGATE  # pickles of 0.1 have neither
+        return layer
+
+    def _set_averaging(self, momentum: Momentum, frozen: bool, nonfinite: str) -> None:
+        self.momentum = momentum
+        self.frozen = frozen
+        self.nonfinite = _validation.choice("nonfinite", nonfinite, (PROPAGATE, SKIP, RAISE))
+
+    def _parts(self, x: Array) -> list[slice]:
+        """Return what the running statistics take as batches, along axis 0."""
+        return [slice(None)]
+
+    def _takes(self, x: Array, axis: int) -> bool:
+        """Whether the running statistics take a batch; raise if it is to be refused."""
+        if self.nonfinite == PROPAGATE:
+            return True
+        choice = _validation.choice("nonfinite", self.nonfinite, (PROPAGATE, SKIP, RAISE))
+        found = moments(x, axis)
+        wrong = np.flatnonzero(~(np.isfinite(found.mean) & np.isfinite(found.m2)))
+        if choice == RAISE and wrong.size:
+            raise ValueError(
+                f"x must have finite statistics, as nonfinite='raise' asks: {wrong.size} of "
+                f"{found.mean.size} channels have none, the first of them channel {wrong[0]}"
+            )
+        return not wrong.size
+
+    def _weight_of_new_batch(self) -> float:
+        """Return what the next batch weighs in the running statistics."""
+        momentum = self.momentum
+        if type(momentum) is float:
+            return momentum
+        return weight_of_new_batch(momentum, (self.num_batches_tracked or 0) + 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("_observer", None)
+        return state
+
+
+class Tracking(Averaging):
     """A layer that may have running statistics, which it tracks unless told otherwise."""
 
     track_running_stats = Flag()
 
-    _running: ClassVar[tuple[str, str]] = ("running_mean", "running_var")
-
     def _running_statistics(self) -> tuple[Array | None, Array | None]:
         """Return both, or None twice: of a layer that has none, and tracks none."""
-        first, second = (getattr(self, name) for name in self._running)
-        if (first is None or second is None) and (self.track_running_stats or first is not second):
-            missing = self._running[0 if first is None else 1]
+        names = self._running
+        first, second = getattr(self, names[0]), getattr(self, names[1])
+        if first is not None and second is not None:
+            return first, second
+        if self.track_running_stats or first is not second:
+            missing = names[0 if first is None else 1]
             raise ValueError(f"{missing} must be an array, of a layer with running statistics")
-        return first, second
-
-    def _statistics_to_track(self) -> tuple[Array | None, Array | None]:
-        return self._running_statistics() if self.track_running_stats else (None, None)
+        return None, None
 
 
 class TrackingLayer(ChannelLayer, Tracking):
     """A layer of channels: in training by the statistics of the input, else by the running ones."""
 
     unbiased = Flag()
+    momentum_logit: Array | None = None
+    momentum_logit_grad: Array | None = None
+
+    _arrays: ClassVar[Mapping[str, str]] = {
+        **ChannelLayer._arrays,
+        "momentum_logit": "momentum_logit",
+    }
+    _may_be_missing = ("momentum_logit",)
+    _learns_momentum: ClassVar[bool] = True
 
     def __init__(
         self,
         num_features: int,
         eps: float,
-        momentum: float | None,
+        momentum: Momentum,
         affine: bool,
         track_running_stats: bool,
         axis: int,
         unbiased: bool,
         dtype: DTypeLike,
+        frozen: bool,
+        nonfinite: str,
     ) -> None:
         super().__init__(num_features, eps, affine, axis, dtype)
-        self.momentum = None if momentum is None else _validation.real("momentum", momentum)
+        checked = checked_momentum(momentum, learnable=self._learns_momentum)
+        self._set_averaging(checked, frozen, nonfinite)
         self.track_running_stats = track_running_stats
         self.unbiased = unbiased
         if self.track_running_stats:
             self.running_mean = np.zeros(self.num_features, self.dtype)
             self.running_var = np.ones(self.num_features, self.dtype)
             self.num_batches_tracked = 0
+        if isinstance(checked, LearnableMomentum):
+            if not self.track_running_stats:
+                raise ValueError("momentum is learned only with track_running_stats=True")
+            size = self.num_features if checked.per_channel else 1
+            self.momentum_logit = np.full(size, checked.initial_logit, self.dtype)
+            self._parameters = (*self._parameters, "momentum_logit")
 
     @in_default_float_mode
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
@@ -144,7 +228,9 @@ class TrackingLayer(ChannelLayer, Tracking):
             finite: the layer needs ``dtype=numpy.float64``.
         """
         array = self._batch(x)
-        if self.training:
+        if self._observer is not None:
+            self._observer(array)
+        if self.training and not self.frozen:
             self._before_training(array)
             return self._normalize(array, out, True)
         running_mean, running_var = self._running_statistics()
@@ -158,25 +244,110 @@ class TrackingLayer(ChannelLayer, Tracking):
     def _normalize(self, x: Array, out: Array | None, training: bool) -> Array:
         """Return y from the statistics of x, which training tracks and the backward pass needs."""
         given = x, self.axis, self.weight, self.bias, self.eps
-        if training:
+        tracks = training and self.track_running_stats and self._takes(x, self.axis)
+        if tracks and type(self.momentum) is LearnableMomentum:
+            if x.size > 0:
+                return self._normalize_blended(x, out)
+            tracks = False
+        if tracks:
             y, mean, invstd = _primitives.normalize(
                 *given,
-                *self._statistics_to_track(),
+                *self._running_statistics(),
                 self._weight_of_new_batch(),
                 self.unbiased,
                 out,
                 self._over,
             )
-            if x.size > 0 and self.track_running_stats:
+            if x.size > 0:
                 self._count()
         else:
             y, mean, invstd = _primitives.normalize(*given, out=out, over=self._over)
         self._save(x, y, mean, invstd, self._kept_weight(), False)
         return y
 
-    def _weight_of_new_batch(self) -> float:
-        """Return what the next batch weighs in the running statistics."""
-        return 0.0 if self.momentum is None else self.momentum
-
     def _count(self) -> None:
         """Note that the running statistics have seen a batch."""
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1
+
+    # With a momentum that is learned
+
+    def _normalize_blended(self, x: Array, out: Array | None) -> Array:
+        """Return y from the running statistics into which each part of x has been blended."""
+        tracked, blends = self._blends(x)
+        y = self._output_beside(out, x, tracked)
+        for part, blended in zip(self._parts(x), blends, strict=True):
+            _primitives.scale_shift(
+                *(x[part], self.axis, blended.mean, blended.variance, self.weight, self.bias),
+                *(self.eps, None, y[part]),
+            )
+        self._track(tracked, blends)
+        self._save(x, y, blends, self._kept_weight())
+        return y
+
+    def _blends(self, x: Array) -> tuple[tuple[Array, Array], list[Blend]]:
+        """Return the running statistics, and what the parts of x make of them, one by one."""
+        _validation.epsilon(self.eps, training=True)
+        tracked = _validation.running_statistics(*self._running_statistics(), x, self.num_features)
+        assert tracked is not None  # what has a learned momentum, tracks
+        learned = share_of_batch(self._logit(), self.num_features)
+        seen, blends = self.num_batches_tracked or 0, []
+        mean, variance = tracked
+        with np.errstate(all="ignore"):
+            for number, part in enumerate(self._parts(x), seen):
+                share = learned if number else np.ones(self.num_features)
+                blends.append(blend(x[part], self.axis, mean, variance, share, self.unbiased))
+                # As the next part would find them, had this one been a batch of its own.
+                mean = blends[-1].mean.astype(tracked[0].dtype)
+                variance = blends[-1].variance.astype(tracked[1].dtype)
+        return tracked, blends
+
+    def _logit(self) -> Array:
+        size = self.num_features if getattr(self.momentum, "per_channel", False) else 1
+        return _validation.state("momentum_logit", self.momentum_logit, (size,))
+
+    def _output_beside(self, out: Array | None, x: Array, tracked: tuple[Array, Array]) -> Array:
+        if out is None:
+            return _primitives.empty_output(x)
+        reads = {"x": x, "weight": self.weight, "bias": self.bias}
+        return _validation.output(out, x, reads | dict(zip(self._running, tracked, strict=True)))
+
+    def _track(self, tracked: tuple[Array, Array], blends: list[Blend]) -> None:
+        _primitives.update_running(tracked, 1.0, blends[-1].mean, blends[-1].variance)
+        for _ in blends:
+            self._count()
+
+    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
+        if not isinstance(saved[0], list):
+            return super()._gradients(dy, out, x, *saved)
+        blends, weight = saved
+        upstream = _validation.upstream_gradient(dy, x)
+        dx = self._gradient_output(out, dy, x, weight)
+        # Float64, so that the gradients of parts are not rounded before they are added up.
+        gamma = np.ones(self.num_features) if weight is None else weight.astype(np.float64)
+        dweight, dbias, dlogit = np.zeros((3, self.num_features))
+        for part, blended in zip(self._parts(x), blends, strict=True):
+            given = upstream[part], x[part], self.axis, blended.mean, blended.invstd(self.eps)
+            some_dx, *of_part = _primitives.gradient(*given, gamma, True, dx[part])
+            with np.errstate(all="ignore"):
+                dlogit += blended.add_gradient(
+                    *(some_dx, x[part], self.axis, self.eps),
+                    *(gamma * of_part[1], gamma * of_part[0]),
+                )
+                dweight += of_part[0]
+                dbias += of_part[1]
+        return dx, None if weight is None else dweight, dbias, self._of_logit(dlogit)
+
+    def _gradient_output(
+        self, out: Array | None, dy: Array, x: Array, weight: Array | None
+    ) -> Array:
+        """Return where to write dx, which is written before x is read for the last time."""
+        if out is None:
+            return _primitives.empty_output(x)
+        reads = {"dy": dy, "x, which a learned momentum reads once more": x, "weight": weight}
+        return _validation.output(out, x, reads)
+
+    def _of_logit(self, of_channels: Array) -> Array:
+        """Return the gradient of the logit from that of each channel."""
+        of_each = len(self._logit()) == self.num_features
+        return of_channels if of_each else of_channels.sum(keepdims=True)

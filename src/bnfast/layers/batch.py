@@ -12,8 +12,8 @@ from bnfast import _validation
 from bnfast._conventions import KERAS
 from bnfast._float_mode import in_default_float_mode
 from bnfast._typing import Array
-from bnfast.layers._tracking import TrackingLayer
-from bnfast.statistics import weight_of_new_batch
+from bnfast.layers._tracking import PROPAGATE, TrackingLayer
+from bnfast.running_averages import Momentum
 
 # Below this the statistics of a batch are mostly noise: the standard error of the variance of 8
 # normal values is half of the variance.
@@ -31,9 +31,11 @@ class BatchNorm(TrackingLayer):
         C, the number of channels.
     eps : float
         Added to the variance; 0 will do for evaluation only.
-    momentum : float or None
+    momentum : float, None, or function
         The weight of the NEW batch in the running statistics, as in PyTorch (Keras, Flax and ONNX
-        call its complement momentum); None for the plain average of all batches.
+        call its complement momentum); None for the plain average of all batches; a function of the
+        number of the batch, from 1 on, which returns its weight: `ExponentialAverage`,
+        `CumulativeAverage`, or one of your own; or a `LearnableMomentum`.
     affine : bool
         Whether there are a weight and a bias.
     track_running_stats : bool
@@ -44,6 +46,13 @@ class BatchNorm(TrackingLayer):
         Divide by M - 1 for running_var, as PyTorch does, rather than by M (Keras, Flax, ONNX).
     dtype : dtype
         Of the parameters and running statistics: float32 or float64. The input may be either.
+    frozen : bool
+        Normalize with the running statistics in training, too, and leave them as they are; weight
+        and bias are still trained. An attribute that may be changed at any time.
+    nonfinite : str
+        What training does with a batch whose statistics are NaN or infinite: "propagate" them into
+        the running statistics, "skip" the batch there, or "raise" before anything is written. The
+        latter two read the batch once more.
 
     Attributes
     ----------
@@ -55,6 +64,8 @@ class BatchNorm(TrackingLayer):
         How many batches the running statistics have seen. An empty batch is none.
     weight_grad, bias_grad : array (C,) or None
         Of the last `backward`; a new call replaces them.
+    momentum_logit, momentum_logit_grad : array (1,) or (C,), or None
+        The parameter of a `LearnableMomentum`, and its gradient.
     training : bool
         True at first; see `train` and `eval`.
 
@@ -101,16 +112,19 @@ class BatchNorm(TrackingLayer):
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float | None = 0.1,
+        momentum: Momentum = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         *,
         axis: int = 1,
         unbiased: bool = True,
         dtype: DTypeLike = np.float32,
+        frozen: bool = False,
+        nonfinite: str = PROPAGATE,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, axis, unbiased, dtype
+            *(num_features, eps, momentum, affine, track_running_stats, axis, unbiased, dtype),
+            *(frozen, nonfinite),
         )
         self._warned = False
 
@@ -199,12 +213,3 @@ class BatchNorm(TrackingLayer):
                 f"group or RMS normalization)",
                 stacklevel=3,
             )
-
-    def _weight_of_new_batch(self) -> float:
-        if self.num_batches_tracked is None:
-            return 0.0
-        return weight_of_new_batch(self.momentum, self.num_batches_tracked + 1)
-
-    def _count(self) -> None:
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked += 1

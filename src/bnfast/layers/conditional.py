@@ -10,9 +10,10 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from bnfast import _primitives, _validation, functional
 from bnfast._float_mode import in_default_float_mode
 from bnfast._typing import Array
+from bnfast.layers._blend import Blend
 from bnfast.layers._layer import Gradients
-from bnfast.layers._tracking import TrackingLayer
-from bnfast.statistics import weight_of_new_batch
+from bnfast.layers._tracking import PROPAGATE, TrackingLayer
+from bnfast.running_averages import LearnableMomentum, Momentum
 
 
 class ConditionalBatchNorm(TrackingLayer):
@@ -26,9 +27,9 @@ class ConditionalBatchNorm(TrackingLayer):
         K, the number of classes: at least 1.
     eps : float
         Added to the variance; 0 will do for evaluation only.
-    momentum : float or None
+    momentum : float, None, or function
         The weight of the NEW batch in the running statistics, as in PyTorch; None for the plain
-        average of all batches.
+        average of all batches; or a function or `LearnableMomentum`, as in `BatchNorm`.
     track_running_stats : bool
         Whether there are running statistics. Without them evaluation, too, uses those of the batch.
     axis : int
@@ -37,6 +38,8 @@ class ConditionalBatchNorm(TrackingLayer):
         Divide by M - 1 for running_var, as PyTorch does, rather than by M.
     dtype : dtype
         Of the parameters and running statistics: float32 or float64. The input may be either.
+    frozen, nonfinite
+        As in `BatchNorm`.
 
     Attributes
     ----------
@@ -98,15 +101,18 @@ class ConditionalBatchNorm(TrackingLayer):
         num_features: int,
         num_classes: int,
         eps: float = 1e-5,
-        momentum: float | None = 0.1,
+        momentum: Momentum = 0.1,
         track_running_stats: bool = True,
         *,
         axis: int = 1,
         unbiased: bool = True,
         dtype: DTypeLike = np.float32,
+        frozen: bool = False,
+        nonfinite: str = PROPAGATE,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, True, track_running_stats, axis, unbiased, dtype
+            *(num_features, eps, momentum, True, track_running_stats, axis, unbiased, dtype),
+            *(frozen, nonfinite),
         )
         self.num_classes = _validation.size("num_classes", num_classes, 1)
         _validation.sizes("num_classes by num_features", (self.num_classes, self.num_features))
@@ -141,18 +147,23 @@ class ConditionalBatchNorm(TrackingLayer):
         array, _ = _validation.channel_axis_of_samples(self._batch(x), self.axis)
         chosen = _validation.class_labels(labels, len(array), self.num_classes)
         weight, bias = (self._of_samples(name, chosen) for name in ("weight", "bias"))
+        if self._observer is not None:
+            self._observer(array)
         running_mean, running_var = self._running_statistics()
-        if self.training or running_mean is None or running_var is None:
-            tracks = self.training and self.track_running_stats
+        training = self.training and not self.frozen
+        if training or running_mean is None or running_var is None:
+            tracks = training and self.track_running_stats and self._takes(array, self.axis)
+            if tracks and type(self.momentum) is LearnableMomentum:
+                if array.size > 0:
+                    return self._normalize_and_blend(array, chosen, weight, bias, out)
+                tracks = False
             tracked = (running_mean, running_var) if tracks else (None, None)
-            seen, new = self.num_batches_tracked if tracks else None, 0.0
-            if seen is not None:
-                new = weight_of_new_batch(self.momentum, seen + 1)
+            new = self._weight_of_new_batch() if tracks else 0.0
             y, *statistics = _primitives.conditional_normalize(
                 array, self.axis, weight, bias, self.eps, *tracked, new, self.unbiased, out
             )
-            if seen is not None and array.size > 0:
-                self.num_batches_tracked = seen + 1
+            if tracks and array.size > 0:
+                self._count()
             self._save(array, y, *statistics, weight, chosen, True)
             return y
         y = functional.conditional_batch_norm(
@@ -166,6 +177,24 @@ class ConditionalBatchNorm(TrackingLayer):
         self._save(array, y, running_mean.astype(np.float64), invstd, weight, chosen, False)
         return y
 
+    def _normalize_and_blend(
+        self,
+        x: Array,
+        labels: NDArray[np.intp],
+        weight: Array | None,
+        bias: Array | None,
+        out: Array | None,
+    ) -> Array:
+        """As `_normalize_blended`, with a weight and a bias for each sample."""
+        tracked, (blended,) = self._blends(x)
+        y = _primitives.conditional_scale_shift(
+            *(x, self.axis, blended.mean, blended.variance, weight, bias, self.eps),
+            self._output_beside(out, x, tracked),
+        )
+        self._track(tracked, [blended])
+        self._save(x, y, blended, weight, labels)
+        return y
+
     def _of_samples(self, name: str, labels: NDArray[np.intp]) -> Array | None:
         """Return the rows of a table of parameters, copied: it may change before backward."""
         table = getattr(self, name)
@@ -176,7 +205,13 @@ class ConditionalBatchNorm(TrackingLayer):
         return rows
 
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        mean, invstd, weight, labels, of_batch = saved
+        blended = saved[0] if isinstance(saved[0], Blend) else None
+        if blended is None:
+            mean, invstd, weight, labels, of_batch = saved
+        else:
+            mean, invstd, of_batch = blended.mean, blended.invstd(self.eps), False
+            _, weight, labels = saved
+            out = self._gradient_output(out, dy, x, weight)
         # Float64, so that the gradients of samples are not rounded before they are added up.
         wide = None if weight is None else weight.astype(np.float64)
         dx, *of_samples = functional.conditional_batch_norm_backward(
@@ -189,4 +224,9 @@ class ConditionalBatchNorm(TrackingLayer):
         with np.errstate(all="ignore"):
             for table, rows in zip((dweight, dbias), of_samples, strict=True):
                 np.add.at(table, labels, rows)
-        return dx, None if weight is None else dweight, dbias
+            if blended is None:
+                return dx, None if weight is None else dweight, dbias
+            gamma = 1.0 if wide is None else wide
+            sum_g_xhat, sum_g = ((gamma * rows.astype(np.float64)).sum(0) for rows in of_samples)
+            dlogit = blended.add_gradient(dx, x, self.axis, self.eps, sum_g, sum_g_xhat)
+        return dx, None if weight is None else dweight, dbias, self._of_logit(dlogit)

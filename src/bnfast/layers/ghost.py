@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ from numpy.typing import DTypeLike
 from bnfast import _primitives, _validation, functional
 from bnfast._typing import Array
 from bnfast.layers._layer import Gradients
-from bnfast.layers._tracking import TrackingLayer
-from bnfast.statistics import weight_of_new_batch
+from bnfast.layers._tracking import PROPAGATE, TrackingLayer
+from bnfast.running_averages import LearnableMomentum, Momentum, weight_of_new_batch
 
 
 class GhostBatchNorm(TrackingLayer):
@@ -27,9 +28,9 @@ class GhostBatchNorm(TrackingLayer):
         How many samples make a part: neighbouring ones; the last part may have fewer.
     eps : float
         Added to the variance; 0 will do for evaluation only.
-    momentum : float or None
+    momentum : float, None, or function
         The weight of each NEW part in the running statistics; None for the plain average of all
-        parts.
+        parts; or a function or `LearnableMomentum`, as in `BatchNorm`.
     affine : bool
         Whether there are a weight and a bias.
     track_running_stats : bool
@@ -41,6 +42,8 @@ class GhostBatchNorm(TrackingLayer):
         has of a channel.
     dtype : dtype
         Of the parameters and running statistics: float32 or float64. The input may be either.
+    frozen, nonfinite
+        As in `BatchNorm`. Single parts are skipped; with a `LearnableMomentum`, all of them.
 
     Attributes
     ----------
@@ -89,16 +92,19 @@ class GhostBatchNorm(TrackingLayer):
         num_features: int,
         ghost_size: int,
         eps: float = 1e-5,
-        momentum: float | None = 0.1,
+        momentum: Momentum = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         *,
         axis: int = 1,
         unbiased: bool = True,
         dtype: DTypeLike = np.float32,
+        frozen: bool = False,
+        nonfinite: str = PROPAGATE,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, axis, unbiased, dtype
+            *(num_features, eps, momentum, affine, track_running_stats, axis, unbiased, dtype),
+            *(frozen, nonfinite),
         )
         self.ghost_size = _validation.integer_from("ghost_size", ghost_size, 1)
 
@@ -107,25 +113,44 @@ class GhostBatchNorm(TrackingLayer):
         _validation.channel_axis_of_samples(array, self.axis)
         return array
 
+    def _parts(self, x: Array) -> list[slice]:
+        size = self.ghost_size
+        return [slice(start, start + size) for start in range(0, len(x), size)]
+
     def _normalize(self, x: Array, out: Array | None, training: bool) -> Array:
-        tracks = training and self.track_running_stats
+        tracks, taken = training and self.track_running_stats, None
+        if tracks and self.nonfinite != PROPAGATE:
+            taken = [self._takes(x[part], self.axis) for part in self._parts(x)]
+        if tracks and type(self.momentum) is LearnableMomentum:
+            if x.size > 0 and (taken is None or all(taken)):
+                return self._normalize_blended(x, out)
+            tracks = False
         seen = self.num_batches_tracked if tracks else None
+        numbers = None if taken is None else list(accumulate(taken, initial=0))
+
+        def weight(number: int) -> float:
+            if numbers is not None:
+                if numbers[number] == numbers[number - 1]:
+                    return 0.0  # it is skipped
+                number = numbers[number]
+            return weight_of_new_batch(self.momentum, (seen or 0) + number)
+
         y, mean, invstd = _primitives.ghost_normalize(
             *(x, self.axis, self.ghost_size, self.weight, self.bias, self.eps),
             *(self._running_statistics() if tracks else (None, None)),
-            lambda number: weight_of_new_batch(self.momentum, (seen or 0) + number),
+            weight,
             self.unbiased,
             out,
         )
         if seen is not None and x.size > 0:
-            self.num_batches_tracked = seen + len(mean)
+            self.num_batches_tracked = seen + (len(mean) if numbers is None else numbers[-1])
         self._save(x, y, mean, invstd, self._kept_weight(), False)
         return y
 
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        mean, invstd, weight, constant = saved
-        if constant:
+        if len(saved) == 2 or saved[-1]:  # of a learned momentum, or of constant statistics
             return super()._gradients(dy, out, x, *saved)
+        mean, invstd, weight, _ = saved
         dx, dweight, dbias = functional.ghost_batch_norm_backward(
             dy, x, self.ghost_size, mean, invstd, weight, axis=self.axis, out=out
         )

@@ -13,10 +13,11 @@ from bnfast._float_mode import in_default_float_mode
 from bnfast._typing import Array
 from bnfast.functional import Renormalized, RenormSchedule
 from bnfast.layers._layer import Gradients
-from bnfast.layers._tracking import ChannelLayer
+from bnfast.layers._tracking import PROPAGATE, Averaging, ChannelLayer
+from bnfast.running_averages import Momentum, checked_momentum
 
 
-class BatchRenorm(ChannelLayer):
+class BatchRenorm(ChannelLayer, Averaging):
     """Batch renormalization: batches corrected towards the running statistics, more and more.
 
     Parameters
@@ -25,8 +26,8 @@ class BatchRenorm(ChannelLayer):
         C, the number of channels.
     eps : float
         Added to the variance of the batch; 0 will do for evaluation only.
-    momentum : float
-        The weight of the NEW batch in the running statistics.
+    momentum : float or function
+        The weight of the NEW batch in the running statistics; a function as in `BatchNorm`.
     affine : bool
         Whether there are a weight and a bias.
     schedule : RenormSchedule, optional
@@ -37,6 +38,8 @@ class BatchRenorm(ChannelLayer):
         The channel axis: 1 for NCHW, -1 for NHWC.
     dtype : dtype
         Of the parameters and running statistics: float32 or float64. The input may be either.
+    frozen, nonfinite
+        As in `BatchNorm`.
 
     Attributes
     ----------
@@ -85,21 +88,26 @@ class BatchRenorm(ChannelLayer):
     _arrays: ClassVar[Mapping[str, str]] = {
         name: name for name in ("weight", "bias", "running_mean", "running_std")
     }
+    _running = ("running_mean", "running_std")
     _shown = ("num_features", "eps", "momentum", "affine", "schedule", "axis", "dtype")
 
     def __init__(
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float = 0.01,
+        momentum: Momentum = 0.01,
         affine: bool = True,
         *,
         schedule: RenormSchedule | None = None,
         axis: int = 1,
         dtype: DTypeLike = np.float32,
+        frozen: bool = False,
+        nonfinite: str = PROPAGATE,
     ) -> None:
         super().__init__(num_features, eps, affine, axis, dtype)
-        self.momentum = _validation.real("momentum", momentum)
+        if momentum is None:
+            _validation.real("momentum", momentum)  # None means two things elsewhere
+        self._set_averaging(checked_momentum(momentum), frozen, nonfinite)
         self.schedule = RenormSchedule() if schedule is None else schedule
         _validation.instance("schedule", self.schedule, RenormSchedule)
         _validation.renorm_limits(self.schedule.r_max, self.schedule.d_max)
@@ -128,22 +136,26 @@ class BatchRenorm(ChannelLayer):
             As `bnfast.batch_renorm`; the layer is left as it was.
         """
         array = self._batch(x)
+        if self._observer is not None:
+            self._observer(array)
         mean, std = self.running_mean, self.running_std
-        if not self.training:
+        if not self.training or self.frozen:
             given = array, self.axis, mean, std, self.weight, self.bias
             y, inverse_std = _primitives.evaluate_renorm(*given, self._evaluation, out)
             self._save(array, y, mean.copy(), inverse_std, self._kept_weight(), True)
             return y
         r_max, d_max = self.schedule.at(self.num_batches_tracked)
         weight = self._kept_weight()
+        takes = self.nonfinite == PROPAGATE or self._takes(array, self.axis)
+        new = self._weight_of_new_batch() if takes else 0.0
         y, saved = functional.batch_renorm_forward(
-            *(array, mean, std, self.weight, self.bias, self.momentum, self.eps),
+            *(array, mean, std, self.weight, self.bias, new, self.eps),
             r_max=r_max,
             d_max=d_max,
             axis=self.axis,
             out=out,
         )
-        if array.size > 0:
+        if takes and array.size > 0:
             self.num_batches_tracked += 1
         self._save(array, y, saved, weight)
         return y

@@ -12,7 +12,8 @@ from bnfast._float_mode import in_default_float_mode
 from bnfast._primitives import PER_SAMPLE
 from bnfast._typing import Array
 from bnfast.layers._layer import Flag, Gradients, Layer
-from bnfast.layers._tracking import TrackingLayer
+from bnfast.layers._tracking import PROPAGATE, TrackingLayer
+from bnfast.running_averages import Momentum
 
 
 class InstanceNorm(TrackingLayer):
@@ -26,9 +27,9 @@ class InstanceNorm(TrackingLayer):
         C, the number of channels.
     eps : float
         Added to the variance; positive.
-    momentum : float or None
+    momentum : float, None, or function
         The weight of the NEW batch in the running statistics, as in PyTorch; None, as there, leaves
-        them alone.
+        them alone; a function as in `BatchNorm`.
     affine : bool
         Whether there are a weight and a bias.
     track_running_stats : bool
@@ -37,6 +38,8 @@ class InstanceNorm(TrackingLayer):
         The channel axis: 1 for NCHW, -1 for NHWC; samples are along axis 0.
     dtype : dtype
         Of the parameters and running statistics: float32 or float64. The input may be either.
+    frozen, nonfinite
+        As in `BatchNorm`.
 
     Attributes
     ----------
@@ -45,7 +48,8 @@ class InstanceNorm(TrackingLayer):
     running_mean, running_var : array (C,) or None
         Zeros and ones at first.
     num_batches_tracked : int or None
-        0, as in PyTorch, which keeps it for the state alone.
+        0, as in PyTorch, which keeps it for the state alone; how many batches the running
+        statistics have seen, where momentum is a function of that.
     weight_grad, bias_grad : array (C,) or None
         Of the last `backward`; a new call replaces them.
     training : bool
@@ -79,26 +83,37 @@ class InstanceNorm(TrackingLayer):
         *("num_features", "eps", "momentum", "affine", "track_running_stats", "axis", "dtype"),
     )
     _over = PER_SAMPLE
+    _learns_momentum = False
 
     def __init__(
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float | None = 0.1,
+        momentum: Momentum = 0.1,
         affine: bool = False,
         track_running_stats: bool = False,
         *,
         axis: int = 1,
         dtype: DTypeLike = np.float32,
+        frozen: bool = False,
+        nonfinite: str = PROPAGATE,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, axis, True, dtype
+            *(num_features, eps, momentum, affine, track_running_stats, axis, True, dtype),
+            *(frozen, nonfinite),
         )
 
     def _batch(self, x: Array) -> Array:
         array = super()._batch(x)
         _validation.channel_axis_of_samples(array, self.axis)
         return array
+
+    def _weight_of_new_batch(self) -> float:
+        return 0.0 if self.momentum is None else super()._weight_of_new_batch()
+
+    def _count(self) -> None:
+        if callable(self.momentum):
+            super()._count()
 
 
 class GroupNorm(Layer):

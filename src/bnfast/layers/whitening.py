@@ -15,8 +15,8 @@ from bnfast._typing import Array
 from bnfast._whitening import WHITENING
 from bnfast.functional import IterativelyWhitened, Whitened
 from bnfast.layers._layer import Flag, Gradients
-from bnfast.layers._tracking import Tracking
-from bnfast.statistics import weight_of_new_batch
+from bnfast.layers._tracking import PROPAGATE, Tracking
+from bnfast.running_averages import Momentum, checked_momentum
 
 
 class WhiteningLayer(Tracking):
@@ -41,18 +41,20 @@ class WhiteningLayer(Tracking):
         num_features: int,
         num_groups: int,
         eps: float,
-        momentum: float | None,
+        momentum: Momentum,
         affine: bool,
         track_running_stats: bool,
         averaged: str,
         axis: int,
         dtype: DTypeLike,
+        frozen: bool,
+        nonfinite: str,
     ) -> None:
         self.num_features = _validation.size("num_features", num_features)
         _validation.channels_of_group(num_groups, self.num_features)
         self.num_groups = int(num_groups)
         self.eps = _validation.epsilon(eps, training=False)
-        self.momentum = None if momentum is None else _validation.real("momentum", momentum)
+        self._set_averaging(checked_momentum(momentum), frozen, nonfinite)
         self.affine = affine
         self.track_running_stats = track_running_stats
         self.averaged = _validation.choice("averaged", averaged, _whitening.AVERAGED)
@@ -93,18 +95,20 @@ class WhiteningLayer(Tracking):
         """
         array, _, _ = _validation.batch("x", x, self.axis)
         _validation.same_channels("x", array, self.axis, self.num_features)
+        if self._observer is not None:
+            self._observer(array)
         common = array, self.axis, self.num_groups, self._whiten, self.weight, self.bias
         mean, matrix = self._running_statistics()
-        if not self.training and mean is not None and matrix is not None:
+        training = self.training and not self.frozen
+        if not training and mean is not None and matrix is not None:
             y, statistics = _whitening.evaluate(*common, mean, matrix, self.averaged, out)
             self._save(array, y, statistics, self._kept_weight(), True)
             return y
         _validation.epsilon(self.eps, training=True)
-        tracks = self.training and self.track_running_stats
+        tracks = training and self.track_running_stats and self._takes(array, self.axis)
         tracked = (mean, matrix) if tracks else (None, None)
-        y, saved = _whitening.normalize(
-            *common, *tracked, self._weight_of_new_batch(), self.averaged, out
-        )
+        new = self._weight_of_new_batch() if tracks else 0.0
+        y, saved = _whitening.normalize(*common, *tracked, new, self.averaged, out)
         if tracks and self.num_batches_tracked is not None and array.size > 0:
             self.num_batches_tracked += 1
         self._save(array, y, saved, self._kept_weight(), False)
@@ -112,12 +116,6 @@ class WhiteningLayer(Tracking):
 
     def _first_statistics(self) -> dict[str, Array | float]:
         return {"running_mean": 0.0, "running_matrix": np.eye(self.num_features // self.num_groups)}
-
-    def _weight_of_new_batch(self) -> float:
-        """Return what the next batch weighs in the running statistics."""
-        if self.num_batches_tracked is None:
-            return 0.0
-        return weight_of_new_batch(self.momentum, self.num_batches_tracked + 1)
 
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
         statistics, weight, constant = saved
@@ -139,9 +137,9 @@ class DecorrelatedBatchNorm(WhiteningLayer):
         G, which divides C: neighbouring channels are whitened together.
     eps : float
         Added to the diagonal of the covariance; 0 will do for evaluation only.
-    momentum : float or None
+    momentum : float, None, or function
         The weight of the NEW batch in the running statistics; None for the plain average of all
-        batches.
+        batches; a function as in `BatchNorm`.
     affine : bool
         Whether there are a weight and a bias.
     track_running_stats : bool
@@ -153,6 +151,8 @@ class DecorrelatedBatchNorm(WhiteningLayer):
         The channel axis: 1 for NCHW, -1 for NHWC.
     dtype : dtype
         Of the parameters and running statistics: float32 or float64. The input may be either.
+    frozen, nonfinite
+        As in `BatchNorm`.
 
     Attributes
     ----------
@@ -205,17 +205,19 @@ class DecorrelatedBatchNorm(WhiteningLayer):
         num_features: int,
         num_groups: int = 1,
         eps: float = 1e-5,
-        momentum: float | None = 0.1,
+        momentum: Momentum = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         *,
         averaged: str = WHITENING,
         axis: int = 1,
         dtype: DTypeLike = np.float32,
+        frozen: bool = False,
+        nonfinite: str = PROPAGATE,
     ) -> None:
         super().__init__(
             *(num_features, num_groups, eps, momentum, affine, track_running_stats),
-            *(averaged, axis, dtype),
+            *(averaged, axis, dtype, frozen, nonfinite),
         )
 
     def _whiten(self, mean: Array, covariance: Array) -> Whitened:
@@ -231,7 +233,7 @@ class IterNorm(WhiteningLayer):
         As in `DecorrelatedBatchNorm`.
     iterations : int
         T, at least 1.
-    averaged, axis, dtype
+    averaged, axis, dtype, frozen, nonfinite
         As in `DecorrelatedBatchNorm`.
 
     Attributes
@@ -274,7 +276,7 @@ class IterNorm(WhiteningLayer):
         num_features: int,
         num_groups: int = 1,
         eps: float = 1e-5,
-        momentum: float | None = 0.1,
+        momentum: Momentum = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         *,
@@ -282,10 +284,12 @@ class IterNorm(WhiteningLayer):
         averaged: str = WHITENING,
         axis: int = 1,
         dtype: DTypeLike = np.float32,
+        frozen: bool = False,
+        nonfinite: str = PROPAGATE,
     ) -> None:
         super().__init__(
             *(num_features, num_groups, eps, momentum, affine, track_running_stats),
-            *(averaged, axis, dtype),
+            *(averaged, axis, dtype, frozen, nonfinite),
         )
         self.iterations = _validation.integer_from("iterations", iterations, 1)
 

@@ -1,0 +1,243 @@
+"""Running statistics made anew, of the data that a trained model is to be used with."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from bnfast import _primitives, _validation
+from bnfast._float_mode import in_default_float_mode
+from bnfast._typing import Array
+from bnfast.adaptation._borrowed import Borrowed, borrowed, first_statistics, samples
+from bnfast.adaptation._pools import pool_of
+from bnfast.functional import RenormSchedule
+from bnfast.layers import BatchRenorm, InstanceNorm
+from bnfast.layers._tracking import PROPAGATE
+from bnfast.running_averages import CumulativeAverage
+
+POOLED, AVERAGE_OF_BATCHES = "pooled", "average_of_batches"
+METHODS = (POOLED, AVERAGE_OF_BATCHES)
+
+# Of batch renormalization: no correction towards what is being made anew.
+_UNCORRECTED = RenormSchedule(1.0, 0.0, 0, 0, 0)
+
+
+def recalibrating(
+    layers: object, *, method: str = POOLED, prior: float | None = None
+) -> Recalibration:
+    """Make the running statistics of layers anew, of the data that they see in a ``with`` block.
+
+    Run your data through the network inside: in whatever mode, batch by batch. At the end of the
+    block the running statistics are those of all the batches. Weights, biases and modes stay.
+
+    Parameters
+    ----------
+    layers : layer, iterable of layers, or mapping of names to layers
+        With running statistics.
+    method : str
+        "pooled": the exact mean and variance of all values together, however they were cut into
+        batches. "average_of_batches": the plain average of the statistics of each batch, as
+        PyTorch's ``update_bn`` makes it; what the means of batches differ by, it leaves out of the
+        variance.
+    prior : float, optional
+        N, how many samples the running statistics count as that are there already. With None, they
+        are replaced.
+
+    Returns
+    -------
+    Recalibration
+        For ``with``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong type or value, or layers without running statistics.
+    RuntimeError
+        For a layer in two such blocks at once, and, at the end of the block, for layers that saw no
+        data.
+
+    Warns
+    -----
+    RuntimeWarning
+        Where a running statistic of float32 becomes infinite, though that of the data is finite.
+
+    Notes
+    -----
+    What the data are normalized with inside the block:
+
+    - without a prior, each batch with its own statistics, as in training. So what a layer sees does
+      not depend on the statistics that are being made anew in the layers before it.
+    - with a prior, each batch with what the running statistics would be if the block ended with it:
+      with n samples so far, of mean mu and variance var (as the layer divides it)::
+
+          running_mean = (N * running_mean + n * mu)  / (N + n)
+          running_var  = (N * running_var  + n * var) / (N + n)
+
+      A block of one batch is the test-time adaptation of Schneider et al.; N = 16 suits batches of
+      some tens of images there. The output of this batch is that of evaluation after the block.
+
+    If an exception leaves the block, the running statistics are as before it. They change at the
+    end of the block only, all layers together.
+
+    ``num_batches_tracked`` counts the batches of the block afterwards, with a prior in addition to
+    those before; `BatchRenorm`, whose schedule it is the step of, and `InstanceNorm`, which counts
+    nothing, keep theirs. A layer's `nonfinite` decides about batches that are not finite.
+
+    Layers other than `BatchNorm` pool what they keep: `GhostBatchNorm` takes all values together
+    rather than parts, `BatchRenorm` has the deviation, whitening layers have the matrix made of the
+    pooled covariance, and `InstanceNorm` the average of the statistics of single samples.
+
+    References
+    ----------
+    Y. Li, N. Wang, J. Shi, J. Liu, X. Hou, 2016, "Revisiting Batch Normalization For Practical
+    Domain Adaptation", arXiv:1603.04779. Y. Wu, J. Johnson, 2021, "Rethinking 'Batch' in
+    BatchNorm", arXiv:2105.07576 ("precise BN"). S. Schneider et al., 2020, "Improving robustness
+    against common corruptions by covariate shift adaptation", arXiv:2006.16971. P. Izmailov et al.,
+    2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407
+    (``update_bn``).
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> layer = bnfast.BatchNorm(3).eval()
+    >>> data = np.random.default_rng(0).normal(5.0, 2.0, (4, 16, 3)).astype(np.float32)
+    >>> with bnfast.recalibrating(layer):
+    ...     for x in data:
+    ...         y = layer(x)
+    >>> bool(np.allclose(layer.running_mean, data.mean((0, 1))))
+    True
+    >>> layer.training, layer.num_batches_tracked
+    (False, 4)
+    """
+    return Recalibration(layers, method, prior)
+
+
+class Recalibration:
+    """What `recalibrating` returns, for ``with``."""
+
+    def __init__(self, layers: object, method: str, prior: float | None) -> None:
+        _validation.choice("method", method, METHODS)
+        self._prior = None
+        if prior is not None:
+            self._prior = _validation.real("prior", prior)
+            if self._prior < 0.0:
+                raise ValueError(f"prior must not be negative, got {prior}")
+            if method != POOLED:
+                raise ValueError(f"prior needs method={POOLED!r}, got method={method!r}")
+        self._layers, self._method = layers, method
+        self._parts: list[_Part] = []
+
+    def __enter__(self) -> None:
+        """Begin."""
+        if self._parts:
+            raise RuntimeError("this recalibration has begun already")
+        parts = [_Part(one, self._method, self._prior) for one in borrowed(self._layers)]
+        for part in parts:
+            part.begin()
+        self._parts = parts
+
+    @in_default_float_mode
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Write the new statistics, unless there was an exception."""
+        parts, self._parts = self._parts, []
+        try:
+            if kind is None:
+                blind = [part.borrowed.name for part in parts if part.batches == 0]
+                if blind:
+                    raise RuntimeError(
+                        f"no data went through layers {', '.join(blind)}: all running statistics "
+                        f"are as before"
+                    )
+                found = [part.statistics() for part in parts]
+        finally:
+            for part in parts:
+                part.borrowed.end()
+        if kind is None:
+            for part, statistics in zip(parts, found, strict=True):
+                part.write(statistics)
+
+
+class _Part:
+    """One layer of a recalibration."""
+
+    def __init__(self, one: Borrowed, method: str, prior: float | None) -> None:
+        self.borrowed, self.batches = one, 0
+        self._method, self._prior = method, prior
+        self._pool, self._samples = pool_of(one.layer), 0
+        # What the layer has instead of its own running statistics.
+        self._running = first_statistics(one.layer)
+        if prior is not None:
+            self._running = dict(zip(one.layer._running, self._own(), strict=True))
+
+    def begin(self) -> None:
+        layer, adapts = self.borrowed.layer, self._prior is not None
+        averages = self._method == AVERAGE_OF_BATCHES
+        settings: dict[str, Any] = {**self._running, "training": not adapts, "frozen": False}
+        if isinstance(layer, BatchRenorm):
+            settings["schedule"] = _UNCORRECTED
+        else:
+            settings["track_running_stats"] = adapts or averages
+        settings["momentum"] = CumulativeAverage() if averages else 0.0
+        self.borrowed.begin(settings, self._see)
+        if averages:
+            vars(layer)["num_batches_tracked"] = 0
+
+    def _own(self) -> tuple[Array, Array]:
+        first, second = self.borrowed.statistics
+        return first.astype(np.float64), second.astype(np.float64)
+
+    @in_default_float_mode
+    def _see(self, x: Array) -> None:
+        layer = self.borrowed.layer
+        axis: int = layer.axis  # type: ignore[attr-defined]  # every such layer has one
+        if layer.nonfinite != PROPAGATE and not layer._takes(x, axis):
+            return
+        self.batches += len(layer._parts(x))
+        self._samples += samples(x, axis)
+        if self._method == POOLED:
+            self._pool.add(x)
+        if self._prior is not None:
+            for name, new in zip(layer._running, self.statistics(), strict=True):
+                self._running[name][...] = new
+
+    def _blended(self, first: Array, second: Array) -> tuple[Array, Array]:
+        """Return statistics with those of the layer itself as the prior."""
+        share = self._samples / ((self._prior or 0.0) + self._samples)
+        with np.errstate(all="ignore"):
+            old_first, old_second = self._own()
+            # What has no weight is not there, even if it is NaN or infinite.
+            if share == 1.0:
+                return first, second
+            return (
+                (1.0 - share) * old_first + share * first,
+                (1.0 - share) * old_second + share * second,
+            )
+
+    def statistics(self) -> tuple[Array, Array]:
+        """Return the running statistics as they are to be, in float64."""
+        if self._method == AVERAGE_OF_BATCHES:
+            first, second = self.borrowed.layer._running
+            return self._running[first], self._running[second]
+        found = self._pool.statistics()
+        return found if self._prior is None else self._blended(*found)
+
+    def write(self, statistics: tuple[Array, Array]) -> None:
+        """Give the layer its new statistics, in place, and the number of batches."""
+        layer = self.borrowed.layer
+        first, second = layer._running
+        _primitives.update_running(
+            (getattr(layer, first), getattr(layer, second)), 1.0, *statistics, names=layer._running
+        )
+        counts = not isinstance(layer, (BatchRenorm, InstanceNorm)) or (
+            isinstance(layer, InstanceNorm) and callable(layer.momentum)
+        )
+        if counts and layer.num_batches_tracked is not None:
+            before = 0 if self._prior is None else layer.num_batches_tracked
+            layer.num_batches_tracked = before + self.batches

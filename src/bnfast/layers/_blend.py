@@ -1,0 +1,97 @@
+"""The statistics of a batch blended into running ones, and the gradient through that blend."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from bnfast import _validation
+from bnfast._typing import Array
+from bnfast.functional.moments import moments
+
+# How many values are widened to float64 at a time.
+_AT_A_TIME = 1 << 14
+
+
+class Blend(NamedTuple):
+    """(1 - share) * old + share * batch, of mean and variance; (C,) of float64 each."""
+
+    mean: Array
+    variance: Array
+    share: Array  # 1 of a first batch, of which nothing old is left
+    mean_of_batch: Array
+    mean_step: Array  # from the old mean to that of the batch
+    variance_step: Array
+    values: int  # of a channel
+    divisor: int  # of the variance of the batch
+
+    def invstd(self, eps: float) -> Array:
+        """Return 1 / sqrt(variance + eps)."""
+        with np.errstate(all="ignore"):
+            return np.asarray(1.0 / np.sqrt(self.variance + eps))
+
+    def add_gradient(
+        self, dx: Array, x: Array, axis: int, eps: float, sum_g: Array, sum_g_xhat: Array
+    ) -> Array:
+        """Add to dx what reaches x through the statistics; return the gradient of each logit.
+
+        The sums are those of g = weight * dy, and of g times what x was normalized to. dx is s * g.
+        """
+        s = self.invstd(eps)
+        dmean, dvariance = -s * sum_g, -0.5 * s * s * sum_g_xhat
+        _add_line(
+            *(dx, x, axis, self.mean_of_batch),
+            slope=self.share * dvariance * (2.0 / self.divisor),
+            offset=self.share * dmean / self.values,
+        )
+        slope = self.share * (1.0 - self.share)
+        through = dmean * self.mean_step + dvariance * self.variance_step
+        # What a first batch is blended with has no weight, even if it is NaN or infinite.
+        return np.where(slope == 0.0, 0.0, slope * through)
+
+
+def _add_line(dx: Array, x: Array, axis: int, mean: Array, *, slope: Array, offset: Array) -> None:
+    """Add slope * (x - mean) + offset to dx."""
+    shape = [1] * x.ndim
+    shape[axis] = -1
+    parts = np.nditer(
+        (dx, x, *(array.reshape(shape) for array in (slope, mean, offset))),
+        ("external_loop", "buffered"),
+        (("readwrite",), *(("readonly",),) * 4),
+        (np.float64,) * 5,
+        casting="same_kind",
+        buffersize=_AT_A_TIME,
+    )
+    with parts:
+        for some_dx, some_x, slopes, means, offsets in parts:
+            some_dx += slopes * (some_x - means) + offsets
+
+
+def blend(
+    x: Array, axis: int, old_mean: Array, old_variance: Array, share: Array, unbiased: bool
+) -> Blend:
+    """Return the running statistics as they are with a batch, which is not empty.
+
+    `share` is what the batch weighs in each channel.
+    """
+    found = moments(x, axis)
+    count, mean, m2 = int(found.count), found.mean, found.m2
+    _validation.enough_values("x", x, count, "channel", unbiased=unbiased)
+    divisor = count - 1 if unbiased else count
+    variance = m2 / divisor
+
+    def blended(old: Array, new: Array) -> Array:
+        return np.where(share == 1.0, new, (1.0 - share) * old + share * new)
+
+    before = old_mean.astype(np.float64), old_variance.astype(np.float64)
+    return Blend(
+        *(blended(before[0], mean), blended(before[1], variance), share, mean),
+        *(mean - before[0], variance - before[1], count, divisor),
+    )
+
+
+def share_of_batch(logit: Array, channels: int) -> Array:
+    """Return what a batch weighs in each channel, 1 / (1 + exp(-logit))."""
+    wide = np.broadcast_to(logit.astype(np.float64), (channels,))
+    return np.asarray(1.0 / (1.0 + np.exp(-wide)))
