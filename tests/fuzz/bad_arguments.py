@@ -98,6 +98,8 @@ FLAGS = {
     *("training", "unbiased", "use_input_stats", "per_group", "parameters", "eps_inside"),
     *("floor", "v_first"),
 }
+OF_STATISTICS = ("moments", "summary")
+
 # The least of each, where it has one.
 INTEGERS = {"num_groups": 1, "ghost_size": 1, "iterations": 1, "n_power_iterations": 0}
 REALS = {"eps", "momentum", "gamma", "r_max", "d_max"}
@@ -126,6 +128,8 @@ def wrong_values(call: Call, name: str) -> list[Any]:
             found.append(-1)
         elif call.name.startswith(("layer", "rms")):
             found += [(0, 0), (0.5,), "ab"]
+        elif call.name in OF_STATISTICS:
+            found += [(0, 0), (0, 1.5), [99], "ab"]
         else:
             found += [None, (0,)]
         return found
@@ -157,6 +161,8 @@ def wrong_values(call: Call, name: str) -> list[Any]:
 
 def _wrong_arrays(call: Call, name: str, good: np.ndarray) -> list[Any]:
     makers = [*OF_ARRAYS]
+    if call.name in OF_STATISTICS:  # which take integers
+        makers = [m for m in makers if getattr(m(good), "dtype", np.dtype("U")).kind not in "bi"]
     # Where a single value will do, of whatever shape, no shape is wrong for sure.
     if name != call.inputs[-1] and name not in ("learned_eps", "g") and good.ndim:
         makers += OF_SHAPES

@@ -41,6 +41,7 @@ OF_SEVERAL: dict[Callable[[Random, str], Call], tuple[str, ...]] = {
 
 CALLS: dict[str, Callable[[Random], Call]] = {
     "moments": batches.moments,
+    "summary": batches.summary,
     "ghost_batch_norm_forward": batches.ghost_forward,
     "ghost_batch_norm_backward": batches.ghost_backward,
     "batch_renorm_backward": batches.renorm_backward,
