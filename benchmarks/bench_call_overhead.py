@@ -64,6 +64,9 @@ def family():
     f, dy = bnfast, IMAGES
     parameters = FEW_WEIGHT, FEW_BIAS
     batch = f.batch_norm_forward(IMAGES, *parameters)[1:]
+    sums = f.batch_norm_backward_sums(dy, IMAGES, *batch)
+    count = IMAGES.size // FEW_WEIGHT.size
+    tracks = {"running_mean": np.zeros(4, np.float32), "running_var": np.ones(4, np.float32)}
     instance = f.instance_norm_forward(IMAGES, *parameters)[1:]
     group = f.group_norm_forward(IMAGES, 2, *parameters)[1:]
     response = f.filter_response_norm_forward(IMAGES, *parameters)[1]
@@ -79,6 +82,13 @@ def family():
         "batch": (
             lambda out: f.batch_norm_forward(IMAGES, *parameters, out=out),
             lambda out: f.batch_norm_backward(dy, IMAGES, *batch, FEW_WEIGHT, out=out),
+        ),
+        "batch, tracking and in halves": (
+            lambda out: f.batch_norm_forward(IMAGES, *parameters, **tracks, out=out),
+            lambda out: (
+                f.batch_norm_backward_sums(dy, IMAGES, *batch),
+                f.batch_norm_backward_input(dy, IMAGES, *batch, FEW_WEIGHT, *sums, count, out=out),
+            ),
         ),
         "instance": (
             lambda out: f.instance_norm_forward(IMAGES, *parameters, out=out),

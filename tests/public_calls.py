@@ -57,6 +57,11 @@ def public_calls(x, dy, weight, bias):
         y = function(x, *before, *running, weight, bias, True, **keywords)
         return [y, *running, function(x, *before, *running, weight, bias, **keywords)]
 
+    def forward_and_tracked():
+        running = bias.copy(), positive.copy()
+        tracks = {"running_mean": running[0], "running_var": running[1]}
+        return [*f.batch_norm_forward(x, weight, bias, **tracks), *running]
+
     def conditional():
         running = bias.copy(), positive.copy()
         y = f.conditional_batch_norm(x, of_samples, -of_samples, *running, True)
@@ -70,11 +75,15 @@ def public_calls(x, dy, weight, bias):
     two = {"num_groups": 2}
     return {
         "batch_norm": lambda: tracked(f.batch_norm),
-        "batch_norm_forward": lambda: f.batch_norm_forward(x, weight, bias),
+        "batch_norm_forward": forward_and_tracked,
         "batch_norm_backward": lambda: [
             *f.batch_norm_backward(dy, x, *saved["batch_norm"], weight),
             *f.batch_norm_backward(dy, x, *saved["batch_norm"], training=False),
         ],
+        "batch_norm_backward_sums": lambda: f.batch_norm_backward_sums(dy, x, *saved["batch_norm"]),
+        "batch_norm_backward_input": lambda: f.batch_norm_backward_input(
+            dy, x, *saved["batch_norm"], weight, weight, bias, x.size // channels
+        ),
         "moments": lambda: [
             m := f.moments(x),
             m.merge(f.moments(dy)),

@@ -34,6 +34,15 @@ CALLS = {
     "running_var": lambda p, out: bnfast.batch_norm(X, MEAN, p, training=True, out=out),
     "mean": lambda p, out: bnfast.batch_norm_backward(X, X, p, INVSTD, out=out),
     "invstd": lambda p, out: bnfast.batch_norm_backward(X, X, MEAN, p, out=out),
+    "running_var ": lambda p, out: bnfast.batch_norm_forward(
+        X, running_mean=MEAN.copy(), running_var=p, out=out
+    ),
+    "sum_dy": lambda p, out: bnfast.batch_norm_backward_input(
+        X, X, MEAN, INVSTD, None, p, MEAN, 3, out=out
+    ),
+    "sum_dy_xhat": lambda p, out: bnfast.batch_norm_backward_input(
+        X, X, MEAN, INVSTD, None, MEAN, p, 3, out=out
+    ),
     "tau": lambda p, out: bnfast.filter_response_norm(X, tau=p, out=out),
     "learned_eps": lambda p, out: bnfast.filter_response_norm(X, learned_eps=p, out=out),
     "learned_eps ": lambda p, out: bnfast.filter_response_norm_backward(

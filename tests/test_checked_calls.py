@@ -24,7 +24,11 @@ def of_batch(x, dy, weight, bias, eps, axis):
     gradients = bnfast.batch_norm_backward(dy, x, mean, invstd, weight, axis=axis)
     running = np.zeros(4), np.ones(4)
     tracked = bnfast.batch_norm(x, *running, weight, bias, True, eps=eps, axis=axis)
-    return [y, mean, invstd, z, *gradients, tracked, *running]
+    tracks = {"running_mean": running[0], "running_var": running[1]}
+    forward = bnfast.batch_norm_forward(x, weight, bias, eps, axis=axis, **tracks)
+    sums = bnfast.batch_norm_backward_sums(dy, x, mean, invstd, axis=axis)
+    dx = bnfast.batch_norm_backward_input(dy, x, mean, invstd, weight, *sums, 90.0, axis=axis)
+    return [y, mean, invstd, z, *gradients, tracked, *running, *forward, *sums, dx]
 
 
 def of_instances(x, dy, weight, bias, eps, axis):

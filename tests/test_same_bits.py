@@ -21,11 +21,15 @@ def everything(x, dy, weight, bias, axis):
     trained = bnfast.batch_norm(x, running_mean, running_var, weight, bias, True, axis=axis)
     evaluated = bnfast.batch_norm(x, running_mean, running_var, weight, bias, axis=axis)
     moments = bnfast.moments(x, axis)
+    sums = bnfast.batch_norm_backward_sums(dy, x, mean, invstd, axis=axis)
+    count = x.size // channels
     return [
         *(y, mean, invstd, trained, running_mean, running_var, evaluated),
         *(moments.mean, moments.m2),
         *bnfast.batch_norm_backward(dy, x, mean, invstd, weight, axis=axis),
         *bnfast.batch_norm_backward(dy, x, mean, invstd, weight, axis=axis, training=False),
+        *sums,
+        bnfast.batch_norm_backward_input(dy, x, mean, invstd, weight, *sums, count, axis=axis),
     ]
 
 

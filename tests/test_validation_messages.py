@@ -144,6 +144,50 @@ def test_parameters_of_backward(bad, error, message, name):
     raises(bnfast.batch_norm_backward, error, message, f"{name} ", X, X, **(good | {name: bad}))
 
 
+@pytest.mark.parametrize(("bad", "error", "message"), BAD_PARAMETERS)
+@pytest.mark.parametrize("name", ["mean", "invstd", "weight", "sum_dy", "sum_dy_xhat"])
+def test_parameters_of_the_halves_of_backward(bad, error, message, name):
+    good = {"mean": ones(), "invstd": ones()}
+    if name in good:
+        raises(
+            *(bnfast.batch_norm_backward_sums, error, message, f"{name} ", X, X),
+            **(good | {name: bad}),
+        )
+    good |= {"weight": None, "sum_dy": ones(), "sum_dy_xhat": ones(), "count": 3}
+    out = np.zeros_like(X)
+    raises(
+        *(bnfast.batch_norm_backward_input, error, message, f"{name} ", X, X),
+        **(good | {name: bad, "out": out}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (0, ValueError, "positive"),
+        (-3, ValueError, "positive"),
+        (np.nan, ValueError, "finite"),
+        (np.inf, ValueError, "finite"),
+        (10**400, ValueError, "finite"),
+        (None, TypeError, "a real number"),
+        (True, TypeError, "a real number"),
+        (np.full(C, 3), TypeError, "a real number"),
+    ],
+)
+def test_the_count_of_the_sums(bad, error, message):
+    given = ones(), ones(), None, ones(), ones(), bad
+    raises(bnfast.batch_norm_backward_input, error, message, "count ", X, X, *given)
+
+
+@pytest.mark.parametrize("name", ["sum_dy", "sum_dy_xhat"])
+def test_the_input_half_needs_the_sums(name):
+    good = {"weight": None, "sum_dy": ones(), "sum_dy_xhat": ones(), "count": 3}
+    raises(
+        *(bnfast.batch_norm_backward_input, TypeError, "None", f"{name} ", X, X, ones(), ones()),
+        **(good | {name: None}),
+    )
+
+
 @pytest.mark.parametrize("name", ["mean", "invstd"])
 def test_backward_needs_the_statistics(name):
     good = {"mean": ones(), "invstd": ones()}
@@ -155,6 +199,9 @@ def test_running_statistics_in_training(bad, error, message):
     out = np.zeros_like(X)
     raises(train, error, message, "running_mean ", X, bad, ones(), out=out)
     raises(train, error, message, "running_var ", X, ones(), bad, out=out)
+    forward, good = bnfast.batch_norm_forward, {"running_mean": ones(), "running_var": ones()}
+    for name in good:
+        raises(forward, error, message, f"{name} ", X, out=out, **(good | {name: bad}))
 
 
 def test_running_statistics_that_lie_in_the_input():
@@ -303,6 +350,7 @@ def test_eps_may_be_zero_in_evaluation_only():
 def test_momentum(bad, error):
     raises(train, error, "momentum must be", "momentum ", X, ones(), ones(), momentum=bad)
     raises(infer, error, "momentum must be", "momentum ", X, ones(), ones(), momentum=bad)
+    raises(bnfast.batch_norm_forward, error, "momentum must be", "momentum ", X, momentum=bad)
 
 
 @pytest.mark.parametrize("bad", [0.1, 1, None, "False", np.ones(2)], ids=repr)

@@ -3,9 +3,11 @@
 Functions: `batch_norm`, `instance_norm`, `group_norm`, `layer_norm`, `rms_norm`,
 `filter_response_norm`, `conditional_batch_norm`, `decorrelated_batch_norm`, `iterative_norm`,
 `ghost_batch_norm` and `batch_renorm`, in the order of arguments that PyTorch's have.
-``<name>_forward`` also returns what ``<name>_backward`` needs for the gradients. `weight_norm`,
-`weight_standardization`, `scaled_weight_standardization` and `spectral_norm` are of weights rather
-than data. `moments` and `summary` are statistics of any array, which merge.
+``<name>_forward`` also returns what ``<name>_backward`` needs for the gradients;
+`batch_norm_backward_sums` and `batch_norm_backward_input` are two halves of the latter, for a batch
+in parts. `weight_norm`, `weight_standardization`, `scaled_weight_standardization` and
+`spectral_norm` are of weights rather than data. `moments` and `summary` are
+statistics of any array, which merge.
 
 Layers, which own parameters and statistics: call one, then its ``backward``: `BatchNorm`,
 `InstanceNorm`, `GroupNorm`, `LayerNorm`, `RMSNorm`, `FilterResponseNorm`, `ConditionalBatchNorm`,
@@ -31,6 +33,8 @@ from bnfast.functional import (
     Whitened,
     batch_norm,
     batch_norm_backward,
+    batch_norm_backward_input,
+    batch_norm_backward_sums,
     batch_norm_forward,
     batch_renorm,
     batch_renorm_backward,
@@ -126,6 +130,8 @@ __all__ = [
     "available_isas",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_backward_input",
+    "batch_norm_backward_sums",
     "batch_norm_forward",
     "batch_renorm",
     "batch_renorm_backward",

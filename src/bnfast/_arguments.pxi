@@ -259,6 +259,20 @@ cdef inline double _real(str name, value) except? -1.0:
     return _validation.real(name, value)
 
 
+cdef inline double _count(value) except? -1.0:
+    cdef int beyond
+    cdef double number
+    if type(value) is int:
+        number = <double>PyLong_AsLongAndOverflow(value, &beyond)
+        if not beyond and number > 0.0:
+            return number
+    elif type(value) is float:
+        number = <double>value
+        if number > 0.0 and number - number == 0.0:
+            return number
+    return _validation.positive("count", value)
+
+
 cdef inline bint _flag(str name, value) except -1:
     if value is True or value is False:
         return value is True

@@ -39,6 +39,13 @@ cdef extern from "kernels.h" nogil:
                                           void *running) noexcept
     ctypedef void bn_parameter_gradient_kernel(size_t channels, size_t repeats,
                                                const double *sums, void *gradient) noexcept
+    ctypedef void bn_merge_moments_kernel(size_t channels, size_t count_a, double *mean_a,
+                                          double *mean_low_a, double *m2_a, size_t count_b,
+                                          const double *mean_b, const double *mean_low_b,
+                                          const double *m2_b) noexcept
+    ctypedef void bn_invstd_kernel(size_t channels, const double *divided, double divisor,
+                                   double eps, const double *channel_eps,
+                                   double *result) noexcept
     ctypedef float bn_memory_probe(size_t lines, const float *start, float *to) noexcept
 
     ctypedef struct bn_kernels:
@@ -47,6 +54,8 @@ cdef extern from "kernels.h" nogil:
         bn_widen_kernel **widen
         bn_update_running_kernel *update_running[2]
         bn_parameter_gradient_kernel *parameter_gradient[2]
+        bn_merge_moments_kernel *merge_moments
+        bn_invstd_kernel *invstd
         bn_memory_probe *probe_copy
         bn_memory_probe *probe_streaming_copy
         bn_memory_probe *probe_read
@@ -161,4 +170,16 @@ cdef int normalize_rows(
 cdef int row_gradient(
     Plan plan, x, dy, dx, weight, mean, invstd, sums, int threads
 ) except -1
+cdef int invstd(variance, double eps, result) except -1
+cdef int normalize_part(
+    Plan plan, x, y, weight, bias, mean, mean_low, inverse_std, int threads
+) except -1
+cdef int gradient_sums(
+    Plan plan, x, dy, mean, mean_low, invstd, sum_dy, sum_dy_xhat, int threads
+) except -1
+cdef int input_gradient(
+    Plan plan, x, dy, dx, weight, mean, mean_low, invstd, sum_dy, sum_dy_xhat, double count,
+    int threads
+) except -1
+cdef int merge_moments(counts, moments, merged) except -1
 cdef int update_running(running, divided, double momentum, double divisor) except -1

@@ -575,4 +575,5 @@ cdef int row_gradient(
     return 0
 
 
+include "_part_jobs.pxi"
 include "_output_memory.pxi"

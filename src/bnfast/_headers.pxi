@@ -54,6 +54,11 @@ cdef extern from "job.h" nogil:
         const double *channel_eps
         double **statistic
         int constant_statistics
+        const double *given_sum_dy
+        const double *given_sum_dy_xhat
+        double count
+        int mean_low_given
+        int invstd_given
         size_t parameters_of_repeat
         size_t per_group
         int centred

@@ -77,8 +77,14 @@ cdef object _layout_of(cnp.ndarray second, cnp.ndarray third, cnp.ndarray x):
     )
 
 
+# Kinds of calls with statistics of channels: 0, and
+cdef enum:
+    _KIND_PER_SAMPLE = 1
+    _KIND_OF_SUMS = 2
+
 # Of calls on so many arrays.
 cdef tuple _ROLES = ((), (BN_X,), (BN_X, BN_Y), (BN_X, BN_DY, BN_DX))
+cdef tuple _ROLES_OF_SUMS = (BN_X, BN_DY)
 
 
 cdef Plan _stored(key, plan, tuple roles, cnp.ndarray x):
@@ -94,14 +100,26 @@ cdef Plan _plan(
     Py_ssize_t axis, Reduction over, cnp.ndarray x, cnp.ndarray second, cnp.ndarray third
 ):
     """The plan of a call with statistics of channels."""
-    cdef bytes key = _key(x, axis, over.per_sample, second, third)
+    return _plan_of_channels(axis, over.per_sample, x, second, third)
+
+
+cdef Plan _plan_of_sums(Py_ssize_t axis, cnp.ndarray x, cnp.ndarray dy):
+    """The plan of a call that makes the sums of a gradient, and writes no dx."""
+    return _plan_of_channels(axis, _KIND_OF_SUMS, x, dy, None)
+
+
+cdef Plan _plan_of_channels(
+    Py_ssize_t axis, Py_ssize_t kind, cnp.ndarray x, cnp.ndarray second, cnp.ndarray third
+):
+    cdef bytes key = _key(x, axis, kind, second, third)
     cdef Plan found = _plans.get(key)
     if found is not None:
         return found
     itemsize, strides, directly = _layout_of(second, third, x)
-    repeated = (0,) if over.per_sample else ()
+    repeated = (0,) if kind == _KIND_PER_SAMPLE else ()
     plan = plan_layout((<object>x).shape, (axis,), repeated, itemsize, strides, directly)
-    return _stored(key, plan, _ROLES[len(strides)], x)
+    roles = _ROLES_OF_SUMS if kind == _KIND_OF_SUMS else _ROLES[len(strides)]
+    return _stored(key, plan, roles, x)
 
 
 cdef Plan _plan_of_rows(

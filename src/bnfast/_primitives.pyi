@@ -168,6 +168,62 @@ def ghost_gradient(
     weight: object,
     out: object = None,
 ) -> tuple[Array, Array, Array]: ...
+
+class PartOfBatch:
+    x: Array
+    moments: Array
+    channels: int
+    count: int
+    def __init__(
+        self,
+        x: object,
+        axis: object,
+        weight: object,
+        bias: object,
+        eps: object,
+        running_mean: object,
+        running_var: object,
+        momentum: object,
+        unbiased: bool,
+        out: object,
+    ) -> None: ...
+    def normalize(self, count: int, moments: Array) -> tuple[Array, Array]: ...
+
+def merge_moments(counts: Array, moments: Array) -> Array: ...
+
+class PartOfGradient:
+    x: Array
+    sums: Array
+    channels: int
+    def __init__(
+        self,
+        dy: object,
+        x: object,
+        axis: object,
+        mean: object,
+        mean_low: Array | None,
+        invstd: object,
+        weight: object,
+        out: object,
+    ) -> None: ...
+    def parameter_gradients(self) -> tuple[Array, Array]: ...
+    def input_gradient(self, count: float, sums: Array) -> Array: ...
+
+def gradient_sums(
+    dy: object, x: object, axis: object, mean: object, invstd: object
+) -> tuple[Array, Array]: ...
+def input_gradient(
+    dy: object,
+    x: object,
+    axis: object,
+    mean: object,
+    invstd: object,
+    weight: object,
+    sum_dy: object,
+    sum_dy_xhat: object,
+    count: object,
+    out: object = None,
+) -> Array: ...
 def update_running(
     tracked: tuple[Array, Array],
     momentum: float,

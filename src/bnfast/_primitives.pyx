@@ -399,6 +399,7 @@ def _in_order(columns, walked, shape):
 
 include "_conditional.pxi"
 include "_ghost.pxi"
+include "_parts.pxi"
 
 
 # running statistics

@@ -118,6 +118,14 @@ def real(name: str, value: object) -> float:
     return number
 
 
+def positive(name: str, value: object) -> float:
+    """Return a finite number above 0."""
+    number = real(name, value)
+    if number <= 0.0:
+        raise ValueError(f"{name} must be positive, got {number}")
+    return number
+
+
 def estimate(name: str, value: object) -> float:
     """Return a number that a forward pass returned: of NaN it may be NaN."""
     return _as_float(name, value)

@@ -29,6 +29,7 @@ from bnfast._scalars import instance as instance
 from bnfast._scalars import integer as integer
 from bnfast._scalars import integer_from as integer_from
 from bnfast._scalars import integers as integers
+from bnfast._scalars import positive as positive
 from bnfast._scalars import real as real
 from bnfast._scalars import renorm_limits as renorm_limits
 from bnfast._scalars import size as size

@@ -17,6 +17,7 @@ OF_SEVERAL: dict[Callable[[Random, str], Call], tuple[str, ...]] = {
     batches.batch_norm: ("batch_norm", "conditional_batch_norm", "ghost_batch_norm"),
     batches.batch_norm_forward: ("batch_norm_forward", "conditional_batch_norm_forward"),
     batches.batch_norm_backward: ("batch_norm_backward", "conditional_batch_norm_backward"),
+    batches.batch_norm_halves: ("batch_norm_backward_sums", "batch_norm_backward_input"),
     batches.renorm: ("batch_renorm", "batch_renorm_forward"),
     samples.group_norm: ("group_norm", "group_norm_forward", "instance_norm_forward"),
     samples.group_norm_backward: ("group_norm_backward", "instance_norm_backward"),

@@ -94,12 +94,27 @@ def batch_norm_forward(rng: Random, name: str) -> Call:
     weight, bias = pair(rng, fold.parameter_shape)
     eps = draws.eps(rng)
     arguments = {"x": x, "weight": weight, "bias": bias, "eps": eps, "axis": axis}
+    running, momentum, unbiased = (), draws.momentum(rng), draws.chance(rng, 0.7)
+    if not conditional and draws.chance(rng, 0.5):
+        channels = (x.shape[axis],)
+        running = draws.running(rng, channels), draws.running(rng, channels, positive=True)
+        arguments |= {"running_mean": running[0], "running_var": running[1]}
+        arguments |= {"momentum": momentum, "unbiased": unbiased}
 
-    def expect() -> Expected:
-        y, mean, invstd, _ = oracle.forward(x, fold, weight, bias, eps)
-        return Expected({"y": y, "mean": mean, "invstd": invstd} if fold.count else {"y": y})
+    def expect() -> Expected | Refused:
+        if running and unbiased and fold.count == 1:
+            return Refused(("x",), x.size > 0)
+        y, mean, invstd, of = oracle.forward(x, fold, weight, bias, eps)
+        returned = {"y": y, "mean": mean, "invstd": invstd} if fold.count else {"y": y}
+        if not running:
+            return Expected(returned)
+        after = unchanged(*running)
+        if x.size:
+            after = tracked(of, fold, x, *running, momentum, unbiased)
+        return Expected(returned, dict(zip(("running_mean", "running_var"), after, strict=True)))
 
-    return Call(name, arguments, expect, many, ("x",), ("x",), (), axis)
+    changed = ("running_mean", "running_var") if running else ()
+    return Call(name, arguments, expect, many, ("x",), ("x",), changed, axis)
 
 
 def batch_norm_backward(rng: Random, name: str) -> Call:
@@ -132,6 +147,34 @@ def batch_norm_backward(rng: Random, name: str) -> Call:
 
     in_place = ("dy",) if conditional and training else ("dy", "x")
     return Call(name, arguments, expect, many, ("dy", "x"), in_place, (), axis)
+
+
+def batch_norm_halves(rng: Random, name: str) -> Call:
+    """The sums of a gradient, and dx from sums that are known."""
+    x, axis = draw_x(rng)
+    fold = oracle.of_channels(x.shape, axis)
+    dy, weight = upstream(rng, x), draws.parameter(rng, fold.parameter_shape)
+    found = oracle.forward(x, fold, None, None, draws.eps(rng))
+    mean, invstd = (draws.saved(rng, each) for each in wide(found.mean, found.invstd))
+    given = dy, x, fold, mean, invstd, weight
+    arguments = {"dy": dy, "x": x, "mean": mean, "invstd": invstd}
+    if name.endswith("sums"):
+
+        def expect() -> Expected:
+            gradients = oracle.backward(*given, dtype=DOUBLE)
+            return Expected({"sum_dy": gradients.dbias, "sum_dy_xhat": gradients.dweight})
+
+        return Call(name, arguments | {"axis": axis}, expect, many, ("dy", "x"), (), (), axis)
+
+    sums = oracle.backward(*given, dtype=DOUBLE)
+    sum_dy, sum_dy_xhat = wide(sums.dbias, sums.dweight)
+    arguments |= {"weight": weight, "sum_dy": sum_dy, "sum_dy_xhat": sum_dy_xhat}
+    arguments |= {"count": max(fold.count, 1), "axis": axis}
+
+    def expect_dx() -> Expected:
+        return Expected({"dx": oracle.backward(*given).dx})
+
+    return Call(name, arguments, expect_dx, one, ("dy", "x"), ("dy", "x"), (), axis)
 
 
 def moments(rng: Random) -> Call:

@@ -307,14 +307,15 @@ void bn_prepare_scale_shift(const bn_job *job, range channels)
     if (job->statistic[BN_VARIANCE]) {
         job->kernels->invstd(channels.count, job->statistic[BN_VARIANCE] + c, 1.0, job->eps, NULL,
                              job->statistic[BN_INVSTD] + c);
-    } else {
+    } else if (!job->invstd_given) {
         for (size_t i = c; i < c + channels.count; i++) {
             job->statistic[BN_INVSTD][i] = 1.0;
         }
     }
     job->kernels->scale_shift_coefficients[job->plan->dtype](
-        channels.count, 0, parameter_from(job->statistic[BN_MEAN], c), NULL, job->statistic[BN_INVSTD] + c,
-        parameter_from(job->weight, c), parameter_from(job->bias, c), coefficients_from(job, c));
+        channels.count, 0, parameter_from(job->statistic[BN_MEAN], c), parameter_from(job->statistic[BN_MEAN_LOW], c),
+        job->statistic[BN_INVSTD] + c, parameter_from(job->weight, c), parameter_from(job->bias, c),
+        coefficients_from(job, c));
     tile_coefficients(job, channels);
 }
 
@@ -346,7 +347,7 @@ void bn_make_output_again(const bn_job *job, range channels)
 /* Once the low part of the mean is known. */
 void bn_prepare_gradient(const bn_job *job, range channels)
 {
-    if (job->statistic[BN_MEAN_LOW]) {
+    if (job->statistic[BN_MEAN_LOW] && !job->mean_low_given) {
         finish_mean_low(job, channels);
     }
     job->method.prepare(job, channels);
@@ -398,14 +399,15 @@ void bn_grouped_coefficients(const bn_job *job, range channels)
 void bn_gradient_coefficients(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
+    const double count = job->given_sum_dy ? job->count : (double)values_per_channel(job->plan);
     job->kernels->gradient_coefficients[job->plan->dtype](
-        channels.count, values_per_channel(job->plan), job->statistic[BN_MEAN] + c,
+        channels.count, count, job->statistic[BN_MEAN] + c,
         parameter_from(job->statistic[BN_MEAN_LOW], c), job->statistic[BN_INVSTD] + c,
         parameter_from(job->weight, c), job->statistic[BN_SUM_DY] + c, job->statistic[BN_SUM_DY_XHAT] + c,
         coefficients_from(job, c));
 }
 
-void bn_finish_gradient(const bn_job *job, range channels)
+static void finish_gradient_sums(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
     merge_gradient(job, channels);
@@ -413,6 +415,26 @@ void bn_finish_gradient(const bn_job *job, range channels)
         channels.count, job->statistic[BN_MEAN] + c, parameter_from(job->statistic[BN_MEAN_LOW], c),
         job->statistic[BN_INVSTD] + c, job->statistic[BN_SUM_DY] + c, job->statistic[BN_SUM_DY_XHAT] + c);
     mend_gradient(job, channels);
+}
+
+static void take_given_sums(const bn_job *job, range channels)
+{
+    const size_t c = channels.first, bytes = channels.count * sizeof(double);
+    memcpy(job->statistic[BN_SUM_DY] + c, job->given_sum_dy + c, bytes);
+    memcpy(job->statistic[BN_SUM_DY_XHAT] + c, job->given_sum_dy_xhat + c, bytes);
+}
+
+void bn_finish_gradient(const bn_job *job, range channels)
+{
+    const size_t c = channels.first;
+    if (job->given_sum_dy) {
+        take_given_sums(job, channels);
+    } else {
+        finish_gradient_sums(job, channels);
+    }
+    if (!job->operand[BN_DX]) {
+        return;
+    }
     job->method.finish(job, channels);
     if (!job->centred && job->coefficients.array[BN_OFFSET]) {
         memset(coefficients_from(job, c).array[BN_OFFSET], 0, channels.count * job->plan->itemsize);

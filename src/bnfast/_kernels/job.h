@@ -58,8 +58,8 @@ typedef struct {
 #define BN_BUFFERS ((size_t)BN_ROLES)
 
 /* What is known of a channel. moments and normalize write BN_MEAN to BN_M2, and normalize BN_INVSTD; scale_shift is
-   told BN_MEAN and BN_VARIANCE (0 without the one, invstd 1 without the other), and writes BN_INVSTD; a gradient is
-   told BN_MEAN and BN_INVSTD, and writes the sums. */
+   told BN_MEAN and BN_VARIANCE (0 without the one, invstd 1 without the other), and BN_MEAN_LOW where it is known,
+   and writes BN_INVSTD; a gradient is told BN_MEAN and BN_INVSTD, and writes the sums. */
 typedef enum {
     BN_MEAN,     /* rounded to one float64 */
     BN_MEAN_LOW, /* what rounding left of the mean; a gradient finds it again where it is missed */
@@ -99,6 +99,13 @@ struct bn_job {
 
     double *statistic[BN_STATISTICS]; /* NULL for those that the job has not */
     int constant_statistics; /* gradient: mean and invstd did not come from x */
+
+    /* Of a gradient in two halves, for batches in parts: one without BN_DX makes the sums alone, and one that is
+       given the sums, of as many values per channel as `count`, makes dx from these. */
+    const double *given_sum_dy, *given_sum_dy_xhat; /* NULL where the job makes them */
+    double count;
+    int mean_low_given; /* BN_MEAN_LOW is not to be found */
+    int invstd_given;   /* scale_shift: BN_INVSTD is not to be made of BN_VARIANCE */
 
     size_t per_group; /* how many neighbouring channels have their statistics in common */
     int centred;      /* statistics are around the mean; else they are around 0, and the mean is 0 */
@@ -160,7 +167,7 @@ void bn_choose_method(bn_job *job);
 size_t bn_moments_stages(bn_job *job, size_t threads, bn_stage *stages);      /* of x */
 size_t bn_normalize_stages(bn_job *job, size_t threads, bn_stage *stages);    /* x to y */
 size_t bn_scale_shift_stages(bn_job *job, size_t threads, bn_stage *stages);  /* x to y */
-size_t bn_gradient_stages(bn_job *job, size_t threads, bn_stage *stages);     /* x and dy to dx */
+size_t bn_gradient_stages(bn_job *job, size_t threads, bn_stage *stages);     /* x and dy to dx, or a half of it */
 size_t bn_row_gradient_stages(bn_job *job, size_t threads, bn_stage *stages); /* with parameters of elements */
 
 #endif

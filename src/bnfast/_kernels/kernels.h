@@ -213,7 +213,7 @@ typedef void bn_standardize_kernel(size_t channels, const double *mean, const do
                                    const double *invstd, const double *sum_dy, double *sum_dy_xhat);
 
 /* The rest, once the sums over `count` values are known. */
-typedef void bn_gradient_coefficients_kernel(size_t channels, size_t count, const double *mean,
+typedef void bn_gradient_coefficients_kernel(size_t channels, double count, const double *mean,
                                              const double *mean_low, const double *invstd,
                                              const double *weight, const double *sum_dy,
                                              const double *sum_dy_xhat,

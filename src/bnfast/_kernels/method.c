@@ -54,7 +54,9 @@ static void choose_gradient(bn_job *job)
     method->upstream = of_activation[job->activation].upstream;
     method->output_reads_upstream = job->activation && grouped;
     method->prepare = made_again ? bn_make_output_again : bn_round_mean;
-    if (job->constant_statistics && !job->activation) {
+    if (!job->operand[BN_DX]) {
+        method->coefficients = BN_SET(BN_ROUNDED_MEAN);
+    } else if (job->constant_statistics && !job->activation) {
         method->output = &scaled_upstream;
         method->finish = bn_constant_coefficients;
         method->coefficients = BN_OUTPUT_COEFFICIENTS;
@@ -81,7 +83,7 @@ void bn_choose_method(bn_job *job)
                                             : bn_squares_of_box,
         .merge = is_summary ? bn_merge_summaries : bn_merge_moments,
     };
-    if (job->operand[BN_DX]) {
+    if (job->operand[BN_DY]) {
         choose_gradient(job);
     } else if (job->operand[BN_Y]) {
         choose_output(job);

@@ -162,22 +162,31 @@ size_t bn_scale_shift_stages(bn_job *job, size_t threads, bn_stage *stages)
 size_t bn_gradient_stages(bn_job *job, size_t threads, bn_stage *stages)
 {
     const bn_plan *plan = job->plan;
+    const int makes_sums = !job->given_sum_dy, writes = job->operand[BN_DX] != NULL;
     size_t count = 0;
-    choose_stores(job, threads, BN_DX, 3);
-    if (cut_into_slabs(job, threads, 2)) {
+    if (writes) {
+        choose_stores(job, threads, BN_DX, 3);
+    }
+    if (cut_into_slabs(job, threads, 2) && makes_sums && writes) {
         prefetch_next_slab(job, 2);
         stages[0] = fused_stage(job, bn_fused_gradient_task);
         return 1;
     }
-    if (job->statistic[BN_MEAN_LOW] && bn_any_noticed(job, (range){0, plan->repeats * plan->channels})) {
-        stages[count++] = block_stage(job, bn_mean_low_task);
-    } else {
-        job->statistic[BN_MEAN_LOW] = NULL;
+    if (!job->mean_low_given) {
+        if (job->statistic[BN_MEAN_LOW] && bn_any_noticed(job, (range){0, plan->repeats * plan->channels})) {
+            stages[count++] = block_stage(job, bn_mean_low_task);
+        } else {
+            job->statistic[BN_MEAN_LOW] = NULL;
+        }
     }
     stages[count++] = channel_stage(job, bn_prepare_gradient_task);
-    stages[count++] = block_stage(job, bn_gradient_sums_task);
+    if (makes_sums) {
+        stages[count++] = block_stage(job, bn_gradient_sums_task);
+    }
     stages[count++] = channel_stage(job, bn_finish_gradient_task);
-    stages[count++] = piece_stage(job, threads, bn_output_task);
+    if (writes) {
+        stages[count++] = piece_stage(job, threads, bn_output_task);
+    }
     return count;
 }
 

@@ -3,6 +3,8 @@
 from bnfast.functional.batch import (
     batch_norm,
     batch_norm_backward,
+    batch_norm_backward_input,
+    batch_norm_backward_sums,
     batch_norm_forward,
 )
 from bnfast.functional.conditional import (
@@ -80,6 +82,8 @@ __all__ = [
     "Whitened",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_backward_input",
+    "batch_norm_backward_sums",
     "batch_norm_forward",
     "batch_renorm",
     "batch_renorm_backward",
