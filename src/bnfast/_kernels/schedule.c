@@ -32,8 +32,9 @@ static bn_place place_of(const bn_job *job, size_t tensors, size_t threads)
 }
 
 /* Cuts the channels into slabs for so many threads, which read so many tensors; whether its tasks had
-   better be fused. */
-static int cut_into_slabs(bn_job *job, size_t threads, size_t tensors)
+   better be fused. Sums alone are read once: no slab of theirs must stay in a cache, and images whose planes are no
+   longer than a chunk are walked as they lie (moments of 32x64x56x56 took 0.45 of the time). */
+static int cut_into_slabs(bn_job *job, size_t threads, size_t tensors, int sums_alone)
 {
     const bn_plan *plan = job->plan;
     const size_t channels = plan->channels;
@@ -47,7 +48,8 @@ static int cut_into_slabs(bn_job *job, size_t threads, size_t tensors)
         const size_t fair_share = MAX((size_t)1, channels / wanted);
         const size_t channel = values_per_channel(plan) * plan->itemsize * tensors;
         const size_t slab = MAX(bn_slab_bytes(job->caches) / channel, BN_FEWEST_BYTES / run);
-        const int whole = bytes_of_call(job, tensors + 1) < bn_whole_bytes(job->caches);
+        const int whole = (sums_alone && plan->chunks_per_run == 1) ||
+                          bytes_of_call(job, tensors + 1) < bn_whole_bytes(job->caches);
         job->slab = whole ? fair_share : MIN(MIN(max_channels, fair_share), MAX((size_t)1, slab));
         fused = plan->blocks == 1 || repeats_suffice || channels / job->slab >= wanted;
     } else {
@@ -128,7 +130,7 @@ static bn_stage fused_stage(const bn_job *job, bn_task *task)
 
 size_t bn_moments_stages(bn_job *job, size_t threads, bn_stage *stages)
 {
-    cut_into_slabs(job, threads, 1);
+    cut_into_slabs(job, threads, 1, 1);
     stages[0] = block_stage(job, bn_moments_task);
     stages[1] = channel_stage(job, bn_finish_moments_task);
     return 2;
@@ -137,7 +139,7 @@ size_t bn_moments_stages(bn_job *job, size_t threads, bn_stage *stages)
 size_t bn_normalize_stages(bn_job *job, size_t threads, bn_stage *stages)
 {
     choose_stores(job, threads, BN_Y, 2);
-    if (cut_into_slabs(job, threads, 1)) {
+    if (cut_into_slabs(job, threads, 1, 0)) {
         prefetch_next_slab(job, 1);
         stages[0] = fused_stage(job, bn_fused_normalize_task);
         return 1;
@@ -167,7 +169,7 @@ size_t bn_gradient_stages(bn_job *job, size_t threads, bn_stage *stages)
     if (writes) {
         choose_stores(job, threads, BN_DX, 3);
     }
-    if (cut_into_slabs(job, threads, 2) && makes_sums && writes) {
+    if (cut_into_slabs(job, threads, 2, !writes) && makes_sums && writes) {
         prefetch_next_slab(job, 2);
         stages[0] = fused_stage(job, bn_fused_gradient_task);
         return 1;
