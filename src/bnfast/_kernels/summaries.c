@@ -7,6 +7,9 @@
 /* So many channels at a time, whose sums lie on the stack. */
 #define CHANNELS_AT_ONCE ((size_t)64)
 
+/* Half of a first level of cache. */
+#define BYTES_AT_ONCE ((size_t)32768)
+
 typedef struct {
     double count[CHANNELS_AT_ONCE], centre[CHANNELS_AT_ONCE], nonfinite[CHANNELS_AT_ONCE];
     double mean[CHANNELS_AT_ONCE], mean_low[CHANNELS_AT_ONCE], m2[CHANNELS_AT_ONCE];
@@ -45,7 +48,7 @@ static void count_nonfinite(const bn_job *job, const bn_box *box, block_sums blo
     }
 }
 
-void bn_summary_of_box(const bn_job *job, const bn_box *box, block_sums block)
+static void summarize_all(const bn_job *job, const bn_box *box, block_sums block)
 {
     const bn_view x = bn_x_to_sum(job, box);
     if (job->integers) {
@@ -63,6 +66,21 @@ void bn_summary_of_box(const bn_job *job, const bn_box *box, block_sums block)
         if (!job->integers) {
             count_nonfinite(job, box, block, x);
         }
+    }
+}
+
+/* A few of the planes of an image at a time, which the sums leave in the cache for the extremes. */
+void bn_summary_of_box(const bn_job *job, const bn_box *box, block_sums block)
+{
+    const bn_extent extent = box->extent;
+    const size_t run = extent.inner * job->plan->itemsize;
+    const int by_planes = job->statistic[BN_MINIMUM] && job->plan->layout == BN_contiguous && extent.outer == 1;
+    const size_t channels = by_planes ? MAX(BYTES_AT_ONCE / run, (size_t)1) : extent.channels;
+    for (size_t c = 0; c < extent.channels; c += channels) {
+        bn_box part = *box;
+        part.channel += c;
+        part.extent.channels = MIN(channels, extent.channels - c);
+        summarize_all(job, &part, block);
     }
 }
 
