@@ -155,7 +155,7 @@ def test_every_output_begins_at_a_line(rng, dtype, use_threads, shape, limit):
     for name, call in public_calls(x, dy, weight, bias).items():
         held = arrays_of(call())  # so that the next are elsewhere
         outputs = [a for a in held + arrays_of(call()) if a.shape == shape]
-        assert name == "moments" or len(outputs) >= 2
+        assert name in {"moments", "summary", "batch_norm_backward_sums"} or len(outputs) >= 2
         assert {address(y) % 64 for y in outputs} <= {0}, name
 
 
