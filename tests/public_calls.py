@@ -82,7 +82,7 @@ def public_calls(x, dy, weight, bias):
         ],
         "batch_norm_backward_sums": lambda: f.batch_norm_backward_sums(dy, x, *saved["batch_norm"]),
         "batch_norm_backward_input": lambda: f.batch_norm_backward_input(
-            dy, x, *saved["batch_norm"], weight, weight, bias, x.size // channels
+            dy, x, *saved["batch_norm"], weight, weight, bias, max(x.size // channels, 1)
         ),
         "moments": lambda: [
             m := f.moments(x),

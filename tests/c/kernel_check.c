@@ -278,7 +278,7 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     free(far_sum);
     free(far_sum_deviation);
     CALL(standardize)[dtype](c, mean, mean_low, invstd, sum_dy, sum_dy_xhat);
-    CALL(gradient_coefficients)[dtype](c, n, mean, mean_low, invstd, weight, sum_dy,
+    CALL(gradient_coefficients)[dtype](c, (double)n, mean, mean_low, invstd, weight, sum_dy,
                                        sum_dy_xhat, backward);
     add_doubles(sum_dy, c);
     add_doubles(sum_dy_xhat, c);
@@ -297,7 +297,7 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     CALL(scale_shift_coefficients)[dtype](c, 0, mean, NULL, invstd, weight, bias, again);
     CALL(activation_coefficients)[dtype](c, other_mean, again.array[BN_SHIFT],
                                          again.array[BN_ACTIVATION_PARAMETER]);
-    CALL(gradient_coefficients)[dtype](c, n, mean, NULL, invstd, weight, sum_dy, sum_dy_xhat,
+    CALL(gradient_coefficients)[dtype](c, (double)n, mean, NULL, invstd, weight, sum_dy, sum_dy_xhat,
                                        activated_gradient);
 #define CHECK_ACTIVATION(unused, name)                                                                \
     check_output(CALL(name##_scale_shift)[layout][dtype], extent, &x_view, activated, y_view, &plan); \
