@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ def test_every_example_is_run_here():
         "train",
         "infer_in_place",
         "load_pytorch_state",
+        "train_distributed",
     }
 
 
@@ -65,6 +67,17 @@ def test_load_pytorch_state_agrees_with_pytorch(tmp_path):
     differences = largest_numbers(text)
     assert len(differences) == 2 and max(differences) < 1e-5
     assert "batches that both have seen: 3\n" in text
+
+
+def test_training_on_two_ranks_is_that_of_one(tmp_path):
+    pytest.importorskip("mpi4py")
+    alone = run_example("train_distributed", tmp_path)
+    mpiexec = shutil.which("mpiexec", path=Path(sys.executable).parent) or shutil.which("mpiexec")
+    command = [mpiexec, "-n", "2", sys.executable, EXAMPLES / "train_distributed.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == alone
+    assert float(alone.split()[-1]) < 0.1
 
 
 def test_load_pytorch_state_says_so_without_pytorch(tmp_path):

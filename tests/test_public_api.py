@@ -13,6 +13,7 @@ import bnfast
 from bnfast import _core, functional
 
 MODULES = [
+    "bnfast.distributed.communicators",
     "bnfast._configuration",
     "bnfast._conventions",
     "bnfast._memory",

@@ -19,7 +19,8 @@ cdef class PartOfBatch:
         self, x_, axis_, weight, bias, eps, running_mean, running_var, momentum, bint unbiased, out
     ):
         cdef cnp.npy_intp shape[2]
-        self.x = x = _batch(x_, axis_, &self.axis, BATCH)
+        self.x = _batch(x_, axis_, &self.axis, BATCH)
+        cdef cnp.ndarray x = self.x
         self.channels = channels = _channels(x, self.axis)
         self.epsilon, self.momentum = _eps(eps, False, True), _real("momentum", momentum)
         self.unbiased = unbiased
@@ -77,7 +78,7 @@ cdef class PartOfGradient:
     """A `gradient` of a part: the arguments, checked, and its own sums; no dx is written.
 
     `sums`, (2, C) of float64, are sum(dy) and sum(dy * xhat). `mean_low` is what rounding left of
-    the mean, float64: where it is None, it is found again in x as `gradient` does.
+    the mean; where it is None, it is found again in x as `gradient` does.
     """
 
     cdef readonly cnp.ndarray x, sums
@@ -87,10 +88,13 @@ cdef class PartOfGradient:
     cdef int kind
 
     def __init__(self, dy, x_, axis_, mean, mean_low, invstd, weight, out):
-        self.x = x = _batch(x_, axis_, &self.axis, BATCH)
+        cdef cnp.npy_intp channels
+        self.x = _batch(x_, axis_, &self.axis, BATCH)
+        cdef cnp.ndarray x = self.x
         self.channels = channels = _channels(x, self.axis)
         self.dy, self.mean, self.invstd = _of_gradient(dy, x, channels, mean, invstd)
-        self.mean_low = mean_low
+        if mean_low is not None and _arithmetic(x) == cnp.NPY_FLOAT64:
+            self.mean_low = _widened(_saved("mean_low", mean_low, 1, &channels))
         self.scale = _of_channels("weight", weight, channels)
         self.dx = _output(
             out, x, ("dy", "x", "weight", "mean", "invstd"), (self.dy, x, weight, mean, invstd),
@@ -99,7 +103,7 @@ cdef class PartOfGradient:
         self.kind = _parameter_type(x)
         if self.scale is not None:
             self.kind = cnp.PyArray_TYPE(<cnp.ndarray>self.scale)
-        self.sums = _gradient_sums(self.axis, x, self.dy, self.mean, mean_low, self.invstd)
+        self.sums = _gradient_sums(self.axis, x, self.dy, self.mean, self.mean_low, self.invstd)
 
     def parameter_gradients(self):
         """Return dweight and dbias of this part, of the dtype of the weight, or of x without."""
