@@ -110,12 +110,13 @@ class ConditionalBatchNorm(TrackingLayer):
         frozen: bool = False,
         nonfinite: str = PROPAGATE,
     ) -> None:
+        features = _validation.size("num_features", num_features)
+        self.num_classes = _validation.size("num_classes", num_classes, 1)
+        _validation.sizes("num_classes by num_features", (self.num_classes, features))
         super().__init__(
-            *(num_features, eps, momentum, True, track_running_stats, axis, unbiased, dtype),
+            *(features, eps, momentum, True, track_running_stats, axis, unbiased, dtype),
             *(frozen, nonfinite),
         )
-        self.num_classes = _validation.size("num_classes", num_classes, 1)
-        _validation.sizes("num_classes by num_features", (self.num_classes, self.num_features))
         self.weight = np.ones((self.num_classes, self.num_features), self.dtype)
         self.bias = np.zeros((self.num_classes, self.num_features), self.dtype)
 
