@@ -10,7 +10,7 @@ import bnfast
 from bnfast import _core, _threads
 
 # BNFAST_ISA narrows the run to one instruction set; without it every one that runs here is tested.
-FORCED = os.environ.get("BNFAST_ISA")
+FORCED = os.environ.get("BNFAST_ISA", "").lower()
 
 
 @pytest.fixture(params=[FORCED] if FORCED else bnfast.available_isas())

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import bnfast
-from bnfast import _core
+from bnfast import _configuration, _core
 
 
 def run(code, **environment):
@@ -32,49 +32,61 @@ def test_every_expected_isa_is_available():
     assert set(bnfast.available_isas()) == set(os.environ["BNFAST_EXPECT_ISAS"].split(","))
 
 
+ACTIVE = "import bnfast; from bnfast import _core; print(_core.active_isa())"
+
+
 def test_the_best_isa_runs_by_default():
-    done = run("import bnfast; from bnfast import _core; print(_core.active_isa())", BNFAST_ISA="")
+    done = run(ACTIVE, BNFAST_ISA="")
     assert done.stdout.strip() == bnfast.available_isas()[0]
 
 
+@pytest.mark.parametrize("spelled", [str, str.upper], ids=["as listed", "upper case"])
 @pytest.mark.parametrize("name", bnfast.available_isas())
-def test_bnfast_isa_chooses_exactly(name):
-    done = run(
-        "import bnfast; from bnfast import _core; print(_core.active_isa())", BNFAST_ISA=name
-    )
-    assert done.stdout.strip() == name
+def test_bnfast_isa_chooses_exactly(monkeypatch, use_isa, name, spelled):
+    monkeypatch.setenv("BNFAST_ISA", spelled(name))
+    for other in bnfast.available_isas():
+        use_isa(other)
+        _configuration._choose_isa()
+        assert _core.active_isa() == name
 
 
-@pytest.mark.parametrize("name", ["avx", "AVX2", "sse2", "native", "baseline,avx2", "1"])
-def test_an_unknown_isa_is_an_import_error(name):
-    done = run("import bnfast", BNFAST_ISA=name)
+@pytest.mark.parametrize("name", ["avx", "sse2", "SSE2", "native", "baseline,avx2", "1"])
+def test_an_unknown_isa_is_an_import_error(monkeypatch, name):
+    monkeypatch.setenv("BNFAST_ISA", name)
+    built = ", ".join(_core.built_isas())
+    with pytest.raises(ImportError, match=f"^BNFAST_ISA={name}, but this build has only: {built}$"):
+        _configuration._choose_isa()
+
+
+def test_bnfast_isa_is_read_where_bnfast_is_imported():
+    done = run("import bnfast", BNFAST_ISA="sse2")
     assert done.returncode != 0
-    assert f"ImportError: BNFAST_ISA={name}, but this build has only: " in done.stderr
+    assert "ImportError: BNFAST_ISA=sse2, but this build has only: " in done.stderr
+    assert run(ACTIVE, BNFAST_ISA="BASELINE").stdout.strip() == "baseline"
 
 
-def test_an_isa_that_the_machine_lacks_is_an_import_error():
+def test_an_isa_that_the_machine_lacks_is_an_import_error(monkeypatch):
     # The machine has all that were built, so the check is made to answer otherwise.
-    code = (
-        "from bnfast import _core\n"
-        "_core.available_isas = lambda: ('baseline',)\n"
-        "import os; os.environ['BNFAST_ISA'] = list(_core.built_isas())[0]\n"
-        "import importlib, bnfast._configuration as c\n"
-        "importlib.reload(c)\n"
-    )
     if len(_core.built_isas()) == 1:
         pytest.skip("this build has the baseline only")
-    done = run(code, BNFAST_ISA="")
-    assert done.returncode != 0
-    assert "but this machine runs only: baseline" in done.stderr
+    monkeypatch.setattr(_core, "available_isas", lambda: ("baseline",))
+    monkeypatch.setenv("BNFAST_ISA", next(iter(_core.built_isas())))
+    with pytest.raises(ImportError, match=r"but this machine runs only: baseline$"):
+        _configuration._choose_isa()
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
-def test_a_bad_number_of_threads_is_an_import_error(value):
-    done = run("import bnfast", BNFAST_NUM_THREADS=value)
+def test_a_bad_number_of_threads_is_an_import_error(monkeypatch, value):
+    monkeypatch.setenv("BNFAST_NUM_THREADS", value)
+    message = f"^BNFAST_NUM_THREADS must be a positive integer, got '{value}'$"
+    with pytest.raises(ImportError, match=message):
+        _configuration._choose_threads()
+
+
+def test_the_number_of_threads_is_read_where_bnfast_is_imported():
+    done = run("import bnfast", BNFAST_NUM_THREADS="two")
     assert done.returncode != 0
-    assert (
-        f"ImportError: BNFAST_NUM_THREADS must be a positive integer, got '{value}'" in done.stderr
-    )
+    assert "ImportError: BNFAST_NUM_THREADS must be a positive integer" in done.stderr
 
 
 def test_bnfast_num_threads_is_obeyed():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import bnfast
-from bnfast import _core
+from bnfast import _configuration, _core
 from cases import BUFFERS
 from public_calls import arrays_of, public_calls
 
@@ -296,17 +296,22 @@ def test_a_limit_beyond_all_memory_is_one(x):
 @pytest.mark.parametrize(("value", "limit"), [("", 256 << 20), ("0", 0), ("1000", 1000)])
 def test_the_variable_sets_the_limit(monkeypatch, value, limit):
     monkeypatch.setenv("BNFAST_OUTPUT_POOL_LIMIT", value)
+    _configuration._choose_pool()
+    assert bnfast.get_output_pool_limit() == limit
+
+
+def test_the_variable_is_read_where_bnfast_is_imported(monkeypatch):
+    monkeypatch.setenv("BNFAST_OUTPUT_POOL_LIMIT", "1000")
     code = "import bnfast; print(bnfast.get_output_pool_limit())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == limit
+    assert int(done.stdout) == 1000
 
 
 @pytest.mark.parametrize("value", ["-1", "many", "1.5"])
 def test_a_bad_variable_is_an_import_error(monkeypatch, value):
     monkeypatch.setenv("BNFAST_OUTPUT_POOL_LIMIT", value)
-    done = subprocess.run([sys.executable, "-c", "import bnfast"], capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "ImportError: BNFAST_OUTPUT_POOL_LIMIT must be a number of bytes" in done.stderr
+    with pytest.raises(ImportError, match=r"^BNFAST_OUTPUT_POOL_LIMIT must be a number of bytes"):
+        _configuration._choose_pool()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")

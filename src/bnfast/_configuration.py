@@ -18,20 +18,19 @@ VARIABLES = (
 
 
 def _choose_isa() -> None:
-    """Obey BNFAST_ISA to the letter: a mistake must not run another variant in silence."""
+    """Obey BNFAST_ISA, in any case: a mistake must not run another variant in silence."""
     available = _core.available_isas()
-    wanted = os.environ.get("BNFAST_ISA", "")
+    given = os.environ.get("BNFAST_ISA", "")
+    wanted = given.lower()
     if not wanted:
         _core.activate(available[0])
     elif wanted in available:
         _core.activate(wanted)
     elif wanted in _core.built_isas():
-        raise ImportError(
-            f"BNFAST_ISA={wanted}, but this machine runs only: {', '.join(available)}"
-        )
+        raise ImportError(f"BNFAST_ISA={given}, but this machine runs only: {', '.join(available)}")
     else:
         raise ImportError(
-            f"BNFAST_ISA={wanted}, but this build has only: {', '.join(_core.built_isas())}"
+            f"BNFAST_ISA={given}, but this build has only: {', '.join(_core.built_isas())}"
         )
 
 
