@@ -1,5 +1,6 @@
 """``python -m bnfast``, as a user calls it."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 import bnfast
+from bnfast import _cli
 
 
 def run(*arguments, **keywords):
@@ -38,10 +40,33 @@ def test_version():
         *(("demo", "--output", "plot.xyz"), ("demo", "--output", "not/a/folder/plot.png")),
     ],
 )
-def test_bad_arguments_show_the_usage(arguments):
-    done = run(*arguments)
+def test_bad_arguments_show_the_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        _cli.main(arguments)
+    assert exit_info.value.code == 2
+    assert "usage: python -m bnfast" in capsys.readouterr().err
+
+
+def test_the_command_ends_with_the_status_of_bad_arguments():
+    done = run("nonsense")
     assert done.returncode == 2
     assert "usage: python -m bnfast" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("info",), ("--version",)])
+def test_a_reader_that_has_left_is_no_error(arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "bnfast", *arguments],
+        env={**os.environ, "PYTHONUNBUFFERED": ""},  # what is written fails at the end
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=600,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_demo_trains_prints_and_plots(tmp_path):
