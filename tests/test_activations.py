@@ -74,13 +74,11 @@ def test_forward_is_the_activated_output(isa, data, member, layout):
     np.testing.assert_array_equal(statistics, [mean, invstd])
 
 
-@pytest.mark.parametrize("lies", [laid_out, strided], ids=["dense", "strided"])
-@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-@pytest.mark.parametrize("in_place", [False, True], ids=["new", "in_place"])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "strided"])
 @pytest.mark.parametrize("member", MEMBERS)
-def test_backward_is_that_of_what_goes_through(isa, data, member, layout, lies, in_place):
+def test_backward_is_that_of_what_goes_through(isa, data, member, layout):
     x, dy, weight, bias, least = data
-    x, dy = (strided(a) if lies is strided else laid_out(a, layout) for a in (x, dy))
+    x, dy = (strided(a) if layout == "strided" else laid_out(a, layout) for a in (x, dy))
     data = x, dy, weight, bias, least
     over, _, options = MEMBERS[member]
     y, mean, invstd = forward(data, member)
@@ -91,15 +89,15 @@ def test_backward_is_that_of_what_goes_through(isa, data, member, layout, lies, 
     dleast = np.where(below, dy, 0).astype(np.longdouble).sum(others)
 
     given = x, 1, mean, invstd, weight, bias, CLAMP, least
-    out = dy.copy(order="K") if in_place else None
-    upstream = dy if out is None else out
-    *found, dparameter = _primitives.activated_gradient(
-        *(upstream, *given), over=over, out=out, **options
-    )
-    for name, a, b in zip(("dx", "dweight", "dbias"), found, expected, strict=True):
-        np.testing.assert_array_equal(a, b, err_msg=name)
     size = np.abs(dy).astype(np.longdouble).sum(others)
-    assert np.all(np.abs(dparameter - dleast) <= 4 * np.finfo(x.dtype).eps * size)
+    for out in (None, dy.copy(order="K")):
+        upstream = dy if out is None else out
+        *found, dparameter = _primitives.activated_gradient(
+            *(upstream, *given), over=over, out=out, **options
+        )
+        for name, a, b in zip(("dx", "dweight", "dbias"), found, expected, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=name)
+        assert np.all(np.abs(dparameter - dleast) <= 4 * np.finfo(x.dtype).eps * size)
 
 
 def test_two_threads_give_the_bits_of_one(rng, dtype, monkeypatch):

@@ -78,14 +78,14 @@ def test_an_outlier_costs_the_other_values_of_its_lane_little(isa, value):
 
 
 @pytest.mark.parametrize(("shape", "axis"), batches(), ids=str)
-@pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 1e-3, 12345.678, 3e7, 1e-30, 1e-40, 1e30])
-def test_a_constant_channel_gives_exactly_the_bias(isa, dtype, rng, shape, axis, value):
-    x = np.full(shape, value, dtype)
+def test_a_constant_channel_gives_exactly_the_bias(isa, dtype, rng, shape, axis):
     weight, bias = rng.normal(size=(2, shape[axis])).astype(dtype)
-    y, mean, _ = bnfast.batch_norm_forward(x, weight, bias, axis=axis)
-    np.testing.assert_array_equal(mean, np.full(shape[axis], dtype.type(value), np.float64))
-    np.testing.assert_array_equal(y, np.broadcast_to(along(bias, x, axis), shape))
-    np.testing.assert_array_equal(bnfast.moments(x, axis).m2, 0.0)
+    for value in (0.0, 1.0, -0.1, 1e-3, 12345.678, 3e7, 1e-30, 1e-40, 1e30):
+        x = np.full(shape, value, dtype)
+        y, mean, _ = bnfast.batch_norm_forward(x, weight, bias, axis=axis)
+        assert (mean == dtype.type(value)).all(), value
+        assert (y == along(bias, x, axis)).all(), value
+        assert (bnfast.moments(x, axis).m2 == 0).all(), value
 
 
 @pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])

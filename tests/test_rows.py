@@ -45,21 +45,34 @@ def largest_of_rows(values, axes):
     return np.abs(values).max(axes, keepdims=True)
 
 
-def check(x, dy, axes, weight, bias, centred=True, make=np.asarray):
-    """Compare both directions with the reference; return all results."""
-    eps, sizes = eps_of(x.dtype), tuple(x.shape[d] for d in axes)
+def results_of(x, dy, axes, weight, bias, centred=True, make=np.asarray):
+    """All results of both directions, with arrays of any layout."""
+    sizes = tuple(x.shape[d] for d in axes)
     x, dy = make(x), make(dy)
     out, dx_out = make(np.zeros_like(x)), make(np.zeros_like(x))
     if centred:
-        y, mean, inverse = bnfast.layer_norm_forward(x, sizes, weight, bias, axis=axes, out=out)
-        dx, dweight, dbias = bnfast.layer_norm_backward(
-            dy, x, sizes, mean, inverse, weight, axis=axes, out=dx_out
+        forward = bnfast.layer_norm_forward(x, sizes, weight, bias, axis=axes, out=out)
+        backward = bnfast.layer_norm_backward(
+            dy, x, sizes, *forward[1:], weight, axis=axes, out=dx_out
         )
     else:
-        y, inverse = bnfast.rms_norm_forward(x, sizes, weight, 1e-5, axis=axes, out=out)
-        dx, dweight = bnfast.rms_norm_backward(dy, x, sizes, inverse, weight, axis=axes, out=dx_out)
+        forward = bnfast.rms_norm_forward(x, sizes, weight, 1e-5, axis=axes, out=out)
+        backward = bnfast.rms_norm_backward(
+            dy, x, sizes, *forward[1:], weight, axis=axes, out=dx_out
+        )
+    assert forward[0] is out and backward[0] is dx_out
+    return [*forward, *backward]
+
+
+def check(x, dy, axes, weight, bias, centred=True, make=np.asarray):
+    """Compare both directions with the reference; return all results."""
+    eps = eps_of(x.dtype)
+    got = results_of(x, dy, axes, weight, bias, centred, make)
+    if centred:
+        y, mean, inverse, dx, dweight, dbias = got
+    else:
+        y, inverse, dx, dweight = got
         mean = np.zeros_like(inverse)
-    assert y is out and dx is dx_out
     want = reference.layer_norm_forward(x, axes, weight, bias, centred=centred, precision=WIDE)
     most = 1 if bias is None else 1 + np.abs(bias).max()
     assert_within(y, want[0], OUTPUT * eps * (largest_of_rows(want[0], axes) + most))
@@ -75,10 +88,9 @@ def check(x, dy, axes, weight, bias, centred=True, make=np.asarray):
     total = reference.layer_norm_backward(np.abs(dy), x, axes, mean, inverse)[2]
     assert dweight.dtype == (x.dtype if weight is None else weight.dtype)
     assert_within(dweight, want[1], GRADIENT_SUMS * eps * total * xhat.max())
-    if not centred:
-        return [y, inverse, dx, dweight]
-    assert_within(dbias, want[2], GRADIENT_SUMS * eps * total)
-    return [y, mean, inverse, dx, dweight, dbias]
+    if centred:
+        assert_within(dbias, want[2], GRADIENT_SUMS * eps * total)
+    return got
 
 
 @pytest.mark.parametrize(("shape", "axes"), CASES, ids=str)
@@ -112,7 +124,8 @@ def test_threads_caches_and_instruction_sets_change_no_bit(
         for num_threads, caches in ((1, (0, 0)), (2, (1 << 50, 1 << 50)), (3, (1 << 14, 1 << 16))):
             use_threads(num_threads)
             use_caches(*caches)
-            for a, b in zip(check(x, dy, axes, weight, bias, centred), expected, strict=True):
+            got = results_of(x, dy, axes, weight, bias, centred)
+            for a, b in zip(got, expected, strict=True):
                 np.testing.assert_array_equal(a, b)
 
 
