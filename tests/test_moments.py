@@ -150,6 +150,13 @@ def test_sums_of_integers_beyond_what_float64_holds_stay_exact():
         assert bnfast.Moments.from_bytes(value.to_bytes()) == value
 
 
+@pytest.mark.parametrize("size", [6, 2**22])  # the sums of the larger one leave float64
+def test_one_value_of_integers_is_merged(size):
+    x = np.broadcast_to(np.array([65535, 65534], np.uint16), (size, 2))
+    for kind in (bnfast.moments, bnfast.summary):
+        assert kind(x, None) + kind(x[:5], None) == kind(np.concatenate([x, x[:5]]), None)
+
+
 def test_nonfinite_values_are_counted_and_left_out_on_request(isa, dtype, rng):
     x = rng.normal(size=(500, 6, 7)).astype(dtype)
     x[3, 1, 0] = x[7, 1, 3] = np.nan

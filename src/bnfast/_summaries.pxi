@@ -30,9 +30,10 @@ cdef tuple _exact_sums(cnp.ndarray x, cnp.ndarray sums, cnp.ndarray rests, cnp.n
     cdef Py_ssize_t i
     for i in range(cnp.PyArray_SIZE(squares)):
         if rest[i] != 0.0 or square[i] > MOST_EXACT_SUM:
-            whole = sums.astype(object), squares.astype(object), rests.astype(object)
             as_int = numpy.frompyfunc(int, 1, 1)
-            return as_int(whole[0]), as_int(whole[1]) + as_int(whole[2])
+            whole = as_int(squares) + as_int(rests)
+            # Of a single value NumPy makes a number.
+            return numpy.asarray(as_int(sums), object), numpy.asarray(whole, object)
     return sums, squares
 
 
@@ -131,8 +132,8 @@ def moments_of_sums(count, sums, squares):
     counts = numpy.ascontiguousarray(counts).reshape(sums.shape)
     cdef cnp.ndarray mean = numpy.empty_like(sums), m2_ = numpy.empty_like(sums)
     cdef const double *n = <double *>cnp.PyArray_DATA(counts)
-    cdef const double *s = <double *>cnp.PyArray_DATA(<cnp.ndarray>sums)
-    cdef const double *q = <double *>cnp.PyArray_DATA(<cnp.ndarray>squares)
+    cdef const double *s = <double *>cnp.PyArray_DATA(<cnp.ndarray?>sums)
+    cdef const double *q = <double *>cnp.PyArray_DATA(<cnp.ndarray?>squares)
     cdef double *to_mean = <double *>cnp.PyArray_DATA(mean)
     cdef double *to_m2 = <double *>cnp.PyArray_DATA(m2_)
     cdef double scaled, square, at_least

@@ -406,11 +406,11 @@ def _added(first: Sums, second: Sums) -> Sums:
     ):
         as_int = np.frompyfunc(int, 1, 1)
         totals, squares = (
-            np.asarray(as_int(a)) + np.asarray(as_int(b))
-            for a, b in zip(first, second, strict=True)
+            np.asarray(as_int(a) + as_int(b), object) for a, b in zip(first, second, strict=True)
         )
         return totals, squares
-    return first[0] + second[0], first[1] + second[1]
+    # NumPy makes a number of a single value.
+    return np.asarray(first[0] + second[0]), np.asarray(first[1] + second[1])
 
 
 def _narrowed(sums: Sums) -> Sums:
