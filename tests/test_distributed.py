@@ -393,12 +393,13 @@ def test_what_is_no_communicator_is_refused():
             call()
 
 
-def test_an_allgather_that_returns_something_else_is_named():
+@pytest.mark.parametrize("returned", [lambda block: block, bytes, lambda block: None])
+def test_an_allgather_that_returns_something_else_is_named(returned):
     class Wrong(Communicator):
         rank, size = 0, 2
 
         def allgather(self, block):
-            return block
+            return returned(block)
 
     with pytest.raises(TypeError, match=r"allgather of Wrong must return .* \(2, "):
         sync_batch_norm_forward(np.ones((2, 3)), Wrong())

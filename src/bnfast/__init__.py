@@ -17,6 +17,7 @@ Layers, which own parameters and statistics: call one, then its ``backward``: `B
 `ExponentialAverage`, `CumulativeAverage` and `LearnableMomentum` say what a batch weighs in the
 running statistics of a layer. `recalibrating` makes these statistics anew, of other data;
 `monitoring` says whether that is needed.
+`bnfast.distributed`, to be imported by name, synchronizes the statistics of several processes.
 
 `set_num_threads` and `show_config` say how it runs; ``python -m bnfast info`` prints the latter.
 """

@@ -147,7 +147,8 @@ class Communicator(ABC):
     def _gathered(self, block: Bytes) -> Bytes:
         try:
             blocks = self.allgather(block)
-            if blocks.shape != (self.size, block.size) or blocks.dtype != np.uint8:
+            wanted = np.uint8, (self.size, block.size)
+            if not isinstance(blocks, np.ndarray) or (blocks.dtype, blocks.shape) != wanted:
                 raise TypeError(
                     f"allgather of {type(self).__name__} must return an array of uint8 of shape "
                     f"({self.size}, {block.size}), got {describe(blocks)}"
