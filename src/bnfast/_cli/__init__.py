@@ -94,8 +94,78 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--output", type=_new_png, default="bnfast_demo.png", metavar="FILE", help="the plot"
     )
+    _add_stats(commands)
     _add_bench(commands)
     return parser
+
+
+def _axes(text: str) -> tuple[int, ...]:
+    return () if text == "none" else tuple(int(number) for number in text.split(","))
+
+
+def _new_npz(text: str) -> Path:
+    if Path(text).suffix != ".npz":
+        raise argparse.ArgumentTypeError(f"{text} must end in .npz")
+    return _new_file(text)
+
+
+def _add_stats(commands: Any) -> None:
+    stats = commands.add_parser(
+        "stats",
+        help="count, mean, std and extremes of each channel of arrays and images, as one data set",
+        description="Print count, mean, standard deviation, extremes and the number of values "
+        "that are not finite, of each channel of a data set of any size: of all files together.",
+    )
+    stats.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help=".npy, .npz, zarr, an image, a folder of images, or what --save wrote",
+    )
+    stats.add_argument(
+        "--axis",
+        type=_axes,
+        metavar="AXIS,...|none",
+        help="the axes that are kept: that of the channels, several (--axis=-2,-1), or none for "
+        "one value of all (default: 1, or none for arrays of one axis; of images, the colours)",
+    )
+    stats.add_argument(
+        "--member",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="an array in .npz or zarr; may be repeated (default: all)",
+    )
+    stats.add_argument(
+        "--finite", action="store_true", help="leave out values that are NaN or infinite"
+    )
+    stats.add_argument(
+        "--convert", choices=("L", "RGB", "RGBA"), help="convert images to this mode first"
+    )
+    stats.add_argument(
+        "--skip",
+        action="store_true",
+        help="leave out what cannot be read, or differs from the first in mode or channels",
+    )
+    stats.add_argument(
+        "--save", type=_new_npz, metavar="FILE.npz", help="write the statistics, to be merged later"
+    )
+    forms = stats.add_mutually_exclusive_group()
+    for form, text in (
+        ("json", "print JSON, with all digits"),
+        ("normalize", "print the lines that normalize such data in torchvision and in Keras"),
+    ):
+        forms.add_argument(
+            f"--{form}", dest="form", action="store_const", const=form, default="table", help=text
+        )
+    stats.add_argument(
+        "--divide-by",
+        type=_positive(float),
+        metavar="NUMBER",
+        help="for --normalize, the value that counts as 1 (default: 255 and 65535 for unsigned "
+        "integers of 8 and 16 bits, 1 for others)",
+    )
 
 
 def _default_shapes() -> Iterator[str]:
@@ -198,6 +268,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command == "bench":
         return _bench(options)
+    if options.command == "stats":
+        from bnfast._cli.stats import run as stats
+
+        return stats.run(options)
     try:
         from bnfast._cli import demo
     except ImportError as error:
