@@ -147,11 +147,12 @@ class Communicator(ABC):
     def _gathered(self, block: Bytes) -> Bytes:
         try:
             blocks = self.allgather(block)
-            wanted = np.uint8, (self.size, block.size)
-            if not isinstance(blocks, np.ndarray) or (blocks.dtype, blocks.shape) != wanted:
+            shape = self.size, block.size
+            is_array = isinstance(blocks, np.ndarray)
+            if not is_array or blocks.dtype != np.uint8 or blocks.shape != shape:
                 raise TypeError(
                     f"allgather of {type(self).__name__} must return an array of uint8 of shape "
-                    f"({self.size}, {block.size}), got {describe(blocks)}"
+                    f"{shape}, got {describe(blocks)}"
                 )
         except BaseException as error:
             self._failed = error
