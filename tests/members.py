@@ -7,6 +7,8 @@ import numpy as np
 
 import bnfast
 from bnfast import _reference as reference
+from bnfast import _reference_cross_batch as reference_cross_batch
+from bnfast.functional import MovingAveraged
 from oracle import WIDE
 
 GROUPS = 2
@@ -173,9 +175,48 @@ def _response():
     return Member(forward, backward, defined_forward, defined_backward, per_channel, centred=False)
 
 
+def _moving_average():
+    """Of the first batch, which is normalized by its own root mean square."""
+    own = {"averaged": False}
+
+    def forward(x, weight, bias, eps, axis, out=None):
+        var, squares = np.ones(x.shape[axis]), np.ones((1, x.shape[axis]))
+        y, saved = bnfast.moving_average_batch_norm_forward(
+            *(x, var, squares, weight, bias, 0.0, eps), **own, r_max=1.0, axis=axis, out=out
+        )
+        return y, np.zeros_like(saved.invrms), saved.invrms
+
+    def backward(dy, x, mean, invrms, weight, axis, out=None):
+        saved = MovingAveraged(invrms, np.ones_like(invrms), 0, False)
+        products = np.ones((1, len(invrms)))
+        return bnfast.moving_average_batch_norm_backward(
+            dy, x, saved, products, weight, axis=axis, out=out
+        )
+
+    def defined_forward(x, weight, bias, eps, axis):
+        ones = np.ones(x.shape[axis], WIDE)
+        y, invrms, *_ = reference_cross_batch.moving_average_batch_norm_forward(
+            *(x, ones, ones[None], weight, bias, 0.0, eps),
+            **own,
+            r_max=1.0,
+            axis=axis,
+            precision=WIDE,
+        )
+        return y, np.zeros_like(invrms), invrms
+
+    def defined_backward(dy, x, mean, invrms, weight, axis):
+        ones = np.ones_like(invrms)
+        return reference_cross_batch.moving_average_batch_norm_backward(
+            dy, x, invrms, ones, ones[None], weight, **own, axis=axis, precision=WIDE
+        )[:3]
+
+    return Member(forward, backward, defined_forward, defined_backward, per_channel, centred=False)
+
+
 MEMBERS = {
     "batch": _batch(),
     "ghost": _ghost(),
+    "moving average": _moving_average(),
     "conditional": _conditional(),
     "instance": _group(None),
     "group": _group(GROUPS),

@@ -30,6 +30,12 @@ def public_calls(x, dy, weight, bias):
     of_elements = np.resize(weight, inner), np.resize(bias, inner)
     matrices = np.stack([np.diag(positive[: channels // 2]), np.diag(positive[channels // 2 :])])
     vectors = np.ones(samples, x.dtype), np.ones(x.size // samples, x.dtype)
+    filters = np.outer(weight, np.ones(3, x.dtype))
+    window = [
+        bnfast.IterationStatistics(filters + entry, bias + entry, positive, filters, -filters)
+        for entry in range(2)
+    ]
+    row, rows = {"row": 1}, np.stack([positive, positive + 1])
     saved = {
         name: getattr(f, f"{name}_forward")(x, *arguments, **keywords)[1:]
         for name, arguments, keywords in (
@@ -42,6 +48,8 @@ def public_calls(x, dy, weight, bias):
             ("rms_norm", (inner,), {}),
             ("batch_renorm", (bias.copy(), positive.copy()), {}),
             ("ghost_batch_norm", (2,), {}),
+            ("moving_average_batch_norm", (positive.copy(), rows.copy()), row),
+            ("cross_iteration_batch_norm", (filters, window), {}),
             ("weight_norm", (of_filters,), {}),
             ("weight_standardization", (), {}),
             ("scaled_weight_standardization", (), {}),
@@ -70,6 +78,26 @@ def public_calls(x, dy, weight, bias):
     def renormalized():
         running = bias.copy(), positive.copy()
         return [*f.batch_renorm_forward(x, *running, weight, bias), *running]
+
+    def averaged():
+        state = positive.copy(), rows.copy()
+        y = f.moving_average_batch_norm(x, *state, weight, bias, True, **row)
+        return [y, *state, f.moving_average_batch_norm(x, *state, weight, bias)]
+
+    def averaged_forward():
+        state = positive.copy(), rows.copy()
+        return [*f.moving_average_batch_norm_forward(x, *state, weight, bias, **row), *state]
+
+    def averaged_backward():
+        products, of_pass = rows.copy(), saved["moving_average_batch_norm"]
+        found = f.moving_average_batch_norm_backward(dy, x, *of_pass, products, weight)
+        return [*found, products]
+
+    def across_iterations():
+        running = bias.copy(), positive.copy()
+        given = filters, window, weight, bias
+        y = f.cross_iteration_batch_norm(x, *running, *given, True)
+        return [y, *running, f.cross_iteration_batch_norm(x, *running, *given)]
 
     response = {"learned_eps": positive}
     two = {"num_groups": 2}
@@ -137,6 +165,19 @@ def public_calls(x, dy, weight, bias):
         "ghost_batch_norm_backward": lambda: f.ghost_batch_norm_backward(
             dy, x, 2, *saved["ghost_batch_norm"], weight
         ),
+        "moving_average_batch_norm": averaged,
+        "moving_average_batch_norm_forward": averaged_forward,
+        "moving_average_batch_norm_backward": averaged_backward,
+        "cross_iteration_batch_norm": across_iterations,
+        "cross_iteration_batch_norm_forward": lambda: f.cross_iteration_batch_norm_forward(
+            x, filters, window, weight, bias
+        ),
+        "cross_iteration_batch_norm_backward": lambda: f.cross_iteration_batch_norm_backward(
+            dy, x, *saved["cross_iteration_batch_norm"], weight
+        ),
+        "weight_centralization": lambda: f.weight_centralization(x),
+        "weight_centralization_forward": lambda: f.weight_centralization_forward(x),
+        "weight_centralization_backward": lambda: f.weight_centralization_backward(dy),
         "weight_norm": lambda: f.weight_norm(x, of_filters),
         "weight_norm_forward": lambda: f.weight_norm_forward(x, of_filters),
         "weight_norm_backward": lambda: f.weight_norm_backward(

@@ -9,10 +9,10 @@ import pytest
 import bnfast
 from cases import in_layout
 from test_running_averages import assert_close, batches, running
-from test_running_statistics import CHANNELS, LAYERS, SECOND, call
+from test_running_statistics import CHANNELS, LAYERS, call, running_names
 from tolerances import CLOSE_F64, PEER_OUTPUT, ROUNDED_F32
 
-OF_CHANNELS = ("batch", "ghost", "conditional")
+OF_CHANNELS = ("batch", "ghost", "conditional", "cross iteration")
 
 
 @pytest.fixture(params=LAYERS)
@@ -42,6 +42,8 @@ def expected_of(kind, layer, data):
     x = np.concatenate(data).astype(np.float64)
     if kind == "instance":
         return {"running_mean": x.mean((0, 2)), "running_var": x.var(2, ddof=1).mean(0)}
+    if kind == "moving average":
+        return {"running_var": (x**2).mean((0, 2))}
     mean = x.mean((0, 2))
     if kind == "renormalized":
         return {"running_mean": mean, "running_std": np.sqrt(x.var((0, 2)) + layer.eps)}
@@ -92,7 +94,7 @@ def test_recalibration_leaves_everything_else_alone(kind, dtype, rng, training, 
         return
     layer = trained(kind, rng, dtype=dtype).train(training)
     before, settings = layer.state_dict(), copy.deepcopy(vars(layer))
-    arrays = layer.running_mean, getattr(layer, SECOND.get(kind, "running_var"))
+    arrays = [getattr(layer, name) for name in running_names(kind)]
     with bnfast.recalibrating(layer, method=method, prior=prior):
         feed(layer.train(), shifted(rng, dtype))
         layer.eval()
@@ -100,12 +102,13 @@ def test_recalibration_leaves_everything_else_alone(kind, dtype, rng, training, 
     for name, value in settings.items():
         if not isinstance(value, np.ndarray) and name[0] != "_" and name != "num_batches_tracked":
             assert getattr(layer, name) == value
-    assert arrays[0] is layer.running_mean
-    assert arrays[1] is getattr(layer, SECOND.get(kind, "running_var"))
+    for array, name in zip(arrays, running_names(kind), strict=True):
+        assert array is getattr(layer, name)
     for name, array in layer.state_dict().items():
         same = np.array_equal(array, before[name])
         assert same != name.startswith("running") or name == "num_batches_tracked"
-    counted = {"renormalized": 4, "instance": 0}.get(kind)
+    by_step = ("renormalized", "moving average", "cross iteration")
+    counted = {**dict.fromkeys(by_step, 4), "instance": 0}.get(kind)
     if counted is None:
         parts = 6 if kind == "ghost" else 4
         counted = parts if prior is None else 4 + parts
@@ -255,7 +258,8 @@ def test_batches_that_are_not_finite_are_the_layers_choice(kind, rng, choice):
     if choice == "skip":
         assert_near(running(layer), expected_of(kind, layer, data))
     else:
-        assert np.isnan(layer.running_mean[0]) and np.isfinite(layer.running_mean[1:]).all()
+        first = getattr(layer, running_names(kind)[0])
+        assert np.isnan(first[0]) and np.isfinite(first[1:]).all()
 
 
 def test_a_pooled_variance_too_large_for_float32_is_warned_about(rng):
@@ -266,8 +270,9 @@ def test_a_pooled_variance_too_large_for_float32_is_warned_about(rng):
     assert {warning.filename for warning in caught} == {__file__}
 
 
-def test_one_value_per_channel_has_no_unbiased_variance():
-    layer = bnfast.BatchNorm(3)
+@pytest.mark.parametrize("kind", ["batch", "cross iteration"])
+def test_one_value_per_channel_has_no_unbiased_variance(kind):
+    layer = LAYERS[kind](3)
     before = layer.state_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -327,9 +332,47 @@ def test_copies_made_inside_are_ordinary_layers(kind, rng):
     with bnfast.recalibrating(layer):
         copied = copy.deepcopy(layer)
         call(layer, shifted(rng, np.float32)[0])
-    mean = layer.running_mean.copy()
+    found = layer.state_dict()
     call(copied, shifted(rng, np.float32)[1])
-    np.testing.assert_array_equal(layer.running_mean, mean)
+    np.testing.assert_equal(layer.state_dict(), found)
+
+
+def averaging_layers(rng, dtype=np.float64):
+    """Layers whose training takes batches together, which they have seen."""
+    filters = rng.normal(size=(CHANNELS, 2))
+    moving = bnfast.MovingAverageBatchNorm(CHANNELS, 3, warm_up=0, renormalized_from=0, dtype=dtype)
+    cross = bnfast.CrossIterationBatchNorm((CHANNELS, 2), 3, dtype=dtype)
+    for inputs in rng.normal(size=(5, 6, 2)):
+        x = (inputs @ filters.T).astype(dtype)
+        moving(x)
+        moving.backward(x)
+        cross(x, inputs, filters)
+        cross.backward(x)
+    return moving, cross
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "average_of_batches"}, {"prior": 3}], ids=str)
+def test_recalibration_leaves_buffers_and_windows_alone(dtype, rng, options):
+    moving, cross = averaging_layers(rng, dtype)
+    others = {name: a for name, a in moving.state_dict().items() if name != "running_var"}
+    others |= {name: a for name, a in cross.state_dict().items() if name.startswith("window")}
+    data = shifted(rng, dtype)
+    with bnfast.recalibrating([moving, cross], **options):
+        for x in data:
+            y = moving(x)
+            if "prior" not in options:
+                alone = bnfast.MovingAverageBatchNorm(CHANNELS, dtype=dtype)
+                np.testing.assert_array_equal(y, alone(x))
+                np.testing.assert_array_equal(moving.backward(x), alone.backward(x))
+                np.testing.assert_array_equal(cross(x), bnfast.batch_norm_forward(x)[0])
+                assert cross.backward(x).shape == x.shape
+            else:
+                cross(x)
+        moving(x)
+    moving.backward(x)  # of a call inside
+    found = moving.state_dict() | cross.state_dict()
+    np.testing.assert_equal({name: found[name] for name in others}, others)
+    assert cross.num_batches_tracked == moving.num_batches_tracked == 5
 
 
 def test_recalibration_pools_channels_of_any_axis(axis, rng):

@@ -84,13 +84,17 @@ def test_an_element_parameter_of_another_dtype_within_the_output_is_refused():
         bnfast.layer_norm(X, 4, weight, out=out)
 
 
+# Of these it is all that they read.
+OF_ONE_ARRAY = [n for n in bnfast.functional.__all__ if n.startswith("weight_centralization")]
+
+
 @pytest.mark.parametrize("wrap", [np.asarray, memoryview], ids=["array", "memoryview"])
 @pytest.mark.parametrize(
     "name",
     [
         n
         for n in bnfast.functional.__all__
-        if "out" in inspect.signature(getattr(bnfast, n)).parameters
+        if "out" in inspect.signature(getattr(bnfast, n)).parameters and n not in OF_ONE_ARRAY
     ],
 )
 def test_no_other_argument_may_lie_in_the_output(monkeypatch, rng, name, wrap):

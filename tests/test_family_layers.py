@@ -9,12 +9,14 @@ import pytest
 import bnfast
 from bnfast import (
     BatchRenorm,
+    CrossIterationBatchNorm,
     ExponentialAverage,
     FilterResponseNorm,
     GhostBatchNorm,
     GroupNorm,
     InstanceNorm,
     LayerNorm,
+    MovingAverageBatchNorm,
     RenormSchedule,
     RMSNorm,
 )
@@ -48,6 +50,16 @@ LAYERS = {
     "renormalized": lambda **k: BatchRenorm(6, schedule=RenormSchedule(1.5, 0.5, 0, 0, 0), **k),
     "renormalized, averaged": lambda **k: BatchRenorm(6, 1e-3, AVERAGE, nonfinite="raise", **k),
     "renormalized, plain": lambda **k: BatchRenorm(6, 1e-3, 0.3, False, **k),
+    "averaged": lambda **k: MovingAverageBatchNorm(6, 1, warm_up=0, **k),
+    "averaged, warming up": lambda **k: MovingAverageBatchNorm(6, 4, 1e-3, 0.3, False, **k),
+    "averaged, skipping": lambda **k: MovingAverageBatchNorm(
+        6, 2, 1e-3, AVERAGE, nonfinite="skip", **k
+    ),
+    "cross iteration": lambda **k: CrossIterationBatchNorm((6, 2), 1, **k),
+    "cross iteration, averaged": lambda **k: CrossIterationBatchNorm(
+        (6, 2), 1, 1e-3, AVERAGE, nonfinite="raise", **k
+    ),
+    "cross iteration, plain": lambda **k: CrossIterationBatchNorm((6, 2), 1, 1e-3, 0.3, False, **k),
 }
 
 
@@ -71,7 +83,7 @@ def test_reset_statistics_are_as_at_first(make, dtype, rng):
     first, own = make(dtype=dtype).state_dict(), layer.state_dict()
     layer.reset_running_stats()
     for name, array in layer.state_dict().items():
-        tracked = name.startswith(("running", "num"))
+        tracked = name.startswith(("running", "num", "window")) or name.endswith("buffer")
         np.testing.assert_array_equal(array, first[name] if tracked else own[name])
 
 
@@ -93,6 +105,16 @@ def function_of(layer, x, dy):
     if isinstance(layer, GhostBatchNorm):
         y, *saved = bnfast.ghost_batch_norm_forward(x, layer.ghost_size, weight, bias, eps)
         return y, *bnfast.ghost_batch_norm_backward(dy, x, layer.ghost_size, *saved, weight)
+    if isinstance(layer, MovingAverageBatchNorm):
+        state = layer.running_var.copy(), layer.square_buffer.copy()
+        y, saved = bnfast.moving_average_batch_norm_forward(
+            x, *state, weight, bias, eps=eps, averaged=False, r_max=1.0
+        )
+        products = layer.gradient_buffer.copy()
+        return y, *bnfast.moving_average_batch_norm_backward(dy, x, saved, products, weight)
+    if isinstance(layer, CrossIterationBatchNorm):
+        y, saved = bnfast.cross_iteration_batch_norm_forward(x, weight=weight, bias=bias, eps=eps)
+        return y, *bnfast.cross_iteration_batch_norm_backward(dy, x, saved, weight)
     if isinstance(layer, BatchRenorm):
         running = layer.running_mean.copy(), layer.running_std.copy()
         r_max, d_max = layer.schedule.at(layer.num_batches_tracked)
@@ -172,6 +194,15 @@ def test_the_representation_says_how_to_make_it():
         "BatchRenorm(6, eps=1e-05, momentum=0.01, affine=True, schedule=RenormSchedule(r_max=3.0, "
         "d_max=5.0, begin=5000, r_end=40000, d_end=25000), axis=1, dtype=float32)"
     )
+    assert repr(MovingAverageBatchNorm(6)) == (
+        "MovingAverageBatchNorm(6, buffer_size=16, eps=1e-05, momentum=0.02, affine=True, "
+        "warm_up=100, renormalized_from=1000, r_max=5.0, axis=1, dtype=float32)"
+    )
+    assert repr(CrossIterationBatchNorm((6, 3, 3, 3), padding=1, stride=(2, 1))) == (
+        "CrossIterationBatchNorm((6, 3, 3, 3), window=4, eps=1e-05, momentum=0.1, affine=True, "
+        "burn_in=0, stride=(2, 1), padding=1, dilation=1, groups=1, axis=1, unbiased=True, "
+        "dtype=float32)"
+    )
     assert repr(LayerNorm(3)) == (
         "LayerNorm((3,), eps=1e-05, elementwise_affine=True, bias=True, axis=None, dtype=float32)"
     )
@@ -225,6 +256,8 @@ NARROW = RenormSchedule(1.1, 0.1, 0, 0, 0)
 OF_SMALL_BATCHES = {
     "ghosts": lambda channels, **k: GhostBatchNorm(channels, 3, **k),
     "renormalized": lambda channels, **k: BatchRenorm(channels, schedule=NARROW, **k),
+    "averaged": lambda channels, **k: MovingAverageBatchNorm(channels, 1, warm_up=0, **k),
+    "cross iteration": lambda channels, **k: CrossIterationBatchNorm((channels, 4), 1, **k),
 }
 
 
@@ -249,13 +282,12 @@ def test_evaluation_uses_the_running_statistics_and_leaves_them_alone(
         variance, eps = layer.running_std.astype(np.float64) ** 2, 0.0
     else:
         variance, eps = layer.running_var, layer.eps
-    expected = bnfast.batch_norm(
-        x, layer.running_mean, variance, layer.weight, layer.bias, eps=eps, axis=axis
-    )
+    mean = np.zeros(3, dtype) if layer.running_mean is None else layer.running_mean
+    expected = bnfast.batch_norm(x, mean, variance, layer.weight, layer.bias, eps=eps, axis=axis)
     np.testing.assert_array_equal(layer.eval()(x), expected)
     invstd = 1 / np.sqrt(variance.astype(np.float64) + eps)
     gradients = bnfast.batch_norm_backward(
-        dy, x, layer.running_mean, invstd, layer.weight, axis=axis, training=False
+        dy, x, mean, invstd, layer.weight, axis=axis, training=False
     )
     got = layer.backward(dy), layer.weight_grad, layer.bias_grad
     for a, b in zip(got, gradients, strict=True):
@@ -267,7 +299,8 @@ def test_evaluation_uses_the_running_statistics_and_leaves_them_alone(
 def test_gradients_through_the_layer(make_of_small_batches, rng, axis, training):
     layer = make_of_small_batches(2, axis=axis, dtype=np.float64)
     layer.weight[...], layer.bias[...] = rng.normal(size=(2, 2))
-    layer.running_mean[...] = -7.0
+    if layer.running_mean is not None:
+        layer.running_mean[...] = -7.0
     x, dy = (in_layout(images(rng, shape=(5, 2, 2, 2)), axis) for _ in range(2))
     dy /= 10  # the loss, and its rounding, are small
     layer.train(training)

@@ -22,6 +22,8 @@ LAYERS = {
     "RMSNorm": (4,),
     "GhostBatchNorm": (4, 2),
     "BatchRenorm": (4,),
+    "MovingAverageBatchNorm": (4,),
+    "CrossIterationBatchNorm": ((4, 3), 1),
     "DecorrelatedBatchNorm": (4, 2),
     "IterNorm": (4, 2),
     "WeightNorm": (np.ones((4, 4), np.float32),),

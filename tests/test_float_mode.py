@@ -93,6 +93,8 @@ LAYERS = {
     "response": lambda x: bnfast.FilterResponseNorm(32, learned_eps=DENORMAL, dtype=x.dtype),
     "ghosts": lambda x: bnfast.GhostBatchNorm(32, 2, dtype=x.dtype),
     "renormalized": lambda x: bnfast.BatchRenorm(32, dtype=x.dtype),
+    "averaged": lambda x: bnfast.MovingAverageBatchNorm(32, 1, warm_up=0, dtype=x.dtype),
+    "cross iteration": lambda x: bnfast.CrossIterationBatchNorm((32, 3, 1, 1), dtype=x.dtype),
     "group": lambda x: bnfast.GroupNorm(4, 32, dtype=x.dtype),
     "instance": lambda x: bnfast.InstanceNorm(32, 1e-5, 0.1, True, True, dtype=x.dtype),
     "layer": lambda x: bnfast.LayerNorm(7, dtype=x.dtype),
@@ -117,6 +119,8 @@ def used(make, x, dy, parameters):
     given = () if isinstance(layer, bnfast.WeightNorm) else (x,)
     if isinstance(layer, bnfast.ConditionalBatchNorm):
         given = (x, [0, 1, 2, 0])
+    if isinstance(layer, bnfast.CrossIterationBatchNorm):
+        given = (x, x[:, :3], np.ones(layer.filter_shape, x.dtype))
     results = [layer(*given), layer.backward(dy), layer.eval()(*given), layer.backward(dy)]
     gradients = [value for name, value in vars(layer).items() if name.endswith("_grad")]
     return [*results, *arrays_of(gradients), *layer.state_dict().values()]

@@ -20,6 +20,10 @@ MONITORED = {
     "conditional": lambda channels, **k: bnfast.ConditionalBatchNorm(channels, 2, **k),
     "ghost": lambda channels, **k: bnfast.GhostBatchNorm(channels, 3, **k),
     "renormalized": lambda channels, **k: bnfast.BatchRenorm(channels, schedule=SCHEDULE, **k),
+    "cross iteration": lambda channels, **k: bnfast.CrossIterationBatchNorm((channels, 2), 1, **k),
+    "moving average": lambda channels, **k: bnfast.MovingAverageBatchNorm(
+        channels, 1, warm_up=0, r_max=1.2, **k
+    ),
     "learned": lambda channels, **k: bnfast.BatchNorm(
         channels, momentum=LearnableMomentum(0.3, True), **k
     ),
@@ -34,7 +38,8 @@ def make(request):
 def used(make, rng, **options):
     """A layer whose running statistics are of some other data."""
     layer = make(CHANNELS, eps=0.1, **options)
-    layer.running_mean[...] = rng.normal(size=CHANNELS)
+    if layer.running_mean is not None:
+        layer.running_mean[...] = rng.normal(size=CHANNELS)
     second = layer.running_std if hasattr(layer, "running_std") else layer.running_var
     second[...] = rng.uniform(0.5, 2, CHANNELS)
     layer.num_batches_tracked = 1000
@@ -70,12 +75,13 @@ def test_drift_is_told_in_running_standard_deviations(make, rng):
         for part in np.split(x, [3, 6]):
             call(layer, part)
     (row,) = report.rows
-    mean = x.mean((0, 2))
+    if isinstance(layer, bnfast.MovingAverageBatchNorm):
+        shift, own = np.zeros(CHANNELS), (x**2).mean((0, 2))
+    else:
+        shift, own = x.mean((0, 2)) - layer.running_mean, x.var((0, 2))
+    np.testing.assert_allclose(row.mean_drift, shift / np.sqrt(variance), rtol=1e-11)
     np.testing.assert_allclose(
-        row.mean_drift, (mean - layer.running_mean) / np.sqrt(variance), rtol=1e-11
-    )
-    np.testing.assert_allclose(
-        row.variance_drift, np.log((x.var((0, 2)) + 0.1) / variance), rtol=0, atol=1e-11
+        row.variance_drift, np.log((own + 0.1) / variance), rtol=0, atol=1e-11
     )
     assert (row.batches, row.fewest_values) == ((4, 12) if "Ghost" in row.kind else (3, 12))
 
@@ -94,6 +100,89 @@ def test_monitoring_changes_no_bit_of_a_layer(make, dtype, rng, training):
     for name, value in attributes.items():
         assert name == "_saved" or vars(layer)[name] is value
     assert report.rows[0].batches in (3, 6)
+
+
+FILTERS = np.linspace(-1, 2, 2 * CHANNELS).reshape(CHANNELS, 2)
+
+
+def of_several_batches(rng, which, **options):
+    """A layer whose training takes three batches together; it has seen others."""
+    if which == "cross iteration":
+        layer = bnfast.CrossIterationBatchNorm((CHANNELS, 2), 3, dtype=np.float64, **options)
+    else:
+        layer = bnfast.MovingAverageBatchNorm(
+            CHANNELS, 3, renormalized_from=2, r_max=1.2, dtype=np.float64, **options
+        )
+    for _ in range(4):
+        trained_on(layer, rng.normal(3, 1, (6, 2)))
+    return layer
+
+
+def trained_on(layer, inputs):
+    x = inputs @ FILTERS.T
+    y = layer(x, inputs, FILTERS) if "Cross" in repr(layer) else layer(x)
+    layer.backward(y)
+    return y
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("which", ["cross iteration", "moving average"])
+def test_training_that_takes_batches_together_takes_those_of_the_monitor(rng, which, training):
+    layer = of_several_batches(rng, which, **({} if "cross" in which else {"warm_up": 0}))
+    state, data = layer.state_dict(), rng.normal(0, 2, (6, 6, 2))
+    with bnfast.monitoring(layer.train(training)) as report:
+        for inputs in data:
+            trained_on(layer, inputs)
+    np.testing.assert_equal(layer.state_dict(), state)
+    # The same, of batches that have nothing before them: three for each that is compared.
+    squares = []
+    for number in range(len(data)):
+        alone = copy.deepcopy(layer).train()
+        for inputs in [data[0]] * 3 + list(data[: number + 1]):
+            alone.running_var[...] = layer.running_var
+            y = trained_on(alone, inputs)
+        if number >= 2:
+            squares.append((y - layer.eval()(inputs @ FILTERS.T)) ** 2)
+    with bnfast.monitoring(layer) as first:
+        for inputs in data[:2]:
+            layer(inputs @ FILTERS.T)
+    (row,), (of_first,) = report.rows, first.rows
+    total = 6 * row.difference**2 - 2 * of_first.difference**2
+    np.testing.assert_allclose(total / 4, np.concatenate(squares).mean(0), rtol=1e-9)
+
+
+@pytest.mark.parametrize("which", ["cross iteration", "moving average"])
+def test_batches_at_first_are_taken_alone(rng, which):
+    first = {"burn_in" if "cross" in which else "warm_up": 100}
+    layer, inputs = of_several_batches(rng, which, **first), rng.normal(size=(3, 6, 2))
+    with bnfast.monitoring(layer.eval()) as report:
+        for some in inputs:
+            layer(some @ FILTERS.T)
+    (row,) = report.rows
+    squares = [
+        (trained_on(copy.deepcopy(layer).train(), some) - layer(some @ FILTERS.T)) ** 2
+        for some in inputs
+    ]
+    np.testing.assert_allclose(row.difference, np.sqrt(np.mean(squares, (0, 1))), rtol=1e-11)
+
+
+def test_batches_that_are_small_by_design_are_no_reason(rng):
+    layers = {
+        "batch": settled(),
+        "cross": bnfast.CrossIterationBatchNorm((4, 2), 16, dtype=np.float64),
+        "moving": bnfast.MovingAverageBatchNorm(4, 16, dtype=np.float64),
+    }
+    for layer in layers.values():
+        layer.num_batches_tracked = 1000
+    with bnfast.monitoring(layers) as report:
+        for x in rng.normal(size=(100, 4, 4)):
+            for layer in layers.values():
+                layer.eval()(x)
+    batch, cross, moving = report.rows
+    assert batch.reasons == ("too few values: a batch had 4 per channel",)
+    assert cross.reasons == moving.reasons == ()
+    np.testing.assert_array_equal(moving.between_batches, 0)
+    np.testing.assert_array_equal(cross.between_batches, batch.between_batches)
 
 
 def test_an_exception_leaves_the_layer_as_it_was(make, rng):

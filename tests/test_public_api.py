@@ -22,7 +22,9 @@ MODULES = [
     "bnfast.adaptation.recalibration",
     "bnfast.functional.batch",
     "bnfast.functional.conditional",
+    "bnfast.functional.cross_iteration",
     "bnfast.functional.ghost",
+    "bnfast.functional.moving_average",
     "bnfast.functional.renorm",
     "bnfast.functional.response",
     "bnfast.functional.rows",
@@ -34,7 +36,9 @@ MODULES = [
     "bnfast.layers._layer",
     "bnfast.layers.batch",
     "bnfast.layers.conditional",
+    "bnfast.layers.cross_iteration",
     "bnfast.layers.ghost",
+    "bnfast.layers.moving_average",
     "bnfast.layers.renorm",
     "bnfast.layers.response",
     "bnfast.layers.rows",
@@ -135,6 +139,41 @@ def test_all_names_are_there_and_documented():
             "momentum=0.1, eps=1e-05, *, iterations=5, num_groups=1, averaged='whitening', axis=1, "
             "out=None",
         ),
+        (
+            bnfast.moving_average_batch_norm,
+            "x, running_var, square_buffer=None, weight=None, bias=None, training=False, "
+            "momentum=0.02, eps=1e-05, *, row=0, averaged=True, r_max=5.0, axis=1, out=None",
+        ),
+        (
+            bnfast.moving_average_batch_norm_backward,
+            "dy, x, saved, gradient_buffer, weight=None, *, axis=1, out=None",
+        ),
+        (
+            bnfast.MovingAverageBatchNorm,
+            "num_features, buffer_size=16, eps=1e-05, momentum=0.02, affine=True, *, warm_up=100, "
+            f"renormalized_from=1000, r_max=5.0, axis=1, dtype={np.float32!r}, "
+            "frozen=False, nonfinite='propagate'",
+        ),
+        (
+            bnfast.cross_iteration_batch_norm,
+            "x, running_mean, running_var, filters=None, window=(), weight=None, bias=None, "
+            "training=False, momentum=0.1, eps=1e-05, *, axis=1, unbiased=True, out=None",
+        ),
+        (
+            bnfast.cross_iteration_batch_norm_forward,
+            "x, filters=None, window=(), weight=None, bias=None, eps=1e-05, *, axis=1, out=None",
+        ),
+        (
+            bnfast.cross_iteration_batch_norm_backward,
+            "dy, x, saved, weight=None, *, axis=1, out=None",
+        ),
+        (
+            bnfast.CrossIterationBatchNorm,
+            "filter_shape, window=4, eps=1e-05, momentum=0.1, affine=True, *, burn_in=0, stride=1, "
+            f"padding=0, dilation=1, groups=1, axis=1, unbiased=True, dtype={np.float32!r}, "
+            "frozen=False, nonfinite='propagate'",
+        ),
+        (bnfast.weight_centralization_forward, "w, axis=0, *, out=None"),
         (bnfast.weight_norm_forward, "v, g, dim=0, eps=0.0, *, out=None"),
         (bnfast.weight_norm_backward, "dw, v, g, norm, dim=0, eps=0.0, *, out=None"),
         (

@@ -215,6 +215,10 @@ def test_reset_statistics_begin_their_policy_again(kind, policy, rng):
             *(ValueError, "momentum is learned only with track_running_stats=True"),
         ),
         (lambda: bnfast.BatchNorm(3, nonfinite="no"), ValueError, "nonfinite must be 'propagate'"),
+        *(
+            (lambda make=make: make(3, momentum=None), TypeError, "momentum must be a real number")
+            for make in (bnfast.BatchRenorm, bnfast.MovingAverageBatchNorm)
+        ),
     ],
 )
 def test_bad_arguments_are_refused(make, error, message):
@@ -256,6 +260,52 @@ def test_batches_that_are_refused_write_nothing(kind, dtype, rng, value):
     np.testing.assert_equal(layer.state_dict(), before)
     np.testing.assert_array_equal(out, 7)
     assert call(layer.eval(), x).shape == x.shape  # evaluation takes anything
+
+
+@pytest.mark.parametrize("value", BAD)
+def test_skipped_batches_leave_buffers_and_windows(dtype, rng, value):
+    """As if they had never been, also once they are used, and also by their gradients."""
+    filters = rng.normal(size=(CHANNELS, 2))
+    layers, others = (
+        (
+            bnfast.MovingAverageBatchNorm(CHANNELS, 2, warm_up=0, dtype=dtype, **options),
+            bnfast.CrossIterationBatchNorm((CHANNELS, 2), 3, dtype=dtype, **options),
+        )
+        for options in ({"nonfinite": "skip"}, {})
+    )
+    for inputs in rng.normal(size=(7, 6, 2)):
+        x = (inputs @ filters.T).astype(dtype)
+        bad = x.copy()
+        bad[2, 0] = value
+        for layer, other in zip(layers, others, strict=True):
+            more = (inputs, filters) if layer is layers[1] else ()
+            np.testing.assert_array_equal(layer(x, *more), other(x, *more))
+            np.testing.assert_array_equal(layer.backward(x), other.backward(x))
+            before, reference = layer.state_dict(), copy.deepcopy(other)
+            np.testing.assert_array_equal(layer(bad, *more), reference(bad, *more))
+            np.testing.assert_array_equal(layer.backward(x), reference.backward(x))
+            np.testing.assert_equal(layer.state_dict(), before)
+        filters = filters + 0.01
+    assert all(layer.num_batches_tracked == 7 for layer in layers)
+
+
+def test_a_mean_square_that_is_not_finite_is_skipped(rng):
+    x = rng.normal(1e200, 1, (6, CHANNELS))
+    layer = bnfast.MovingAverageBatchNorm(CHANNELS, nonfinite="skip", dtype=np.float64)
+    before = layer.state_dict()
+    layer(x)
+    np.testing.assert_equal(layer.state_dict(), before)
+
+
+@pytest.mark.parametrize("choice", ["skip", "raise"])
+def test_what_is_not_tracked_is_checked_as_ever(rng, choice):
+    layer = bnfast.MovingAverageBatchNorm(CHANNELS, 2, nonfinite=choice, dtype=np.float64)
+    x = rng.normal(size=(2, CHANNELS))
+    layer.square_buffer = np.zeros_like(x)
+    x[0, 0] = np.nan if choice == "skip" else 1.0
+    with pytest.raises(ValueError, match="out must not share memory with square_buffer"):
+        layer(x, out=layer.square_buffer)
+    assert not layer.square_buffer.any()
 
 
 def test_single_ghosts_are_skipped(rng):
@@ -301,7 +351,19 @@ def test_a_frozen_layer_trains_as_it_evaluates(kind, dtype, rng):
     np.testing.assert_equal(frozen.state_dict(), before)
     frozen.frozen = False
     call(frozen, x)
-    assert np.any(frozen.running_mean != before["running_mean"])
+    assert all(np.any(array != before[name]) for name, array in running(frozen).items())
+
+
+def test_frozen_layers_read_neither_windows_nor_buffers(dtype, rng):
+    x = rng.normal(size=(6, CHANNELS)).astype(dtype)
+    for layer in (
+        bnfast.CrossIterationBatchNorm((CHANNELS, 2), 3, dtype=dtype, frozen=True),
+        bnfast.MovingAverageBatchNorm(CHANNELS, 2, warm_up=0, dtype=dtype, frozen=True),
+    ):
+        before = layer.state_dict()
+        layer(x)
+        close(layer.backward(x), x / np.sqrt(1 + layer.eps), dtype)
+        np.testing.assert_equal(layer.state_dict(), before)
 
 
 def test_representations_tell_what_is_not_as_usual():

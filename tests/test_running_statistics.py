@@ -107,6 +107,9 @@ MEMBERS = {
     "instance": bnfast.instance_norm,
     "ghost": lambda x, m, s, **k: bnfast.ghost_batch_norm(x, 3, m, s, training=True, **k),
     "renormalized": lambda x, m, s, **k: bnfast.batch_renorm(x, m, s, training=True, **k),
+    "cross iteration": lambda x, m, s, **k: bnfast.cross_iteration_batch_norm(
+        x, m, s, training=True, **k
+    ),
     "whitening": lambda x, m, s, **k: bnfast.decorrelated_batch_norm(x, m, s, training=True, **k),
     "covariance": lambda x, m, s, **k: bnfast.iterative_norm(
         x, m, s, training=True, averaged="covariance", **k
@@ -155,7 +158,9 @@ def test_a_weight_of_1_forgets_what_they_were(isa, member, dtype, rng, in_memory
         np.testing.assert_array_equal(array, fresh)
 
 
-@pytest.mark.parametrize("kind", ["batch", "conditional", "instance", "ghost", "renormalized"])
+@pytest.mark.parametrize(
+    "kind", ["batch", "conditional", "instance", "ghost", "renormalized", "cross iteration"]
+)
 def test_a_batch_that_is_not_finite_spoils_its_own_channels_only(kind, rng):
     x = rng.normal(size=(6, CHANNELS, 4))
     x[2, 0, 1], x[4, 1, 3] = np.nan, np.inf
@@ -172,15 +177,22 @@ LAYERS = {
     "instance": lambda channels, **k: bnfast.InstanceNorm(channels, track_running_stats=True, **k),
     "ghost": lambda channels, **k: bnfast.GhostBatchNorm(channels, 3, **k),
     "renormalized": bnfast.BatchRenorm,
+    "cross iteration": lambda channels, **k: bnfast.CrossIterationBatchNorm((channels, 1), 1, **k),
+    "moving average": lambda channels, **k: bnfast.MovingAverageBatchNorm(channels, 2, **k),
     "whitening": bnfast.DecorrelatedBatchNorm,
     "covariance": lambda channels, **k: bnfast.IterNorm(channels, averaged="covariance", **k),
 }
-AVERAGING = [name for name in LAYERS if name not in ("instance", "renormalized")]
+AVERAGING = [name for name in LAYERS if name not in ("instance", "renormalized", "moving average")]
 
 
 def call(layer, x):
     labelled = isinstance(layer, bnfast.ConditionalBatchNorm)
     return layer(x, np.zeros(len(x), int)) if labelled else layer(x)
+
+
+def running_names(kind):
+    second = SECOND.get(kind, "running_var")
+    return (second,) if kind == "moving average" else ("running_mean", second)
 
 
 @pytest.mark.parametrize(
@@ -189,9 +201,9 @@ def call(layer, x):
 )
 def test_a_layer_recovers_from_statistics_that_are_not_finite(kind, momentum, dtype, rng):
     layer, fresh = (LAYERS[kind](CHANNELS, momentum=momentum, dtype=dtype) for _ in range(2))
-    mean, second = poisoned(kind, dtype)
-    layer.running_mean[...] = mean
-    getattr(layer, SECOND.get(kind, "running_var"))[...] = second
+    names = running_names(kind)
+    for name, bad in zip(names, poisoned(kind, dtype)[-len(names) :], strict=True):
+        getattr(layer, name)[...] = bad
     for _ in range(2):
         x = rng.normal(size=(6, CHANNELS, 4)).astype(dtype)
         call(layer, x)
@@ -254,7 +266,10 @@ def test_an_empty_batch_leaves_every_member_alone(member, dtype, shape):
 WIDE_DATA = (1e25, np.float32)
 WIDER_DATA = (1e50, np.float64)
 TOO_LARGE = {
-    **dict.fromkeys(("batch", "conditional", "instance", "ghost"), (*WIDE_DATA, "running_var")),
+    **dict.fromkeys(
+        ("batch", "conditional", "instance", "ghost", "cross iteration"),
+        (*WIDE_DATA, "running_var"),
+    ),
     "renormalized": (*WIDER_DATA, "running_mean|running_std"),
     "covariance": (*WIDE_DATA, "running_matrix"),
 }

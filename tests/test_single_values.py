@@ -27,6 +27,11 @@ def renormalized(x):
     return y, *bnfast.batch_renorm_backward(np.ones_like(x), x, saved, WEIGHT)
 
 
+def across_iterations(x):
+    y, saved = bnfast.cross_iteration_batch_norm_forward(x, weight=WEIGHT, bias=BIAS)
+    return y, *bnfast.cross_iteration_batch_norm_backward(np.ones_like(x), x, saved, WEIGHT)
+
+
 # What normalizes x of shape (N, C, 1) by statistics of one value each, where N is one of these.
 BIASED = {
     "batch": (of_both_passes("batch_norm"), [1]),
@@ -35,6 +40,7 @@ BIASED = {
         [1],
     ),
     "ghost": (of_both_passes("ghost_batch_norm", 1), [1, 4]),
+    "cross iteration": (across_iterations, [1]),
     "instance": (of_both_passes("instance_norm"), [1, 4]),
     "group": (of_both_passes("group_norm", C, backward_too=False), [1, 4]),
     "renormalized": (renormalized, [1]),
@@ -97,6 +103,9 @@ TRACKING = {
         x, None, None, m, v, training=True, **k
     ),
     "ghost": lambda x, m, v, **k: bnfast.ghost_batch_norm(x, 1, m, v, training=True, **k),
+    "cross iteration": lambda x, m, v, **k: bnfast.cross_iteration_batch_norm(
+        x, m, v, training=True, **k
+    ),
     "last ghost": lambda x, m, v, **k: bnfast.ghost_batch_norm(
         np.concatenate([x, x, x]), 2, m, v, training=True, **k
     ),

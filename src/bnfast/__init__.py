@@ -2,17 +2,18 @@
 
 Functions: `batch_norm`, `instance_norm`, `group_norm`, `layer_norm`, `rms_norm`,
 `filter_response_norm`, `conditional_batch_norm`, `decorrelated_batch_norm`, `iterative_norm`,
-`ghost_batch_norm` and `batch_renorm`, in the order of arguments that PyTorch's have.
-``<name>_forward`` also returns what ``<name>_backward`` needs for the gradients;
-`batch_norm_backward_sums` and `batch_norm_backward_input` are two halves of the latter, for a batch
-in parts. `weight_norm`, `weight_standardization`, `scaled_weight_standardization` and
-`spectral_norm` are of weights rather than data. `moments` and `summary` are
-statistics of any array, which merge.
+`ghost_batch_norm`, `batch_renorm`, `moving_average_batch_norm` and `cross_iteration_batch_norm`, in
+the order of arguments that PyTorch's have. ``<name>_forward`` also returns what ``<name>_backward``
+needs for the gradients; `batch_norm_backward_sums` and `batch_norm_backward_input` are two halves
+of the latter, for a batch in parts. `weight_norm`, `weight_standardization`,
+`scaled_weight_standardization`, `weight_centralization` and `spectral_norm` are of weights rather
+than data. `moments` and `summary` are statistics of any array, which merge.
 
 Layers, which own parameters and statistics: call one, then its ``backward``: `BatchNorm`,
 `InstanceNorm`, `GroupNorm`, `LayerNorm`, `RMSNorm`, `FilterResponseNorm`, `ConditionalBatchNorm`,
-`DecorrelatedBatchNorm`, `IterNorm`, `GhostBatchNorm`, `BatchRenorm`, `WeightNorm`,
-`WeightStandardization`, `ScaledWeightStandardization`, `SpectralNorm`.
+`DecorrelatedBatchNorm`, `IterNorm`, `GhostBatchNorm`, `BatchRenorm`, `MovingAverageBatchNorm`,
+`CrossIterationBatchNorm`, `WeightNorm`, `WeightStandardization`, `ScaledWeightStandardization`,
+`SpectralNorm`.
 
 `ExponentialAverage`, `CumulativeAverage` and `LearnableMomentum` say what a batch weighs in the
 running statistics of a layer. `recalibrating` makes these statistics anew, of other data;
@@ -28,7 +29,10 @@ from bnfast._threads import get_num_threads, set_num_threads
 from bnfast._version import __version__
 from bnfast.adaptation import monitoring, recalibrating
 from bnfast.functional import (
+    CrossIterated,
+    IterationStatistics,
     IterativelyWhitened,
+    MovingAveraged,
     Renormalized,
     RenormSchedule,
     Whitened,
@@ -43,6 +47,9 @@ from bnfast.functional import (
     conditional_batch_norm,
     conditional_batch_norm_backward,
     conditional_batch_norm_forward,
+    cross_iteration_batch_norm,
+    cross_iteration_batch_norm_backward,
+    cross_iteration_batch_norm_forward,
     decorrelated_batch_norm,
     decorrelated_batch_norm_backward,
     decorrelated_batch_norm_forward,
@@ -65,6 +72,9 @@ from bnfast.functional import (
     layer_norm_backward,
     layer_norm_forward,
     moments,
+    moving_average_batch_norm,
+    moving_average_batch_norm_backward,
+    moving_average_batch_norm_forward,
     rms_norm,
     rms_norm_backward,
     rms_norm_forward,
@@ -75,6 +85,9 @@ from bnfast.functional import (
     spectral_norm_backward,
     spectral_norm_forward,
     summary,
+    weight_centralization,
+    weight_centralization_backward,
+    weight_centralization_forward,
     weight_norm,
     weight_norm_backward,
     weight_norm_forward,
@@ -86,6 +99,7 @@ from bnfast.layers import (
     BatchNorm,
     BatchRenorm,
     ConditionalBatchNorm,
+    CrossIterationBatchNorm,
     DecorrelatedBatchNorm,
     FilterResponseNorm,
     GhostBatchNorm,
@@ -93,6 +107,7 @@ from bnfast.layers import (
     InstanceNorm,
     IterNorm,
     LayerNorm,
+    MovingAverageBatchNorm,
     RMSNorm,
     ScaledWeightStandardization,
     SpectralNorm,
@@ -106,6 +121,8 @@ __all__ = [
     "BatchNorm",
     "BatchRenorm",
     "ConditionalBatchNorm",
+    "CrossIterated",
+    "CrossIterationBatchNorm",
     "CumulativeAverage",
     "DecorrelatedBatchNorm",
     "ExponentialAverage",
@@ -114,10 +131,13 @@ __all__ = [
     "GroupNorm",
     "InstanceNorm",
     "IterNorm",
+    "IterationStatistics",
     "IterativelyWhitened",
     "LayerNorm",
     "LearnableMomentum",
     "Moments",
+    "MovingAverageBatchNorm",
+    "MovingAveraged",
     "RMSNorm",
     "RenormSchedule",
     "Renormalized",
@@ -140,6 +160,9 @@ __all__ = [
     "conditional_batch_norm",
     "conditional_batch_norm_backward",
     "conditional_batch_norm_forward",
+    "cross_iteration_batch_norm",
+    "cross_iteration_batch_norm_backward",
+    "cross_iteration_batch_norm_forward",
     "decorrelated_batch_norm",
     "decorrelated_batch_norm_backward",
     "decorrelated_batch_norm_forward",
@@ -165,6 +188,9 @@ __all__ = [
     "layer_norm_forward",
     "moments",
     "monitoring",
+    "moving_average_batch_norm",
+    "moving_average_batch_norm_backward",
+    "moving_average_batch_norm_forward",
     "recalibrating",
     "rms_norm",
     "rms_norm_backward",
@@ -179,6 +205,9 @@ __all__ = [
     "spectral_norm_backward",
     "spectral_norm_forward",
     "summary",
+    "weight_centralization",
+    "weight_centralization_backward",
+    "weight_centralization_forward",
     "weight_norm",
     "weight_norm_backward",
     "weight_norm_forward",

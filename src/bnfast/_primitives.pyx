@@ -447,6 +447,17 @@ cdef int _update_running(
     return 0
 
 
+def blend(running, double momentum, values, str name):
+    """As `update_running`, of a single checked statistic and values (float64)."""
+    array = _contiguous_or_copy(running)
+    cdef bint too_large = _core.update_running(
+        array, numpy.ascontiguousarray(values), momentum, 1.0
+    )
+    _put_back(array, running)
+    if too_large:
+        _validation.warn_too_large(name)
+
+
 # what is composed of them
 
 include "_deviations.pxi"

@@ -76,6 +76,11 @@ def integers(name: str, value: object) -> tuple[int, ...]:
     return (integer(name, value),)
 
 
+def integers_from(name: str, value: object, least: int) -> tuple[int, ...]:
+    """Return one integer or several, each at least `least`, as a tuple."""
+    return tuple(integer_from(name, number, least) for number in integers(name, value))
+
+
 def size(name: str, value: object, least: int = 0) -> int:
     """Return a number of channels, or of what else an array has a place for each of."""
     number = integer_from(name, value, least)
@@ -139,6 +144,14 @@ def epsilon(value: object, *, training: bool) -> float:
     if eps < 0.0:
         raise ValueError(f"eps must not be negative, got {eps}")
     return eps
+
+
+def factor_limit(name: str, value: object) -> float:
+    """Return by what a batch may be multiplied or divided at most."""
+    most = real(name, value)
+    if most < 1.0:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return most
 
 
 def renorm_limits(r_max: object, d_max: object) -> tuple[float, float]:

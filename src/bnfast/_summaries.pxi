@@ -54,18 +54,20 @@ cdef void _end_extremes(cnp.ndarray minimum, cnp.ndarray maximum) noexcept:
             least[i] = greatest[i] = NAN
 
 
-def moments(x, axis, where=None):
-    """Return the count, and float64 arrays: the mean, what rounding left of it, m2; exact sums.
-
-    The count is an int, or an int64 array with `where`. The sums are those of integers of at most
-    MOST_EXACT_BYTES, and of their squares; the moments are then None. Otherwise the sums are.
-    """
-    return summarize(x, axis, where, False, False)[:5]
+def moments(x_, axis_):
+    """Return the count, and the mean and m2 of each channel of a batch (float64)."""
+    cdef Py_ssize_t axis
+    cdef cnp.ndarray x = _batch(x_, axis_, &axis, BATCH)
+    count, mean, _, m2, _, _, _, _ = summarize(x, axis, None, False, False)
+    return count, mean, m2
 
 
 def summarize(x_, axis, where, bint extremes, bint finite_only):
-    """Return what `moments` does; and minimum, maximum (float64) and how many are not finite.
+    """Return the count, and float64 arrays: the mean, what rounding left of it, m2; exact sums.
 
+    And minimum, maximum (float64) and how many are not finite. The count is an int, or an int64
+    array with `where` or `finite_only`. The sums are those of integers of at most MOST_EXACT_BYTES,
+    and of their squares; the moments are then None. Otherwise the sums are.
     None for those three without `extremes`; extremes are NaN where there is no value.
     """
     cdef cnp.ndarray x = x_ if _is_summable(x_) else _validation.numbers("x", x_)

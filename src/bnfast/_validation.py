@@ -14,7 +14,13 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfast import _dtypes
+from bnfast._arrays import counts as counts
+from bnfast._arrays import floating_array as floating_array
+from bnfast._arrays import kept_axes as kept_axes
+from bnfast._arrays import mask as mask
+from bnfast._arrays import numbers as numbers
+from bnfast._arrays import of_shape
+from bnfast._arrays import statistics as statistics
 from bnfast._overlap import address, is_same_memory, overlaps_itself
 from bnfast._overlap import memory_of as memory_of
 from bnfast._overlap import shares_memory as shares_memory
@@ -23,12 +29,14 @@ from bnfast._scalars import choice as choice
 from bnfast._scalars import describe
 from bnfast._scalars import epsilon as epsilon
 from bnfast._scalars import estimate as estimate
+from bnfast._scalars import factor_limit as factor_limit
 from bnfast._scalars import flag as flag
 from bnfast._scalars import floating_dtype as floating_dtype
 from bnfast._scalars import instance as instance
 from bnfast._scalars import integer as integer
 from bnfast._scalars import integer_from as integer_from
 from bnfast._scalars import integers as integers
+from bnfast._scalars import integers_from as integers_from
 from bnfast._scalars import positive as positive
 from bnfast._scalars import real as real
 from bnfast._scalars import renorm_limits as renorm_limits
@@ -37,82 +45,6 @@ from bnfast._scalars import sizes as sizes
 from bnfast._typing import Array
 
 Saved = TypeVar("Saved")
-
-
-def _array(name: str, value: object, wanted: str) -> Array:
-    """Return an array of any type, without a copy where possible."""
-    if type(value) is np.ndarray:
-        return value
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(
-            f"{name} must be an array without a mask (bnfast would ignore it), "
-            f"got a masked {describe(value)}"
-        )
-    if value is None:
-        raise TypeError(f"{name} must be a {wanted} array, got None")
-    try:
-        return np.asarray(value)
-    except MemoryError:
-        raise
-    except Exception as error:
-        hint = f"; {name}.detach() is one" if getattr(value, "requires_grad", False) else ""
-        raise TypeError(f"{name} must be an array, got {describe(value)}{hint}") from error
-
-
-def floating_array(name: str, value: object) -> Array:
-    """Return a float32 or float64 array in native byte order, without a copy where possible."""
-    array = _array(name, value, _dtypes.NAMES)
-    dtype = array.dtype
-    if not _dtypes.is_floating(dtype):
-        numbers = np.can_cast(dtype, np.float64) and dtype.isnative
-        hint = f"; numpy.asarray({name}, numpy.float32) is such" if numbers else ""
-        raise TypeError(
-            f"{name} must be {_dtypes.NAMES} in native byte order, got {describe(array)}{hint}"
-        )
-    return array
-
-
-def numbers(name: str, value: object) -> Array:
-    """Return an array of numbers that can be summed, without a copy where possible."""
-    array = _array(name, value, "float32, float64 or integer")
-    dtype = array.dtype
-    if not (dtype.isnative and (dtype.char in "fd" or dtype.kind in "biu")):
-        hint = ""
-        if dtype.kind in "fbiu":
-            dtype_of_hint = "float32" if dtype.char == "e" else dtype.newbyteorder("=").name
-            hint = f"; {name}.astype(numpy.{dtype_of_hint}) is such"
-        raise TypeError(
-            f"{name} must be float32, float64 or integers in native byte order, "
-            f"got {describe(array)}{hint}"
-        )
-    return array
-
-
-def kept_axes(x: Array, axis: object) -> tuple[int, ...]:
-    """Return axes of x, an integer or several, none of them negative, in order."""
-    if x.shape == (0,):
-        return (0,)  # an empty batch, as in `batch`
-    wanted = f"from {-x.ndim} to {x.ndim - 1}" if x.ndim else "None"
-    axes = integers("axis", axis)
-    if any(not -x.ndim <= d < x.ndim for d in axes):
-        raise ValueError(f"axis must be {wanted} for x of shape {x.shape}, got {axis}")
-    kept = sorted(d % x.ndim for d in axes)
-    if len(set(kept)) != len(kept):
-        raise ValueError(f"axis must not name an axis twice, got {axis}")
-    return tuple(kept)
-
-
-def mask(name: str, value: object, x: Array) -> Array:
-    """Return a boolean array of the shape of x."""
-    array = _array(name, value, "boolean")
-    if array.dtype != bool:
-        raise TypeError(f"{name} must be a boolean array, got {describe(array)}")
-    try:
-        return np.broadcast_to(array, x.shape)
-    except ValueError:
-        raise ValueError(
-            f"{name} must broadcast to x, of shape {x.shape}, got shape {array.shape}"
-        ) from None
 
 
 def batch(
@@ -276,11 +208,6 @@ def _one_for_each_channel(name: str, array: Array, channels: int, called: str = 
         )
 
 
-def _of_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
-    if array.shape != shape:
-        raise ValueError(f"{name} must have the shape {shape}, got {describe(array)}")
-
-
 def channel_parameter(
     name: str, value: object, channels: int, called: str = "channels"
 ) -> Array | None:
@@ -381,7 +308,7 @@ def state(name: str, value: object, shape: tuple[int, ...]) -> Array:
 def shaped(name: str, value: object, shape: tuple[int, ...]) -> Array:
     """Return an array of this shape."""
     array = floating_array(name, value)
-    _of_shape(name, array, shape)
+    of_shape(name, array, shape)
     return array
 
 
@@ -441,7 +368,7 @@ def _running_statistic(name: str, value: object, shape: tuple[int, ...]) -> Arra
     if len(shape) == 1:
         _one_for_each_channel(name, array, shape[0])
     else:
-        _of_shape(name, array, shape)
+        of_shape(name, array, shape)
     if not array.flags.writeable:
         raise ValueError(
             f"{name} is updated in place and must be writable, got a read-only {describe(array)}"
@@ -479,6 +406,28 @@ def running_statistics(
         if shares_memory(array, x):
             raise ValueError(f"{name} is updated in place and must not share memory with {called}")
     return mean_array, var_array
+
+
+def updated_in_place(
+    name: str, value: object, channels: int, apart: Mapping[str, Array], *, rows: bool = False
+) -> Array:
+    """Return the memory that came, of one value a channel or of rows of these, to be updated.
+
+    It has no element in common with what is to be `apart`, by name.
+    """
+    own_shape = value.shape if rows and isinstance(value, np.ndarray) else (channels,)
+    array = _running_statistic(name, value, own_shape)
+    if rows and (array.ndim != 2 or len(array) == 0 or array.shape[1] != channels):
+        raise ValueError(
+            f"{name} must have rows of one value for each of the {channels} channels, at least one "
+            f"row, got {describe(array)}"
+        )
+    if overlaps_itself(array):
+        raise ValueError(f"{name} must have a place for each value")
+    for other, memory in apart.items():
+        if shares_memory(array, memory):
+            raise ValueError(f"{name} is updated in place and must not share memory with {other}")
+    return array
 
 
 def output(
@@ -542,26 +491,6 @@ def fewest_values(unbiased: bool) -> int:
     value has none.
     """
     return 2 if unbiased else 1
-
-
-def statistics(name: str, value: object, shape: tuple[int, ...] | None = None) -> Array:
-    """Return a copy of float64 statistics, of this shape if any."""
-    array = np.array(floating_array(name, value), np.float64)
-    if shape is not None:
-        _of_shape(name, array, shape)
-    return array
-
-
-def counts(name: str, value: object, shape: tuple[int, ...], most: int) -> NDArray[np.int64]:
-    """Return a copy of how many values there are: one number, or of this shape."""
-    array = np.asarray(value)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be an integer or an array of integers, got {describe(value)}")
-    if array.shape not in ((), shape):
-        raise ValueError(f"{name} must be an integer or of shape {shape}, got {describe(array)}")
-    if array.size and not 0 <= int(array.min()) <= int(array.max()) <= most:
-        raise ValueError(f"{name} must be from 0 to {most}, got {array}")
-    return array.astype(np.int64)
 
 
 def enough_values(name: str, x: Array, values: int, what: str, *, unbiased: bool) -> None:

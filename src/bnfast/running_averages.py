@@ -188,7 +188,7 @@ class LearnableMomentum:
 Momentum: TypeAlias = float | Callable[[int], float] | LearnableMomentum | None
 
 
-def checked_momentum(momentum: object, *, learnable: bool = False) -> Momentum:
+def checked_momentum(momentum: object, *, learnable: bool = False, none: bool = True) -> Momentum:
     """Return the momentum of a layer, or refuse it.
 
     Parameters
@@ -197,6 +197,8 @@ def checked_momentum(momentum: object, *, learnable: bool = False) -> Momentum:
         Of any kind.
     learnable : bool
         Whether the layer can learn it.
+    none : bool
+        Whether it may be None, which means two things in other layers.
 
     Returns
     -------
@@ -209,7 +211,7 @@ def checked_momentum(momentum: object, *, learnable: bool = False) -> Momentum:
                 "ConditionalBatchNorm only"
             )
         return momentum
-    if momentum is None or callable(momentum):
+    if callable(momentum) or (none and momentum is None):
         return momentum
     return _validation.real("momentum", momentum)
 

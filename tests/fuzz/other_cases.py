@@ -124,6 +124,8 @@ CONSTRUCTORS: dict[str, dict[str, Any]] = {
     "GhostBatchNorm": {"num_features": 3, "ghost_size": 2},
     "ConditionalBatchNorm": {"num_features": 3, "num_classes": 2},
     "BatchRenorm": {"num_features": 3},
+    "MovingAverageBatchNorm": {"num_features": 3, "buffer_size": 2},
+    "CrossIterationBatchNorm": {"filter_shape": (3, 2), "window": 3},
     "GroupNorm": {"num_groups": 2, "num_channels": 4},
     "LayerNorm": {"normalized_shape": (3,)},
     "RMSNorm": {"normalized_shape": (3,)},
@@ -138,7 +140,8 @@ CONSTRUCTORS: dict[str, dict[str, Any]] = {
 
 SIZES = {
     *("num_features", "num_channels", "num_groups", "num_classes", "ghost_size", "num_filters"),
-    *("iterations", "n_power_iterations", "dim"),
+    *("iterations", "n_power_iterations", "dim", "buffer_size", "window", "warm_up", "burn_in"),
+    *("renormalized_from", "stride", "padding", "dilation", "groups"),
 }
 OF_LAYERS = FLAGS | {"affine", "track_running_stats", "elementwise_affine", "bias", "thresholded"}
 OF_DTYPES: tuple[Any, ...] = (np.float16, int, "text", object(), ">f4", np.complex64, 3)
@@ -160,7 +163,7 @@ def _wrong_for(rng: Random, layer: str, name: str) -> Any:
         return draws.pick(rng, (None, "text", np.zeros((2, 3), int), object()))
     if name == "schedule":
         return draws.pick(rng, (3, "text", (1, 2, 3, 4, 5), bnfast.RenormSchedule(0.5, 1.0)))
-    if name == "normalized_shape":
+    if name in ("normalized_shape", "filter_shape"):
         return draws.pick(rng, (None, "text", -1, (), (2.5,), [1] * 70, (1 << 40, 1 << 40)))
     return draws.pick(rng, OF_REALS)
 
@@ -168,7 +171,7 @@ def _wrong_for(rng: Random, layer: str, name: str) -> Any:
 WRONG = {
     *("eps", "momentum", "gamma", "learned_eps", "dtype", "axis", "affine", "averaged", "gain"),
     *("track_running_stats", "unbiased", "elementwise_affine", "thresholded", "schedule", "floor"),
-    *("eps_inside", "v_first", "weight", "normalized_shape", *SIZES),
+    *("eps_inside", "v_first", "weight", "normalized_shape", "filter_shape", "r_max", *SIZES),
 }
 
 

@@ -9,7 +9,10 @@ import numpy as np
 
 from bnfast._scalars import describe
 from bnfast._typing import Array
-from bnfast.layers._tracking import Averaging
+from bnfast.functional import moments
+from bnfast.layers import MovingAverageBatchNorm
+from bnfast.layers._tracking import Averaging, ChannelLayer
+from bnfast.statistics import Moments
 
 
 class Borrowed:
@@ -61,10 +64,9 @@ class Borrowed:
         return self._kept[name] if name in self._kept else getattr(self.layer, name)
 
     @property
-    def statistics(self) -> tuple[Array, Array]:
-        """Both running statistics that are the layer's own."""
-        first, second = self.layer._running
-        return self.own(first), self.own(second)
+    def statistics(self) -> tuple[Array, ...]:
+        """The running statistics that are the layer's own."""
+        return tuple(self.own(name) for name in self.layer._running)
 
 
 def borrowed(layers: object) -> list[Borrowed]:
@@ -116,6 +118,16 @@ def borrowed(layers: object) -> list[Borrowed]:
 def samples(x: Array, axis: int) -> int:
     """Return how many samples a batch has, whichever axis the channels are along."""
     return int(x.shape[1 if axis % x.ndim == 0 else 0])
+
+
+def moments_as_seen(layer: ChannelLayer, x: Array) -> Moments:
+    """Return the moments of a batch: around 0 for a layer that subtracts no mean."""
+    found = moments(x, layer.axis)
+    if not isinstance(layer, MovingAverageBatchNorm):
+        return found
+    with np.errstate(all="ignore"):
+        m2 = found.m2 + found.count * found.mean**2
+    return Moments(found.count, np.zeros(layer.num_features), m2)
 
 
 def first_statistics(layer: Averaging) -> dict[str, Array]:

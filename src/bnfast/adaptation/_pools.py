@@ -9,8 +9,14 @@ import numpy as np
 from bnfast import _validation, _whitening
 from bnfast._typing import Array
 from bnfast._whitening import COVARIANCE
+from bnfast.adaptation._borrowed import moments_as_seen
 from bnfast.functional import moments
-from bnfast.layers import BatchRenorm, InstanceNorm
+from bnfast.layers import (
+    BatchRenorm,
+    CrossIterationBatchNorm,
+    InstanceNorm,
+    MovingAverageBatchNorm,
+)
 from bnfast.layers._tracking import Averaging, ChannelLayer, TrackingLayer
 from bnfast.layers.whitening import WhiteningLayer
 from bnfast.statistics import Moments
@@ -21,31 +27,30 @@ class Pool(Protocol):
 
     def add(self, x: Array) -> None: ...
 
-    def statistics(self) -> tuple[Array, Array]:
-        """Return both running statistics of what was added, in float64."""
+    def statistics(self) -> tuple[Array, ...]:
+        """Return the running statistics of what was added, in float64."""
 
 
 class OfChannels:
     """The mean and the variance of all values of each channel."""
 
-    def __init__(self, layer: ChannelLayer) -> None:
-        self._layer = layer
+    def __init__(self, layer: ChannelLayer, unbiased: bool = False) -> None:
+        self._layer, self._unbiased = layer, unbiased
         self._pooled: Moments | None = None
 
     def add(self, x: Array) -> None:
-        of_batch = moments(x, self._layer.axis)
+        of_batch = moments_as_seen(self._layer, x)
         self._pooled = of_batch if self._pooled is None else self._pooled.merge(of_batch)
 
-    def statistics(self) -> tuple[Array, Array]:
+    def statistics(self) -> tuple[Array, ...]:
         pooled = self._pooled
         assert pooled is not None
-        unbiased = isinstance(self._layer, TrackingLayer) and self._layer.unbiased
-        if pooled.count < _validation.fewest_values(unbiased):
+        if pooled.count < _validation.fewest_values(self._unbiased):
             raise ValueError(
                 f"{type(self._layer).__name__} must see more than one value per channel for an "
                 f"unbiased variance"
             )
-        divisor = pooled.count - 1 if unbiased else pooled.count
+        divisor = pooled.count - 1 if self._unbiased else pooled.count
         with np.errstate(all="ignore"):
             return pooled.mean, np.asarray(pooled.m2) / divisor
 
@@ -57,6 +62,13 @@ class OfDeviations(OfChannels):
         assert self._pooled is not None
         with np.errstate(all="ignore"):
             return self._pooled.mean, np.sqrt(self._pooled.var + self._layer.eps)
+
+
+class OfSquares(OfChannels):
+    """The mean square of all values of each channel."""
+
+    def statistics(self) -> tuple[Array, ...]:
+        return super().statistics()[1:]
 
 
 class OfSamples:
@@ -118,5 +130,7 @@ def pool_of(layer: Averaging) -> Pool:
         return OfSamples(layer)
     if isinstance(layer, WhiteningLayer):
         return OfMatrices(layer)
-    assert isinstance(layer, TrackingLayer)
-    return OfChannels(layer)
+    if isinstance(layer, MovingAverageBatchNorm):
+        return OfSquares(layer)
+    assert isinstance(layer, (TrackingLayer, CrossIterationBatchNorm))
+    return OfChannels(layer, layer.unbiased)

@@ -7,16 +7,22 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bnfast._float_mode import in_default_float_mode
+from bnfast._moving_average import correction
 from bnfast._typing import Array
-from bnfast.adaptation._borrowed import Borrowed, borrowed, first_statistics
-from bnfast.functional import moments
-from bnfast.layers import BatchRenorm, InstanceNorm
+from bnfast.adaptation._borrowed import Borrowed, borrowed, first_statistics, moments_as_seen
+from bnfast.functional.cross_iteration import average_of_iterations
+from bnfast.layers import (
+    BatchRenorm,
+    CrossIterationBatchNorm,
+    InstanceNorm,
+    MovingAverageBatchNorm,
+)
 from bnfast.layers._blend import share_of_batch
 from bnfast.layers._tracking import Averaging, TrackingLayer
 from bnfast.layers.batch import FEW_VALUES
@@ -37,6 +43,10 @@ MUCH_OF_THE_START = 0.05
 MUCH_BETWEEN_BATCHES = 0.1
 
 Doubles = NDArray[np.float64]
+MONITORED = (TrackingLayer, BatchRenorm, CrossIterationBatchNorm, MovingAverageBatchNorm)
+Monitored: TypeAlias = (
+    TrackingLayer | BatchRenorm | CrossIterationBatchNorm | MovingAverageBatchNorm
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +105,8 @@ def monitoring(layers: object) -> Monitor:
     Parameters
     ----------
     layers : layer, iterable of layers, or mapping of names to layers
-        `BatchNorm`, `GhostBatchNorm`, `ConditionalBatchNorm` or `BatchRenorm`, with running
-        statistics.
+        `BatchNorm`, `GhostBatchNorm`, `ConditionalBatchNorm`, `BatchRenorm`,
+        `CrossIterationBatchNorm` or `MovingAverageBatchNorm`, with running statistics.
 
     Returns
     -------
@@ -122,6 +132,11 @@ def monitoring(layers: object) -> Monitor:
 
     `BatchRenorm` and a `LearnableMomentum` make something else of z in training, which is taken
     into account. Whether a layer is frozen is not.
+
+    Training of `CrossIterationBatchNorm` and `MovingAverageBatchNorm` is taken to average the
+    batches that the monitor has seen last, rather than those before the block. Of
+    `MovingAverageBatchNorm`, everything is around 0 rather than a mean: the mean does not drift,
+    the variance is the mean square, and constant is a channel of zeros.
 
     Examples
     --------
@@ -285,41 +300,45 @@ class _Watched:
 
     def __init__(self, one: Borrowed) -> None:
         layer = one.layer
-        if isinstance(layer, InstanceNorm) or not isinstance(layer, (TrackingLayer, BatchRenorm)):
+        if isinstance(layer, InstanceNorm) or not isinstance(layer, MONITORED):
             raise TypeError(
-                f"layers must be BatchNorm, GhostBatchNorm, ConditionalBatchNorm or BatchRenorm to "
-                f"be monitored, layer {one.name} is {layer}"
+                f"layers must be BatchNorm, GhostBatchNorm, ConditionalBatchNorm, BatchRenorm, "
+                f"CrossIterationBatchNorm or MovingAverageBatchNorm to be monitored, layer "
+                f"{one.name} is {layer}"
             )
         self.borrowed, self._layer = one, layer
         self._batches, self._fewest = 0, 0
+        self._last: list[Moments] = []  # those that training averages, the latest first
         self._pooled: Moments | None = None
         # Sums over all values: squared differences, and squared deviations within batches.
         self._squares, self._within = np.zeros((2, layer.num_features))
         self._running = self._statistics_of(layer)
 
     @staticmethod
-    def _statistics_of(layer: TrackingLayer | BatchRenorm) -> tuple[Doubles, Doubles]:
+    def _statistics_of(layer: Monitored) -> tuple[Doubles, Doubles]:
         """Return the running mean, and variance + eps, in float64."""
+        mean = np.zeros(layer.num_features)
+        if layer.running_mean is not None:
+            mean = layer.running_mean.astype(np.float64)
         with np.errstate(all="ignore"):
             if isinstance(layer, BatchRenorm):
-                return layer.running_mean.astype(np.float64), layer.running_std.astype(
-                    np.float64
-                ) ** 2
-            assert layer.running_mean is not None and layer.running_var is not None
-            return layer.running_mean.astype(np.float64), layer.running_var + np.float64(layer.eps)
+                return mean, layer.running_std.astype(np.float64) ** 2
+            assert layer.running_var is not None
+            return mean, layer.running_var + np.float64(layer.eps)
 
     def begin(self) -> None:
         """Let the layer track copies, so that its own statistics stay as they are."""
-        own = zip(self._layer._running, self.borrowed.statistics, strict=True)
-        self.borrowed.begin({name: array.copy() for name, array in own}, self._see)
+        names = self._layer._first_statistics()
+        self.borrowed.begin({name: getattr(self._layer, name).copy() for name in names}, self._see)
 
     @in_default_float_mode
     def _see(self, x: Array) -> None:
         for part in self._layer._parts(x):
-            of_part = moments(x[part], self._layer.axis)
+            of_part = moments_as_seen(self._layer, x[part])
             count = int(of_part.count)
             with np.errstate(all="ignore"):
-                slope, offset = self._of_training(of_part)
+                averaged = self._averaged(of_part)
+                slope, offset = self._of_training(of_part, *averaged)
                 ratio, shift = self._of_evaluation(of_part)
                 # The mean of z**2, which eps makes less than 1.
                 size = of_part.var / (of_part.var + self._layer.eps)
@@ -334,8 +353,27 @@ class _Watched:
         mean, variance = self._running
         return _line(of_batch, self._layer.eps, mean, variance)
 
-    def _of_training(self, of_batch: Moments) -> tuple[Doubles, Doubles]:
-        """Return the same of training."""
+    def _averaged(self, of_batch: Moments) -> tuple[Doubles, Doubles]:
+        """Return the mean and the variance of the batches that training takes together."""
+        self._last = [of_batch, *self._last][: self._batches_together()]
+        if len(self._last) == 1:
+            return of_batch.mean, of_batch.m2 / of_batch.count
+        means, variances = ([one.mean for one in self._last], [one.var for one in self._last])
+        return average_of_iterations(np.stack(means), np.stack(variances))
+
+    def _batches_together(self) -> int:
+        """Return how many batches training normalizes together, once there are as many."""
+        layer = self._layer
+        if isinstance(layer, CrossIterationBatchNorm):
+            return 1 if layer._burns_in() else layer.window
+        if isinstance(layer, MovingAverageBatchNorm):
+            return layer.buffer_size if layer._averages() else 1
+        return 1
+
+    def _of_training(
+        self, of_batch: Moments, together_mean: Doubles, together_var: Doubles
+    ) -> tuple[Doubles, Doubles]:
+        """Return the same of training, by the statistics of the batches taken together."""
         layer, eps = self._layer, self._layer.eps
         mean, variance = self._running
         ones, zeros = np.ones(layer.num_features), np.zeros(layer.num_features)
@@ -343,6 +381,12 @@ class _Watched:
             r_max, d_max = layer.schedule.at(layer.num_batches_tracked)
             ratio, shift = _line(of_batch, eps, mean, variance)
             return np.clip(ratio, 1.0 / r_max, r_max), np.clip(shift, -d_max, d_max)
+        if isinstance(layer, (CrossIterationBatchNorm, MovingAverageBatchNorm)):
+            slope, offset = _line(of_batch, eps, together_mean, together_var + eps)
+            if isinstance(layer, MovingAverageBatchNorm):
+                limit = layer._largest_correction()
+                slope *= correction(together_var + eps, variance, limit)
+            return slope, offset
         if isinstance(layer.momentum, LearnableMomentum) and layer.num_batches_tracked:
             share = share_of_batch(layer._logit(), layer.num_features)
             own = of_batch.m2 / (of_batch.count - 1 if layer.unbiased else of_batch.count) + eps
@@ -375,7 +419,8 @@ class _Watched:
         between = np.where(nonfinite, np.nan, np.maximum(between, 0.0))
         constant = pooled.m2 == 0.0
         reasons = _reasons(
-            mean_drift, variance_drift, between, start, constant, nonfinite, self._fewest
+            *(mean_drift, variance_drift, between, start, constant, nonfinite),
+            *(self._fewest, self._batches_together()),
         )
         return LayerReport(
             *(name, type(layer).__name__, self._batches, self._fewest, difference, mean_drift),
@@ -420,6 +465,7 @@ def _reasons(
     constant: NDArray[np.bool_],
     nonfinite: NDArray[np.bool_],
     fewest: int,
+    together: int,
 ) -> tuple[str, ...]:
     """Return in words what is worth some."""
     channels, found = len(mean_drift), []
@@ -441,9 +487,9 @@ def _reasons(
         found.append(
             f"too few batches in training: running statistics are {start:.0%} what they began as"
         )
-    if fewest < FEW_VALUES:
+    if fewest * together < FEW_VALUES:
         found.append(f"too few values: a batch had {fewest} per channel")
-    elif len(_beyond(between, MUCH_BETWEEN_BATCHES)):
+    elif len(_beyond(between / together, MUCH_BETWEEN_BATCHES)):
         found.append(
             f"batches are small or unlike each other: {np.nanmax(between):.0%} of the variance of "
             f"a channel lies between them"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 from typing import Any
 
@@ -13,8 +14,13 @@ from bnfast._typing import Array
 from bnfast.adaptation._borrowed import Borrowed, borrowed, first_statistics, samples
 from bnfast.adaptation._pools import pool_of
 from bnfast.functional import RenormSchedule
-from bnfast.layers import BatchRenorm, InstanceNorm
-from bnfast.layers._tracking import PROPAGATE
+from bnfast.layers import (
+    BatchRenorm,
+    CrossIterationBatchNorm,
+    InstanceNorm,
+    MovingAverageBatchNorm,
+)
+from bnfast.layers._tracking import PROPAGATE, Averaging
 from bnfast.running_averages import CumulativeAverage
 
 POOLED, AVERAGE_OF_BATCHES = "pooled", "average_of_batches"
@@ -22,6 +28,9 @@ METHODS = (POOLED, AVERAGE_OF_BATCHES)
 
 # Of batch renormalization: no correction towards what is being made anew.
 _UNCORRECTED = RenormSchedule(1.0, 0.0, 0, 0, 0)
+
+# How these go on depends on how many batches they have been trained on.
+_BY_STEP = (BatchRenorm, CrossIterationBatchNorm, MovingAverageBatchNorm)
 
 
 def recalibrating(
@@ -82,12 +91,16 @@ def recalibrating(
     end of the block only, all layers together.
 
     ``num_batches_tracked`` counts the batches of the block afterwards, with a prior in addition to
-    those before; `BatchRenorm`, whose schedule it is the step of, and `InstanceNorm`, which counts
-    nothing, keep theirs. A layer's `nonfinite` decides about batches that are not finite.
+    those before. `BatchRenorm`, `MovingAverageBatchNorm` and `CrossIterationBatchNorm`, whose
+    schedule, warm-up and window it is the step of, keep theirs, and so does `InstanceNorm`, which
+    counts nothing. A layer's `nonfinite` decides about batches that are not finite.
 
     Layers other than `BatchNorm` pool what they keep: `GhostBatchNorm` takes all values together
-    rather than parts, `BatchRenorm` has the deviation, whitening layers have the matrix made of the
-    pooled covariance, and `InstanceNorm` the average of the statistics of single samples.
+    rather than parts, `BatchRenorm` has the deviation, `MovingAverageBatchNorm` the mean square,
+    whitening layers have the matrix made of the pooled covariance, and `InstanceNorm` the average
+    of the statistics of single samples. Batches before the block have no part in what is done
+    inside: buffers and windows are neither read nor written, so that `CrossIterationBatchNorm`
+    needs neither inputs nor filters there.
 
     References
     ----------
@@ -180,18 +193,14 @@ class _Part:
         layer, adapts = self.borrowed.layer, self._prior is not None
         averages = self._method == AVERAGE_OF_BATCHES
         settings: dict[str, Any] = {**self._running, "training": not adapts, "frozen": False}
-        if isinstance(layer, BatchRenorm):
-            settings["schedule"] = _UNCORRECTED
-        else:
-            settings["track_running_stats"] = adapts or averages
         settings["momentum"] = CumulativeAverage() if averages else 0.0
+        settings |= _alone(layer, adapts or averages)
         self.borrowed.begin(settings, self._see)
         if averages:
             vars(layer)["num_batches_tracked"] = 0
 
-    def _own(self) -> tuple[Array, Array]:
-        first, second = self.borrowed.statistics
-        return first.astype(np.float64), second.astype(np.float64)
+    def _own(self) -> list[Array]:
+        return [statistic.astype(np.float64) for statistic in self.borrowed.statistics]
 
     @in_default_float_mode
     def _see(self, x: Array) -> None:
@@ -207,37 +216,50 @@ class _Part:
             for name, new in zip(layer._running, self.statistics(), strict=True):
                 self._running[name][...] = new
 
-    def _blended(self, first: Array, second: Array) -> tuple[Array, Array]:
+    def _blended(self, statistics: tuple[Array, ...]) -> tuple[Array, ...]:
         """Return statistics with those of the layer itself as the prior."""
         share = self._samples / ((self._prior or 0.0) + self._samples)
         with np.errstate(all="ignore"):
-            old_first, old_second = self._own()
             # What has no weight is not there, even if it is NaN or infinite.
             if share == 1.0:
-                return first, second
-            return (
-                (1.0 - share) * old_first + share * first,
-                (1.0 - share) * old_second + share * second,
-            )
+                return statistics
+            pairs = zip(self._own(), statistics, strict=True)
+            return tuple((1.0 - share) * old + share * new for old, new in pairs)
 
-    def statistics(self) -> tuple[Array, Array]:
+    def statistics(self) -> tuple[Array, ...]:
         """Return the running statistics as they are to be, in float64."""
         if self._method == AVERAGE_OF_BATCHES:
-            first, second = self.borrowed.layer._running
-            return self._running[first], self._running[second]
+            return tuple(self._running[name] for name in self.borrowed.layer._running)
         found = self._pool.statistics()
-        return found if self._prior is None else self._blended(*found)
+        return found if self._prior is None else self._blended(found)
 
-    def write(self, statistics: tuple[Array, Array]) -> None:
+    def write(self, statistics: tuple[Array, ...]) -> None:
         """Give the layer its new statistics, in place, and the number of batches."""
         layer = self.borrowed.layer
-        first, second = layer._running
-        _primitives.update_running(
-            (getattr(layer, first), getattr(layer, second)), 1.0, *statistics, names=layer._running
-        )
-        counts = not isinstance(layer, (BatchRenorm, InstanceNorm)) or (
-            isinstance(layer, InstanceNorm) and callable(layer.momentum)
-        )
+        if isinstance(layer, MovingAverageBatchNorm):
+            _primitives.blend(layer.running_var, 1.0, statistics[0], layer._running[0])
+        else:
+            first, second = layer._running
+            arrays = getattr(layer, first), getattr(layer, second)
+            mean, other = statistics
+            _primitives.update_running(arrays, 1.0, mean, other, names=(first, second))
+        if isinstance(layer, InstanceNorm):
+            counts = callable(layer.momentum)
+        else:
+            counts = not isinstance(layer, _BY_STEP)
         if counts and layer.num_batches_tracked is not None:
             before = 0 if self._prior is None else layer.num_batches_tracked
             layer.num_batches_tracked = before + self.batches
+
+
+def _alone(layer: Averaging, tracks: bool) -> dict[str, Any]:
+    """Return what makes a layer normalize each batch by itself, and track its statistics or not."""
+    if isinstance(layer, BatchRenorm):
+        return {"schedule": _UNCORRECTED}
+    if isinstance(layer, MovingAverageBatchNorm):
+        buffers = {name: np.zeros_like(getattr(layer, name)) for name in layer._buffers}
+        return {"warm_up": sys.maxsize, **buffers}
+    if isinstance(layer, CrossIterationBatchNorm):
+        # A single value has no unbiased variance; where nothing is tracked, none is needed.
+        return {"window": 1, "unbiased": tracks and layer.unbiased}
+    return {"track_running_stats": tracks}

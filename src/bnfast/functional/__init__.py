@@ -12,12 +12,28 @@ from bnfast.functional.conditional import (
     conditional_batch_norm_backward,
     conditional_batch_norm_forward,
 )
+from bnfast.functional.cross_iteration import (
+    CrossIterated,
+    IterationStatistics,
+    cross_iteration_batch_norm,
+    cross_iteration_batch_norm_backward,
+    cross_iteration_batch_norm_forward,
+)
 from bnfast.functional.ghost import (
     ghost_batch_norm,
     ghost_batch_norm_backward,
     ghost_batch_norm_forward,
 )
 from bnfast.functional.moments import moments, summary
+from bnfast.functional.moving_average import (
+    MovingAveraged,
+    moving_average_batch_norm,
+    moving_average_batch_norm_backward,
+    moving_average_batch_norm_forward,
+    weight_centralization,
+    weight_centralization_backward,
+    weight_centralization_forward,
+)
 from bnfast.functional.renorm import (
     Renormalized,
     RenormSchedule,
@@ -76,7 +92,10 @@ from bnfast.functional.whitening import (
 )
 
 __all__ = [
+    "CrossIterated",
+    "IterationStatistics",
     "IterativelyWhitened",
+    "MovingAveraged",
     "RenormSchedule",
     "Renormalized",
     "Whitened",
@@ -91,6 +110,9 @@ __all__ = [
     "conditional_batch_norm",
     "conditional_batch_norm_backward",
     "conditional_batch_norm_forward",
+    "cross_iteration_batch_norm",
+    "cross_iteration_batch_norm_backward",
+    "cross_iteration_batch_norm_forward",
     "decorrelated_batch_norm",
     "decorrelated_batch_norm_backward",
     "decorrelated_batch_norm_forward",
@@ -113,6 +135,9 @@ __all__ = [
     "layer_norm_backward",
     "layer_norm_forward",
     "moments",
+    "moving_average_batch_norm",
+    "moving_average_batch_norm_backward",
+    "moving_average_batch_norm_forward",
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_forward",
@@ -123,6 +148,9 @@ __all__ = [
     "spectral_norm_backward",
     "spectral_norm_forward",
     "summary",
+    "weight_centralization",
+    "weight_centralization_backward",
+    "weight_centralization_forward",
     "weight_norm",
     "weight_norm_backward",
     "weight_norm_forward",

@@ -72,7 +72,7 @@ def moments(
     >>> bnfast.moments(x, axis=None, where=x > 2).count
     3
     """
-    return Moments._of(*_primitives.moments(x, axis, where))
+    return Moments._of(*_primitives.summarize(x, axis, where, False, False)[:5])
 
 
 @in_default_float_mode

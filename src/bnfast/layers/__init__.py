@@ -2,7 +2,9 @@
 
 from bnfast.layers.batch import BatchNorm
 from bnfast.layers.conditional import ConditionalBatchNorm
+from bnfast.layers.cross_iteration import CrossIterationBatchNorm
 from bnfast.layers.ghost import GhostBatchNorm
+from bnfast.layers.moving_average import MovingAverageBatchNorm
 from bnfast.layers.renorm import BatchRenorm
 from bnfast.layers.response import FilterResponseNorm
 from bnfast.layers.rows import LayerNorm, RMSNorm
@@ -16,6 +18,7 @@ __all__ = [
     "BatchNorm",
     "BatchRenorm",
     "ConditionalBatchNorm",
+    "CrossIterationBatchNorm",
     "DecorrelatedBatchNorm",
     "FilterResponseNorm",
     "GhostBatchNorm",
@@ -23,6 +26,7 @@ __all__ = [
     "InstanceNorm",
     "IterNorm",
     "LayerNorm",
+    "MovingAverageBatchNorm",
     "RMSNorm",
     "ScaledWeightStandardization",
     "SpectralNorm",

@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bnfast import _validation
+from bnfast import _primitives, _validation
 from bnfast._typing import Array
-from bnfast.functional.moments import moments
 
 # How many values are widened to float64 at a time.
 _AT_A_TIME = 1 << 14
@@ -75,8 +74,7 @@ def blend(
 
     `share` is what the batch weighs in each channel.
     """
-    found = moments(x, axis)
-    count, mean, m2 = int(found.count), found.mean, found.m2
+    count, mean, m2 = _primitives.moments(x, axis)
     _validation.enough_values("x", x, count, "channel", unbiased=unbiased)
     divisor = count - 1 if unbiased else count
     variance = m2 / divisor

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
 from bnfast._primitives import Reduction
 from bnfast._typing import Array
-from bnfast.functional.moments import moments
 from bnfast.layers._blend import Blend, blend, share_of_batch
 from bnfast.layers._layer import Flag, Gradients, Layer
 from bnfast.running_averages import (
@@ -91,7 +90,7 @@ class Averaging(Layer):
     momentum: Momentum
     nonfinite: str
 
-    _running: ClassVar[tuple[str, str]] = ("running_mean", "running_var")
+    _running: ClassVar[tuple[str, ...]] = ("running_mean", "running_var")
     _shown_if_not: ClassVar[Mapping[str, Any]] = {"frozen": False, "nonfinite": PROPAGATE}
 
     # Told of each batch, checked, before it is normalized.
@@ -116,14 +115,19 @@ class Averaging(Layer):
         if self.nonfinite == PROPAGATE:
             return True
         choice = _validation.choice("nonfinite", self.nonfinite, (PROPAGATE, SKIP, RAISE))
-        found = moments(x, axis)
-        wrong = np.flatnonzero(~(np.isfinite(found.mean) & np.isfinite(found.m2)))
+        _, mean, m2 = _primitives.moments(x, axis)
+        wrong = np.flatnonzero(~self._are_finite(mean, m2))
         if choice == RAISE and wrong.size:
             raise ValueError(
                 f"x must have finite statistics, as nonfinite='raise' asks: {wrong.size} of "
-                f"{found.mean.size} channels have none, the first of them channel {wrong[0]}"
+                f"{mean.size} channels have none, the first of them channel {wrong[0]}"
             )
         return not wrong.size
+
+    def _are_finite(self, mean: Array, m2: Array) -> NDArray[np.bool_]:
+        """Return in which channels the statistics of a batch are finite."""
+        finite: NDArray[np.bool_] = np.isfinite(mean) & np.isfinite(m2)
+        return finite
 
     def _weight_of_new_batch(self) -> float:
         """Return what the next batch weighs in the running statistics."""

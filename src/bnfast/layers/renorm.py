@@ -105,9 +105,7 @@ class BatchRenorm(ChannelLayer, Averaging):
         nonfinite: str = PROPAGATE,
     ) -> None:
         super().__init__(num_features, eps, affine, axis, dtype)
-        if momentum is None:
-            _validation.real("momentum", momentum)  # None means two things elsewhere
-        self._set_averaging(checked_momentum(momentum), frozen, nonfinite)
+        self._set_averaging(checked_momentum(momentum, none=False), frozen, nonfinite)
         self.schedule = RenormSchedule() if schedule is None else schedule
         _validation.instance("schedule", self.schedule, RenormSchedule)
         _validation.renorm_limits(self.schedule.r_max, self.schedule.d_max)

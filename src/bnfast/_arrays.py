@@ -1,0 +1,112 @@
+"""One argument as an array: of floats, numbers, booleans or counts, or one clear error."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnfast import _dtypes
+from bnfast._scalars import describe, integers
+from bnfast._typing import Array
+
+
+def _array(name: str, value: object, wanted: str) -> Array:
+    """Return an array of any type, without a copy where possible."""
+    if type(value) is np.ndarray:
+        return value
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} must be an array without a mask (bnfast would ignore it), "
+            f"got a masked {describe(value)}"
+        )
+    if value is None:
+        raise TypeError(f"{name} must be a {wanted} array, got None")
+    try:
+        return np.asarray(value)
+    except MemoryError:
+        raise
+    except Exception as error:
+        hint = f"; {name}.detach() is one" if getattr(value, "requires_grad", False) else ""
+        raise TypeError(f"{name} must be an array, got {describe(value)}{hint}") from error
+
+
+def floating_array(name: str, value: object) -> Array:
+    """Return a float32 or float64 array in native byte order, without a copy where possible."""
+    array = _array(name, value, _dtypes.NAMES)
+    dtype = array.dtype
+    if not _dtypes.is_floating(dtype):
+        numbers = np.can_cast(dtype, np.float64) and dtype.isnative
+        hint = f"; numpy.asarray({name}, numpy.float32) is such" if numbers else ""
+        raise TypeError(
+            f"{name} must be {_dtypes.NAMES} in native byte order, got {describe(array)}{hint}"
+        )
+    return array
+
+
+def numbers(name: str, value: object) -> Array:
+    """Return an array of numbers that can be summed, without a copy where possible."""
+    array = _array(name, value, "float32, float64 or integer")
+    dtype = array.dtype
+    if not (dtype.isnative and (dtype.char in "fd" or dtype.kind in "biu")):
+        hint = ""
+        if dtype.kind in "fbiu":
+            dtype_of_hint = "float32" if dtype.char == "e" else dtype.newbyteorder("=").name
+            hint = f"; {name}.astype(numpy.{dtype_of_hint}) is such"
+        raise TypeError(
+            f"{name} must be float32, float64 or integers in native byte order, "
+            f"got {describe(array)}{hint}"
+        )
+    return array
+
+
+def kept_axes(x: Array, axis: object) -> tuple[int, ...]:
+    """Return axes of x, an integer or several, none of them negative, in order."""
+    if x.shape == (0,):
+        return (0,)  # an empty batch, as in `batch`
+    wanted = f"from {-x.ndim} to {x.ndim - 1}" if x.ndim else "None"
+    axes = integers("axis", axis)
+    if any(not -x.ndim <= d < x.ndim for d in axes):
+        raise ValueError(f"axis must be {wanted} for x of shape {x.shape}, got {axis}")
+    kept = sorted(d % x.ndim for d in axes)
+    if len(set(kept)) != len(kept):
+        raise ValueError(f"axis must not name an axis twice, got {axis}")
+    return tuple(kept)
+
+
+def mask(name: str, value: object, x: Array) -> Array:
+    """Return a boolean array of the shape of x."""
+    array = _array(name, value, "boolean")
+    if array.dtype != bool:
+        raise TypeError(f"{name} must be a boolean array, got {describe(array)}")
+    try:
+        return np.broadcast_to(array, x.shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} must broadcast to x, of shape {x.shape}, got shape {array.shape}"
+        ) from None
+
+
+def of_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
+    """Refuse an array of another shape."""
+    if array.shape != shape:
+        raise ValueError(f"{name} must have the shape {shape}, got {describe(array)}")
+
+
+def statistics(name: str, value: object, shape: tuple[int, ...] | None = None) -> Array:
+    """Return a copy of float64 statistics, of this shape if any."""
+    array = np.array(floating_array(name, value), np.float64)
+    if shape is not None:
+        of_shape(name, array, shape)
+    return array
+
+
+def counts(name: str, value: object, shape: tuple[int, ...], most: int) -> NDArray[np.int64]:
+    """Return a copy of how many values there are: one number, or of this shape."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be an integer or an array of integers, got {describe(value)}")
+    if array.shape not in ((), shape):
+        raise ValueError(f"{name} must be an integer or of shape {shape}, got {describe(array)}")
+    if array.size and not 0 <= int(array.min()) <= int(array.max()) <= most:
+        raise ValueError(f"{name} must be from 0 to {most}, got {array}")
+    return array.astype(np.int64)
