@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import random
 import subprocess
 import sys
@@ -450,10 +451,6 @@ def test_the_layer_is_a_batch_norm_of_the_joined_batch(dtype, rng, axis):
 def test_evaluation_exchanges_nothing(rng):
     x = rng.normal(size=(4, 3)).astype(np.float32)
 
-    class Silent(Alone):
-        def allgather(self, block):
-            pytest.fail("an exchange")
-
     for tracks in (True, False):
         layer = SyncBatchNorm(3, Silent(), track_running_stats=tracks).eval()
         plain = bnfast.BatchNorm(3, track_running_stats=tracks).eval()
@@ -462,6 +459,387 @@ def test_evaluation_exchanges_nothing(rng):
         np.testing.assert_array_equal(layer.weight_grad, plain.weight_grad)
         with pytest.raises(RuntimeError, match="backward needs a call"):
             layer.backward(x)
+
+
+class Silent(Alone):
+    def allgather(self, block):
+        pytest.fail("an exchange")
+
+
+def test_the_arguments_are_those_of_batch_norm():
+    own = inspect.signature(SyncBatchNorm).parameters
+    plain = inspect.signature(bnfast.BatchNorm).parameters
+    assert [str(own[name]) for name in own if name != "communicator"] == [*map(str, plain.values())]
+
+
+POLICIES = {
+    "number": 0.25,
+    "none": None,
+    "cumulative": bnfast.CumulativeAverage(),
+    "corrected": bnfast.ExponentialAverage(new=0.25, bias_corrected=True),
+    "function": lambda number: 1 / (1 + number),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_momentum_of_any_kind_averages_as_in_one_process(rng, policy):
+    batches, options = rng.normal(2, 3, (4, 9, 3)), {"momentum": POLICIES[policy], "dtype": "f8"}
+    plain = bnfast.BatchNorm(3, **options)
+
+    def train(communicator):
+        layer = SyncBatchNorm(3, communicator, **options)
+        for x in batches:
+            layer(cut(x, [5, 4], 0)[communicator.rank])
+        return layer.state_dict()
+
+    for x in batches:
+        plain(x)
+    states = without_errors(on_ranks(2, train))
+    for name, value in plain.state_dict().items():
+        np.testing.assert_array_equal(states[0][name], states[1][name])
+        close(states[0][name], value, OF_DOUBLE)
+
+
+def test_momenta_that_differ_or_fail_are_an_error_on_every_rank(rng):
+    x = rng.normal(size=(4, 3))
+
+    def differ(communicator):
+        layer = SyncBatchNorm(3, communicator, momentum=lambda number: 1 / (2 + communicator.rank))
+        return layer(x)
+
+    def fail(communicator):
+        layer = SyncBatchNorm(3, communicator, momentum=lambda number: 1 / communicator.rank)
+        return layer(x)
+
+    assert "momentum: 0.5 on rank 0, 0.333" in agrees_not(on_ranks(2, differ))
+    first, second = on_ranks(2, fail)
+    assert isinstance(first, ZeroDivisionError)
+    assert str(second) == "rank 0 failed: ZeroDivisionError: division by zero"
+
+
+def test_a_learnable_momentum_is_refused():
+    with pytest.raises(TypeError, match="LearnableMomentum of BatchNorm, GhostBatchNorm and"):
+        SyncBatchNorm(3, Alone(), momentum=bnfast.LearnableMomentum())
+
+
+@pytest.mark.parametrize("tracks", [True, False])
+def test_a_frozen_layer_evaluates_and_exchanges_nothing(rng, tracks):
+    x, options = rng.normal(size=(8, 3)).astype(np.float32), {"track_running_stats": tracks}
+    layer = SyncBatchNorm(3, Silent(), frozen=True, **options)
+    plain = bnfast.BatchNorm(3, frozen=True, **options)
+    assert "frozen=True" in repr(layer)
+    before = layer.state_dict()
+    np.testing.assert_array_equal(layer(x), plain(x))
+    np.testing.assert_array_equal(layer.backward(x), plain.backward(x))
+    np.testing.assert_array_equal(layer.weight_grad, plain.weight_grad)
+    for name, value in layer.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
+    with pytest.raises(RuntimeError, match="backward needs a call"):
+        layer.backward(x)
+    with pytest.raises(ValueError, match="x must have 3 channels"):
+        layer(x[:, :2])
+
+
+def test_a_layer_that_is_frozen_meanwhile_has_the_backward_of_its_call(rng):
+    x = rng.normal(size=(4, 3))
+
+    def step(communicator):
+        layer = SyncBatchNorm(3, communicator, dtype=np.float64)
+        layer(x)
+        layer.frozen = True
+        layer.backward(x)
+        return communicator.exchanges
+
+    assert without_errors(on_ranks(2, step)) == [2, 2]
+
+
+def test_a_layer_that_is_frozen_on_one_rank_is_found_where_the_ranks_meet(rng):
+    x = rng.normal(size=(4, 3)).astype(np.float32)
+
+    def other_layer(communicator):
+        first, second = SyncBatchNorm(3, communicator), SyncBatchNorm(3, communicator)
+        first.frozen = communicator.rank == 1
+        return second(first(x))
+
+    def later(communicator):
+        layer = SyncBatchNorm(3, communicator, frozen=communicator.rank == 1)
+        if layer.frozen:
+            layer(x)  # the others wait
+            layer.frozen = False
+        with pytest.raises(ValueError, match="frozen until now: False on rank 0, True on rank 1"):
+            layer(x)
+        layer(x)
+        return layer.num_batches_tracked
+
+    def never(communicator):
+        return SyncBatchNorm(3, communicator, frozen=communicator.rank == 1)(x)
+
+    message = agrees_not(on_ranks(2, other_layer))
+    assert "layer: 0 on rank 0, 1 on rank 1" in message
+    assert "frozen or not" in message
+    assert without_errors(on_ranks(2, later)) == [1, 1]
+    waited, frozen = on_ranks(2, never, timeout=0.2)
+    assert isinstance(waited, TimeoutError)
+    assert frozen.shape == x.shape
+
+
+def test_layers_that_were_frozen_on_all_ranks_go_on(rng):
+    x = rng.normal(size=(4, 3))
+
+    def steps(communicator):
+        layer = SyncBatchNorm(3, communicator, frozen=True)
+        layer(x)
+        layer.frozen = False
+        layer(x)
+        return layer.num_batches_tracked
+
+    assert without_errors(on_ranks(3, steps)) == [1, 1, 1]
+
+
+def spoiled(rng, value):
+    """Three batches; channel 1 of the second has a value on rank 1."""
+    batches = rng.normal(2, 3, (3, 12, 3))
+    batches[1, 8, 1] = value
+    return batches
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip", "raise"])
+def test_ranks_decide_alike_about_batches_that_are_not_finite(rng, nonfinite, value):
+    batches, options = spoiled(rng, value), {"nonfinite": nonfinite, "dtype": np.float64}
+    plain = bnfast.BatchNorm(3, **options)
+
+    def train(communicator):
+        layer, outputs = SyncBatchNorm(3, communicator, **options), []
+        for x in batches:
+            part = cut(x, [6, 4, 2, 0], 0)[communicator.rank]
+            out = np.full(part.shape, 7.0)
+            try:
+                layer(part, out=out)
+            except ValueError as error:
+                assert str(error) == (
+                    "x of rank 1 must have finite statistics, as nonfinite='raise' asks: 1 of 3 "
+                    "channels have none, the first of them channel 1"
+                )
+            outputs.append(out)
+        return layer.state_dict(), outputs, communicator.exchanges
+
+    expected = []
+    for x in batches:
+        expected.append(np.full(x.shape, 7.0))
+        try:
+            plain(x, out=expected[-1])
+        except ValueError:
+            assert nonfinite == "raise"
+    results = without_errors(on_ranks(4, train))
+    for state, _, exchanges in results:
+        assert exchanges == 3
+        for name, wanted in plain.state_dict().items():
+            np.testing.assert_array_equal(state[name], results[0][0][name])
+            np.testing.assert_allclose(state[name], wanted, rtol=OF_DOUBLE)
+    for outputs, wanted in zip(zip(*[r[1] for r in results], strict=True), expected, strict=True):
+        np.testing.assert_allclose(np.concatenate(outputs), wanted, rtol=0, atol=4 * OF_DOUBLE)
+
+
+def test_statistics_that_are_infinite_only_together_are_refused_on_every_rank():
+    def step(communicator):
+        layer = SyncBatchNorm(1, communicator, nonfinite="raise", dtype=np.float64)
+        try:
+            layer(np.full((1, 1), -1e200 if communicator.rank else 1e200))
+        finally:
+            assert layer.num_batches_tracked == 0
+            assert layer.running_mean[0] == 0.0
+
+    assert agrees_not(on_ranks(2, step)).startswith("x of all ranks must have finite statistics")
+
+
+def test_what_differs_in_nonfinite_is_named_on_every_rank(rng):
+    x = rng.normal(size=(4, 3))
+
+    def differ(communicator):
+        return SyncBatchNorm(3, communicator, nonfinite=["skip", "raise"][communicator.rank])(x)
+
+    def wrong(communicator):
+        layer = SyncBatchNorm(3, communicator)
+        layer.nonfinite = ["skip", "never"][communicator.rank]
+        return layer(x)
+
+    assert "nonfinite: skip on rank 0, raise on rank 1" in agrees_not(on_ranks(2, differ))
+    first, second = on_ranks(2, wrong)
+    assert isinstance(first, RuntimeError)
+    assert str(first) == f"rank 1 failed: ValueError: {second}"
+
+
+def network(layers, x):
+    return layers[1](np.maximum(layers[0](x), 0))
+
+
+@pytest.mark.parametrize("sizes", [[12], [6, 4, 2, 0]])
+@pytest.mark.parametrize(
+    "way", [{}, {"method": "average_of_batches"}, {"prior": 3}, {"prior": 0}], ids=str
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_ranks_recalibrate_together_as_one_process(rng, sizes, way, training):
+    batches = np.concatenate((rng.normal(2, 3, (2, 12, 3)), spoiled(rng, np.nan)[1:]))
+    options = {"nonfinite": "skip", "dtype": np.float64}
+    whole = [bnfast.BatchNorm(3, **options).train(training) for _ in range(2)]
+
+    def recalibrate(communicator):
+        layers = [SyncBatchNorm(3, communicator, **options).train(training) for _ in range(2)]
+        outputs = []
+        with bnfast.recalibrating(layers, **way):
+            for number, x in enumerate(batches):
+                # In one batch, the first rank has nothing instead of the last.
+                order = sizes if number else sizes[::-1]
+                outputs.append(network(layers, cut(x, order, 0)[communicator.rank]))
+                layers[0].eval()  # whatever users set meanwhile
+        states = [layer.state_dict() for layer in layers]
+        return outputs, states, [layer.training for layer in layers], communicator.exchanges
+
+    expected = []
+    with bnfast.recalibrating(whole, **way):
+        expected += [network(whole, x) for x in batches]
+    results = without_errors(on_ranks(len(sizes), recalibrate))
+    for number, wanted in enumerate(expected):
+        got = np.concatenate([outputs[number] for outputs, *_ in results])
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-11)
+    for _, states, modes, exchanges in results:
+        assert modes == [training, training]
+        assert exchanges == 4 * 2 * (1 if "prior" in way else 2) + 1
+        for state, layer, first in zip(states, whole, results[0][1], strict=True):
+            for name, wanted in layer.state_dict().items():
+                np.testing.assert_array_equal(state[name], first[name])
+                np.testing.assert_allclose(state[name], wanted, rtol=1e-11)
+
+
+def recalibrated(communicator, act, also=(), **way):
+    """Recalibrate a layer by what `act` does with it, which must fail and change nothing."""
+    layer = SyncBatchNorm(3, communicator, dtype=np.float64).eval()
+    before = layer.state_dict()
+    try:
+        with bnfast.recalibrating([layer, *also], **way):
+            act(layer)
+    finally:
+        for name, value in layer.state_dict().items():
+            np.testing.assert_array_equal(value, before[name])
+        assert not layer.training
+
+
+def test_ranks_that_recalibrate_in_different_ways_all_keep_their_statistics(rng):
+    x = rng.normal(size=(4, 3))
+    more = [
+        lambda rank: {"method": ["pooled", "average_of_batches"][rank]},
+        lambda rank: {"prior": [16, 17][rank]},
+    ]
+    for way, message in zip(
+        more, ("method: pooled on rank 0", "prior: 16.0 on rank 0"), strict=True
+    ):
+        results = on_ranks(
+            2,
+            lambda communicator, way=way: recalibrated(
+                communicator, lambda layer: layer(x), **way(communicator.rank)
+            ),
+        )
+        assert message in agrees_not(results)
+
+    def uneven(communicator):
+        recalibrated(communicator, lambda layer: [layer(x) for _ in range(1 + communicator.rank)])
+
+    def one_alone(communicator):
+        if communicator.rank:
+            return recalibrated(communicator, lambda layer: layer(x))
+        return SyncBatchNorm(3, communicator)(x)
+
+    message = "call: end of recalibrating on rank 0, recalibrating on rank 1"
+    assert message in agrees_not(on_ranks(2, uneven))
+    assert "call: forward on rank 0, recalibrating on rank 1" in agrees_not(on_ranks(2, one_alone))
+
+
+@pytest.mark.parametrize("prior", [None, 16])
+def test_an_error_of_one_rank_while_all_recalibrate_is_raised_on_all(rng, prior):
+    x = rng.normal(size=(4, 3))
+
+    def bad_input(communicator):
+        wrong = x[:, :2] if communicator.rank else x
+        recalibrated(communicator, lambda layer: layer.eval()(wrong), prior=prior)
+
+    def blind(communicator):
+        plain = bnfast.BatchNorm(3)
+
+        def act(layer):
+            layer(x)
+            if communicator.rank == 0:
+                plain(rng.normal(size=(8, 3)))
+
+        recalibrated(communicator, act, [plain], prior=prior)
+
+    for step, own in ((bad_input, ValueError), (blind, RuntimeError)):
+        told, error = on_ranks(2, step)
+        assert isinstance(error, own)
+        assert isinstance(told, RuntimeError)
+        assert str(told) == f"rank 1 failed: {own.__name__}: {error}"
+
+
+def test_a_rank_that_leaves_a_recalibration_is_not_waited_for_for_ever(rng):
+    x = rng.normal(size=(4, 3))
+
+    def step(communicator):
+        def act(layer):
+            layer(x)
+            if communicator.rank:
+                raise KeyError("an error of the program")
+
+        recalibrated(communicator, act)
+
+    waited, left = on_ranks(2, step, timeout=0.2)
+    assert isinstance(waited, TimeoutError)
+    assert isinstance(left, KeyError)
+
+
+def test_no_data_on_any_rank_is_an_error_on_all():
+    nothing = np.zeros((0, 3))
+    for error in on_ranks(
+        2, lambda communicator: recalibrated(communicator, lambda layer: layer(nothing))
+    ):
+        assert "no data went through layers 0" in str(error)
+
+
+def test_batches_are_refused_alike_while_ranks_recalibrate(rng):
+    batches = spoiled(rng, np.nan)
+
+    def step(communicator):
+        layer = SyncBatchNorm(3, communicator, nonfinite="raise", dtype=np.float64)
+        with bnfast.recalibrating(layer):
+            for x in batches:
+                layer(cut(x, [6, 6], 0)[communicator.rank])
+
+    assert agrees_not(on_ranks(2, step)).startswith("x of rank 1 must have finite statistics")
+
+
+def test_a_rank_monitors_its_own_data(rng):
+    batches = rng.normal(2, 3, (3, 9, 3))
+    sizes = [5, 4, 0]
+
+    def monitor(communicator):
+        rank, reports = communicator.rank, []
+        layer, plain = SyncBatchNorm(3, communicator, dtype="f8"), bnfast.BatchNorm(3, dtype="f8")
+        before = layer.state_dict()
+        for training in (False, True):
+            with (
+                bnfast.monitoring(layer.train(training)) as own,
+                bnfast.monitoring(plain.eval()) as wanted,
+            ):
+                for x in batches:
+                    part = cut(x, sizes, 0)[rank]
+                    layer(part)
+                    plain(part)
+            reports.append(str(own).replace("SyncBatchNorm", "BatchNorm").split())
+            assert reports[-1] == str(wanted).split()
+            for name, value in layer.state_dict().items():
+                np.testing.assert_array_equal(value, before[name])
+        return communicator.exchanges, own.rows[0].batches
+
+    assert without_errors(on_ranks(3, monitor)) == [(3, 3), (3, 3), (3, 0)]
 
 
 def test_a_state_is_that_of_a_batch_norm(rng):

@@ -41,11 +41,15 @@ cdef class PartOfBatch:
                 _threads_for(x, 1)
             )
 
-    def normalize(self, count, cnp.ndarray moments):
-        """Return y and invstd, from the count and the moments of all parts together."""
+    def normalize(self, count, cnp.ndarray moments, bint track):
+        """Return y and invstd, from the count and the moments of all parts together.
+
+        The running statistics, if any, are left as they are unless `track`.
+        """
         cdef cnp.npy_intp channels = self.channels
         cdef cnp.ndarray x = self.x
-        if self.tracked is not None and 0 < count < 2:
+        track = track and self.tracked is not None and count > 0
+        if track and count < 2:
             _validation.enough_values("x", x, count, "channel", unbiased=self.unbiased)
         invstd = _empty(1, &channels, cnp.NPY_FLOAT64)
         variance = moments[2] / max(count, 1)
@@ -55,7 +59,7 @@ cdef class PartOfBatch:
                 _plan(self.axis, BATCH, x, self.y, None), x, self.y, self.scale, self.shift,
                 moments[0], moments[1], invstd, _threads_for(x, 2)
             )
-        if self.tracked is not None and count > 0:
+        if track:
             _update_running(
                 self.tracked, self.momentum, moments[0], moments[2],
                 count - (1.0 if self.unbiased else 0.0), _MEAN_AND_VAR

@@ -39,7 +39,7 @@ class Borrowed:
         settings : mapping
             Values of attributes, whatever their own checks.
         see : callable
-            Is given each batch that is not empty, before it is normalized.
+            Is given each batch before it is normalized.
         """
         attributes = vars(self.layer)
         names = {"training", "num_batches_tracked", "_warned", *settings, *self.layer._running}
@@ -47,8 +47,7 @@ class Borrowed:
 
         def observe(x: Array) -> None:
             attributes.update(settings)
-            if x.size > 0:
-                see(x)
+            see(x)
 
         attributes.update(settings)
         self.layer._observer = observe

@@ -39,7 +39,10 @@ class OfChannels:
         self._pooled: Moments | None = None
 
     def add(self, x: Array) -> None:
-        of_batch = moments_as_seen(self._layer, x)
+        self.merge(moments_as_seen(self._layer, x))
+
+    def merge(self, of_batch: Moments) -> None:
+        """Add a batch of these moments."""
         self._pooled = of_batch if self._pooled is None else self._pooled.merge(of_batch)
 
     def statistics(self) -> tuple[Array, ...]:

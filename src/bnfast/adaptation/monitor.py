@@ -106,7 +106,8 @@ def monitoring(layers: object) -> Monitor:
     ----------
     layers : layer, iterable of layers, or mapping of names to layers
         `BatchNorm`, `GhostBatchNorm`, `ConditionalBatchNorm`, `BatchRenorm`,
-        `CrossIterationBatchNorm` or `MovingAverageBatchNorm`, with running statistics.
+        `CrossIterationBatchNorm`, `MovingAverageBatchNorm` or
+        `bnfast.distributed.SyncBatchNorm`, with running statistics.
 
     Returns
     -------
@@ -131,7 +132,8 @@ def monitoring(layers: object) -> Monitor:
         difference**2 = mean over values of shift**2 + (ratio - 1)**2 * z**2
 
     `BatchRenorm` and a `LearnableMomentum` make something else of z in training, which is taken
-    into account. Whether a layer is frozen is not.
+    into account. Whether a layer is frozen is not. Of a `SyncBatchNorm`, each rank reports on its
+    own data, as if its part were the batch, and nothing is exchanged for that.
 
     Training of `CrossIterationBatchNorm` and `MovingAverageBatchNorm` is taken to average the
     batches that the monitor has seen last, rather than those before the block. Of
@@ -333,6 +335,8 @@ class _Watched:
 
     @in_default_float_mode
     def _see(self, x: Array) -> None:
+        if x.size == 0:
+            return
         for part in self._layer._parts(x):
             of_part = moments_as_seen(self._layer, x[part])
             count = int(of_part.count)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -12,7 +14,7 @@ from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
 from bnfast._typing import Array
 from bnfast.adaptation._borrowed import Borrowed, borrowed, first_statistics, samples
-from bnfast.adaptation._pools import pool_of
+from bnfast.adaptation._pools import OfChannels, pool_of
 from bnfast.functional import RenormSchedule
 from bnfast.layers import (
     BatchRenorm,
@@ -20,7 +22,7 @@ from bnfast.layers import (
     InstanceNorm,
     MovingAverageBatchNorm,
 )
-from bnfast.layers._tracking import PROPAGATE, Averaging
+from bnfast.layers._tracking import PROPAGATE, Averaging, RankLayer
 from bnfast.running_averages import CumulativeAverage
 
 POOLED, AVERAGE_OF_BATCHES = "pooled", "average_of_batches"
@@ -95,6 +97,12 @@ def recalibrating(
     schedule, warm-up and window it is the step of, keep theirs, and so does `InstanceNorm`, which
     counts nothing. A layer's `nonfinite` decides about batches that are not finite.
 
+    A `bnfast.distributed.SyncBatchNorm` is recalibrated by all ranks together, to the same
+    statistics, those of the joined batches: all make the same calls inside, a rank without data
+    with empty arrays, in whatever mode, and leave the block together. Each call has two exchanges
+    (with a prior one), and the end of the block one for all layers. Where a rank leaves by an
+    exception of its own, those that wait for it raise after the timeout of the communicator.
+
     Layers other than `BatchNorm` pool what they keep: `GhostBatchNorm` takes all values together
     rather than parts, `BatchRenorm` has the deviation, `MovingAverageBatchNorm` the mean square,
     whitening layers have the matrix made of the pooled covariance, and `InstanceNorm` the average
@@ -146,7 +154,12 @@ class Recalibration:
         """Begin."""
         if self._parts:
             raise RuntimeError("this recalibration has begun already")
-        parts = [_Part(one, self._method, self._prior) for one in borrowed(self._layers)]
+        parts = [
+            (_PartOfRank if isinstance(one.layer, RankLayer) else _Part)(
+                one, self._method, self._prior
+            )
+            for one in borrowed(self._layers)
+        ]
         for part in parts:
             part.begin()
         self._parts = parts
@@ -162,13 +175,7 @@ class Recalibration:
         parts, self._parts = self._parts, []
         try:
             if kind is None:
-                blind = [part.borrowed.name for part in parts if part.batches == 0]
-                if blind:
-                    raise RuntimeError(
-                        f"no data went through layers {', '.join(blind)}: all running statistics "
-                        f"are as before"
-                    )
-                found = [part.statistics() for part in parts]
+                found = self._found(parts)
         finally:
             for part in parts:
                 part.borrowed.end()
@@ -176,9 +183,30 @@ class Recalibration:
             for part, statistics in zip(parts, found, strict=True):
                 part.write(statistics)
 
+    def _found(self, parts: list[_Part]) -> list[tuple[Array, ...]]:
+        """Return the new statistics, once all ranks of all layers have theirs."""
+        layers = [part.borrowed.layer for part in parts]
+        of_ranks = [layer for layer in layers if isinstance(layer, RankLayer)]
+        groups: dict[int, list[RankLayer]] = {}
+        for layer in of_ranks:
+            groups.setdefault(id(layer.communicator), []).append(layer)
+        with ExitStack() as together:
+            for group in groups.values():
+                numbers = ", ".join(str(layer._number) for layer in group)
+                together.enter_context(group[0]._leaving_together({"layers": numbers}))
+            blind = [part.borrowed.name for part in parts if part.batches == 0]
+            if blind:
+                raise RuntimeError(
+                    f"no data went through layers {', '.join(blind)}: all running statistics "
+                    f"are as before"
+                )
+            return [part.statistics() for part in parts]
+
 
 class _Part:
     """One layer of a recalibration."""
+
+    _more_settings: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, one: Borrowed, method: str, prior: float | None) -> None:
         self.borrowed, self.batches = one, 0
@@ -195,7 +223,7 @@ class _Part:
         settings: dict[str, Any] = {**self._running, "training": not adapts, "frozen": False}
         settings["momentum"] = CumulativeAverage() if averages else 0.0
         settings |= _alone(layer, adapts or averages)
-        self.borrowed.begin(settings, self._see)
+        self.borrowed.begin({**settings, **self._more_settings}, self._see)
         if averages:
             vars(layer)["num_batches_tracked"] = 0
 
@@ -204,17 +232,22 @@ class _Part:
 
     @in_default_float_mode
     def _see(self, x: Array) -> None:
+        if self._add(x) and self._prior is not None:
+            names = self.borrowed.layer._running
+            for name, new in zip(names, self.statistics(), strict=True):
+                self._running[name][...] = new
+
+    def _add(self, x: Array) -> bool:
+        """Add a batch, unless it is empty or the running statistics do not take it."""
         layer = self.borrowed.layer
         axis: int = layer.axis  # type: ignore[attr-defined]  # every such layer has one
-        if layer.nonfinite != PROPAGATE and not layer._takes(x, axis):
-            return
+        if x.size == 0 or (layer.nonfinite != PROPAGATE and not layer._takes(x, axis)):
+            return False
         self.batches += len(layer._parts(x))
         self._samples += samples(x, axis)
         if self._method == POOLED:
             self._pool.add(x)
-        if self._prior is not None:
-            for name, new in zip(layer._running, self.statistics(), strict=True):
-                self._running[name][...] = new
+        return True
 
     def _blended(self, statistics: tuple[Array, ...]) -> tuple[Array, ...]:
         """Return statistics with those of the layer itself as the prior."""
@@ -263,3 +296,24 @@ def _alone(layer: Averaging, tracks: bool) -> dict[str, Any]:
         # A single value has no unbiased variance; where nothing is tracked, none is needed.
         return {"window": 1, "unbiased": tracks and layer.unbiased}
     return {"track_running_stats": tracks}
+
+
+class _PartOfRank(_Part):
+    """One layer whose batches are those of all ranks."""
+
+    _more_settings: ClassVar[Mapping[str, Any]] = {"_recalibrated": True}
+
+    def _add(self, x: Array) -> bool:
+        layer, pool = self.borrowed.layer, self._pool
+        assert isinstance(layer, RankLayer)
+        assert isinstance(pool, OfChannels)
+        ways = {"method": self._method, "prior": self._prior}
+        joined = layer._joined(x, samples(x, layer.axis), ways)
+        if joined is None:
+            return False
+        of_batch, count = joined
+        self.batches += 1
+        self._samples += count
+        if self._method == POOLED:
+            pool.merge(of_batch)
+        return True

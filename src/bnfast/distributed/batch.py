@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,10 +112,11 @@ def sync_batch_norm_forward(
         y, saved = sync_batch_norm_forward(x, communicator, weight, bias)
         dx, dweight, dbias = sync_batch_norm_backward(dy, x, saved, communicator, weight)
     """
-    return forward_of_rank(
+    y, saved, _ = forward_of_rank(
         *(x, communicator, weight, bias, eps, axis, running_mean, running_var, momentum),
         *(unbiased, out),
     )
+    return y, saved
 
 
 def forward_of_rank(
@@ -128,9 +131,14 @@ def forward_of_rank(
     momentum: float,
     unbiased: bool,
     out: Array | None,
-    layer: int | None = None,
-) -> tuple[Array, Synchronized]:
-    """Do `sync_batch_norm_forward`, for one of the layers of a communicator."""
+    more_terms: Mapping[str, Term] = MappingProxyType({}),
+    takes: Callable[[Array, Array], bool] | None = None,
+) -> tuple[Array, Synchronized, bool]:
+    """Do `sync_batch_norm_forward`, for one of the layers of a communicator.
+
+    Given the moments of each rank and of all together, `takes` decides about the running
+    statistics; whether they took the batch is returned as well.
+    """
     _validation.instance("communicator", communicator, Communicator)
     with failures_told(communicator):
         flag = _validation.flag("unbiased", unbiased)
@@ -140,19 +148,20 @@ def forward_of_rank(
         tracks = running_mean is not None
         terms: dict[str, Term] = {
             "call": "forward",
-            "layer": layer,
             "channels": part.channels,
             "dtype": part.x.dtype.name,
             "eps": float(eps),
             "running statistics": tracks,
             "momentum": float(momentum) if tracks else None,
             "unbiased": flag if tracks else None,
+            **more_terms,
         }
     counts, moments = exchanged(communicator, terms, part.count, part.moments)
     count = sum(counts.tolist())
     mean, mean_low, _ = merged = _primitives.merge_moments(counts, moments)
-    y, invstd = part.normalize(count, merged)
-    return y, Synchronized(mean, invstd, count, mean_low)
+    taken = tracks and (takes is None or takes(moments, merged))
+    y, invstd = part.normalize(count, merged, taken)
+    return y, Synchronized(mean, invstd, count, mean_low), taken
 
 
 @in_default_float_mode

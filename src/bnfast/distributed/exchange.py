@@ -82,18 +82,18 @@ def _raise_for(lengths: NDArray[np.int64], messages: Bytes) -> None:
         for rank, each in enumerate(terms):
             ranks.setdefault(str(each.get(name)), []).append(rank)
         if len(ranks) > 1:
-            found = ", ".join(f"{value} on {_named(which)}" for value, which in ranks.items())
+            found = ", ".join(f"{value} on {named(which)}" for value, which in ranks.items())
             different.append(f"{name}: {found}")
     hint = ""
     if any(each.startswith(("call:", "layer:")) for each in different):
         hint = (
             " (all ranks must make the same layers in the same order, and have them in the same "
-            "mode)"
+            "mode, frozen or not)"
         )
     raise ValueError(f"the ranks must agree, but differ in {'; '.join(different)}{hint}")
 
 
-def _named(ranks: list[int]) -> str:
+def named(ranks: list[int]) -> str:
     """Ranks in words: of neighbours the first and the last."""
     runs: list[list[int]] = []
     for rank in ranks:

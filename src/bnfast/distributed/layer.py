@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from bnfast import _validation
+from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
 from bnfast._typing import Array
 from bnfast.distributed.batch import Synchronized, backward_of_rank, forward_of_rank
 from bnfast.distributed.communicators import Communicator
-from bnfast.distributed.exchange import failures_told
+from bnfast.distributed.exchange import Term, exchanged, failures_told, named
+from bnfast.functional import moments
 from bnfast.layers._layer import Gradients
-from bnfast.layers._tracking import PROPAGATE, TrackingLayer
+from bnfast.layers._tracking import PROPAGATE, RankLayer
+from bnfast.running_averages import Momentum
+from bnfast.statistics import Moments
 
 
-class SyncBatchNorm(TrackingLayer):
+class SyncBatchNorm(RankLayer):
     """Batch normalization of a batch that several processes have parts of.
 
     In training as `bnfast.BatchNorm` of the parts joined, on every rank; in evaluation it is a
@@ -31,9 +36,10 @@ class SyncBatchNorm(TrackingLayer):
         Reaches the other ranks: all must make the same layers with it, in the same order.
     eps : float
         Added to the variance; 0 will do for evaluation only.
-    momentum : float or None
+    momentum : float, None, or function
         The weight of the NEW batch in the running statistics; None for the plain average of all
-        batches.
+        batches; a function of the number of the batch, as in `bnfast.BatchNorm`, whose weights must
+        be the same on all ranks. A `bnfast.LearnableMomentum` is refused.
     affine : bool
         Whether there are a weight and a bias.
     track_running_stats : bool
@@ -47,6 +53,14 @@ class SyncBatchNorm(TrackingLayer):
     dtype : dtype
         Of the parameters and running statistics: float32 or float64. The input may be either, the
         same on all ranks.
+    frozen : bool
+        Normalize with the running statistics in training, too, and leave them as they are; weight
+        and bias are still trained, and nothing is exchanged. An attribute that may be changed at
+        any time, on all ranks at once.
+    nonfinite : str
+        What training does with a batch whose statistics, those of all ranks together, are NaN or
+        infinite: "propagate" them into the running statistics, "skip" the batch there, or "raise",
+        on every rank, before anything is written. No further exchange and no further pass are made.
 
     Attributes
     ----------
@@ -72,9 +86,12 @@ class SyncBatchNorm(TrackingLayer):
     -----
     A call in training, and its `backward`, are made by all ranks or none: of a rank that has no
     values, with an empty array. Their errors are those of `sync_batch_norm_forward`. Where a layer
-    is in training on one rank and in evaluation on another, they meet in different layers or calls,
-    and raise an error; or, where the other has no exchange any more, the one waits until the
-    timeout of the communicator.
+    is in training on one rank, and in evaluation or frozen on another, they meet in different
+    layers or calls, or after being frozen on some ranks only, and raise an error; or, where the
+    other has no exchange any more, the one waits until the timeout of the communicator.
+
+    `bnfast.recalibrating` takes the joined batches, on all ranks at once, and `bnfast.monitoring`
+    the data of each rank; both say what they exchange.
 
     States are those of `bnfast.BatchNorm`.
 
@@ -92,6 +109,7 @@ class SyncBatchNorm(TrackingLayer):
         comm.Allreduce(MPI.IN_PLACE, layer.weight_grad)
     """
 
+    _learns_momentum = False
     _shown = (
         *("num_features", "communicator", "eps", "momentum", "affine", "track_running_stats"),
         *("axis", "unbiased", "dtype"),
@@ -102,25 +120,30 @@ class SyncBatchNorm(TrackingLayer):
         num_features: int,
         communicator: Communicator,
         eps: float = 1e-5,
-        momentum: float | None = 0.1,
+        momentum: Momentum = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         *,
         axis: int = 1,
         unbiased: bool = True,
         dtype: DTypeLike = np.float32,
+        frozen: bool = False,
+        nonfinite: str = PROPAGATE,
     ) -> None:
         super().__init__(
             *(num_features, eps, momentum, affine, track_running_stats, axis, unbiased, dtype),
-            *(False, PROPAGATE),
+            *(frozen, nonfinite),
         )
         _validation.instance("communicator", communicator, Communicator)
         self.communicator = communicator
         self._number = communicator._number_of_layer()
         self._synchronized = False  # whether the last call met those of the other ranks
+        self._frozen_until_now = False  # in training, since the last call that met the others'
+        self._recalibrated = False
 
     def _batch(self, x: Array) -> Array:
-        if not self.training:
+        if not self._recalibrated and (self.frozen or not self.training):
+            self._frozen_until_now |= self.training
             return super()._batch(x)
         with failures_told(self.communicator):
             return super()._batch(x)
@@ -129,16 +152,66 @@ class SyncBatchNorm(TrackingLayer):
         if not training:
             return super()._normalize(x, out, training)
         with failures_told(self.communicator):
-            tracked = self._running_statistics() if self.track_running_stats else (None, None)
-        y, saved = forward_of_rank(
+            tracked: tuple[Array | None, Array | None] = None, None
+            momentum, nonfinite = 0.0, None
+            if self.track_running_stats:
+                tracked, momentum = self._running_statistics(), self._weight_of_new_batch()
+                nonfinite = self._checked_nonfinite()
+            terms: dict[str, Term] = {
+                "layer": self._number,
+                "nonfinite": nonfinite,
+                "frozen until now": self._frozen_until_now,
+            }
+            self._frozen_until_now = False
+        y, saved, taken = forward_of_rank(
             *(x, self.communicator, self.weight, self.bias, self.eps, self.axis),
-            *(*tracked, self._weight_of_new_batch(), self.unbiased, out),
-            self._number,
+            *(*tracked, momentum, self.unbiased, out),
+            *(terms, self._takes_parts),
         )
-        if saved.count > 0 and self.track_running_stats:
+        if taken and saved.count > 0:
             self._count()
         self._save(x, y, saved, self._kept_weight())
         return y
+
+    def _takes_parts(self, parts: Array, merged: Array) -> bool:
+        """Whether the running statistics take a batch: the same on every rank."""
+        if self.nonfinite == PROPAGATE:
+            return True
+        ranks = [
+            rank for rank, (mean, _, m2) in enumerate(parts) if not self._are_finite(mean, m2).all()
+        ]
+        return self._takes_statistics(
+            merged[0], merged[2], f"x of {named(ranks)}" if ranks else "x of all ranks"
+        )
+
+    def _joined(
+        self, x: Array, samples: int, terms: Mapping[str, Any]
+    ) -> tuple[Moments, int] | None:
+        with failures_told(self.communicator):
+            own = moments(x, self.axis)
+            all_terms: dict[str, Term] = {
+                "call": "recalibrating",
+                "layer": self._number,
+                "channels": self.num_features,
+                "dtype": x.dtype.name,
+                "nonfinite": self._checked_nonfinite(),
+                **terms,
+            }
+        values = np.concatenate((own.mean, own._low, own.m2, [samples]))
+        counts, found = exchanged(self.communicator, all_terms, x.size // self.num_features, values)
+        parts = found[:, :-1].reshape(len(counts), 3, self.num_features)
+        merged = _primitives.merge_moments(counts, np.ascontiguousarray(parts))
+        count = sum(counts.tolist())
+        if not self._takes_parts(parts, merged) or count == 0:
+            return None
+        return Moments._of(count, *merged), int(found[:, -1].sum())
+
+    @contextmanager
+    def _leaving_together(self, terms: Mapping[str, Any]) -> Iterator[None]:
+        with failures_told(self.communicator):
+            yield
+        end = {"call": "end of recalibrating", **terms}
+        exchanged(self.communicator, end, 0, np.zeros(0))
 
     def _save(self, x: Array, y: Array, *more: Any) -> None:
         super()._save(x, y, *more)

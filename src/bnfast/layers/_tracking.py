@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -20,6 +22,7 @@ from bnfast.running_averages import (
     checked_momentum,
     weight_of_new_batch,
 )
+from bnfast.statistics import Moments
 
 AnyAveraging = TypeVar("AnyAveraging", bound="Averaging")
 
@@ -104,7 +107,11 @@ class Averaging(Layer):
     def _set_averaging(self, momentum: Momentum, frozen: bool, nonfinite: str) -> None:
         self.momentum = momentum
         self.frozen = frozen
-        self.nonfinite = _validation.choice("nonfinite", nonfinite, (PROPAGATE, SKIP, RAISE))
+        self.nonfinite = nonfinite
+        self._checked_nonfinite()
+
+    def _checked_nonfinite(self) -> str:
+        return _validation.choice("nonfinite", self.nonfinite, (PROPAGATE, SKIP, RAISE))
 
     def _parts(self, x: Array) -> list[slice]:
         """Return what the running statistics take as batches, along axis 0."""
@@ -114,15 +121,19 @@ class Averaging(Layer):
         """Whether the running statistics take a batch; raise if it is to be refused."""
         if self.nonfinite == PROPAGATE:
             return True
-        choice = _validation.choice("nonfinite", self.nonfinite, (PROPAGATE, SKIP, RAISE))
         _, mean, m2 = _primitives.moments(x, axis)
+        return self._takes_statistics(mean, m2)
+
+    def _takes_statistics(self, mean: Array, m2: Array, of: str = "x") -> bool:
+        """Whether the running statistics take those of a batch; raise if it is to be refused."""
+        choice = self._checked_nonfinite()
         wrong = np.flatnonzero(~self._are_finite(mean, m2))
         if choice == RAISE and wrong.size:
             raise ValueError(
-                f"x must have finite statistics, as nonfinite='raise' asks: {wrong.size} of "
+                f"{of} must have finite statistics, as nonfinite='raise' asks: {wrong.size} of "
                 f"{mean.size} channels have none, the first of them channel {wrong[0]}"
             )
-        return not wrong.size
+        return choice == PROPAGATE or not wrong.size
 
     def _are_finite(self, mean: Array, m2: Array) -> NDArray[np.bool_]:
         """Return in which channels the statistics of a batch are finite."""
@@ -355,3 +366,26 @@ class TrackingLayer(ChannelLayer, Tracking):
         """Return the gradient of the logit from that of each channel."""
         of_each = len(self._logit()) == self.num_features
         return of_channels if of_each else of_channels.sum(keepdims=True)
+
+
+class RankLayer(TrackingLayer):
+    """A layer of a rank, which has a part of each batch and reaches the ranks with the others."""
+
+    communicator: Any
+    _number: int  # the same of the same layer on every rank
+
+    _recalibrated = False  # whether `_joined` comes in each call
+
+    @abstractmethod
+    def _joined(
+        self, x: Array, samples: int, terms: Mapping[str, Any]
+    ) -> tuple[Moments, int] | None:
+        """Return the moments and the number of samples of the batch that x is a part of.
+
+        None where the running statistics do not take it, or it is empty. The terms must be the same
+        on all ranks.
+        """
+
+    @abstractmethod
+    def _leaving_together(self, terms: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Return a context that all ranks leave with the same terms, or by an error on each."""
