@@ -206,3 +206,19 @@ def test_statistics_that_do_not_fit_are_refused():
     a, b = bnfast.moments(np.ones((3, 2, 2)), (1, 2)), bnfast.moments(np.ones((3, 2)))
     with pytest.raises(ValueError, match=r"other must be of shape \(2, 2\), got \(2,\)"):
         a.merge(b)
+
+
+def test_integers_of_a_whole_array_are_merged_exactly(rng):
+    x = rng.integers(0, 256, (40, 30)).astype(np.uint8)
+    parts = [bnfast.moments(part, None) for part in np.array_split(x, 7)]
+    assert sum(parts) == bnfast.moments(x, None)
+    assert bnfast.Moments.from_bytes(sum(parts).to_bytes()) == bnfast.moments(x, None)
+
+
+def test_large_integers_of_a_whole_array_are_merged_exactly():
+    x = np.broadcast_to(np.array([65535], np.uint16), (2**22,))
+    one = bnfast.moments(np.array([65534], np.uint16), None)
+    whole = sum([one, *[bnfast.moments(x, None)] * 3, one])
+    n = 3 * 2**22
+    assert whole.m2 == 2 * n / (n + 2)
+    assert bnfast.Moments.from_bytes(whole.to_bytes()) == whole
