@@ -312,3 +312,15 @@ def test_a_call_needs_less_stack_than_a_thread_of_musl_has():
     code = SMALL_STACK.format(tests=os.path.dirname(__file__))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "done\ndone\n"), done.stderr
+
+
+@needs_openmp
+def test_one_caller_of_several_has_one_thread(many_processors):
+    bnfast.set_num_threads(3)
+    with _threads.one_thread():
+        assert bnfast.get_num_threads() == 1
+        assert _threads.chosen_by() == "the scheduler, which runs other calls at once"
+        with _threads.one_thread(), ThreadPoolExecutor(1) as pool:
+            assert pool.submit(bnfast.get_num_threads).result() == 3
+        assert bnfast.get_num_threads() == 1
+    assert bnfast.get_num_threads() == 3

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from bnfast import _core, _validation
@@ -13,6 +16,7 @@ BYTES_PER_THREAD: int = _core.BYTES_PER_THREAD
 
 _wanted: int | None = None
 _of_the_environment: int | None = None  # BNFAST_NUM_THREADS, as it was at import
+_of_this_caller = threading.local()  # `serial`, where calls of this Python thread have one thread
 
 
 def _started_by_fork_alone() -> bool:
@@ -80,6 +84,21 @@ def obey_environment(num_threads: int) -> None:
     _of_the_environment = num_threads
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let the calls of this Python thread run on one thread, and leave those of others alone."""
+    before = _is_serial_caller()
+    _of_this_caller.serial = True
+    try:
+        yield
+    finally:
+        _of_this_caller.serial = before
+
+
+def _is_serial_caller() -> bool:
+    return getattr(_of_this_caller, "serial", False)
+
+
 def get_num_threads() -> int:
     """Return how many threads a call uses at most.
 
@@ -94,7 +113,7 @@ def get_num_threads() -> int:
     >>> bnfast.get_num_threads() >= 1
     True
     """
-    if in_forked_child() or not _core.HAS_OPENMP:
+    if in_forked_child() or not _core.HAS_OPENMP or _is_serial_caller():
         return 1
     wanted = _of_the_environment if _wanted is None else _wanted
     if wanted is None:
@@ -108,6 +127,8 @@ def chosen_by() -> str:
         return "the fork: children are serial"
     if not _core.HAS_OPENMP:
         return "the build: no OpenMP"
+    if _is_serial_caller():
+        return "the scheduler, which runs other calls at once"
     if _wanted is not None:
         return "set_num_threads"
     return "OpenMP" if _of_the_environment is None else "BNFAST_NUM_THREADS"
