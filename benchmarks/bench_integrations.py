@@ -1,0 +1,130 @@
+"""Dask and scikit-learn: bnfast's way beside theirs, in turn, on one table.
+
+``python benchmarks/bench_integrations.py`` prints the medians; pytest runs it once, on a small one.
+"""
+
+import argparse
+import statistics
+import time
+
+import numpy as np
+import pytest
+
+import bnfast
+
+COLUMNS = 64
+
+
+def in_turn(calls, turns):
+    """Return the median time of every call, after a first turn that is not timed."""
+    times = {name: [] for name in calls}
+    for turn in range(turns + 1):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            if turn:
+                times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def table(rows):
+    return np.random.default_rng(0).normal(1.5, 2, (rows, COLUMNS)).astype(np.float32)
+
+
+def dask_calls(x, workers):
+    """Statistics and normalization of a Dask array in memory, with so many threads of Dask's."""
+    import dask
+    import dask.array as da
+
+    from bnfast.integrations.dask import moments, normalize
+
+    chunks = da.from_array(x, chunks="auto")  # of 128 MiB, as Dask advises
+    seen = moments(chunks)
+
+    def of(call):
+        def run():
+            with dask.config.set(scheduler="threads", num_workers=workers):
+                return call()
+
+        return run
+
+    return {
+        "bnfast moments": of(lambda: moments(chunks)),
+        "da.mean and da.std": of(lambda: dask.compute(chunks.mean(0), chunks.std(0))),
+        "da.std": of(lambda: chunks.std(0).compute()),
+        "bnfast normalize": of(lambda: normalize(chunks, seen).map_blocks(_nothing).compute()),
+        "(x - mean) / std": of(
+            lambda: (
+                ((chunks - seen.mean.astype("f4")) / seen.std.astype("f4"))
+                .map_blocks(_nothing)
+                .compute()
+            )
+        ),
+    }
+
+
+def _nothing(block):
+    """Take a chunk, as a file would, and leave nothing to put together."""
+    return block[:1, :1]
+
+
+def scaler_calls(x):
+    """fit and transform of scikit-learn's StandardScaler, and of what oneDAL has instead."""
+    from sklearn import preprocessing
+
+    from bnfast.integrations.sklearn import StandardScaler
+
+    ours, theirs = StandardScaler().fit(x), preprocessing.StandardScaler().fit(x)
+    calls = {
+        "bnfast fit": lambda: StandardScaler().fit(x),
+        "scikit-learn fit": lambda: preprocessing.StandardScaler().fit(x),
+        "bnfast transform": lambda: ours.transform(x),
+        "scikit-learn transform": lambda: theirs.transform(x),
+    }
+    try:
+        from sklearnex.basic_statistics import BasicStatistics
+    except ImportError:
+        return calls
+    # scikit-learn-intelex has no StandardScaler: these are the statistics that it would need.
+    wanted = ["mean", "variance"]
+    return {**calls, "sklearnex BasicStatistics": lambda: BasicStatistics(wanted).fit(x)}
+
+
+@pytest.mark.parametrize("calls", [lambda x: dask_calls(x, 1), scaler_calls], ids=["dask", "fit"])
+def bench_integrations(benchmark, calls):
+    pytest.importorskip("dask")
+    pytest.importorskip("sklearn")
+    times = benchmark.pedantic(lambda: in_turn(calls(table(1000)), 1), rounds=1)
+    assert all(seconds > 0 for seconds in times.values())
+
+
+def show(title, times, ours_of):
+    print(f"\n{title}")
+    for name, seconds in times.items():
+        ours = times[ours_of(name)]
+        print(f"  {name:28} {1e3 * seconds:9.1f} ms   {seconds / ours:6.2f} times bnfast's")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    x = table(arguments.rows)
+    print(f"float32 table of {x.shape}, {arguments.threads} thread(s)")
+    show(
+        "Dask",
+        in_turn(dask_calls(x, arguments.threads), arguments.turns),
+        lambda name: "bnfast moments" if "da." in name or "moments" in name else "bnfast normalize",
+    )
+    bnfast.set_num_threads(arguments.threads)
+    show(
+        "StandardScaler",
+        in_turn(scaler_calls(x), arguments.turns),
+        lambda name: "bnfast transform" if "transform" in name else "bnfast fit",
+    )
+
+
+if __name__ == "__main__":
+    main()
