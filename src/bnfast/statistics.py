@@ -308,7 +308,10 @@ class Moments:
             low = _validation.statistics("mean_low", arrays["mean_low"])
             return self._count, self._mean, low, self._m2
         as_int = np.frompyfunc(int, 1, 1)
-        sums, squares = (np.asarray(as_int(arrays[name])) for name in ("sum", "sum_of_squares"))
+        # Object: of a single value NumPy would make an integer of its own.
+        sums, squares = (
+            np.asarray(as_int(arrays[name]), object) for name in ("sum", "sum_of_squares")
+        )
         return self._count, None, None, None, _narrowed((sums, squares))
 
     def to_bytes(self) -> bytes:
