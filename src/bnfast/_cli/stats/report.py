@@ -22,6 +22,9 @@ _COLUMNS = ("count", "mean", "std", "minimum", "maximum", "non finite")
 @contextmanager
 def progress_bar(total: int) -> Iterator[Advance]:
     """Show how far it is, on a terminal alone."""
+    if not sys.stderr.isatty():
+        yield _quiet
+        return
     try:
         from rich.console import Console
         from rich.progress import (
@@ -33,15 +36,17 @@ def progress_bar(total: int) -> Iterator[Advance]:
             TransferSpeedColumn,
         )
     except ImportError:  # which JSON and code do without
-        yield lambda number, what: None
+        yield _quiet
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
     rest = (TransferSpeedColumn(), TimeRemainingColumn())
-    quiet = not sys.stderr.isatty()
-    console = Console(stderr=True)
-    with Progress(*columns, *rest, console=console, transient=True, disable=quiet) as bar:
+    with Progress(*columns, *rest, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=total)
         yield lambda number, what: bar.update(task, advance=number, description=what)
+
+
+def _quiet(number: int, what: str) -> None:
+    pass
 
 
 def print_left_out(reasons: list[str]) -> None:
