@@ -250,7 +250,11 @@ def test_nothing_is_computed_before_arguments_are_refused():
     for error, match, call in [
         (TypeError, "x must be a Dask array", lambda: moments(np.ones((6, 4)))),
         (TypeError, r"got float16 array of shape \(6, 4\)", lambda: moments(x.astype("f2"))),
-        (TypeError, "x must be float32, float64 or integers", lambda: normalize(x.astype("c8"))),
+        (
+            TypeError,
+            "x must be float32, float64, integers or booleans",
+            lambda: normalize(x.astype("c8")),
+        ),
         (ValueError, "axis must be from -2 to 1", lambda: summary(x, 2)),
         (ValueError, "axis must not name an axis twice", lambda: moments(x, (0, -2))),
         (TypeError, "axis must be an integer", lambda: normalize(x, axis=(0, 1))),

@@ -801,7 +801,7 @@ def test_no_data_on_any_rank_is_an_error_on_all():
     for error in on_ranks(
         2, lambda communicator: recalibrated(communicator, lambda layer: layer(nothing))
     ):
-        assert "no data went through layers 0" in str(error)
+        assert "no data went through layer 0" in str(error)
 
 
 def test_batches_are_refused_alike_while_ranks_recalibrate(rng):

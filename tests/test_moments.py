@@ -291,6 +291,7 @@ def test_what_is_refused():
     refuse(ValueError, r"axis must not name an axis twice, got \(1, -1\)", x, (1, -1))
     refuse(TypeError, "axis must be an integer", x, 1.5)
     refuse(ValueError, "axis must be None for x of shape", np.float32(3), 0)
+    refuse(ValueError, r"of shape \(3,\), got 1; axis=None keeps none", np.ones(3))
     refuse(TypeError, "where must be a boolean array, got", x, where=np.ones((4, 3)))
     refuse(
         ValueError,
@@ -298,12 +299,12 @@ def test_what_is_refused():
         x,
         where=np.ones(4, bool),
     )
-    integers_only = "x must be float32, float64 or integers in native byte order, got "
+    integers_only = "x must be float32, float64, integers or booleans in native byte order, got "
     refuse(TypeError, integers_only + r".*complex128", x + 1j)
     refuse(TypeError, integers_only + r".*; x.astype\(numpy.float32\)", x.astype(np.float16))
     refuse(TypeError, integers_only + r".*; x.astype\(numpy.int16\)", x.astype(">i2"))
     refuse(TypeError, integers_only, x.astype(object))
-    refuse(TypeError, "x must be a float32, float64 or integer array, got None", None)
+    refuse(TypeError, "x must be a float32, float64, integer or boolean array, got None", None)
     refuse(TypeError, "an array without a mask", np.ma.masked_array(x))
     with pytest.raises(TypeError, match="finite must be True or False"):
         bnfast.summary(x, finite="no")

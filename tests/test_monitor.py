@@ -340,3 +340,20 @@ def test_the_plot_says_what_it_needs(rng, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="the plot needs matplotlib"):
         report_of(rng).plot(tmp_path / "drift.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_recalibrated_statistics_keep_nothing_of_their_beginning(rng):
+    layer = bnfast.BatchNorm(4).eval()
+    data = [rng.normal(3, 2, (64, 4)).astype(np.float32) for _ in range(3)]
+    with bnfast.recalibrating(layer):
+        for batch in data:
+            layer(batch)
+    with bnfast.monitoring(layer) as report:
+        for batch in data:
+            layer(batch)
+    assert report.rows[0].remaining_start == 0.0
+    assert report.rows[0].reasons == ()
+    layer.reset_running_stats()
+    with bnfast.monitoring(layer) as report:
+        layer(data[0])
+    assert report.rows[0].remaining_start == 1.0

@@ -45,7 +45,7 @@ def floating_array(name: str, value: object) -> Array:
 
 def numbers(name: str, value: object) -> Array:
     """Return an array of numbers that can be summed, without a copy where possible."""
-    array = _array(name, value, "float32, float64 or integer")
+    array = _array(name, value, "float32, float64, integer or boolean")
     dtype = array.dtype
     if not (dtype.isnative and (dtype.char in "fd" or dtype.kind in "biu")):
         hint = ""
@@ -53,7 +53,7 @@ def numbers(name: str, value: object) -> Array:
             dtype_of_hint = "float32" if dtype.char == "e" else dtype.newbyteorder("=").name
             hint = f"; {name}.astype(numpy.{dtype_of_hint}) is such"
         raise TypeError(
-            f"{name} must be float32, float64 or integers in native byte order, "
+            f"{name} must be float32, float64, integers or booleans in native byte order, "
             f"got {describe(array)}{hint}"
         )
     return array
@@ -66,7 +66,8 @@ def kept_axes(x: Array, axis: object) -> tuple[int, ...]:
     wanted = f"from {-x.ndim} to {x.ndim - 1}" if x.ndim else "None"
     axes = integers("axis", axis)
     if any(not -x.ndim <= d < x.ndim for d in axes):
-        raise ValueError(f"axis must be {wanted} for x of shape {x.shape}, got {axis}")
+        hint = "; axis=None keeps none, for one value of the whole array" if x.ndim < 2 else ""
+        raise ValueError(f"axis must be {wanted} for x of shape {x.shape}, got {axis}{hint}")
     kept = sorted(d % x.ndim for d in axes)
     if len(set(kept)) != len(kept):
         raise ValueError(f"axis must not name an axis twice, got {axis}")

@@ -444,6 +444,8 @@ def _remaining_start(one: Borrowed) -> float:
     """Return what the running statistics still weigh of what they began as."""
     layer: Averaging = one.layer
     batches = one.own("num_batches_tracked") or 0
+    if layer._made_of_data:
+        return 0.0
     if batches == 0:  # untouched, or brought from elsewhere
         first = first_statistics(layer).values()
         pairs = zip(first, one.statistics, strict=True)

@@ -197,10 +197,13 @@ class Recalibration:
             blind = [part.borrowed.name for part in parts if part.batches == 0]
             if blind:
                 raise RuntimeError(
-                    f"no data went through layers {', '.join(blind)}: all running statistics "
-                    f"are as before"
+                    f"no data went through {_named(blind)}: all running statistics are as before"
                 )
             return [part.statistics() for part in parts]
+
+
+def _named(layers: list[str]) -> str:
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
 
 
 class _Part:
@@ -276,6 +279,8 @@ class _Part:
             arrays = getattr(layer, first), getattr(layer, second)
             mean, other = statistics
             _primitives.update_running(arrays, 1.0, mean, other, names=(first, second))
+        if self._prior is None:
+            layer._made_of_data = True
         if isinstance(layer, InstanceNorm):
             counts = callable(layer.momentum)
         else:

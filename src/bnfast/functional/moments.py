@@ -28,10 +28,12 @@ def moments(
     x : array of float32, float64, integers or booleans
         Any shape and strides; whatever ``np.asarray`` makes such an array of.
     axis : int, tuple of int, or None
-        The axes that are kept, each of whose indices has statistics of its own: the axis of the
-        channels, several axes, or none, for one value of the whole array.
+        The axes that are KEPT, each of whose indices has statistics of its own, unlike NumPy's,
+        which are those that are summed over: the axis of the channels (1 for NCHW and for the
+        columns of a table, -1 for NHWC), several axes, or none, for one value of the whole array.
     where : array of bool, optional
-        Which values count: broadcast to the shape of `x`.
+        Which values count: broadcast to the shape of `x`. (``summary(x, finite=True)`` leaves out
+        what is NaN or infinite.)
 
     Returns
     -------

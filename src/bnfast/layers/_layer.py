@@ -316,6 +316,7 @@ class Layer(Trainable):
             statistic = getattr(self, name)
             if statistic is not None:
                 statistic[...] = first
+        vars(self).pop("_made_of_data", None)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked = 0
 
