@@ -423,6 +423,7 @@ def test_images_of_other_modes_are_named_and_counted(numbers, stats, image):
     ]
     for name in ("all/6.png", "all/7.png"):
         assert f"{name}: cannot be read: " in stats(name, fails=True)
+        assert "nothing could be read: " in stats(name, "--skip", fails=True)
         Path(name).unlink()
     got = numbers("all", "--convert", "RGB")
     check(got, np.concatenate([*rows, np.repeat(grey.reshape(-1, 1), 3, 1)]), 1)

@@ -128,17 +128,19 @@ class Images(Source):
         for pixels in self._batches(advance):
             part = summary(pixels, self._kept or None, finite=finite)
             total = part if total is None else total.merge(part)
-        assert total is not None
+        if total is None:  # headers alone could be read
+            raise Failure(f"{self.name}: expected images, got none whose pixels can be read")
         return total
 
     def _batches(self, advance: Advance) -> Iterator[Array]:
         batch: list[Array] = []
-        most = bytes_of_block(self.channels)
+        size, most = 0, bytes_of_block(self.channels)
         for pixels in self._pixels(advance):
             batch.append(pixels.reshape(-1, self.channels[0] if self.channels else 1))
-            if sum(p.nbytes for p in batch) >= most:
+            size += pixels.nbytes
+            if size >= most:
                 yield np.concatenate(batch)
-                batch.clear()
+                batch, size = [], 0
         if batch:
             yield np.concatenate(batch)
 
