@@ -105,6 +105,7 @@ def _channel_labels(data: DataSet) -> list[str]:
 
 def as_table(data: DataSet) -> str:
     """Return a row for every channel, or for the first and last ones."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -114,7 +115,12 @@ def as_table(data: DataSet) -> str:
     rows = list(zip(*(_column(statistics, name, channels) for name in _COLUMNS), strict=True))
     labels = _channel_labels(data)
     title, *more = (source.title for source in data.sources)
-    table = Table(title=Text(f"{title}, and {len(more):,} more" if more else title))
+    table = Table(
+        title=Text(f"{title}, and {len(more):,} more" if more else title),
+        box=SIMPLE_HEAD,  # all digits of a large data set in 80 columns
+        collapse_padding=True,
+        pad_edge=False,
+    )
     table.add_column("channel")
     for heading in _COLUMNS:
         table.add_column(heading, justify="right", overflow="fold")
