@@ -145,7 +145,7 @@ class Npy(_Array):
         memory = np.empty(min(most, prod(in_file)), self.dtype)
         try:
             with self._opened() as file:
-                file.seek(self._header.end)
+                file.read(self._header.end)  # after a seek no checksum would be compared
                 length = 0
                 for box in boxes(in_file, (1,) * len(in_file), most):
                     sides = [part.stop - part.start for part in box]
