@@ -15,14 +15,19 @@ ctypedef struct _Rows:
 
 # predicates
 
-cdef inline bint _is_data(value) noexcept:
-    """An array, no subclass, of a native type that can be normalized."""
+cdef inline bint _is_summable(value) noexcept:
+    """An array, no subclass, of a native type that there is arithmetic for."""
     return (
         cnp.PyArray_CheckExact(value)
         and cnp.PyArray_TYPE(<cnp.ndarray>value) < BUILT_IN_TYPES
-        and _has_outputs[cnp.PyArray_TYPE(<cnp.ndarray>value)]
+        and _arithmetic(<cnp.ndarray>value) != 0
         and cnp.PyArray_ISNOTSWAPPED(<cnp.ndarray>value)
     )
+
+
+cdef inline bint _is_data(value) noexcept:
+    """Such an array, of a type that outputs can have as well."""
+    return _is_summable(value) and _has_outputs[cnp.PyArray_TYPE(<cnp.ndarray>value)]
 
 
 cdef inline bint _is_array(value) noexcept:

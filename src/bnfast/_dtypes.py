@@ -37,7 +37,8 @@ def _integer_type(code: str) -> StorageType:
     return StorageType(dtype, _F32 if dtype.itemsize == 1 else _F64, f"{kind}{8 * dtype.itemsize}")
 
 
-# Those of statistics alone, which are read but never written. C has several types of one size.
+# Types that `moments` and `summary` read, and nothing writes. NumPy has one for each integer type
+# of C, several of which have the same size.
 INTEGER_TYPES = tuple(_integer_type(code) for code in "?bBhHiIlLqQ")
 
 # Their sums are exact: with more bits, squares are not.

@@ -77,10 +77,11 @@ cdef object _layout_of(cnp.ndarray second, cnp.ndarray third, cnp.ndarray x):
     )
 
 
-# Kinds of calls with statistics of channels: 0, and
+# Kinds of calls with statistics of channels: 0 for those over all samples, and
 cdef enum:
     _KIND_PER_SAMPLE = 1
     _KIND_OF_SUMS = 2
+    _KIND_OF_SUMMARY = 3
 
 # Of calls on so many arrays.
 cdef tuple _ROLES = ((), (BN_X,), (BN_X, BN_Y), (BN_X, BN_DY, BN_DX))
@@ -144,7 +145,7 @@ cdef Plan _plan_of_rows(
 
 cdef Plan _plan_of_summary(tuple kept, cnp.ndarray x, cnp.ndarray mask):
     """The plan of a call with statistics for these axes, of what a mask selects, or all."""
-    cdef tuple key = (_key(x, 0, 5, mask, None), kept)
+    cdef tuple key = (_key(x, 0, _KIND_OF_SUMMARY, mask, None), kept)
     cdef Plan found = _plans.get(key)
     if found is not None:
         return found

@@ -1,15 +1,5 @@
 # Statistics alone, for _primitives.pyx: moments of any axes and types, of some values, extremes.
 
-cdef inline bint _is_summable(value) noexcept:
-    """An array, no subclass, of a native type that there is arithmetic for."""
-    return (
-        cnp.PyArray_CheckExact(value)
-        and cnp.PyArray_TYPE(<cnp.ndarray>value) < BUILT_IN_TYPES
-        and _arithmetic(<cnp.ndarray>value) != 0
-        and cnp.PyArray_ISNOTSWAPPED(<cnp.ndarray>value)
-    )
-
-
 cdef tuple _kept_axes(cnp.ndarray x, axis):
     """The axes whose indices have statistics of their own, in order."""
     cdef int beyond, ndim = cnp.PyArray_NDIM(x)
@@ -23,13 +13,18 @@ cdef tuple _kept_axes(cnp.ndarray x, axis):
     return _validation.kept_axes(x, axis)
 
 
-cdef tuple _exact_sums(cnp.ndarray x, cnp.ndarray sums, cnp.ndarray rests, cnp.ndarray squares):
+# Float64 holds every integer up to this one.
+cdef double _MOST_EXACT_SUM = 2.0**53
+cdef Py_ssize_t _MOST_EXACT_BYTES = _dtypes.MOST_EXACT_BYTES
+
+
+cdef tuple _exact_sums(cnp.ndarray sums, cnp.ndarray rests, cnp.ndarray squares):
     """Sums of integers and of their squares: as float64, or as Python's where these are larger."""
     cdef double *rest = <double *>cnp.PyArray_DATA(rests)
     cdef double *square = <double *>cnp.PyArray_DATA(squares)
     cdef Py_ssize_t i
     for i in range(cnp.PyArray_SIZE(squares)):
-        if rest[i] != 0.0 or square[i] > MOST_EXACT_SUM:
+        if rest[i] != 0.0 or square[i] > _MOST_EXACT_SUM:
             as_int = numpy.frompyfunc(int, 1, 1)
             whole = as_int(squares) + as_int(rests)
             # Of a single value NumPy makes a number.
@@ -65,10 +60,10 @@ def moments(x_, axis_):
 def summarize(x_, axis, where, bint extremes, bint finite_only):
     """Return the count, and float64 arrays: the mean, what rounding left of it, m2; exact sums.
 
-    And minimum, maximum (float64) and how many are not finite. The count is an int, or an int64
-    array with `where` or `finite_only`. The sums are those of integers of at most MOST_EXACT_BYTES,
-    and of their squares; the moments are then None. Otherwise the sums are.
-    None for those three without `extremes`; extremes are NaN where there is no value.
+    With `extremes` also minimum and maximum (float64), NaN where there is no value, and how many
+    values are not finite; else None three times. The count is an int, or an int64 array with
+    `where` or `finite_only`. The exact sums are those of integers of at most MOST_EXACT_BYTES, and
+    of their squares: where there are any, mean, rest and m2 are None; else the sums are.
     """
     cdef cnp.ndarray x = x_ if _is_summable(x_) else _validation.numbers("x", x_)
     cdef tuple kept = _kept_axes(x, axis)
@@ -112,13 +107,9 @@ def summarize(x_, axis, where, bint extremes, bint finite_only):
         nonfinite = cnp.PyArray_Cast(nonfinite, cnp.NPY_INT64)
         _end_extremes(minimum, maximum)
     if integers:
-        sums = _exact_sums(x, mean, low, m2)
+        sums = _exact_sums(mean, low, m2)
         return count, None, None, None, sums, minimum, maximum, nonfinite
     return count, mean, low, m2, None, minimum, maximum, nonfinite
-
-
-cdef double MOST_EXACT_SUM = 2.0**53
-cdef Py_ssize_t _MOST_EXACT_BYTES = _dtypes.MOST_EXACT_BYTES
 
 
 def moments_of_sums(count, sums, squares):

@@ -21,7 +21,7 @@ Count = int | NDArray[np.int64]  # an array only where channels differ
 Sums = tuple[Array, Array]  # of integers and of their squares: float64, or Python's integers
 
 MOST_VALUES = 2**62
-_LARGEST_EXACT = 2.0**53
+_LARGEST_EXACT = 2.0**53  # float64 holds every integer up to this one
 
 
 def _as_value(array: Array) -> Any:
@@ -402,7 +402,7 @@ _FORMAT = 1
 
 
 def _added(first: Sums, second: Sums) -> Sums:
-    """Add exact sums, in Python's integers where float64 would not be exact."""
+    """Add exact sums, in Python's integers while float64 might not be exact."""
     if any(
         sums.dtype == object or (sums.size and np.abs(sums).max() >= _LARGEST_EXACT / 2)
         for sums in (*first, *second)
@@ -411,7 +411,7 @@ def _added(first: Sums, second: Sums) -> Sums:
         totals, squares = (
             np.asarray(as_int(a) + as_int(b), object) for a, b in zip(first, second, strict=True)
         )
-        return totals, squares
+        return _narrowed((totals, squares))
     # NumPy makes a number of a single value.
     return np.asarray(first[0] + second[0]), np.asarray(first[1] + second[1])
 

@@ -191,14 +191,17 @@ static void output_of_box(const bn_job *job, const bn_box *box, size_t max_chann
 /* one block: its chunks in order for sums; the last first for outputs, because that is the one
    which the sums have left in the cache */
 
-/* Rows of a chunk whose values are counted one by one: as many as scratch holds of all channels. Every such box has its
-   own moments, so the rows decide bits, and must not depend on slabs. */
+/* How many rows of a chunk make a box where values are counted one by one: as many as scratch holds with all of their
+   channels, but at least FEWEST_COUNTED_ROWS. Every such box has moments of its own, so that its rows decide bits: they
+   must not depend on slabs. */
+#define FEWEST_COUNTED_ROWS ((size_t)16)
+
 static size_t rows_at_once(const bn_job *job, const bn_box *box)
 {
     const bn_plan *plan = job->plan;
     const size_t rows = BN_SCRATCH_BYTES / (plan->channels * plan->itemsize);
     const int by_rows = job->statistic[BN_COUNT] && plan->layout == BN_channels_last && plan->interleave == 1;
-    return by_rows ? MIN(box->extent.outer, MAX(rows, (size_t)16)) : box->extent.outer;
+    return by_rows ? MIN(box->extent.outer, MAX(rows, FEWEST_COUNTED_ROWS)) : box->extent.outer;
 }
 
 static void sum_block(const bn_job *job, size_t number, range channels, int in_scratch, bn_sum_box *sum_box)

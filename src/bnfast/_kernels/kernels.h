@@ -248,12 +248,12 @@ typedef void bn_merge_moments_kernel(size_t channels, size_t count_a, double *me
                                      const double *mean_b, const double *mean_low_b,
                                      const double *m2_b);
 
-/* The same with a count of each channel. */
+/* merge_moments where each channel has a count of its own. */
 typedef void bn_merge_counted_moments_kernel(size_t channels, double *count_a, double *mean_a, double *mean_low_a,
                                              double *m2_a, const double *count_b, const double *mean_b,
                                              const double *mean_low_b, const double *m2_b);
 
-/* Adds the sums of b, as integer_sums makes them, to those of a. */
+/* Adds the sums that integer_sums made of some values (b) to those of other values (a). */
 typedef void bn_merge_integer_sums_kernel(size_t channels, double *sum_a, double *rest_a, double *squares_a,
                                           const double *sum_b, const double *rest_b, const double *squares_b);
 

@@ -4,10 +4,10 @@
 #include "kernel_calls.h"
 #include "portability.h"
 
-/* So many channels at a time, whose sums lie on the stack. */
+/* How many channels are summarized at a time, with their sums on the stack. */
 #define CHANNELS_AT_ONCE ((size_t)64)
 
-/* Half of a first level of cache. */
+/* A first level of cache. */
 #define BYTES_AT_ONCE ((size_t)32768)
 
 typedef struct {
@@ -84,8 +84,8 @@ void bn_summary_of_box(const bn_job *job, const bn_box *box, block_sums block)
     }
 }
 
-/* Where some do not: those are made the mean of the others, and taken from the moments again. Around another value
-   the squares of the others would lose what matters. */
+/* Where some values do not count: in a copy these become the mean of the others, and are removed from the moments
+   afterwards. In the place of another number than the mean they would drown the squares of the others. */
 
 /* A copy of some channels, which may be filled. */
 static bn_view copied(const bn_job *job, bn_extent extent, bn_view x, char *scratch)
@@ -108,8 +108,8 @@ static double as_stored(const bn_job *job, double value)
     return job->plan->dtype == BN_f32 ? (double)(float)value : value;
 }
 
-/* Takes as many values as do not count, all of them at the centre, from the moments of all. */
-static void take_filled(const bn_job *job, size_t channels, double size, box_summary *sums)
+/* Removes from the moments the values that do not count, all of which are the centre. */
+static void remove_filled(const bn_job *job, size_t channels, double size, box_summary *sums)
 {
     for (size_t c = 0; c < channels; c++) {
         const double filled = size - sums->count[c];
@@ -188,7 +188,7 @@ static void summarize(const bn_job *job, const bn_box *box, block_sums block, bn
         KERNEL_OF(job, integer_sums)(extent, x.data, x.strides, input, sums.mean, sums.mean_low, sums.m2);
     } else {
         KERNEL_OF(job, moments)(extent, x.data, x.strides, input, 0, sums.mean, sums.mean_low, sums.m2);
-        take_filled(job, extent.channels, (double)size, &sums);
+        remove_filled(job, extent.channels, (double)size, &sums);
     }
     for (size_t c = 0; c < extent.channels; c++) {
         any_nonfinite |= sums.mean[c] - sums.mean[c] != 0.0 || sums.m2[c] - sums.m2[c] != 0.0;
