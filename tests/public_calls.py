@@ -112,6 +112,13 @@ def public_calls(x, dy, weight, bias):
         "batch_norm_backward_input": lambda: f.batch_norm_backward_input(
             dy, x, *saved["batch_norm"], weight, weight, bias, max(x.size // channels, 1)
         ),
+        "batch_norm_jvp": lambda: f.batch_norm_jvp(dy, x, *saved["batch_norm"], weight),
+        "batch_norm_double_backward": lambda: [
+            f.batch_norm_double_backward(
+                x, weight, bias, dy, x, *saved["batch_norm"], weight, training=training
+            )
+            for training in (True, False)
+        ],
         "moments": lambda: [
             m := f.moments(x),
             m.merge(f.moments(dy)),
@@ -136,22 +143,40 @@ def public_calls(x, dy, weight, bias):
             x, bias.copy(), positive.copy(), weight, bias, True
         ),
         "instance_norm_forward": lambda: f.instance_norm_forward(x, weight, bias),
+        "instance_norm_jvp": lambda: f.instance_norm_jvp(dy, x, *saved["instance_norm"], weight),
+        "instance_norm_double_backward": lambda: f.instance_norm_double_backward(
+            x, weight, bias, dy, x, *saved["instance_norm"], weight
+        ),
         "instance_norm_backward": lambda: f.instance_norm_backward(
             dy, x, *saved["instance_norm"], weight
         ),
         "group_norm": lambda: f.group_norm(x, 2, weight, bias),
         "group_norm_forward": lambda: f.group_norm_forward(x, 2, weight, bias),
+        "group_norm_jvp": lambda: f.group_norm_jvp(dy, x, *saved["group_norm"], weight),
+        "group_norm_double_backward": lambda: f.group_norm_double_backward(
+            x, weight, bias, dy, x, *saved["group_norm"], weight
+        ),
         "group_norm_backward": lambda: [
             *f.group_norm_backward(dy, x, *saved["group_norm"], weight),
             *f.group_norm_backward(dy, x, *saved["group_norm"], weight[:2], per_group=True),
         ],
         "layer_norm": lambda: f.layer_norm(x, channels, weight, bias, axis=1),
         "layer_norm_forward": lambda: f.layer_norm_forward(x, inner, *of_elements),
+        "layer_norm_jvp": lambda: f.layer_norm_jvp(
+            dy, x, inner, *saved["layer_norm"], of_elements[0]
+        ),
+        "layer_norm_double_backward": lambda: f.layer_norm_double_backward(
+            x, *of_elements, dy, x, inner, *saved["layer_norm"], of_elements[0]
+        ),
         "layer_norm_backward": lambda: f.layer_norm_backward(
             dy, x, inner, *saved["layer_norm"], of_elements[0]
         ),
         "rms_norm": lambda: f.rms_norm(x, channels, weight, axis=1),
         "rms_norm_forward": lambda: f.rms_norm_forward(x, inner, of_elements[0]),
+        "rms_norm_jvp": lambda: f.rms_norm_jvp(dy, x, inner, *saved["rms_norm"], of_elements[0]),
+        "rms_norm_double_backward": lambda: f.rms_norm_double_backward(
+            x, of_elements[1], dy, x, inner, *saved["rms_norm"], of_elements[0]
+        ),
         "rms_norm_backward": lambda: f.rms_norm_backward(
             dy, x, inner, *saved["rms_norm"], of_elements[0]
         ),
