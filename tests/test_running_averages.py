@@ -138,6 +138,11 @@ def test_bias_corrected_weights_at_their_limits(weight, number, expected):
     assert policy(number) == pytest.approx(expected, rel=1e-11)
 
 
+def test_the_bias_corrected_weight_of_a_first_batch_is_1(rng):
+    for weight in rng.uniform(size=300):  # some round to more without care
+        assert ExponentialAverage(new=weight, bias_corrected=True)(1) <= 1.0
+
+
 def test_a_schedule_is_asked_for_each_batch_once(kind, rng):
     asked = []
 
@@ -157,12 +162,24 @@ def test_a_schedule_is_asked_for_each_batch_once(kind, rng):
     [
         ("all", TypeError, r"momentum\(1\) must be a real number, got 'all'"),
         (np.nan, ValueError, r"momentum\(1\) must be finite"),
+        (2, ValueError, r"momentum\(1\) must be from 0 to 1, got 2.0"),
+        (-1e-9, ValueError, r"momentum\(1\) must be from 0 to 1"),
     ],
 )
 def test_what_a_schedule_must_not_return_leaves_the_layer_alone(kind, rng, value, error, message):
     layer = LAYERS[kind](CHANNELS, momentum=lambda _: value)
     before = layer.state_dict()
     with pytest.raises(error, match=message):
+        call(layer, batches(rng)[0])
+    np.testing.assert_equal(layer.state_dict(), before)
+
+
+@pytest.mark.parametrize("momentum", [2.0, -1])
+def test_a_momentum_that_was_set_later_is_checked(kind, rng, momentum):
+    layer = LAYERS[kind](CHANNELS)
+    layer.momentum = momentum
+    before = layer.state_dict()
+    with pytest.raises(ValueError, match="momentum must be from 0 to 1"):
         call(layer, batches(rng)[0])
     np.testing.assert_equal(layer.state_dict(), before)
 
@@ -201,18 +218,29 @@ def test_reset_statistics_begin_their_policy_again(kind, policy, rng):
         (lambda: ExponentialAverage(old=np.inf), ValueError, "old must be finite"),
         (
             lambda: ExponentialAverage(old=1, bias_corrected=True),
-            *(ValueError, "above 0 and at most 1 to be bias-corrected, got 0.0"),
+            *(ValueError, "above 0 to be bias-corrected"),
         ),
         (
             lambda: ExponentialAverage(new=0.1, bias_corrected=1),
             *(TypeError, "bias_corrected must be True or False"),
         ),
+        (lambda: ExponentialAverage(new=1.5), ValueError, "new must be from 0 to 1, got 1.5"),
+        (lambda: ExponentialAverage(old=-0.1), ValueError, "old must be from 0 to 1, got -0.1"),
+        (lambda: ExponentialAverage(0.1), TypeError, "by name, new= of the new batch or old= of"),
         (lambda: LearnableMomentum(1.0), ValueError, "initial must be between 0 and 1"),
         (lambda: LearnableMomentum(per_channel=0), TypeError, "per_channel must be True or"),
         (lambda: bnfast.BatchNorm(3, momentum="x"), TypeError, "momentum must be a real number"),
         (
             lambda: bnfast.BatchNorm(3, momentum=LearnableMomentum(), track_running_stats=False),
             *(ValueError, "momentum is learned only with track_running_stats=True"),
+        ),
+        *(
+            (lambda make=make: make(3, momentum=CumulativeAverage), TypeError, "got the class C")
+            for make in (bnfast.BatchNorm, bnfast.BatchRenorm, bnfast.IterNorm)
+        ),
+        *(
+            (lambda momentum=momentum: bnfast.BatchNorm(3, momentum=momentum), ValueError, "0 to 1")
+            for momentum in (-1, -1e-9, 1 + 1e-9, 2)
         ),
         (lambda: bnfast.BatchNorm(3, nonfinite="no"), ValueError, "nonfinite must be 'propagate'"),
         *(
@@ -456,6 +484,14 @@ def test_a_learned_momentum_near_1_is_batch_normalization(rng):
         close(layer.backward(x), plain.backward(x))
         close(layer.running_var, plain.running_var)
     assert layer.momentum_logit_grad == 0
+
+
+def test_a_learned_momentum_near_0_leaves_the_statistics_as_they_are(learning, rng):
+    layer = made(learning, rng)
+    layer.momentum_logit[...] = -800.0
+    before = running(layer)
+    call(layer, rng.normal(3, 2, (3, 3, 4)))
+    np.testing.assert_equal(running(layer), before)
 
 
 @pytest.mark.parametrize("what", ["evaluation", "frozen"])

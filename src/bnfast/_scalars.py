@@ -131,6 +131,14 @@ def positive(name: str, value: object) -> float:
     return number
 
 
+def share(name: str, value: object) -> float:
+    """Return a number from 0 to 1."""
+    number = real(name, value)
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name} must be from 0 to 1, got {number}")
+    return number
+
+
 def estimate(name: str, value: object) -> float:
     """Return a number that a forward pass returned: of NaN it may be NaN."""
     return _as_float(name, value)

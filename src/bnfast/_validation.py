@@ -40,6 +40,7 @@ from bnfast._scalars import integers_from as integers_from
 from bnfast._scalars import positive as positive
 from bnfast._scalars import real as real
 from bnfast._scalars import renorm_limits as renorm_limits
+from bnfast._scalars import share as share
 from bnfast._scalars import size as size
 from bnfast._scalars import sizes as sizes
 from bnfast._typing import Array

@@ -5,33 +5,47 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from bnfast import _validation
 from bnfast._conventions import KERAS
 from bnfast._float_mode import in_default_float_mode
 
+AnyByName = TypeVar("AnyByName", bound="_ByName")
+
+
+class _ByName:
+    """What takes a weight by its name only: frameworks mean different weights by momentum."""
+
+    def __new__(cls: type[AnyByName], *unnamed: Any, **_: Any) -> AnyByName:
+        if unnamed:
+            raise TypeError(
+                f"the weight must be given by name, new= of the new batch or old= of the old "
+                f"statistics, got {unnamed[0]!r} without a name"
+            )
+        return super().__new__(cls)
+
 
 @dataclass(frozen=True, kw_only=True)
-class ExponentialAverage:
+class ExponentialAverage(_ByName):
     """Running statistics that forget old batches exponentially, as the `momentum` of a layer.
 
     Parameters
     ----------
     new : float, optional
-        The weight of the NEW batch: what PyTorch calls momentum.
+        The weight of the NEW batch, from 0 to 1: what PyTorch calls momentum.
     old : float, optional
-        The weight of the OLD statistics: what Keras, Flax and ONNX call momentum. Either `new` or
-        `old` is given.
+        The weight of the OLD statistics, from 0 to 1: what Keras, Flax and ONNX call momentum.
+        Either `new` or `old` is given.
     bias_corrected : bool
         Leave out what the running statistics began as, as Adam and Haiku do: the first batch
-        weighs 1, later ones less and less, down to `new`. This needs a weight above 0, of at most
-        1.
+        weighs 1, later ones less and less, down to `new`, which must be above 0.
 
     Raises
     ------
     TypeError, ValueError
-        For an argument of the wrong type or value, or both weights, or neither.
+        For an argument of the wrong type or value; or both weights, neither, or one without its
+        name.
 
     Notes
     -----
@@ -72,16 +86,13 @@ class ExponentialAverage:
             raise TypeError("either new or old must be given, the weight of one of the two")
         _validation.flag("bias_corrected", self.bias_corrected)
         weight = self._weight()
-        if self.bias_corrected and not 0.0 < weight <= 1.0:
-            raise ValueError(
-                f"the weight of the new batch must be above 0 and at most 1 to be bias-corrected, "
-                f"got {weight}"
-            )
+        if self.bias_corrected and weight == 0.0:
+            raise ValueError("the weight of the new batch must be above 0 to be bias-corrected")
 
     def _weight(self) -> float:
         if self.old is None:
-            return _validation.real("new", self.new)
-        return KERAS.weight_of_new_batch(_validation.real("old", self.old))
+            return _validation.share("new", self.new)
+        return KERAS.weight_of_new_batch(_validation.share("old", self.old))
 
     @in_default_float_mode
     def __call__(self, number: int) -> float:
@@ -89,7 +100,8 @@ class ExponentialAverage:
         weight = self._weight()
         if not self.bias_corrected or weight == 1.0:
             return weight
-        return weight / -math.expm1(number * math.log1p(-weight))
+        # The quotient of the first batch may round to just above 1.
+        return min(weight / -math.expm1(number * math.log1p(-weight)), 1.0)
 
 
 @dataclass(frozen=True)
@@ -184,7 +196,8 @@ class LearnableMomentum:
         return math.log(self.initial) - math.log1p(-self.initial)
 
 
-# A number is the weight of the new batch; a function returns that of a batch, counted from 1.
+# A number, from 0 to 1, is the weight of the new batch; a function returns that of a batch, counted
+# from 1.
 Momentum: TypeAlias = float | Callable[[int], float] | LearnableMomentum | None
 
 
@@ -204,6 +217,11 @@ def checked_momentum(momentum: object, *, learnable: bool = False, none: bool = 
     -------
     Momentum
     """
+    if isinstance(momentum, type):
+        raise TypeError(
+            f"momentum must be an object of a class, such as CumulativeAverage(), got the class "
+            f"{momentum.__name__} itself"
+        )
     if isinstance(momentum, LearnableMomentum):
         if not learnable:
             raise TypeError(
@@ -213,7 +231,7 @@ def checked_momentum(momentum: object, *, learnable: bool = False, none: bool = 
         return momentum
     if callable(momentum) or (none and momentum is None):
         return momentum
-    return _validation.real("momentum", momentum)
+    return _validation.share("momentum", momentum)
 
 
 def weight_of_new_batch(momentum: Momentum, number: int) -> float:
@@ -234,5 +252,5 @@ def weight_of_new_batch(momentum: Momentum, number: int) -> float:
     if momentum is None:
         return 1.0 / number
     if callable(momentum):
-        return _validation.real(f"momentum({number})", momentum(number))
-    return momentum  # type: ignore[return-value]  # what is learned is no weight, and has its own way
+        return _validation.share(f"momentum({number})", momentum(number))
+    return _validation.share("momentum", momentum)

@@ -92,4 +92,5 @@ def blend(
 def share_of_batch(logit: Array, channels: int) -> Array:
     """Return what a batch weighs in each channel, 1 / (1 + exp(-logit))."""
     wide = np.broadcast_to(logit.astype(np.float64), (channels,))
-    return np.asarray(1.0 / (1.0 + np.exp(-wide)))
+    with np.errstate(over="ignore"):  # of a share that is 0
+        return np.asarray(1.0 / (1.0 + np.exp(-wide)))

@@ -146,7 +146,7 @@ class Averaging(Layer):
     def _weight_of_new_batch(self) -> float:
         """Return what the next batch weighs in the running statistics."""
         momentum = self.momentum
-        if type(momentum) is float:
+        if type(momentum) is float and 0.0 <= momentum <= 1.0:
             return momentum
         return weight_of_new_batch(momentum, (self.num_batches_tracked or 0) + 1)
 

@@ -32,10 +32,10 @@ class BatchNorm(TrackingLayer):
     eps : float
         Added to the variance; 0 will do for evaluation only.
     momentum : float, None, or function
-        The weight of the NEW batch in the running statistics, as in PyTorch (Keras, Flax and ONNX
-        call its complement momentum); None for the plain average of all batches; a function of the
-        number of the batch, from 1 on, which returns its weight: `ExponentialAverage`,
-        `CumulativeAverage`, or one of your own; or a `LearnableMomentum`.
+        The weight of the NEW batch in the running statistics, from 0 to 1, as in PyTorch (Keras,
+        Flax and ONNX call its complement momentum); None for the plain average of all batches; a
+        function of the number of the batch, from 1 on, which returns its weight:
+        `ExponentialAverage`, `CumulativeAverage`, or one of your own; or a `LearnableMomentum`.
     affine : bool
         Whether there are a weight and a bias.
     track_running_stats : bool
@@ -189,7 +189,7 @@ class BatchNorm(TrackingLayer):
         layer = cls(
             channels,
             epsilon,
-            KERAS.weight_of_new_batch(_validation.real("momentum", momentum)),
+            KERAS.weight_of_new_batch(_validation.share("momentum", momentum)),
             affine=gamma is not None or beta is not None,
             axis=axes[0],
             unbiased=KERAS.unbiased,
