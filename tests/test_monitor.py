@@ -261,6 +261,8 @@ def test_batches_unlike_each_other_are_a_reason(rng):
         (bnfast.ExponentialAverage(old=0.99), 3, 0.99**3),
         (bnfast.ExponentialAverage(old=0.99, bias_corrected=True), 3, 0.0),
         (lambda number: 0.1 / number, 2, 0.9 * 0.95),
+        (bnfast.ExponentialAverage(new=0.1), 100, 0.9**100),  # also where little is left
+        (lambda number: 0.5, 10**9, 0.0),  # at once
         (LearnableMomentum(0.01), 5, 0.0),
     ],
 )
@@ -287,7 +289,7 @@ def test_statistics_from_elsewhere_are_not_what_they_began_as(rng):
     ids=["instance", "whitening"],
 )
 def test_layers_that_cannot_be_monitored_say_so(layer):
-    with pytest.raises(TypeError, match=f"to be monitored, layer 1 is {type(layer).__name__}"):
+    with pytest.raises(TypeError, match=f"neither InstanceNorm .* 1 is {type(layer).__name__}"):
         with bnfast.monitoring([bnfast.BatchNorm(3), layer]):
             pass
     with bnfast.recalibrating(layer):  # nothing was left behind
@@ -334,10 +336,17 @@ def test_the_plot_goes_to_a_file_or_to_axes(rng, tmp_path):
     np.testing.assert_array_equal(points, medians)
 
 
+@pytest.mark.parametrize("where", [None, 3, {}])
+def test_the_plot_goes_nowhere_else(rng, where):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(TypeError, match=r"where must be a path or a matplotlib\.axes\.Axes, got"):
+        report_of(rng).plot(where)
+
+
 def test_the_plot_says_what_it_needs(rng, tmp_path, monkeypatch):
-    for name in ("matplotlib", "matplotlib.figure"):
+    for name in ("matplotlib", "matplotlib.axes", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match="the plot needs matplotlib"):
+    with pytest.raises(ImportError, match="needs matplotlib: python -m pip install matplotlib"):
         report_of(rng).plot(tmp_path / "drift.png")
     assert not list(tmp_path.iterdir())
 
@@ -353,7 +362,17 @@ def test_recalibrated_statistics_keep_nothing_of_their_beginning(rng):
             layer(batch)
     assert report.rows[0].remaining_start == 0.0
     assert report.rows[0].reasons == ()
+    other = bnfast.BatchNorm(4)
+    other.num_batches_tracked = 1
+    layer.load_state_dict(other.state_dict())
+    assert row_of(layer, data[0]).remaining_start == 0.9
     layer.reset_running_stats()
-    with bnfast.monitoring(layer) as report:
-        layer(data[0])
-    assert report.rows[0].remaining_start == 1.0
+    assert row_of(layer, data[0]).remaining_start == 1.0
+
+
+def test_a_layer_without_its_arrays_leaves_the_others_alone(rng):
+    whole, broken = settled(), bnfast.MovingAverageBatchNorm(4)
+    broken.gradient_buffer = None
+    with pytest.raises(AttributeError), bnfast.monitoring([whole, broken]):
+        pass
+    row_of(whole, rng.normal(size=(8, 4)))  # is not being monitored still

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from bnfast._float_mode import in_default_float_mode
 from bnfast._moving_average import correction
+from bnfast._scalars import describe
 from bnfast._typing import Array
 from bnfast.adaptation._borrowed import Borrowed, borrowed, first_statistics, moments_as_seen
 from bnfast.functional.cross_iteration import average_of_iterations
@@ -39,7 +40,7 @@ DRIFTED_MEAN = 0.5
 DRIFTED_VARIANCE = math.log(2.0)
 # Of running statistics, what they began as; of the variance, what lies between batches (of n values
 # drawn alike, 1 / n).
-MUCH_OF_THE_START = 0.05
+MUCH_OF_THE_START, NOTHING_OF_THE_START = 0.05, 1e-9
 MUCH_BETWEEN_BATCHES = 0.1
 
 Doubles = NDArray[np.float64]
@@ -74,7 +75,9 @@ class LayerReport:
         The share of the variance of the data that lies between batches: about 1 / n of batches of n
         values drawn alike.
     remaining_start : float
-        What the running statistics still weigh of what they began as.
+        The share of the running statistics that is still what they began as, according to
+        `momentum` and num_batches_tracked. 0 after `recalibrating` without a prior, until a state
+        is loaded, which does not say that its statistics were recalibrated.
     constant, nonfinite : array (C,) of bool
         Channels whose values were all equal, or not all finite.
     reasons : tuple of str
@@ -107,7 +110,8 @@ def monitoring(layers: object) -> Monitor:
     layers : layer, iterable of layers, or mapping of names to layers
         `BatchNorm`, `GhostBatchNorm`, `ConditionalBatchNorm`, `BatchRenorm`,
         `CrossIterationBatchNorm`, `MovingAverageBatchNorm` or
-        `bnfast.distributed.SyncBatchNorm`, with running statistics.
+        `bnfast.distributed.SyncBatchNorm`, with running statistics. `InstanceNorm` and whitening
+        layers are refused.
 
     Returns
     -------
@@ -243,10 +247,13 @@ class Monitor:
 
         Raises
         ------
+        TypeError
+            If `where` is neither.
         ImportError
             Without matplotlib, an optional dependency.
         """
         try:
+            from matplotlib.axes import Axes
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError(
@@ -254,6 +261,10 @@ class Monitor:
             ) from error
         rows = [row for row in self.rows if row.batches]
         is_path = isinstance(where, (str, os.PathLike))
+        if not is_path and not isinstance(where, Axes):
+            raise TypeError(
+                f"where must be a path or a matplotlib.axes.Axes, got {describe(where)}"
+            )
         axes: Any = where
         if is_path:
             figure = Figure(figsize=(3.0 + 0.9 * len(rows), 4.5), layout="constrained")
@@ -304,8 +315,7 @@ class _Watched:
         layer = one.layer
         if isinstance(layer, InstanceNorm) or not isinstance(layer, MONITORED):
             raise TypeError(
-                f"layers must be BatchNorm, GhostBatchNorm, ConditionalBatchNorm, BatchRenorm, "
-                f"CrossIterationBatchNorm or MovingAverageBatchNorm to be monitored, layer "
+                f"layers to be monitored must be neither InstanceNorm nor whitening layers, layer "
                 f"{one.name} is {layer}"
             )
         self.borrowed, self._layer = one, layer
@@ -315,6 +325,8 @@ class _Watched:
         # Sums over all values: squared differences, and squared deviations within batches.
         self._squares, self._within = np.zeros((2, layer.num_features))
         self._running = self._statistics_of(layer)
+        # The layer tracks these, so that its own statistics stay as they are.
+        self._copies = {name: getattr(layer, name).copy() for name in layer._first_statistics()}
 
     @staticmethod
     def _statistics_of(layer: Monitored) -> tuple[Doubles, Doubles]:
@@ -329,9 +341,7 @@ class _Watched:
             return mean, layer.running_var + np.float64(layer.eps)
 
     def begin(self) -> None:
-        """Let the layer track copies, so that its own statistics stay as they are."""
-        names = self._layer._first_statistics()
-        self.borrowed.begin({name: getattr(self._layer, name).copy() for name in names}, self._see)
+        self.borrowed.begin(self._copies, self._see)
 
     @in_default_float_mode
     def _see(self, x: Array) -> None:
@@ -458,8 +468,8 @@ def _remaining_start(one: Borrowed) -> float:
     remaining = 1.0
     for number in range(1, batches + 1):
         remaining *= 1.0 - weight_of_new_batch(momentum, number)
-        if remaining < MUCH_OF_THE_START:
-            break
+        if remaining < NOTHING_OF_THE_START:
+            return 0.0
     return remaining
 
 

@@ -71,6 +71,9 @@ class Trainable(ABC):
     _shown: ClassVar[tuple[str, ...]] = ()  # attributes of the repr, by the names of the arguments
     _shown_if_not: ClassVar[Mapping[str, Any]] = {}  # ... and those shown unless they are these
 
+    # Whether the statistics were recalibrated, and nothing is left of what they began as.
+    _made_of_data = False
+
     # What `_gradients` needs of the last call, x first, or a reason why there is nothing.
     _saved: tuple[Any, ...] | str = NONE_YET
 
@@ -249,6 +252,7 @@ class Trainable(ABC):
         for name, array in new.items():
             own[name][...] = array
         self.num_batches_tracked = tracked
+        self._made_of_data = False  # as far as a state says
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_saved": NONE_YET}
@@ -316,7 +320,7 @@ class Layer(Trainable):
             statistic = getattr(self, name)
             if statistic is not None:
                 statistic[...] = first
-        vars(self).pop("_made_of_data", None)
+        self._made_of_data = False
         if self.num_batches_tracked is not None:
             self.num_batches_tracked = 0
 

@@ -96,9 +96,6 @@ class Averaging(Layer):
     _running: ClassVar[tuple[str, ...]] = ("running_mean", "running_var")
     _shown_if_not: ClassVar[Mapping[str, Any]] = {"frozen": False, "nonfinite": PROPAGATE}
 
-    # The running statistics were made anew of data: nothing is left of what they began as.
-    _made_of_data = False
-
     # Told of each batch, checked, before it is normalized.
     _observer: Callable[[Array], None] | None = None
 
