@@ -234,7 +234,8 @@ def test_a_layer_cannot_be_recalibrated_twice_at_once(rng):
     layer = trained("batch", rng)
     with bnfast.recalibrating(layer):
         for watch in (bnfast.recalibrating, bnfast.monitoring):
-            with pytest.raises(RuntimeError, match="already being recalibrated or monitored"):
+            # Without the settings that it has for the time being.
+            with pytest.raises(RuntimeError, match=r"recalibrated or monitored: a BatchNorm$"):
                 with watch(layer):
                     pass
         feed(layer, shifted(rng, np.float32))
@@ -253,13 +254,64 @@ def test_batches_that_are_not_finite_are_the_layers_choice(kind, rng, choice):
             feed(layer, [*data, bad])
         np.testing.assert_equal(running(layer), before)
         return
-    with bnfast.recalibrating(layer):
-        feed(layer, [*data, bad])
     if choice == "skip":
+        with bnfast.recalibrating(layer):
+            feed(layer, [*data, bad])
         assert_near(running(layer), expected_of(kind, layer, data))
-    else:
-        first = getattr(layer, running_names(kind)[0])
-        assert np.isnan(first[0]) and np.isfinite(first[1:]).all()
+        return
+    with pytest.warns(RuntimeWarning, match="not all finite from now on; nonfinite='skip'") as told:
+        with bnfast.recalibrating({"stem": layer}):
+            feed(layer, [*data, bad])
+    assert "of layer stem are" in str(told[0].message) and told[0].filename == __file__
+    first = getattr(layer, running_names(kind)[0])
+    assert np.isnan(first[0]) and np.isfinite(first[1:]).all()
+
+
+@pytest.mark.parametrize("method", ["pooled", "average_of_batches"])
+def test_ghosts_that_are_not_finite_are_left_out_alone(rng, method):
+    skipping, plain = (bnfast.GhostBatchNorm(CHANNELS, 3, dtype=np.float64) for _ in range(2))
+    skipping.nonfinite = "skip"
+    x = rng.normal(size=(12, CHANNELS, 4))
+    bad = x.copy()
+    bad[4, 2, 0] = np.inf
+    with bnfast.recalibrating([skipping, plain], method=method):
+        skipping(bad)
+        plain(np.delete(x, slice(3, 6), 0))
+    np.testing.assert_equal(skipping.state_dict(), plain.state_dict())
+    assert skipping.num_batches_tracked == 3
+
+
+def test_a_layer_that_skips_all_its_batches_is_told_from_one_without_data(kind, rng):
+    layer = trained(kind, rng, nonfinite="skip")
+    before = layer.state_dict()
+    with pytest.raises(RuntimeError, match="or only batches that nonfinite='skip' leaves out: all"):
+        with bnfast.recalibrating(layer):
+            call(layer, np.full((3, CHANNELS, 4), np.nan, np.float32))
+    np.testing.assert_equal(layer.state_dict(), before)
+
+
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (read_only, ValueError, "of layer head is updated in place and must be writable, got a"),
+        (lambda array: array[..., :-1], ValueError, "of layer head must have"),
+        (list, TypeError, "of layer head is updated in place and must be a numpy array"),
+    ],
+)
+def test_statistics_that_cannot_be_written_are_refused_at_once(kind, rng, change, error, message):
+    layers = {name: trained(kind, rng) for name in ("stem", "head")}
+    last = running_names(kind)[-1]
+    setattr(layers["head"], last, change(getattr(layers["head"], last)))
+    with pytest.raises(error, match=f"{last} {message}"):
+        with bnfast.recalibrating(layers):
+            pytest.fail("data would have gone through")
+    with bnfast.recalibrating(layers["stem"]):  # is not being recalibrated still
+        feed(layers["stem"], shifted(rng, np.float32))
 
 
 def test_a_pooled_variance_too_large_for_float32_is_warned_about(rng):
@@ -268,6 +320,17 @@ def test_a_pooled_variance_too_large_for_float32_is_warned_about(rng):
         with bnfast.recalibrating(layer):
             layer((1e25 * rng.normal(size=(16, 3))).astype(np.float32))
     assert {warning.filename for warning in caught} == {__file__}
+
+
+def test_all_layers_have_their_statistics_where_a_warning_is_an_error(rng):
+    layers, x = [bnfast.BatchNorm(3) for _ in range(2)], rng.normal(3, 1, (16, 3))
+    with pytest.raises(RuntimeWarning, match="running_var is infinite"):
+        with bnfast.recalibrating(layers):
+            layers[0]((1e25 * x).astype(np.float32))
+            layers[1](x.astype(np.float32))
+    assert np.isinf(layers[0].running_var).all()
+    np.testing.assert_allclose(layers[1].running_mean, x.mean(0), rtol=ROUNDED_F32)
+    assert [layer.num_batches_tracked for layer in layers] == [1, 1]
 
 
 @pytest.mark.parametrize("kind", ["batch", "cross iteration"])

@@ -360,7 +360,8 @@ def saved_value(value: object, kind: type[Saved], function: str) -> Saved:
     return value
 
 
-def _running_statistic(name: str, value: object, shape: tuple[int, ...]) -> Array:
+def running_statistic(name: str, value: object, shape: tuple[int, ...]) -> Array:
+    """Return the memory that came, of this shape, to be updated in place."""
     if not isinstance(value, np.ndarray):
         raise TypeError(
             f"{name} is updated in place and must be a numpy array, got {describe(value)}"
@@ -397,8 +398,8 @@ def running_statistics(
     if mean is None or var is None:
         missing = names[0] if mean is None else names[1]
         raise ValueError(f"{both} must both be given or both be None, got None for {missing}")
-    mean_array = _running_statistic(names[0], mean, (channels,))
-    var_array = _running_statistic(names[1], var, shape or (channels,))
+    mean_array = running_statistic(names[0], mean, (channels,))
+    var_array = running_statistic(names[1], var, shape or (channels,))
     if overlaps_itself(mean_array) or overlaps_itself(var_array):
         raise ValueError(f"{both} must have a place for each channel")
     if shares_memory(mean_array, var_array):
@@ -417,7 +418,7 @@ def updated_in_place(
     It has no element in common with what is to be `apart`, by name.
     """
     own_shape = value.shape if rows and isinstance(value, np.ndarray) else (channels,)
-    array = _running_statistic(name, value, own_shape)
+    array = running_statistic(name, value, own_shape)
     if rows and (array.ndim != 2 or len(array) == 0 or array.shape[1] != channels):
         raise ValueError(
             f"{name} must have rows of one value for each of the {channels} channels, at least one "
@@ -503,15 +504,18 @@ def enough_values(name: str, x: Array, values: int, what: str, *, unbiased: bool
         )
 
 
-def warn_too_large(name: str) -> None:
-    """Warn the caller of bnfast that a running statistic has left the range of its dtype."""
+def warn(message: str) -> None:
+    """Warn the caller of bnfast."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "")[:7] == "bnfast.":
         level, frame = level + 1, frame.f_back
-    warnings.warn(
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+def warn_too_large(name: str) -> None:
+    """Warn the caller of bnfast that a running statistic has left the range of its dtype."""
+    warn(
         f"{name} is infinite from now on: what the batch makes of it is finite, but beyond the "
         f"range of float32. Keep running statistics in float64: dtype=numpy.float64 of a layer, or "
-        f"arrays of float64",
-        RuntimeWarning,
-        stacklevel=level,
+        f"arrays of float64"
     )

@@ -106,7 +106,9 @@ def borrowed(layers: object) -> list[Borrowed]:
         if any(getattr(layer, statistic) is None for statistic in layer._running):
             raise ValueError(f"layers must have running statistics, layer {name} has none: {layer}")
         if layer._observer is not None:
-            raise RuntimeError(f"layer {name} is already being recalibrated or monitored: {layer}")
+            raise RuntimeError(
+                f"layer {name} is already being recalibrated or monitored: a {type(layer).__name__}"
+            )
         if all(layer is not other.layer for other in found):
             found.append(Borrowed(name, layer))
     if not found:
@@ -132,7 +134,8 @@ def moments_as_seen(layer: ChannelLayer, x: Array) -> Moments:
 def first_statistics(layer: Averaging) -> dict[str, Array]:
     """Return what the running statistics of a layer begin as, in float64."""
     first = layer._first_statistics()
+    channels: int = layer.num_features  # type: ignore[attr-defined]  # every such layer has them
     return {
-        name: np.array(np.broadcast_to(first[name], getattr(layer, name).shape), np.float64)
+        name: np.full(np.shape(first[name]) or (channels,), first[name], np.float64)
         for name in layer._running
     }

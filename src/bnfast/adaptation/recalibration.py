@@ -22,7 +22,7 @@ from bnfast.layers import (
     InstanceNorm,
     MovingAverageBatchNorm,
 )
-from bnfast.layers._tracking import PROPAGATE, Averaging, RankLayer
+from bnfast.layers._tracking import PROPAGATE, SKIP, Averaging, RankLayer
 from bnfast.running_averages import CumulativeAverage
 
 POOLED, AVERAGE_OF_BATCHES = "pooled", "average_of_batches"
@@ -64,7 +64,8 @@ def recalibrating(
     Raises
     ------
     TypeError, ValueError
-        For an argument of the wrong type or value, or layers without running statistics.
+        For an argument of the wrong type or value, or layers without running statistics that can be
+        written to.
     RuntimeError
         For a layer in two such blocks at once, and, at the end of the block, for layers that saw no
         data.
@@ -72,7 +73,9 @@ def recalibrating(
     Warns
     -----
     RuntimeWarning
-        Where a running statistic of float32 becomes infinite, though that of the data is finite.
+        Where a running statistic of float32 becomes infinite, though that of the data is finite;
+        and where one is not finite because that of the data is not. All layers have their new
+        statistics by then.
 
     Notes
     -----
@@ -95,7 +98,8 @@ def recalibrating(
     ``num_batches_tracked`` counts the batches of the block afterwards, with a prior in addition to
     those before. `BatchRenorm`, `MovingAverageBatchNorm` and `CrossIterationBatchNorm`, whose
     schedule, warm-up and window it is the step of, keep theirs, and so does `InstanceNorm`, which
-    counts nothing. A layer's `nonfinite` decides about batches that are not finite.
+    counts nothing. A layer's `nonfinite` decides about batches that are not finite: by default they
+    make the running statistics NaN or infinite.
 
     A `bnfast.distributed.SyncBatchNorm` is recalibrated by all ranks together, to the same
     statistics, those of the joined batches: all make the same calls inside, a rank without data
@@ -180,8 +184,7 @@ class Recalibration:
             for part in parts:
                 part.borrowed.end()
         if kind is None:
-            for part, statistics in zip(parts, found, strict=True):
-                part.write(statistics)
+            _write(parts, found)
 
     def _found(self, parts: list[_Part]) -> list[tuple[Array, ...]]:
         """Return the new statistics, once all ranks of all layers have theirs."""
@@ -194,16 +197,42 @@ class Recalibration:
             for group in groups.values():
                 numbers = ", ".join(str(layer._number) for layer in group)
                 together.enter_context(group[0]._leaving_together({"layers": numbers}))
-            blind = [part.borrowed.name for part in parts if part.batches == 0]
+            blind = [part.borrowed for part in parts if part.batches == 0]
             if blind:
+                skips = any(one.layer.nonfinite == SKIP for one in blind)
+                but = ", or only batches that nonfinite='skip' leaves out" if skips else ""
                 raise RuntimeError(
-                    f"no data went through {_named(blind)}: all running statistics are as before"
+                    f"no data went through {_named(blind)}{but}: all running statistics are as "
+                    f"before"
                 )
             return [part.statistics() for part in parts]
 
 
-def _named(layers: list[str]) -> str:
-    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
+def _named(layers: list[Borrowed]) -> str:
+    names = ", ".join(one.name for one in layers)
+    return f"layer{'s' if len(layers) > 1 else ''} {names}"
+
+
+def _write(parts: list[_Part], found: list[tuple[Array, ...]]) -> None:
+    """Give all layers their new statistics, and then warn of what is wrong with them."""
+    warned = []
+    for part, statistics in zip(parts, found, strict=True):
+        try:
+            part.write(statistics)
+        except Warning as error:  # where warnings are errors
+            warned.append(error)
+    if warned:
+        raise warned[0]
+    spoiled = [
+        part.borrowed
+        for part, statistics in zip(parts, found, strict=True)
+        if not all(np.isfinite(statistic).all() for statistic in statistics)
+    ]
+    if spoiled:
+        _validation.warn(
+            f"the running statistics of {_named(spoiled)} are not all finite from now on; "
+            f"nonfinite='skip' of a layer leaves out the batches that are not"
+        )
 
 
 class _Part:
@@ -217,18 +246,25 @@ class _Part:
         self._pool, self._samples = pool_of(one.layer), 0
         # What the layer has instead of its own running statistics.
         self._running = first_statistics(one.layer)
-        if prior is not None:
+        for name, first in self._running.items():
+            of_layer = f"{name} of layer {one.name}"
+            _validation.running_statistic(of_layer, one.own(name), first.shape)
+        adapts, averages = prior is not None, method == AVERAGE_OF_BATCHES
+        if adapts:
             self._running = dict(zip(one.layer._running, self._own(), strict=True))
+        self._settings = {
+            **self._running,
+            "training": not adapts,
+            "frozen": False,
+            "momentum": CumulativeAverage() if averages else 0.0,
+            **_alone(one.layer, adapts or averages),
+            **self._more_settings,
+        }
 
     def begin(self) -> None:
-        layer, adapts = self.borrowed.layer, self._prior is not None
-        averages = self._method == AVERAGE_OF_BATCHES
-        settings: dict[str, Any] = {**self._running, "training": not adapts, "frozen": False}
-        settings["momentum"] = CumulativeAverage() if averages else 0.0
-        settings |= _alone(layer, adapts or averages)
-        self.borrowed.begin({**settings, **self._more_settings}, self._see)
-        if averages:
-            vars(layer)["num_batches_tracked"] = 0
+        self.borrowed.begin(self._settings, self._see)
+        if self._method == AVERAGE_OF_BATCHES:
+            vars(self.borrowed.layer)["num_batches_tracked"] = 0
 
     def _own(self) -> list[Array]:
         return [statistic.astype(np.float64) for statistic in self.borrowed.statistics]
@@ -241,16 +277,20 @@ class _Part:
                 self._running[name][...] = new
 
     def _add(self, x: Array) -> bool:
-        """Add a batch, unless it is empty or the running statistics do not take it."""
+        """Add what the running statistics take of a batch; return whether that is anything."""
         layer = self.borrowed.layer
         axis: int = layer.axis  # type: ignore[attr-defined]  # every such layer has one
-        if x.size == 0 or (layer.nonfinite != PROPAGATE and not layer._takes(x, axis)):
+        if x.size == 0:
             return False
-        self.batches += len(layer._parts(x))
-        self._samples += samples(x, axis)
+        parts = [x[part] for part in layer._parts(x)]
+        if layer.nonfinite != PROPAGATE:
+            parts = [part for part in parts if layer._takes(part, axis)]
+        self.batches += len(parts)
+        self._samples += sum(samples(part, axis) for part in parts)
         if self._method == POOLED:
-            self._pool.add(x)
-        return True
+            for part in parts:
+                self._pool.add(part)
+        return len(parts) > 0
 
     def _blended(self, statistics: tuple[Array, ...]) -> tuple[Array, ...]:
         """Return statistics with those of the layer itself as the prior."""
@@ -270,15 +310,8 @@ class _Part:
         return found if self._prior is None else self._blended(found)
 
     def write(self, statistics: tuple[Array, ...]) -> None:
-        """Give the layer its new statistics, in place, and the number of batches."""
+        """Give the layer the number of batches and its new statistics, in place."""
         layer = self.borrowed.layer
-        if isinstance(layer, MovingAverageBatchNorm):
-            _primitives.blend(layer.running_var, 1.0, statistics[0], layer._running[0])
-        else:
-            first, second = layer._running
-            arrays = getattr(layer, first), getattr(layer, second)
-            mean, other = statistics
-            _primitives.update_running(arrays, 1.0, mean, other, names=(first, second))
         if self._prior is None:
             layer._made_of_data = True
         if isinstance(layer, InstanceNorm):
@@ -288,6 +321,13 @@ class _Part:
         if counts and layer.num_batches_tracked is not None:
             before = 0 if self._prior is None else layer.num_batches_tracked
             layer.num_batches_tracked = before + self.batches
+        if isinstance(layer, MovingAverageBatchNorm):
+            _primitives.blend(layer.running_var, 1.0, statistics[0], layer._running[0])
+        else:
+            first, second = layer._running
+            arrays = getattr(layer, first), getattr(layer, second)
+            mean, other = statistics
+            _primitives.update_running(arrays, 1.0, mean, other, names=(first, second))
 
 
 def _alone(layer: Averaging, tracks: bool) -> dict[str, Any]:

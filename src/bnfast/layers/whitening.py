@@ -115,7 +115,8 @@ class WhiteningLayer(Tracking):
         return y
 
     def _first_statistics(self) -> dict[str, Array | float]:
-        return {"running_mean": 0.0, "running_matrix": np.eye(self.num_features // self.num_groups)}
+        unit = np.eye(self.num_features // self.num_groups)
+        return {"running_mean": 0.0, "running_matrix": np.tile(unit, (self.num_groups, 1, 1))}
 
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
         statistics, weight, constant = saved
