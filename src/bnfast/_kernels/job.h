@@ -18,7 +18,8 @@ typedef struct {
     size_t first, count;
 } range;
 
-/* A block of sums, and how many values of each channel it has summed so far. */
+/* A block of sums, and how many values of each channel have been summed before: in this block, or, where blocks are
+   merged, in all blocks before it. */
 typedef struct {
     size_t number, count;
 } block_sums;
@@ -26,7 +27,7 @@ typedef struct {
 typedef void bn_sum_box(const bn_job *job, const bn_box *box, block_sums block);
 typedef void bn_do_channels(const bn_job *job, range channels);
 
-/* Joins the sums of a block to those of all blocks before it, which have so many values of each channel. */
+/* Merges the sums of a block into those of all blocks before it. */
 typedef void bn_merge_block(const bn_job *job, block_sums block, range channels);
 
 /* What a kernel reads, in its order, and what it writes. */

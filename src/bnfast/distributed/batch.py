@@ -148,6 +148,7 @@ def forward_of_rank(
         tracks = running_mean is not None
         terms: dict[str, Term] = {
             "call": "forward",
+            "layer": None,
             "channels": part.channels,
             "dtype": part.x.dtype.name,
             "eps": float(eps),

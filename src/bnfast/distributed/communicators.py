@@ -25,7 +25,8 @@ _SPIN_SECONDS, _NAP_SECONDS = 200e-6, 50e-6
 class Communicator(ABC):
     """The ranks of a computation, and how they exchange bytes.
 
-    For another transport than MPI and torch.distributed, write a subclass with these three.
+    For another transport than MPI and torch.distributed, write a subclass with `rank`, `size` and
+    `allgather`.
 
     Attributes
     ----------
@@ -126,7 +127,8 @@ class Communicator(ABC):
         """
         if self._failed is not None:
             raise RuntimeError(
-                f"an earlier exchange of this communicator failed: {self._failed}"
+                f"an earlier exchange of this communicator failed: "
+                f"{type(self._failed).__name__}: {self._failed}"
             ) from self._failed
         # On every rank the same, because the lengths of the past are.
         foreseen = self._longest_after.get(self._seen, _FIRST_BYTES)

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from bnfast.distributed.communicators import Bytes, Communicator
 
-Term = int | float | str | bool | None  # of a name always the same type
+# What ranks must agree on, by name; "call" says what kind of call it is. All calls of a kind have
+# the same names, and a name has one type: to a cache, 1, 1.0 and True are the same key.
+Term = int | float | str | bool | None
 
 # A message: the length of the terms and a count, the terms as JSON, and float64 values.
 _HEADER = np.dtype([("terms", "<i8"), ("count", "<i8")])
@@ -75,12 +77,12 @@ def _raise_for(lengths: NDArray[np.int64], messages: Bytes) -> None:
     if failed:
         told = "; ".join(f"rank {rank} failed: {error}" for rank, error in failed.items())
         raise RuntimeError(told)
-    names = dict.fromkeys(name for each in terms for name in each)
     different = []
-    for name in names:
+    # Different calls have different terms: that the calls differ says enough.
+    for name in (name for name in terms[0] if all(name in each for each in terms)):
         ranks: dict[str, list[int]] = {}
         for rank, each in enumerate(terms):
-            ranks.setdefault(str(each.get(name)), []).append(rank)
+            ranks.setdefault(str(each[name]), []).append(rank)
         if len(ranks) > 1:
             found = ", ".join(f"{value} on {named(which)}" for value, which in ranks.items())
             different.append(f"{name}: {found}")

@@ -198,7 +198,7 @@ class SyncBatchNorm(RankLayer):
                 **terms,
             }
         values = np.concatenate((own.mean, own._low, own.m2, [samples]))
-        counts, found = exchanged(self.communicator, all_terms, x.size // self.num_features, values)
+        counts, found = exchanged(self.communicator, all_terms, int(own.count), values)
         parts = found[:, :-1].reshape(len(counts), 3, self.num_features)
         merged = _primitives.merge_moments(counts, np.ascontiguousarray(parts))
         count = sum(counts.tolist())
