@@ -311,11 +311,10 @@ def test_the_table_has_a_line_for_each_layer_and_its_reasons(rng):
     assert lines[0].split() == [
         *("layer", "class", "batches", "values", "difference", "mean", "drift", "variance"),
     ]
-    assert [line.split()[:4] for line in lines[1:] if line[0] != " "] == [
-        ["stem", "BatchNorm", "1", "50"],
-        ["body", "BatchNorm", "1", "50"],
-        ["head", "BatchNorm", "0", "0"],
-    ]
+    stem, body, head = [line.split() for line in lines[1:] if line[0] != " "]
+    assert stem[:4] == ["stem", "BatchNorm", "1", "50"]
+    assert body[:4] == ["body", "BatchNorm", "1", "50"]
+    assert head == ["head", "BatchNorm", "0", "0", "-", "-", "-"]
     assert lines[2].startswith("    mean drifted in 4 of 4 channels")
     assert lines[-1] == "    no data went through it"
     assert np.isnan(report.rows[2].difference).all()

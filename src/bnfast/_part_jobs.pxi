@@ -1,10 +1,10 @@
-# Jobs on a part of a batch, for _core.pyx: what comes before its sums are joined with those of the
-# other parts, and what comes after. (What comes before, of `normalize`, is `moments`.)
+# Jobs on a part of a batch, for _core.pyx: one makes the sums of the part, and another writes its
+# output once the sums of all parts are merged. (The sums of `normalize` are those of `moments`.)
 
 cdef int merge_moments(counts, moments, merged) except -1:
     """Write the moments of all parts (float64, mean, mean_low and m2), merged in their order.
 
-    `moments` are (parts, 3, C), `counts` int64 whose sum is one, and `merged` (3, C), zeros.
+    `moments` are (parts, 3, C), `counts` (parts,) of int64, and `merged` is (3, C), zeros.
     """
     cdef size_t total = 0, count, part, channels = <size_t>cnp.PyArray_DIM(merged, 1)
     cdef double *a = _doubles(merged)
@@ -86,7 +86,7 @@ cdef int input_gradient(
     Plan plan, x, dy, dx, weight, mean, mean_low, invstd, sum_dy, sum_dy_xhat, double count,
     int threads
 ) except -1:
-    """Write dx from such sums over all parts (float32 or float64), of so many values a channel."""
+    """Write dx from such sums (float32 or float64) over all parts, of `count` values a channel."""
     cdef bn_plan *c = &plan.c
     cdef bn_job job = _new_job(c)
     cdef char small[BN_SMALL_WORKSPACE]

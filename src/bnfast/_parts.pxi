@@ -137,7 +137,7 @@ def gradient_sums(dy, x_, axis_, mean, invstd):
 
 
 def input_gradient(dy, x_, axis_, mean, invstd, weight, sum_dy, sum_dy_xhat, count, out=None):
-    """Return dx, from such sums over so many values of each channel."""
+    """Return dx, from such sums over all parts, which have `count` values of each channel."""
     cdef Py_ssize_t axis
     cdef cnp.ndarray x = _batch(x_, axis_, &axis, BATCH)
     cdef Py_ssize_t channels = _channels(x, axis)

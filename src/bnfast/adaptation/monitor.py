@@ -294,6 +294,8 @@ class Monitor:
 
 def _cells(row: LayerReport) -> tuple[str, ...]:
     """Return a line of the table."""
+    if row.batches == 0:
+        return row.name, row.kind, "0", "0", "-", "-", "-"
     return (
         *(row.name, row.kind, str(row.batches), str(row.fewest_values)),
         f"{_largest(row.difference):.2f}",

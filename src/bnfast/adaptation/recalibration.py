@@ -93,7 +93,8 @@ def recalibrating(
       some tens of images there. The output of this batch is that of evaluation after the block.
 
     If an exception leaves the block, the running statistics are as before it. They change at the
-    end of the block only, all layers together.
+    end of the block only, all layers together. Inside, a layer has other settings and running
+    statistics for the time being: copy and save it outside.
 
     ``num_batches_tracked`` counts the batches of the block afterwards, with a prior in addition to
     those before. `BatchRenorm`, `MovingAverageBatchNorm` and `CrossIterationBatchNorm`, whose
