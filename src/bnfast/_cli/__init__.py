@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -127,15 +128,17 @@ def _add_stats(commands: Any) -> None:
         "--axis",
         type=_axes,
         metavar="AXIS,...|none",
-        help="the axes that are kept: that of the channels, several (--axis=-2,-1), or none for "
-        "one value of all (default: 1, or none for arrays of one axis; of images, the colours)",
+        help="the axes that are kept: that of the channels, several (-2,-1), or none for one value "
+        "of all (default: 1, or none for arrays of one axis; of images, the colours)",
     )
+    # What argparse takes for a negative number, and not for an option; Python 3.14 does it so.
+    stats._negative_number_matcher = re.compile(r"-\d")
     stats.add_argument(
         "--member",
         action="append",
         default=[],
         metavar="NAME",
-        help="an array in .npz or zarr; may be repeated (default: all)",
+        help="an array in .npz or in a group of zarr; may be repeated (default: all)",
     )
     stats.add_argument(
         "--finite", action="store_true", help="leave out values that are NaN or infinite"

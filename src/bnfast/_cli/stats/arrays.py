@@ -48,7 +48,9 @@ def _kept_axes(name: str, shape: tuple[int, ...], axis: Axis) -> tuple[int, ...]
     kept = {d % ndim for d in axis if -ndim <= d < ndim}
     if len(kept) != len(axis):
         given = ",".join(map(str, axis))
-        raise Failure(f"{name}: expected --axis of an array of shape {shape}, got {given}")
+        raise Failure(
+            f"{name}: expected --axis to name different axes of shape {shape}, got {given}"
+        )
     return tuple(sorted(kept))
 
 
@@ -107,7 +109,7 @@ def _header(file: IO[bytes]) -> _Header:
         raise ValueError(f"expected .npy of version 1 or 2, got {version[0]}.{version[1]}")
     header = _Header(*_HEADERS[version](file), file.tell())
     if any(n < 0 for n in header.shape):
-        raise ValueError(f"expected a shape, got {header.shape}")
+        raise ValueError(f"expected sizes of at least 0, got shape {header.shape}")
     return header
 
 
@@ -120,6 +122,8 @@ class Npy(_Array):
             with self._opened() as file:
                 self._header = header = _header(file)
         except Exception as error:  # NumPy's reader of headers raises anything
+            if str(error).startswith("EOF"):  # as it says of a file that ends there
+                raise Failure(f"{name}: truncated: the file ends before its array") from error
             raise cannot_be_read(name, error) from error
         super().__init__(name, header.shape, header.dtype, axis)
         if member is None:
@@ -205,7 +209,9 @@ def chosen(path: Path, names: Sequence[str], members: Sequence[str]) -> Sequence
         raise Failure(f"{path}: has no array")
     missing = [name for name in members if name not in names]
     if missing:
-        raise Failure(f"{path}: expected --member of {', '.join(names)}, got {missing[0]}")
+        raise Failure(
+            f"{path}: expected --member to be one of {', '.join(names)}, got {missing[0]}"
+        )
     return members or names
 
 
@@ -235,10 +241,10 @@ def open_zarr(path: Path, members: Sequence[str], axis: Axis) -> Iterator[Open]:
         raise Failure(f"{path}: zarr is missing: python -m pip install zarr") from error
     try:
         node = zarr.open(str(path), mode="r")
-        arrays = {"": node} if isinstance(node, zarr.Array) else dict(_arrays_of(node))
+        arrays = None if isinstance(node, zarr.Array) else dict(_arrays_of(node))
     except Exception as error:  # zarr 2 and 3 raise errors of their own for what they do not know
         raise cannot_be_read(str(path), error) from error
-    if "" in arrays and not members:
+    if arrays is None:
         yield partial(Zarr, str(path), node, axis)
         return
     for name in chosen(path, list(arrays), members):

@@ -116,7 +116,7 @@ def as_table(data: DataSet) -> str:
     labels = _channel_labels(data)
     title, *more = (source.title for source in data.sources)
     table = Table(
-        title=Text(f"{title}, and {len(more):,} more" if more else title),
+        title=Text(f"{title} (first of {1 + len(more):,} inputs)" if more else title),
         box=SIMPLE_HEAD,  # all digits of a large data set in 80 columns
         collapse_padding=True,
         pad_edge=False,
@@ -150,7 +150,7 @@ def as_code(data: DataSet, divide_by: float | None) -> str:
         raise Failure("--normalize expects finite values: --finite leaves the others out")
     for label, m2 in zip(_channel_labels(data), np.ravel(statistics.m2), strict=True):
         if not m2:
-            raise Failure(f"--normalize expects values that differ, got none in channel {label}")
+            raise Failure(f"--normalize expects deviations above 0, got 0 in channel {label}")
     scaled = statistics.mean / unit, statistics.std / unit, statistics.var / unit**2
     mean, std, variance = (_rounded(values.tolist()) for values in scaled)
     lines = [f"# values divided by {unit:g}"] if unit != 1 else []

@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -70,6 +70,16 @@ def _arrays_of(path: Path, options: Namespace) -> Iterator[Open]:
     raise Failure(f"{path}: expected .npy, .npz, zarr, an image or a folder of images")
 
 
+def _check_used(options: Namespace, images: Collection[Path]) -> None:
+    """Refuse options that nothing would be done with."""
+    if options.member and not any(arrays.is_zarr(p) or p.suffix == ".npz" for p in options.paths):
+        raise Failure("--member expects .npz or zarr, got neither")
+    if options.convert and not images:
+        raise Failure("--convert expects images, got none")
+    if options.divide_by and options.form != "normalize":
+        raise Failure("--divide-by expects --normalize, which prints what is divided")
+
+
 def _open_images(paths: list[Path], convert: str | None, axis: Axis, left_out: LeftOut) -> Source:
     try:
         from bnfast._cli.stats.images import Images
@@ -92,6 +102,7 @@ def _openers(options: Namespace, left_out: LeftOut) -> list[Open]:
             openers += [] if found else _arrays_of(path, options)
         except Failure as failure:
             left_out.add(failure)
+    _check_used(options, images)
     return openers
 
 
