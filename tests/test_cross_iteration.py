@@ -315,6 +315,13 @@ def test_an_empty_batch_changes_nothing(dtype):
         np.testing.assert_array_equal(array, value)
 
 
+def test_filters_without_weights_have_no_derivatives():
+    x = np.arange(12.0).reshape(4, 3)
+    found = IterationStatistics.of(x, np.empty((4, 0)), np.empty((3, 0)))
+    np.testing.assert_array_equal(found.mean, x.mean(0))
+    assert found.dmean.shape == found.dvar.shape == (3, 0)
+
+
 X = np.arange(12, dtype=np.float32).reshape(4, 3)
 FILTERS = np.ones((3, 2))
 ENTRY = IterationStatistics(FILTERS, np.ones(3), np.ones(3), FILTERS, FILTERS)
@@ -338,7 +345,7 @@ def statistics_of(**changed):
     [
         (lambda: forward(window=None), TypeError, "window must be a sequence of IterationStat"),
         (lambda: forward(window=ENTRY), TypeError, "window must be a sequence of IterationStat"),
-        (lambda: forward(window=[(1, 2)]), TypeError, r"window\[0\] must be a IterationStatistics"),
+        (lambda: forward(window=[(1, 2)]), TypeError, r"window\[0\] must be an instance of Iter"),
         (lambda: forward(filters=None), TypeError, "filters must be a float32 or float64 array"),
         (lambda: forward(filters=np.ones((2, 2))), ValueError, "one filter for each of the 3"),
         (

@@ -236,7 +236,7 @@ def test_normalize_with_other_moments(rng):
     np.testing.assert_array_equal(alone, np.zeros(30))
     with pytest.raises(ValueError, match=r"moments must be of 4 channels, got shape \(3,\)"):
         normalize(da.from_array(x), bnfast.moments(x[:, :3]))
-    with pytest.raises(TypeError, match="moments must be a Moments"):
+    with pytest.raises(TypeError, match="moments must be an instance of Moments"):
         normalize(da.from_array(x), x.mean(0))
     with pytest.raises(ValueError, match="eps must not be negative"):
         normalize(da.from_array(x), seen, eps=-1.0)

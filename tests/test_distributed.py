@@ -405,7 +405,9 @@ def test_what_is_no_communicator_is_refused():
         lambda: sync_batch_norm_forward(np.ones((2, 3)), 5),
         lambda: sync_batch_norm_backward(np.ones((2, 3)), np.ones((2, 3)), SAVED, "mpi"),
     ):
-        with pytest.raises(TypeError, match=r"^communicator must be a Communicator, got "):
+        with pytest.raises(
+            TypeError, match=r"^communicator must be an instance of Communicator, got "
+        ):
             call()
 
 

@@ -236,7 +236,11 @@ def test_the_representation_says_how_to_make_it():
         (lambda: GhostBatchNorm(4, 2, axis=0)(np.ones(SHAPE)), ValueError, "axis must not be 0"),
         (lambda: GhostBatchNorm(4, 2)(np.ones(SHAPE)), ValueError, "x must have 4 channels"),
         (lambda: BatchRenorm(6, momentum=None), TypeError, "momentum must be a real number"),
-        (lambda: BatchRenorm(6, schedule=(3, 5)), TypeError, "schedule must be a RenormSchedule"),
+        (
+            lambda: BatchRenorm(6, schedule=(3, 5)),
+            TypeError,
+            "schedule must be an instance of RenormSchedule",
+        ),
         (
             lambda: BatchRenorm(6, schedule=RenormSchedule(r_max=0.5)),
             *(ValueError, "r_max must be at least 1"),

@@ -123,16 +123,21 @@ def test_averages_of_equal_batches_are_derivatives_of_all_of_them(rng, axis):
     np.testing.assert_allclose(ROWS * dweight, of_many[1], rtol=1e-12)
 
 
-def test_a_weight_of_0_has_the_gradient_of_the_other_batches(dtype, rng, axis):
+@pytest.mark.parametrize("tiny", [0.0, 1e-310, 1e-42, -1e-30])
+def test_a_tiny_weight_has_the_gradient_of_the_other_batches(dtype, rng, axis, tiny):
     x, dy, _, _ = inputs(rng, axis, dtype)
-    weight = np.array([0, 1, 0], dtype)
+    weight = np.array([tiny, 1, tiny])
     var, squares, products = statistics(rng, dtype)
     _, saved = bnfast.moving_average_batch_norm_forward(x, var, squares, weight, axis=axis)
-    dx, *_ = bnfast.moving_average_batch_norm_backward(dy, x, saved, products, weight, axis=axis)
-    psi = products.astype(np.float64).mean(0)
-    expected = -np.moveaxis(x, axis, -1) * saved.invrms**2 * psi
-    channels = np.moveaxis(dx, axis, -1)[..., [0, 2]]
-    np.testing.assert_allclose(channels, expected[..., [0, 2]], rtol=8 * eps_of(dtype))
+    for out in (None, x.copy()):
+        given = x if out is None else out
+        dx, *_ = bnfast.moving_average_batch_norm_backward(
+            dy, given, saved, products, weight, axis=axis, out=out
+        )
+        psi = products.astype(np.float64).mean(0)
+        expected = -np.moveaxis(x, axis, -1) * saved.invrms**2 * psi
+        channels = np.moveaxis(dx, axis, -1)[..., [0, 2]]
+        np.testing.assert_allclose(channels, expected[..., [0, 2]], rtol=8 * eps_of(dtype))
     assert np.abs(expected[..., [0, 2]]).min() > 0
 
 
@@ -278,6 +283,10 @@ def shared():
         ),
         (lambda: trained(row=2), ValueError, "row must be less than 2"),
         (lambda: trained(row=-1), ValueError, "row must be at least 0"),
+        (
+            lambda: bnfast.moving_average_batch_norm(X, np.ones(3), row=0.5),
+            *(TypeError, "row must be an integer"),
+        ),
         (lambda: trained(r_max=0.5), ValueError, "r_max must be at least 1"),
         (lambda: trained(averaged=1), TypeError, "averaged must be True or False"),
         (lambda: trained(eps=0.0), ValueError, "eps must be positive in training"),

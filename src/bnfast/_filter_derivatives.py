@@ -15,8 +15,9 @@ import numpy as np
 from bnfast import _validation
 from bnfast._typing import Array
 
-# What a piece takes in float64, and the positions in it beside those of the matrices that it is
-# added to; but of a large batch it is never more than this part.
+# The bytes of a piece, in float64: enough for the BLAS, and all in the caches. Where there are many
+# channels, though, a piece has so many positions for each of them that adding up the products costs
+# little beside making them. But it is at most this part of a batch that is larger than the bytes.
 PIECE_BYTES = 2 << 20
 POSITIONS_OF_A_CHANNEL = 4
 FEWEST_PIECES = 16

@@ -5,7 +5,7 @@ As in `_primitives`, each validates first, and writes nothing before everything 
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,9 +116,9 @@ def gradient(
         scale = factor if gamma is None else gamma * factor
         product = scale * sum_dy_z / count
         psi = _average(products, position, product) if is_averaged else product
-        lost = (scale == 0.0) & (psi != 0.0)
-        pulls = _pulls(array, channel_axis, lost, inverse, psi)
-        shares = np.where(scale == 0.0, 0.0, psi / scale * count)
+        small = (psi != 0.0) & (np.abs(scale) < _least_scale(array.dtype, psi))
+        of_small = _input_gradient(upstream, array, channel_axis, small, inverse, scale, psi)
+        shares = np.where(small | (psi == 0.0), 0.0, psi / scale * count)
     dx = _primitives.input_gradient(
         upstream, array, channel_axis, zeros, inverse, scale, zeros, shares, count, out
     )
@@ -126,19 +126,27 @@ def gradient(
         _primitives.blend(products[position], 1.0, product, "gradient_buffer")
     dtype = array.dtype if gamma is None else gamma.dtype
     with np.errstate(all="ignore"):
-        if pulls is not None:
-            np.moveaxis(dx, channel_axis, 0)[lost] = pulls
+        for channel, own in of_small.items():
+            np.moveaxis(dx, channel_axis, 0)[channel] = own
         return dx, (factor * sum_dy_z).astype(dtype), sum_dy.astype(dtype)
 
 
-def _pulls(x: Array, axis: int, which: Array, invrms: Array, psi: Array) -> Array | None:
-    """Return dx of channels that a weight of 0 leaves psi alone: -x * invrms**2 * psi."""
-    if not which.any():
-        return None
-    channels = np.moveaxis(x, axis, 0)[which]
-    factors = -(invrms[which] ** 2) * psi[which]
-    pulls: Array = channels * factors.reshape(-1, *(1,) * (x.ndim - 1))
-    return pulls
+def _least_scale(dtype: np.dtype[Any], psi: Array) -> Array:
+    """Return how large a scale must be so that psi / scale, and scale itself, are in range."""
+    least: Array = np.sqrt(np.finfo(dtype).tiny) * np.maximum(np.abs(psi), 1.0)
+    return least
+
+
+def _input_gradient(
+    dy: Array, x: Array, axis: int, which: Array, invrms: Array, scale: Array, psi: Array
+) -> dict[int, Array]:
+    """Return dx of some channels, by number, without a division by their scale, which may be 0."""
+    slopes, pulls = scale * invrms, invrms**2 * psi
+    of_dy, of_x = np.moveaxis(dy, axis, 0), np.moveaxis(x, axis, 0)
+    return {
+        c: (of_dy[c] * slopes[c] - of_x[c] * pulls[c]).astype(x.dtype)
+        for c in np.flatnonzero(which).tolist()
+    }
 
 
 def _row(value: object, buffer: Array) -> int:

@@ -31,7 +31,7 @@ def describe(value: object) -> str:
 def instance(name: str, value: object, wanted: type) -> None:
     """Refuse what is not of a class of ours."""
     if not isinstance(value, wanted):
-        raise TypeError(f"{name} must be a {wanted.__name__}, got {describe(value)}")
+        raise TypeError(f"{name} must be an instance of {wanted.__name__}, got {describe(value)}")
 
 
 def flag(name: str, value: object) -> bool:

@@ -112,14 +112,13 @@ class IterationStatistics(NamedTuple):
             *(array, channel_axis, sources, weights, stride, padding, dilation, groups)
         )
         count, mean, m2 = _primitives.moments(array, channel_axis)
-        if count == 0:
-            empty = np.zeros(weights.shape)
-            return cls(weights.copy(), mean, m2, empty, empty.copy())
-        with np.errstate(all="ignore"):
-            found = _filter_derivatives.derivatives(
-                *(array, channel_axis, mean, sources, weights, layer)
-            )
-        return cls(weights.copy(), mean, m2 / count, *found)
+        found = np.zeros(weights.shape), np.zeros(weights.shape)
+        if count > 0 and weights.size > 0:
+            with np.errstate(all="ignore"):
+                found = _filter_derivatives.derivatives(
+                    *(array, channel_axis, mean, sources, weights, layer)
+                )
+        return cls(weights.copy(), mean, m2 / max(count, 1), *found)
 
 
 class CrossIterated(NamedTuple):
@@ -381,20 +380,15 @@ def cross_iteration_batch_norm_backward(
     >>> dbias
     array([1.])
     """
-    mean, invstd, iterations, _, _ = _validation.saved_value(
-        saved, CrossIterated, "cross_iteration_batch_norm_forward"
-    )
-    number = _validation.integer_from("iterations", iterations, 1)
+    of = _validation.saved_value(saved, CrossIterated, "cross_iteration_batch_norm_forward")
+    number = _validation.integer_from("iterations", of.iterations, 1)
     if number == 1:
-        return _primitives.gradient(dy, x, axis, mean, invstd, weight, False, out)
-    sum_dy, sum_dy_xhat = _primitives.gradient_sums(dy, x, axis, mean, invstd)
-    count = number * (np.size(x) // max(len(sum_dy), 1))
-    dx = _primitives.input_gradient(
-        *(dy, x, axis, mean, invstd, weight, sum_dy, sum_dy_xhat, max(count, 1), out)
-    )
-    dtype = dx.dtype if weight is None else np.asarray(weight).dtype
-    with np.errstate(all="ignore"):
-        return dx, sum_dy_xhat.astype(dtype), sum_dy.astype(dtype)
+        return _primitives.gradient(dy, x, axis, of.mean, of.invstd, weight, False, out)
+    part = _primitives.PartOfGradient(dy, x, axis, of.mean, None, of.invstd, weight, out)
+    count = number * (part.x.size // max(part.channels, 1))
+    dx = part.input_gradient(max(count, 1), part.sums)
+    dweight, dbias = part.parameter_gradients()
+    return dx, dweight, dbias
 
 
 def _normalize(
@@ -410,7 +404,7 @@ def _normalize(
 ) -> tuple[Array, CrossIterated]:
     """Return y, and what the backward pass needs, of a checked x and axis.
 
-    The running statistics are those that `out` must share no memory with.
+    `out` must share no memory with what is `running`.
     """
     channels = x.shape[axis] if x.ndim > 1 else 0
     epsilon = _validation.epsilon(eps, training=True)
@@ -423,7 +417,6 @@ def _normalize(
         )
         var = m2 / max(x.size // max(channels, 1), 1)
         return y, CrossIterated(mean, invstd, 1 + len(entries), mean, var)
-    scale = _validation.channel_parameter("weight", weight, channels)
     count, mean, m2 = _primitives.moments(x, axis)
     with np.errstate(all="ignore"):
         compensated = [_compensated(current, entry) for entry in entries]
@@ -431,9 +424,7 @@ def _normalize(
         variances = np.stack([m2 / count, *[each_var for _, each_var in compensated]])
         centre, var = average_of_iterations(means, variances)
         invstd = 1.0 / np.sqrt(var + epsilon)
-    y = _primitives.scale_shift(
-        x, axis, centre, var, scale, bias, epsilon, None, out, reads | {"weight": weight}
-    )
+    y = _primitives.scale_shift(x, axis, centre, var, weight, bias, epsilon, None, out, reads)
     return y, CrossIterated(centre, invstd, len(means), mean, m2 / count)
 
 

@@ -122,23 +122,14 @@ def moving_average_batch_norm(
            [25.]]), array([1.3]))
     """
     if _validation.flag("training", training):
-        y, _ = moving_average_batch_norm_forward(
-            x,
-            running_var,
-            square_buffer,  # type: ignore[arg-type]  # refused where it is None
-            weight,
-            bias,
-            momentum,
-            eps,
-            row=row,
-            averaged=averaged,
-            r_max=r_max,
-            axis=axis,
-            out=out,
+        y, _ = _moving_average.normalize(
+            *(x, running_var, square_buffer, weight, bias, momentum, eps),
+            *(row, averaged, r_max, axis, out),
         )
         return y
     array, channel_axis, channels = _validation.batch("x", x, axis)
     _validation.real("momentum", momentum)
+    _validation.integer_from("row", row, 0)
     _validation.flag("averaged", averaged)
     _validation.factor_limit("r_max", r_max)
     zeros, reads = np.zeros(channels), {"square_buffer": square_buffer}
