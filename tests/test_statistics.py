@@ -1,6 +1,7 @@
 """Moments as a value, and the weight of a new batch."""
 
 import copy
+import io
 import pickle
 
 import numpy as np
@@ -179,6 +180,42 @@ def test_bytes_of_something_else_are_refused(tmp_path):
     np.savez(path, Moments=np.array(1), count=1, mean=np.ones(1))
     with pytest.raises(ValueError, match="got a file without m2"):
         bnfast.Moments.load(path)
+    with open(path, "wb") as file:
+        np.save(file, np.ones(3))
+    with pytest.raises(ValueError, match=r"weights.npz: data must be of saved Moments"):
+        bnfast.Moments.load(path)
+
+
+@pytest.mark.parametrize(
+    ("code", "change", "message"),
+    [
+        ("f8", {"mean_low": np.zeros(1)}, r"mean_low must have the shape \(2,\)"),
+        ("f8", {"mean_low": np.array(["0", "0"])}, "mean_low must be float32 or float64"),
+        ("f8", {"m2": np.zeros(3)}, "m2 must have the shape of mean"),
+        ("f8", {"Moments": np.array([1, 1])}, r"of format 1, got \[1, 1\]"),
+        ("u1", {"sum_of_squares": np.array(["1"])}, r"sum_of_squares must be .* shape \(2,\)"),
+        ("u1", {"sum": np.ones(2)}, "sum must be the text of integers"),
+        ("u1", {"sum": np.array(["a", "1"])}, "invalid literal"),
+    ],
+)
+def test_arrays_that_do_not_belong_together_are_refused(code, change, message):
+    file = io.BytesIO()
+    with np.load(io.BytesIO(bnfast.moments(np.ones((3, 2), code)).to_bytes())) as saved:
+        np.savez(file, **{**saved, **change})
+    with pytest.raises(ValueError, match=f"^data must be of saved Moments.*{message}"):
+        bnfast.Moments.from_bytes(file.getvalue())
+
+
+def test_a_changed_bit_makes_a_value_error_or_no_difference(rng):
+    """Checksums find what is changed in the arrays; what else is changed, zipfile must survive."""
+    value = bnfast.moments(np.arange(12, dtype=np.uint8).reshape(4, 3))
+    data = value.to_bytes()
+    for place in range(len(data)):
+        changed = bytes([*data[:place], data[place] ^ 1 << rng.integers(8), *data[place + 1 :]])
+        try:
+            assert bnfast.Moments.from_bytes(changed) == value
+        except ValueError as error:
+            assert str(error).startswith("data must be of saved Moments")
 
 
 def test_summaries_merge_with_summaries_alone(rng):

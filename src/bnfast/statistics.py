@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
+from bnfast._scalars import describe
 from bnfast._typing import Array
 
 if TYPE_CHECKING:
@@ -304,14 +306,11 @@ class Moments:
 
     def _with_rest(self, arrays: dict[str, Array]) -> tuple[Any, ...]:
         """Return what `_set` takes, with what a file has besides count, mean and m2."""
+        shape = self._mean.shape
         if "sum" not in arrays:
-            low = _validation.statistics("mean_low", arrays["mean_low"])
+            low = _validation.statistics("mean_low", arrays["mean_low"], shape)
             return self._count, self._mean, low, self._m2
-        as_int = np.frompyfunc(int, 1, 1)
-        # Object: of a single value NumPy would make an integer of its own.
-        sums, squares = (
-            np.asarray(as_int(arrays[name]), object) for name in ("sum", "sum_of_squares")
-        )
+        sums, squares = (_integers(name, arrays[name], shape) for name in ("sum", "sum_of_squares"))
         return self._count, None, None, None, _narrowed((sums, squares))
 
     def to_bytes(self) -> bytes:
@@ -345,20 +344,23 @@ class Moments:
             raise TypeError(f"data must be bytes, got {type(data).__name__}")
         expected = f"data must be of saved {cls.__name__}"
         try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            with np.lib.npyio.NpzFile(io.BytesIO(data)) as file:
+                arrays = {name: np.asarray(file[name]) for name in file.files}
+        except _UNREADABLE as error:
             raise ValueError(f"{expected}, got {len(data)} bytes of something else") from error
         if cls.__name__ not in arrays:
             raise ValueError(
                 f"{expected}, got a file with {', '.join(sorted(arrays)) or 'nothing'}"
             )
-        if arrays[cls.__name__] != _FORMAT:
-            raise ValueError(f"{expected} of format {_FORMAT}, got {arrays[cls.__name__]}")
+        saved_as = arrays[cls.__name__].tolist()
+        if saved_as != _FORMAT:
+            raise ValueError(f"{expected} of format {_FORMAT}, got {saved_as}")
         try:
             return cls._loaded(arrays)
         except KeyError as error:
             raise ValueError(f"{expected}, got a file without {error.args[0]}") from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{expected}: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz file, which `load` reads, and NumPy's `load` as well.
@@ -399,6 +401,20 @@ class Moments:
 
 
 _FORMAT = 1
+_UNREADABLE = (  # what bytes that are no .npz file, or a damaged one, raise
+    *(ValueError, OSError, EOFError, KeyError),
+    *(zipfile.BadZipFile, zlib.error, RuntimeError),
+)
+
+
+def _integers(name: str, text: Array, shape: tuple[int, ...]) -> Array:
+    """Return the exact sums that were saved as text, as Python's integers."""
+    if text.dtype.kind != "U" or text.shape != shape:
+        raise ValueError(
+            f"{name} must be the text of integers, of shape {shape}, got {describe(text)}"
+        )
+    # Of a single value NumPy would make an integer of its own.
+    return np.asarray(np.frompyfunc(int, 1, 1)(text), object)
 
 
 def _added(first: Sums, second: Sums) -> Sums:
