@@ -362,6 +362,13 @@ def test_centralized_weights_have_means_of_0(dtype, rng, filters):
     np.testing.assert_array_equal(w, y)
 
 
+def test_a_large_mean_is_subtracted_from_weights_whole(dtype, rng):
+    w = rng.normal(1e4, 1, (7, 301)).astype(dtype)
+    exact = w - w.astype(WIDE).mean(1, keepdims=True)
+    y = bnfast.weight_centralization(w)
+    assert np.abs(y - exact).max() <= 4 * eps_of(dtype)
+
+
 def test_the_layer_averages_once_it_is_warm(rng, axis):
     layer = MovingAverageBatchNorm(
         *(3, 2, 1e-3, 0.3), warm_up=3, renormalized_from=5, r_max=1.5, axis=axis, dtype=np.float64

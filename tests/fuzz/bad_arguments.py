@@ -92,6 +92,7 @@ NEGATIVE_EPS = (
     "filter",
     "decor",
     "iter",
+    "moving",
 )
 
 FLAGS = {
@@ -101,7 +102,7 @@ FLAGS = {
 OF_STATISTICS = ("moments", "summary")
 
 # The least of each, where it has one.
-INTEGERS = {"num_groups": 1, "ghost_size": 1, "iterations": 1, "n_power_iterations": 0}
+INTEGERS = {"num_groups": 1, "ghost_size": 1, "iterations": 1, "n_power_iterations": 0, "row": 0}
 REALS = {"eps", "momentum", "gamma", "r_max", "d_max"}
 MAY_BE_NONE = {
     "weight",
@@ -173,7 +174,7 @@ def _wrong_arrays(call: Call, name: str, good: np.ndarray) -> list[Any]:
         found.append(_overlapping(good))
     if name not in MAY_BE_NONE or name in call.updated:
         found.append(None)
-    if name == "dy":
+    if name == "dy" and name != call.inputs[-1]:
         found.append(good.astype(np.float32 if good.dtype == np.float64 else np.float64))
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+from fuzz import calls_of_averages as averages
 from fuzz import calls_of_batches as batches
 from fuzz import calls_of_rows as rows
 from fuzz import calls_of_samples as samples
@@ -19,6 +20,7 @@ OF_SEVERAL: dict[Callable[[Random, str], Call], tuple[str, ...]] = {
     batches.batch_norm_backward: ("batch_norm_backward", "conditional_batch_norm_backward"),
     batches.batch_norm_halves: ("batch_norm_backward_sums", "batch_norm_backward_input"),
     batches.renorm: ("batch_renorm", "batch_renorm_forward"),
+    averages.moving_average: ("moving_average_batch_norm", "moving_average_batch_norm_forward"),
     samples.group_norm: ("group_norm", "group_norm_forward", "instance_norm_forward"),
     samples.group_norm_backward: ("group_norm_backward", "instance_norm_backward"),
     samples.response: ("filter_response_norm", "filter_response_norm_forward"),
@@ -31,6 +33,10 @@ OF_SEVERAL: dict[Callable[[Random, str], Call], tuple[str, ...]] = {
     ),
     weights.standardization_backward: (
         *("weight_standardization_backward", "scaled_weight_standardization_backward"),
+    ),
+    weights.centralization: (
+        *("weight_centralization", "weight_centralization_forward"),
+        "weight_centralization_backward",
     ),
     weights.spectral: ("spectral_norm", "spectral_norm_forward"),
     whitening.whitening: ("decorrelated_batch_norm", "iterative_norm"),
@@ -46,6 +52,7 @@ CALLS: dict[str, Callable[[Random], Call]] = {
     "ghost_batch_norm_forward": batches.ghost_forward,
     "ghost_batch_norm_backward": batches.ghost_backward,
     "batch_renorm_backward": batches.renorm_backward,
+    "moving_average_batch_norm_backward": averages.moving_average_backward,
     "instance_norm": samples.instance_norm,
     "filter_response_norm_backward": samples.response_backward,
     "weight_norm_backward": weights.weight_norm_backward,

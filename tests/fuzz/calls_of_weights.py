@@ -111,6 +111,20 @@ def standardization_backward(rng: Random, name: str) -> Call:
     return Call(name, arguments, expect, many, ("dy", "w"), ("dy", "w"), (), axis)
 
 
+def centralization(rng: Random, name: str) -> Call:
+    """The gradient is the same function."""
+    w, axis = _draw_filters(rng)
+    given = "dy" if name.endswith("backward") else "w"
+
+    def expect() -> Expected:
+        y, mean = oracle_of_members.centralized(w, axis)
+        return Expected({"y": y, "mean": mean} if name.endswith("forward") else {"y": y})
+
+    arguments = {given: w, "axis": axis}
+    unpack = many if name.endswith("forward") else one
+    return Call(name, arguments, expect, unpack, (given,), (given,), (), axis)
+
+
 def _vectors(rng: Random, w: Array, dim: int) -> tuple[Array, Array]:
     return tuple(draws.running(rng, (n,)) for n in oracle_of_members.matrix(w, dim).shape)
 

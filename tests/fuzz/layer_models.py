@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import bnfast
-from fuzz import call, draws, oracle, oracle_of_members, oracle_of_whitening
+from fuzz import call, draws, oracle, oracle_of_averages, oracle_of_members, oracle_of_whitening
 from fuzz.call import Array, Random
 from fuzz.case import text_of
-from fuzz.judge import Quantity
+from fuzz.judge import DOUBLE, Quantity
 
 # Gradients of layers have the rounding of the statistics that the layer made, besides their own.
 OF_OWN_STATISTICS = 4
@@ -67,6 +67,7 @@ def _copies(*arrays: Array | None) -> list[Array | None]:
 
 
 OF_CHANNELS = ("weight", "bias")
+NONFINITE = ("propagate", "propagate", "skip", "raise")
 AVERAGES = (
     bnfast.ExponentialAverage(old=0.75, bias_corrected=True),
     bnfast.CumulativeAverage(),
@@ -83,6 +84,13 @@ def _momentum(layer: Any, number: int) -> float:
 def _trains(layer: Any) -> bool:
     """Whether the layer normalizes by the batch, if it has a choice."""
     return layer.training and not layer.frozen
+
+
+def _is_finite(x: Array, axis: int, centred: bool = True) -> bool:
+    """Whether the statistics of a batch are such that nonfinite='skip' takes it."""
+    of = oracle.statistics(x, oracle.of_channels(x.shape, axis), centred)
+    most, values = np.finfo(DOUBLE).max, x.size / max(x.shape[axis], 1)
+    return bool(((np.abs(of.mean) <= most) & (of.var * values <= most)).all())
 
 
 def _of_statistics(
@@ -116,12 +124,19 @@ def _of_statistics(
     if tracks:
         running = _copies(layer.running_mean, layer.running_var)
         number = layer.num_batches_tracked
+    taken = [not tracks or _is_finite(x[part], layer.axis) for part, _ in folds]
+    if layer.nonfinite == "propagate":
+        taken = [True] * len(folds)
+    elif layer.nonfinite == "raise" and not all(taken):
+        return None
+    # Only ghosts are tracked where some are skipped.
+    tracks = tracks and (isinstance(layer, bnfast.GhostBatchNorm) or all(taken))
     if tracks and unbiased and any(fold.count == 1 for _, fold in folds):
         return None
-    for part, fold in folds:
+    for (part, fold), takes in zip(folds, taken, strict=True):
         found = oracle.forward(x[part], fold, weight, bias, layer.eps)
         parts.append((part, fold, found))
-        if tracks and x.size:
+        if tracks and x.size and takes:
             number += 1
             own = isinstance(layer, bnfast.InstanceNorm) and layer.momentum is None
             momentum = 0.0 if own else _momentum(layer, number)
@@ -131,7 +146,7 @@ def _of_statistics(
     y = oracle.concatenated([found.y for *_, found in parts])
     state = {} if updated is None else {"running_mean": updated.mean, "running_var": updated.var}
     counts = not isinstance(layer, bnfast.InstanceNorm) or callable(layer.momentum)
-    counted = len(parts) if tracks and counts else 0
+    counted = sum(taken) if tracks and counts else 0
 
     def gradients(dy: Array) -> dict[str, Quantity | None]:
         each = [
@@ -179,11 +194,24 @@ def _channel_inputs(
     return inputs
 
 
+def _sometimes_nonfinite(inputs: Callable[[Random], tuple[Any, ...]]) -> Any:
+    """Of what has a choice about such batches."""
+
+    def drawn(rng: Random) -> tuple[Any, ...]:
+        x, *others = inputs(rng)
+        if x.size and draws.chance(rng, 0.15):
+            x.flat[int(rng.integers(x.size))] = draws.pick(rng, (np.nan, np.inf, -np.inf))
+        return x, *others
+
+    return drawn
+
+
 def _tracking(rng: Random) -> dict[str, Any]:
     return {
         "eps": draws.pick(rng, (1e-5, 1e-3)),
         "momentum": draws.pick(rng, (0.1, None, 0.5, 1.0, 0.0, *AVERAGES)),
         "frozen": draws.chance(rng, 0.1),
+        "nonfinite": draws.pick(rng, NONFINITE),
         "track_running_stats": draws.chance(rng, 0.8),
         "dtype": draws.dtype(rng),
     }
@@ -211,7 +239,8 @@ def _batch_norm(rng: Random) -> Plan:
         folds = [(slice(None), oracle.of_channels(x.shape, axis))]
         return _of_statistics(layer, x, folds, layer.unbiased)
 
-    return Plan(make, _channel_inputs(channels, axis, ndim), step, text)
+    inputs = _sometimes_nonfinite(_channel_inputs(channels, axis, ndim))
+    return Plan(make, inputs, step, text)
 
 
 def _instance_norm(rng: Random) -> Plan:
@@ -224,7 +253,8 @@ def _instance_norm(rng: Random) -> Plan:
     def step(layer: Any, x: Array) -> Step | None:
         return _of_statistics(layer, x, [(slice(None), oracle.of_planes(x.shape, axis))], True)
 
-    return Plan(make, _channel_inputs(channels, axis, ndim), step, text)
+    inputs = _sometimes_nonfinite(_channel_inputs(channels, axis, ndim))
+    return Plan(make, inputs, step, text)
 
 
 def _ghost(rng: Random) -> Plan:
@@ -247,7 +277,8 @@ def _ghost(rng: Random) -> Plan:
         ]
         return _of_statistics(layer, x, folds, layer.unbiased)
 
-    return Plan(make, _not_empty(_channel_inputs(channels, axis, ndim)), step, text)
+    inputs = _sometimes_nonfinite(_not_empty(_channel_inputs(channels, axis, ndim)))
+    return Plan(make, inputs, step, text)
 
 
 def _not_empty(inputs: Callable[[Random], tuple[Any, ...]]) -> Any:
@@ -278,6 +309,8 @@ def _conditional(rng: Random) -> Plan:
         (x,) = of_x(rng)
         return x, rng.integers(0, classes, len(x))
 
+    inputs = _sometimes_nonfinite(inputs)
+
     def step(layer: Any, x: Array, labels: Array) -> Step | None:
         folds = [(slice(None), oracle.of_conditions(x.shape, axis))]
         return _of_statistics(layer, x, folds, layer.unbiased, labels)
@@ -300,11 +333,12 @@ def _renorm(rng: Random) -> Plan:
         schedule=schedule,
         momentum=draws.pick(rng, (0.01, 0.5, 1.0, *AVERAGES)),
         frozen=draws.chance(rng, 0.1),
+        nonfinite=draws.pick(rng, NONFINITE),
         dtype=draws.dtype(rng),
     )
     limits = schedule or bnfast.RenormSchedule()
 
-    def step(layer: Any, x: Array) -> Step:
+    def step(layer: Any, x: Array) -> Step | None:
         fold, dtypes = oracle.of_channels(x.shape, axis), _dtypes(layer, OF_CHANNELS)
         weight, bias, mean, std = _copies(
             layer.weight, layer.bias, layer.running_mean, layer.running_std
@@ -319,6 +353,9 @@ def _renorm(rng: Random) -> Plan:
                 return _gradients(found, OF_CHANNELS, dtypes)
 
             return Step(y, {}, 0, evaluated)
+        takes = layer.nonfinite == "propagate" or _is_finite(x, axis)
+        if layer.nonfinite == "raise" and not takes:
+            return None
         at = layer.num_batches_tracked
         r_max, d_max = _limits(limits, at)
         found = oracle_of_members.corrected(
@@ -347,9 +384,10 @@ def _renorm(rng: Random) -> Plan:
             dweight = _with_rounding_of(back.dweight, back.dbias, found.d)
             return _gradients((back.dx, dweight, back.dbias), OF_CHANNELS, dtypes)
 
-        return Step(found.y, updated, 1, gradients)
+        return Step(found.y, updated if takes else {}, int(takes), gradients)
 
-    return Plan(make, _not_empty(_channel_inputs(channels, axis, ndim)), step, text)
+    inputs = _sometimes_nonfinite(_not_empty(_channel_inputs(channels, axis, ndim)))
+    return Plan(make, inputs, step, text)
 
 
 def _with_rounding_of(dweight: Quantity, dbias: Quantity, d: Quantity) -> Quantity:
@@ -367,6 +405,65 @@ def _limits(schedule: Any, step: int) -> tuple[float, float]:
 
     r_max = 1.0 + (schedule.r_max - 1.0) * gone(schedule.r_end)
     return r_max, schedule.d_max * gone(schedule.d_end)
+
+
+def _moving_average(rng: Random) -> Plan:
+    ndim = int(rng.integers(2, 5))
+    channels, axis = int(rng.integers(1, 9)), draws.axis(rng, ndim)
+    size, warm_up, later = (int(rng.integers(low, 5)) for low in (1, 0, 0))
+    make, text = _made(
+        *("MovingAverageBatchNorm", channels, size),
+        axis=axis,
+        affine=draws.chance(rng, 0.7),
+        momentum=draws.pick(rng, (0.02, 0.5, 1.0, *AVERAGES)),
+        warm_up=warm_up,
+        renormalized_from=later,
+        r_max=draws.pick(rng, (1.0, 2.0, 1e3)),
+        frozen=draws.chance(rng, 0.1),
+        nonfinite=draws.pick(rng, NONFINITE),
+        dtype=draws.dtype(rng),
+    )
+
+    def step(layer: Any, x: Array) -> Step | None:
+        fold, dtypes = oracle.of_channels(x.shape, axis), _dtypes(layer, OF_CHANNELS)
+        weight, bias, var, squares = _copies(
+            layer.weight, layer.bias, layer.running_var, layer.square_buffer
+        )
+        nothing = np.zeros(channels)
+        if not _trains(layer):
+            y = oracle.evaluate(x, fold, nothing, var, weight, bias, layer.eps)
+
+            def evaluated(dy: Array) -> dict[str, Quantity | None]:
+                inverse = 1 / np.sqrt(var.astype(oracle.WIDE) + layer.eps)
+                found = oracle.backward(dy, x, fold, nothing, inverse, weight, constant=True)
+                return _gradients(found, OF_CHANNELS, dtypes)
+
+            return Step(y, {}, 0, evaluated)
+        takes = layer.nonfinite == "propagate" or _is_finite(x, axis, centred=False)
+        if layer.nonfinite == "raise" and not takes:
+            return None
+        seen = layer.num_batches_tracked
+        row, averaged = seen % size, seen >= max(warm_up, size)
+        r_max = layer.r_max if seen >= max(warm_up, later) else 1.0
+        found = oracle_of_averages.moving_average(
+            *(x, fold, var, squares, weight, bias, _momentum(layer, seen + 1), layer.eps),
+            *(row, averaged, r_max),
+        )
+
+        def gradients(dy: Array) -> dict[str, Quantity | None]:
+            # The buffer as it is by then: a state may have been loaded since the call.
+            *of_layer, buffer = oracle_of_averages.moving_average_backward(
+                *(dy, x, fold, found.invrms.value, found.r.value, row, averaged),
+                *(layer.gradient_buffer.copy(), weight),
+            )
+            named = _gradients(of_layer, OF_CHANNELS, dtypes)
+            return named | {"gradient_buffer": _loosened(buffer)} if takes else named
+
+        updated = {"running_var": found.running_var, "square_buffer": found.square_buffer}
+        return Step(found.y, updated if takes else {}, int(takes), gradients)
+
+    inputs = _sometimes_nonfinite(_not_empty(_channel_inputs(channels, axis, ndim)))
+    return Plan(make, inputs, step, text)
 
 
 def _group_norm(rng: Random) -> Plan:
@@ -612,6 +709,7 @@ LAYERS: dict[str, Callable[[Random], Plan]] = {
     "GhostBatchNorm": _ghost,
     "ConditionalBatchNorm": _conditional,
     "BatchRenorm": _renorm,
+    "MovingAverageBatchNorm": _moving_average,
     "GroupNorm": _group_norm,
     "LayerNorm": lambda rng: _rows(rng, "LayerNorm"),
     "RMSNorm": lambda rng: _rows(rng, "RMSNorm"),

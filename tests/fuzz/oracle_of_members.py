@@ -264,6 +264,16 @@ def _divisor(rule: Rule, std: Array, count: int) -> tuple[Array, Array, Array]:
         return std + eps, fewer * std * (std + eps), doubtful
 
 
+def centralized(w: Array, axis: int) -> tuple[Quantity, Quantity]:
+    """The weights without the mean of their filter, and that."""
+    fold = of_filters(w.shape, axis)
+    of = statistics(w, fold)
+    size = np.maximum(np.abs(of.deviation), np.sqrt(of.var))
+    sizes = {"output": unjudged(size, np.broadcast_to(of.usable, size.shape))}
+    y = Quantity(of.deviation, {**sizes, "smallest": 1 + 0 * size}, w.dtype, w.dtype)
+    return y, mean_of(of, fold, w.dtype)
+
+
 def standardized(
     w: Array, axis: int, gain: Array | None, rule: Rule
 ) -> tuple[Quantity, Quantity, Quantity]:

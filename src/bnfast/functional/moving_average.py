@@ -413,7 +413,8 @@ def _centralized(
     array, filter_axis, filters = _validation.weights(name, value, axis)
     if out is not None:
         _validation.output(out, array, {name: value}, (name,))
-    _, mean, _ = _primitives.moments(array, filter_axis)
-    ones = np.ones(filters)
-    y = _primitives.scale_shift(array, filter_axis, mean, ones, None, None, 0.0, None, out)
+    _, mean, low, *_ = _primitives.summarize(array, filter_axis, None, False, False)
+    # What rounding left of the mean would cost float64 weights |mean| / std ulps.
+    ones, rest = np.ones(filters), -low
+    y = _primitives.scale_shift(array, filter_axis, mean, ones, None, rest, 0.0, None, out)
     return y, mean
