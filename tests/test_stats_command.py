@@ -489,6 +489,8 @@ def test_arrays_in_groups_of_zarr(numbers, stats, rng, zarr):
     write_zarr(group.create_group("deep"), "b", x[10:], (40, 2))
     check(numbers("x.zarr"), x, 1)
     check(numbers("x.zarr", "--member", "deep/b"), x[10:], 1)
+    message = stats("x.zarr/a", "--member", "a", fails=True)
+    assert "x.zarr/a: expected a group of zarr for --member, got an array" in message
     message = stats("x.zarr", "--member", "c", fails=True)
     assert "expected --member to be one of a, deep/b, got c" in message
 

@@ -245,6 +245,8 @@ def open_zarr(path: Path, members: Sequence[str], axis: Axis) -> Iterator[Open]:
     except Exception as error:  # zarr 2 and 3 raise errors of their own for what they do not know
         raise cannot_be_read(str(path), error) from error
     if arrays is None:
+        if members:
+            raise Failure(f"{path}: expected a group of zarr for --member, got an array")
         yield partial(Zarr, str(path), node, axis)
         return
     for name in chosen(path, list(arrays), members):
