@@ -1,5 +1,6 @@
 """What a rank does in ``test_distributed_processes.py``: ``program.py TRANSPORT SCENARIO``."""
 
+import copy
 import os
 import signal
 import sys
@@ -130,6 +131,29 @@ def evaluate(communicator):
     own(x)
     if communicator.rank == 1:
         time.sleep(TIMEOUT["evaluate"] + 2)
+
+
+def module(communicator):
+    """PyTorch's module, in a model whose gradients DistributedDataParallel averages."""
+    import torch
+
+    from bnfast.integrations.torch import SyncBatchNorm
+
+    torch.manual_seed(0)
+    nn = torch.nn
+    whole = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1)).double()
+    own = SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(whole), torch.distributed.new_group())
+    own = nn.parallel.DistributedDataParallel(own)
+    rank, size = communicator.rank, communicator.size
+    for _ in range(3):
+        x = torch.randn(size * 6, 5, dtype=torch.float64)
+        for model, part in ((whole, x), (own, x[rank * 6 : rank * 6 + 6])):
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            optimizer.zero_grad()
+            model(part).square().mean().backward()
+            optimizer.step()
+    for key, expected in whole.state_dict().items():
+        np.testing.assert_allclose(own.module.state_dict()[key], expected, rtol=1e-9, atol=1e-12)
 
 
 def main():

@@ -101,3 +101,8 @@ def test_a_rank_that_exchanges_nothing_is_not_waited_for_for_ever(transport, tmp
     assert status != {0}, output
     error = "TimeoutError: the other ranks" if transport is mpi else "ConnectionError: rank 0"
     assert error in output
+
+
+def test_pytorchs_module_trains_as_one_process_would(tmp_path):
+    status, output = gloo("module", 2, tmp_path)
+    assert status == {0}, output

@@ -1,0 +1,223 @@
+"""PyTorch's modules, whose calls on the CPU bnfast computes, and how models get them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bnfast._scalars import describe
+from bnfast.integrations._report import Entry, Report
+from bnfast.integrations.torch.functions import Normalization, memory, normalize
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+def _is_computed(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether bnfast has a kernel for this call: eager, of plain tensors of one type in memory.
+
+    What torch.compile fuses, and what is traced or transformed, is left to PyTorch.
+    """
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.is_autocast_enabled("cpu")
+        and x.is_cpu
+        and x.dtype in _DTYPES
+        and x.layout is torch.strided
+        and x.dim() >= 2
+        and (weight is None or (weight.is_cpu and weight.dtype is x.dtype))
+    )
+
+
+class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize with the statistics of the batch; without them, as the parent class does."""
+        of_batch = self.training or self.running_mean is None
+        # A single value of a channel, and none at all, PyTorch judges.
+        if not of_batch or not _is_computed(x, self.weight) or x.numel() <= x.size(1):
+            return super().forward(x)
+        self._check_input_dim(x)
+        running = None, None
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats:
+            running = self.running_mean, self.running_var
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+                if self.momentum is None:
+                    momentum = 1.0 / float(self.num_batches_tracked)
+        call = Normalization(
+            "batch_norm",
+            self.eps,
+            running_mean=memory(running[0]),
+            running_var=memory(running[1]),
+            momentum=momentum,
+        )
+        y = normalize(x, self.weight, self.bias, call)
+        for statistic in running:
+            if statistic is not None:
+                torch.autograd.graph.increment_version(statistic)
+        return y
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    """``torch.nn.BatchNorm1d``, trained by bnfast."""
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d``, trained by bnfast."""
+
+
+class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+    """``torch.nn.BatchNorm3d``, trained by bnfast."""
+
+
+class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize with the statistics of each sample; with running ones, as the parent does."""
+        if (
+            self.track_running_stats
+            or not _is_computed(x, self.weight)
+            or x.dim() != self._get_no_batch_dim() + 1
+            or x.size(1) != self.num_features
+            or x.numel() <= x.size(0) * x.size(1)
+        ):
+            return super().forward(x)
+        return normalize(x, self.weight, self.bias, Normalization("instance_norm", self.eps))
+
+
+class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
+    """``torch.nn.InstanceNorm1d``, computed by bnfast."""
+
+
+class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
+    """``torch.nn.InstanceNorm2d``, computed by bnfast."""
+
+
+class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
+    """``torch.nn.InstanceNorm3d``, computed by bnfast."""
+
+
+class GroupNorm(nn.GroupNorm):
+    """``torch.nn.GroupNorm``, computed by bnfast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize the groups of channels of every sample."""
+        if not _is_computed(x, self.weight) or x.numel() <= x.size(0) * self.num_groups:
+            return super().forward(x)
+        call = Normalization("group_norm", self.eps, (self.num_groups,))
+        return normalize(x, self.weight, self.bias, call)
+
+
+class RMSNorm(nn.RMSNorm):
+    """``torch.nn.RMSNorm``, computed by bnfast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Divide every row by its root mean square."""
+        if not _is_computed(x, self.weight) or not x.numel():
+            return super().forward(x)
+        shape = (self.normalized_shape,)
+        return normalize(x, self.weight, None, Normalization("rms_norm", self.eps, shape, shape))
+
+
+_SWAPPED: dict[type[nn.Module], type[nn.Module]] = {
+    theirs: ours
+    for ours in (
+        *(BatchNorm1d, BatchNorm2d, BatchNorm3d),
+        *(InstanceNorm1d, InstanceNorm2d, InstanceNorm3d),
+        *(GroupNorm, RMSNorm),
+    )
+    for theirs in ours.__bases__[-1:]
+}
+_NORMALIZATIONS = (
+    *(nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+    *(nn.LocalResponseNorm, nn.CrossMapLRN2d),
+)
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Let bnfast train the normalizations of a model on the CPU, from now on.
+
+    Each module stays the object that it is, but for its class: parameters, buffers, hooks,
+    ``state_dict`` and ``isinstance`` are unchanged. `restore` takes it back.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Changed in place.
+
+    Returns
+    -------
+    Report
+        The normalizations that were swapped, and those that were not, each with the reason.
+
+    Raises
+    ------
+    TypeError
+        Where `model` is no module.
+
+    Notes
+    -----
+    Tensors are used as they are, in the contiguous and the channels_last format. Running statistics
+    and counters are PyTorch's. Gradients can be differentiated any number of times; those of
+    PyTorch's own modules are wrong from the third time on.
+
+    PyTorch goes on to compute what it is as fast at, or what bnfast has no kernel for: layer norm,
+    batch norm in evaluation, instance norm with running statistics, half precision and autocast,
+    other devices, and what is compiled, traced or transformed by torch.func.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bnfast.integrations.torch import accelerate
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+    >>> print(accelerate(model))
+    bnfast computes 1 of 1 normalization layers
+      1 BatchNorm2d
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {describe(model)}")
+    swapped, left = [], []
+    for path, module in model.named_modules():
+        if not isinstance(module, _NORMALIZATIONS):
+            continue
+        kind = type(module)
+        entry = Entry(path, kind.__name__, _reason_to_leave(module))
+        if entry.reason:
+            left.append(entry)
+        else:
+            module.__class__ = _SWAPPED.get(kind, kind)
+            swapped.append(entry)
+    return Report("PyTorch", tuple(swapped), tuple(left))
+
+
+def _reason_to_leave(module: nn.Module) -> str:
+    kind = type(module)
+    if kind not in _SWAPPED and kind not in _SWAPPED.values():
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+            return "its sizes are not known before its first call: accelerate after that"
+        if isinstance(module, nn.LayerNorm):
+            return "PyTorch is faster"
+        return "bnfast has no kernel for this class"
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
+        return "it has running statistics"
+    for tensor in module.parameters():
+        if tensor.dtype not in _DTYPES:
+            return f"its dtype is {str(tensor.dtype).removeprefix('torch.')}"
+        if not tensor.is_cpu:
+            return f"it is on the device {tensor.device}"
+    return ""
+
+
+def restore(model: nn.Module) -> None:
+    """Give a model PyTorch's own normalizations back.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Changed in place.
+    """
+    theirs = {ours: theirs for theirs, ours in _SWAPPED.items()}
+    for module in model.modules():
+        module.__class__ = theirs.get(type(module), type(module))
