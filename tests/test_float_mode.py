@@ -152,7 +152,11 @@ MOVE_NUMBERS_ONLY = {
 
 
 def test_whatever_users_call_is_guarded():
-    functions = {name: getattr(functional, name) for name in functional.__all__}
+    functions = {
+        name: getattr(module, name)
+        for module in (functional, bnfast.folding)
+        for name in module.__all__
+    }
     classes = {c for thing in vars(bnfast).values() if inspect.isclass(thing) for c in thing.mro()}
     methods = {
         f"{c.__name__}.{name}": value

@@ -20,6 +20,7 @@ MODULES = [
     "bnfast._threads",
     "bnfast.adaptation.monitor",
     "bnfast.adaptation.recalibration",
+    "bnfast.folding",
     "bnfast.functional.batch",
     "bnfast.functional.conditional",
     "bnfast.functional.cross_iteration",

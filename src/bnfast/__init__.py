@@ -18,11 +18,13 @@ Layers, which own parameters and statistics: call one, then its ``backward``: `B
 `ExponentialAverage`, `CumulativeAverage` and `LearnableMomentum` say what a batch weighs in the
 running statistics of a layer. `recalibrating` makes these statistics anew, of other data;
 `monitoring` says whether that is needed.
+`bnfast.folding` has functions that fold batch norm into the weights beside it.
 `bnfast.distributed`, to be imported by name, synchronizes the statistics of several processes.
 
 `set_num_threads` and `show_config` say how it runs; ``python -m bnfast info`` prints the latter.
 """
 
+from bnfast import folding
 from bnfast._configuration import available_isas, show_config
 from bnfast._memory import get_output_pool_limit, set_output_pool_limit
 from bnfast._threads import get_num_threads, set_num_threads
@@ -181,6 +183,7 @@ __all__ = [
     "filter_response_norm",
     "filter_response_norm_backward",
     "filter_response_norm_forward",
+    "folding",
     "get_num_threads",
     "get_output_pool_limit",
     "ghost_batch_norm",

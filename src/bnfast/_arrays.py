@@ -43,6 +43,25 @@ def floating_array(name: str, value: object) -> Array:
     return array
 
 
+def finite_floats(name: str, value: object) -> Array:
+    """Return an array of finite floats of 16 (bfloat16 too), 32 or 64 bits, in native byte order.
+
+    For what is converted once, rather than by kernels.
+    """
+    array = _array(name, value, "floating-point")
+    dtype = array.dtype
+    if not (dtype.isnative and (dtype.char in "efd" or dtype.name == "bfloat16")):
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64 in native byte order, "
+            f"got {describe(array)}"
+        )
+    wrong = np.argwhere(~np.isfinite(array))
+    if len(wrong):
+        where = tuple(wrong[0].tolist())
+        raise ValueError(f"{name} must be finite, got {array[where]} at {list(where)}")
+    return array
+
+
 def numbers(name: str, value: object) -> Array:
     """Return an array of numbers that can be summed, without a copy where possible."""
     array = _array(name, value, "float32, float64, integer or boolean")

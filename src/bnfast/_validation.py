@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast._arrays import counts as counts
+from bnfast._arrays import finite_floats as finite_floats
 from bnfast._arrays import floating_array as floating_array
 from bnfast._arrays import kept_axes as kept_axes
 from bnfast._arrays import mask as mask
@@ -221,6 +222,15 @@ def channel_parameter(
     if not (flags.c_contiguous and flags.aligned):
         array = array.copy()
     return array
+
+
+def finite_channel_parameter(
+    name: str, value: object, channels: int, called: str = "channels"
+) -> NDArray[np.float64]:
+    """Return one finite value a channel, of any float type, as a float64 copy."""
+    array = finite_floats(name, value)
+    _one_for_each_channel(name, array, channels, called)
+    return array.astype(np.float64)
 
 
 def sample_parameter(name: str, value: object, samples: int, channels: int) -> Array | None:
