@@ -15,18 +15,17 @@ import numpy as np
 from numpy.lib import format as npy
 
 from bnfast import summary
+from bnfast._cli.failure import Failure, cannot_be_read
 from bnfast._cli.stats.source import (
     UNITS,
     Advance,
     Axis,
     Box,
-    Failure,
     Open,
     Saved,
     Source,
     boxes,
     bytes_of_block,
-    cannot_be_read,
     readable,
     summary_of_boxes,
 )

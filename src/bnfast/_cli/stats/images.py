@@ -11,16 +11,8 @@ import numpy as np
 from PIL import Image
 
 from bnfast import summary
-from bnfast._cli.stats.source import (
-    UNITS,
-    Advance,
-    Axis,
-    Failure,
-    LeftOut,
-    Source,
-    bytes_of_block,
-    cannot_be_read,
-)
+from bnfast._cli.failure import Failure, cannot_be_read
+from bnfast._cli.stats.source import UNITS, Advance, Axis, LeftOut, Source, bytes_of_block
 from bnfast._threads import allowed_threads
 from bnfast._typing import Array
 from bnfast.statistics import Summary

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from bnfast._cli.stats.source import Advance, DataSet, Failure, Source
+from bnfast._cli.failure import Failure
+from bnfast._cli.stats.source import Advance, DataSet, Source
 from bnfast.statistics import Summary
 
 _MOST_ROWS = 200  # of a table; JSON has all

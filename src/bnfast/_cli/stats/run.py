@@ -10,16 +10,9 @@ from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 
+from bnfast._cli.failure import Failure, cannot_be_read
 from bnfast._cli.stats import arrays, report
-from bnfast._cli.stats.source import (
-    Axis,
-    DataSet,
-    Failure,
-    LeftOut,
-    Open,
-    Source,
-    cannot_be_read,
-)
+from bnfast._cli.stats.source import Axis, DataSet, LeftOut, Open, Source
 from bnfast.statistics import Summary
 
 _IMAGES = (

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bnfast import summary
+from bnfast._cli.failure import Failure
 from bnfast._typing import Array
 from bnfast.statistics import Summary
 
@@ -24,10 +25,6 @@ UNITS = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0}
 Box = tuple[slice, ...]
 Axis = tuple[int, ...] | None  # None where the user names none
 Advance = Callable[[int, str], None]  # bytes that were read, of what
-
-
-class Failure(Exception):
-    """What the user is told, in one line."""
 
 
 class LeftOut:
@@ -110,12 +107,6 @@ class Saved(Source):
     def summarize(self, finite: bool, advance: Advance) -> Summary:
         """Return what was saved."""
         return self._saved
-
-
-def cannot_be_read(name: str, error: Exception) -> Failure:
-    """Return what the user is told of a library's error."""
-    reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return Failure(f"{name}: cannot be read: {reason.splitlines()[0]}")
 
 
 def readable(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
