@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=_new_png, default="bnfast_demo.png", metavar="FILE", help="the plot"
     )
     _add_stats(commands)
+    _add_fold(commands)
     _add_bench(commands)
     return parser
 
@@ -168,6 +169,38 @@ def _add_stats(commands: Any) -> None:
         metavar="NUMBER",
         help="for --normalize, the value that counts as 1 (default: 255 and 65535 for unsigned "
         "integers of 8 and 16 bits, 1 for others)",
+    )
+
+
+def _add_fold(commands: Any) -> None:
+    fold = commands.add_parser(
+        "fold",
+        help="fold the batch norms of an ONNX model into the layers beside them",
+        description="Fold each batch norm of an ONNX model into the convolution or matrix product "
+        "before it, or after it where that is exact; say what became of each, and why; write the "
+        "model if onnxruntime gets the same outputs from it.",
+    )
+    fold.add_argument("model", type=Path, metavar="MODEL.onnx", help="which is left as it is")
+    fold.add_argument(
+        "-o",
+        "--output",
+        type=_new_file,
+        required=True,
+        metavar="FILE.onnx",
+        help="where to write the folded model",
+    )
+    fold.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE.npz",
+        help="arrays named as the inputs, to compare outputs of (default: random numbers)",
+    )
+    fold.add_argument(
+        "--tolerance",
+        type=_positive(float, or_zero=True),
+        metavar="NUMBER",
+        help="by how much outputs may differ, relative to the largest value of each (default: the "
+        "square root of the type's eps, 0.0003 for float32)",
     )
 
 
@@ -271,6 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command == "bench":
         return _bench(options)
+    if options.command == "fold":
+        return _fold(options)
     if options.command == "stats":
         from bnfast._cli.stats import run as stats
 
@@ -285,6 +320,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     return demo.run(options.epochs, options.learning_rate, options.seed, options.output)
+
+
+def _fold(options: argparse.Namespace) -> int:
+    try:
+        from bnfast._cli.onnx import fold
+    except ImportError as error:
+        print(
+            f"python -m bnfast fold needs onnx, onnxruntime and rich ({error}).\n"
+            "Install them with: python -m pip install onnx onnxruntime rich",
+            file=sys.stderr,
+        )
+        return 1
+    return fold.run(options)
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -1,0 +1,122 @@
+"""The order of a run of ``fold``: read, fold, write beside, compare, and only then put in place."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bnfast._cli.failure import Failure
+from bnfast._cli.onnx.folds import Verdict, fold_all
+from bnfast._cli.onnx.inference import Session, inputs_of
+from bnfast._cli.onnx.model_file import ModelFile
+
+
+def run(options: Namespace) -> int:
+    """Fold a model, compare, write and print; return the exit status."""
+    try:
+        text = _folded(options.model, options.output, options.data, options.tolerance)
+    except Failure as failure:
+        print(f"python -m bnfast fold: {failure}", file=sys.stderr)
+        return 1
+    print(text)
+    return 0
+
+
+def _folded(path: Path, output: Path, data: Path | None, tolerance: float | None) -> str:
+    file = ModelFile(path)
+    file.check_output(output)
+    if data is not None and data.exists() and output.exists() and data.samefile(output):
+        raise Failure(f"{output}: is what --data names, which is not overwritten")
+    original = Session(path, str(path))
+    inputs = original.random_inputs() if data is None else inputs_of(data)
+    hint = "; --data gives it others" if data is None else ""
+    before = original.run(inputs, hint)
+    del original
+    verdicts = fold_all(file)
+    with file.written(output) as part:
+        after = Session(part, f"{path}, folded").run(inputs)
+
+        @cache
+        def optimized() -> dict[str, Any]:
+            return Session(path, str(path), optimized=True).run(inputs)
+
+        difference = _compared(before, after, optimized, tolerance)
+    folded = sum(verdict.folded for verdict in verdicts)
+    summary = (
+        f"{folded} of {len(verdicts)} batch norms folded. Outputs differ by at most {difference}. "
+        f"The model is in {output}."
+    )
+    return f"{_table(verdicts)}\n{summary}" if verdicts else summary
+
+
+def _compared(
+    before: dict[str, Any],
+    after: dict[str, Any],
+    optimized: Callable[[], dict[str, Any]],
+    tolerance: float | None,
+) -> str:
+    """Return by how much outputs differ, in words, or refuse what is too much.
+
+    Where outputs are tiny beside what they are made of, all of their digits may be rounding errors.
+    Then they may differ by twice as much as they do in the optimized model.
+    """
+    worst, text = -1.0, ""
+    for name, a in before.items():
+        if not isinstance(a, np.ndarray) or a.dtype.kind not in "fbiu":
+            raise Failure(f"expected outputs to be arrays of numbers, got another type for {name}")
+        found = _relative(a, after[name])
+        allowed = _allowed(a.dtype) if tolerance is None else tolerance
+        remark = ""
+        if not found <= allowed:
+            own = _relative(a, optimized()[name])
+            remark = f" (that of onnxruntime's own optimizations: {own:.2g})"
+            if not (np.isfinite(found) and found <= 2 * own):
+                raise Failure(
+                    f"nothing was written: output {name} would differ by {found:.2g} of its "
+                    f"largest value{remark}, more than the --tolerance of {allowed:.2g}"
+                )
+        if found > worst:
+            worst, text = found, f"{found:.2g} of the largest value{remark}"
+    return text
+
+
+def _relative(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> float:
+    if before.shape != after.shape:
+        return np.inf
+    a, b = (array.astype(np.float64) for array in (before, after))
+    differs = (a != b) & ~(np.isnan(a) & np.isnan(b))
+    if not np.any(differs):
+        return 0.0
+    if not np.all(np.isfinite(a[differs]) & np.isfinite(b[differs])):
+        return np.inf
+    largest = np.max(np.abs(a[np.isfinite(a)]))
+    return float(np.max(np.abs(a - b)[differs]) / largest) if largest else np.inf
+
+
+def _allowed(dtype: np.dtype[Any]) -> float:
+    """Return the default tolerance: half of the digits of floats, and no difference of others."""
+    return float(np.sqrt(np.finfo(dtype).eps)) if dtype.kind == "f" else 0.0
+
+
+def _table(verdicts: list[Verdict]) -> str:
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("batch norm", overflow="fold")
+    table.add_column("channels", justify="right")
+    table.add_column("result", overflow="fold")
+    for verdict in verdicts:
+        channels = "" if verdict.channels is None else f"{verdict.channels:,}"
+        table.add_row(Text(verdict.name), channels, Text(verdict.text))
+    console = Console(width=None if sys.stdout.isatty() else 10_000)  # elsewhere a row is a line
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines())

@@ -1,0 +1,92 @@
+"""Models run in onnxruntime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from bnfast._cli.failure import Failure, cannot_be_read
+from bnfast._typing import Array
+
+# Of inputs, where the model leaves a size open: that of the batch, and others.
+_BATCH, _SIZE = 1, 64
+
+
+class Session:
+    """A model that onnxruntime runs on the CPU.
+
+    Parameters
+    ----------
+    path : Path
+    name : str
+        As messages call it.
+    optimized : bool
+        Whether onnxruntime changes the model first, as it does by default, or runs it as it is.
+
+    Raises
+    ------
+    Failure
+        For a model that onnxruntime cannot run.
+    """
+
+    def __init__(self, path: Path, name: str, *, optimized: bool = False) -> None:
+        self._name = name
+        levels = onnxruntime.GraphOptimizationLevel
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = (
+            levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+        )
+        options.log_severity_level = 4  # what it refuses, it raises as well
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # of classes of its own
+            raise Failure(f"{name}: onnxruntime cannot load it: {_in_one_line(error)}") from error
+
+    def random_inputs(self) -> dict[str, Array]:
+        """Return an array for each input, the same in every run: normal numbers, zeros and ones."""
+        rng = np.random.default_rng(0)
+        return {each.name: self._random(rng, each) for each in self._session.get_inputs()}
+
+    def _random(self, rng: np.random.Generator, wanted: Any) -> Array:
+        kind = wanted.type.removeprefix("tensor(").removesuffix(")")
+        dtype = {"float": "float32", "double": "float64"}.get(kind, kind)
+        sizes = [
+            size if isinstance(size, int) and size > 0 else _SIZE if axis else _BATCH
+            for axis, size in enumerate(wanted.shape)
+        ]
+        if dtype in ("float16", "float32", "float64"):
+            return rng.normal(size=sizes).astype(dtype)
+        if dtype == "bool" or dtype.removeprefix("u").startswith("int"):
+            return rng.integers(0, 2, sizes).astype(dtype)
+        raise Failure(f"{self._name}: --data is needed for input {wanted.name!r}, of {wanted.type}")
+
+    def run(self, inputs: dict[str, Array], hint: str = "") -> dict[str, Any]:
+        """Return the outputs by name. The hint ends the message for inputs that do not fit."""
+        names = [each.name for each in self._session.get_outputs()]
+        try:
+            outputs = self._session.run(names, inputs)
+        except Exception as error:
+            reason = _in_one_line(error)
+            raise Failure(f"{self._name}: onnxruntime cannot run it: {reason}{hint}") from error
+        return dict(zip(names, outputs, strict=True))
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def inputs_of(path: Path) -> dict[str, Array]:
+    """Return the arrays of an .npz file."""
+    try:
+        arrays = np.load(path)
+        if isinstance(arrays, np.ndarray):
+            raise ValueError("expected .npz, got a single array")
+        with arrays:
+            return dict(arrays)
+    except Exception as error:  # of zipfile, zlib and others, for a broken one
+        raise cannot_be_read(str(path), error) from error
