@@ -325,6 +325,18 @@ def far_mean(b):
     return b.node("Relu").norm(mean=[0, 0, -70, 0], var=[1, 1, 4, 1]).conv()
 
 
+def in_front_of_padding(b):
+    return b.node("Relu").norm(mean=[0] * 4).conv(pads=[0, 0, 0, 1])
+
+
+def in_front_of_same(b):
+    return b.node("Relu").norm(mean=[0] * 4).conv(auto_pad="SAME_LOWER")
+
+
+def in_front_of_transposed(b):
+    return transposed(b.node("Relu").norm(mean=[0] * 4))
+
+
 def on_rows(b):
     # MatMul's channels are along the last axis, those of batch norm along axis 1.
     return b.node("MatMul", b.random("w", 6, 6)).norm()
@@ -362,6 +374,10 @@ STAYS = {
     within_function: "within function Block",
     far_mean: "Relu relu0 before it; in Conv conv after it digits would be lost, with a mean 35 "
     "standard deviations from zero",
+    in_front_of_padding: "Relu relu0 before it; Conv conv after it pads with zeros",
+    in_front_of_same: "Relu relu0 before it; Conv conv after it pads with zeros",
+    in_front_of_transposed: "Relu relu0 before it; ConvTranspose convtranspose2 after it pads with "
+    "zeros",
     on_rows: "MatMul matmul0 before it is not known to be of two matrices; "
     "its output is an output of the model",
     in_front_of_rows: "Relu relu0 before it; "
