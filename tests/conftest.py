@@ -9,6 +9,9 @@ import pytest
 import bnfast
 from bnfast import _core, _threads
 
+# Before anything imports Keras, which reads it once; programs that tests start inherit it.
+os.environ["KERAS_BACKEND"] = "numpy"
+
 # BNFAST_ISA narrows the run to one instruction set; without it every one that runs here is tested.
 FORCED = os.environ.get("BNFAST_ISA", "").lower()
 
