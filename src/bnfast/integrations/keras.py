@@ -128,7 +128,7 @@ def accelerate(model: Any) -> Report:
             f"model must be built, got {model.name!r}, which is not: call it on a batch first"
         )
     swapped, left = [], []
-    for layer in model._flatten_layers():
+    for layer in model._flatten_layers():  # nothing public enters wrappers and attributes
         if not isinstance(layer, _NORMALIZATIONS):
             continue
         entry = Entry(layer.path or layer.name, type(layer).__name__, _reason_to_leave(layer))
