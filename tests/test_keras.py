@@ -535,7 +535,7 @@ def test_the_report_says_what_was_left_and_why(rng):
 
 def test_a_model_without_norms_has_an_empty_report():
     report = accelerate(keras.Sequential([keras.Input((4,)), LAYERS.Dense(2)]))
-    assert report == integration.Report((), ())
+    assert report == integration.Report("Keras", (), ())
     assert str(report) == "bnfast computes 0 of 0 normalization layers"
 
 

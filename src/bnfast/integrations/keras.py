@@ -6,10 +6,8 @@ import contextlib
 import functools
 import math
 import types
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +15,7 @@ import bnfast
 from bnfast._conventions import KERAS
 from bnfast._scalars import describe
 from bnfast._typing import Array
+from bnfast.integrations._report import Entry, Report
 
 _NEEDS = (
     "bnfast.integrations.keras needs Keras 3.14 or newer with its NumPy backend (the extra "
@@ -34,49 +33,6 @@ if keras.config.backend() != "numpy":
 __all__ = ["Entry", "Report", "accelerate", "patched"]
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
-
-
-class Entry(NamedTuple):
-    """A normalization layer of a model.
-
-    Attributes
-    ----------
-    path : str
-        Keras's path of the layer, or its name where it has not been built.
-    kind : str
-        The name of its class.
-    reason : str
-        Why it was left to Keras; empty where it was swapped.
-    """
-
-    path: str
-    kind: str
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `accelerate` did; its ``str`` is a summary.
-
-    Attributes
-    ----------
-    swapped : tuple of Entry
-        The layers that bnfast computes from now on, or did before.
-    left : tuple of Entry
-        The normalization layers that Keras goes on to compute, each with the reason.
-    """
-
-    swapped: tuple[Entry, ...]
-    left: tuple[Entry, ...]
-
-    def __str__(self) -> str:
-        kinds = Counter(entry.kind for entry in self.swapped)
-        total = len(self.swapped) + len(self.left)
-        lines = [f"bnfast computes {len(self.swapped)} of {total} normalization layers"]
-        lines += [f"  {count} {kind}" for kind, count in kinds.items()]
-        lines += ["left to Keras"] if self.left else []
-        lines += [f"  {entry.path} ({entry.kind}): {entry.reason}" for entry in self.left]
-        return "\n".join(lines)
 
 
 def accelerate(model: Any) -> Report:
@@ -137,7 +93,7 @@ def accelerate(model: Any) -> Report:
         else:
             layer.call = types.MethodType(_CALLS[type(layer)], layer)
             swapped.append(entry)
-    return Report(tuple(swapped), tuple(left))
+    return Report("Keras", tuple(swapped), tuple(left))
 
 
 @contextlib.contextmanager
