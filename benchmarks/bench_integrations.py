@@ -1,6 +1,6 @@
-"""Dask and scikit-learn: bnfast's way beside theirs, in turn, on one table.
+"""Other libraries: bnfast's way beside theirs, in turn.
 
-``python benchmarks/bench_integrations.py`` prints the medians; pytest runs it once, on a small one.
+``python benchmarks/bench_integrations.py`` prints the medians; pytest runs it once, on little data.
 """
 
 import argparse
@@ -90,11 +90,42 @@ def scaler_calls(x):
     return {**calls, "sklearnex BasicStatistics": lambda: BasicStatistics(wanted).fit(x)}
 
 
-@pytest.mark.parametrize("calls", [lambda x: dask_calls(x, 1), scaler_calls], ids=["dask", "fit"])
-def bench_integrations(benchmark, calls):
-    pytest.importorskip("dask")
-    pytest.importorskip("sklearn")
-    times = benchmark.pedantic(lambda: in_turn(calls(table(1000)), 1), rounds=1)
+def autograd_calls(shape=(16, 64, 28, 28)):
+    """The value and the gradient of a function of batch norm, float64."""
+    import autograd.numpy as anp
+    from autograd import value_and_grad
+
+    from bnfast.integrations.autograd import batch_norm
+
+    def formula(x, weight, bias):
+        mean = anp.mean(x, (0, 2, 3), keepdims=True)
+        invstd = 1 / anp.sqrt(anp.var(x, (0, 2, 3), keepdims=True) + 1e-5)
+        xhat = (x - mean) * invstd
+        return xhat * anp.reshape(weight, (1, -1, 1, 1)) + anp.reshape(bias, (1, -1, 1, 1))
+
+    def ours(x, weight, bias):
+        return batch_norm(x, None, None, weight, bias, training=True)
+
+    def of(function):
+        both = value_and_grad(lambda *arrays: anp.sum(function(*arrays) ** 2), (0, 1, 2))
+        return lambda: both(x, weight, bias)
+
+    x = np.random.default_rng(0).normal(size=shape)
+    weight, bias = np.ones(shape[1]), np.zeros(shape[1])
+    return {"bnfast batch_norm": of(ours), "the formula": of(formula)}
+
+
+PEERS = {
+    "dask": lambda: dask_calls(table(1000), 1),
+    "sklearn": lambda: scaler_calls(table(1000)),
+    "autograd": lambda: autograd_calls((2, 3, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def bench_integrations(benchmark, peer):
+    pytest.importorskip(peer)
+    times = benchmark.pedantic(lambda: in_turn(PEERS[peer](), 1), rounds=1)
     assert all(seconds > 0 for seconds in times.values())
 
 
@@ -102,7 +133,7 @@ def show(title, times, ours_of):
     print(f"\n{title}")
     for name, seconds in times.items():
         ours = times[ours_of(name)]
-        print(f"  {name:28} {1e3 * seconds:9.1f} ms   {seconds / ours:6.2f} times bnfast's")
+        print(f"  {name:28} {1e3 * seconds:9.2f} ms   {seconds / ours:6.2f} times bnfast's")
 
 
 def main():
@@ -123,6 +154,11 @@ def main():
         "StandardScaler",
         in_turn(scaler_calls(x), arguments.turns),
         lambda name: "bnfast transform" if "transform" in name else "bnfast fit",
+    )
+    show(
+        "autograd: value and gradient, CPU time",
+        in_turn(autograd_calls(), arguments.turns, time.process_time),
+        lambda name: "bnfast batch_norm",
     )
 
 
