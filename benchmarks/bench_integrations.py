@@ -115,10 +115,33 @@ def autograd_calls(shape=(16, 64, 28, 28)):
     return {"bnfast batch_norm": of(ours), "the formula": of(formula)}
 
 
+def thinc_calls(shape=(2000, 96)):
+    """thinc's LayerNorm, forward and backward."""
+    from thinc.api import LayerNorm
+
+    from bnfast.integrations.thinc import accelerate
+
+    rng = np.random.default_rng(0)
+    x, dy = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+    theirs = LayerNorm(nI=shape[1]).initialize()
+    ours = theirs.copy()
+    accelerate(ours)
+
+    def of(model):
+        def both():
+            _, backprop = model.begin_update(x)
+            backprop(dy)
+
+        return both
+
+    return {"bnfast LayerNorm": of(ours), "thinc LayerNorm": of(theirs)}
+
+
 PEERS = {
     "dask": lambda: dask_calls(table(1000), 1),
     "sklearn": lambda: scaler_calls(table(1000)),
     "autograd": lambda: autograd_calls((2, 3, 4, 4)),
+    "thinc": lambda: thinc_calls((5, 8)),
 }
 
 
@@ -159,6 +182,11 @@ def main():
         "autograd: value and gradient, CPU time",
         in_turn(autograd_calls(), arguments.turns, time.process_time),
         lambda name: "bnfast batch_norm",
+    )
+    show(
+        "thinc: forward and backward, CPU time",
+        in_turn(thinc_calls(), 10 * arguments.turns, time.process_time),
+        lambda name: "bnfast LayerNorm",
     )
 
 
