@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 import bnfast
 from bnfast._scalars import describe
+from bnfast.integrations._report import Entry, Report
 
 try:
     from thinc.api import Model, NumpyOps
@@ -19,46 +20,10 @@ except ImportError as error:
         "bnfast.integrations.thinc needs thinc: python -m pip install thinc"
     ) from error
 
-__all__ = ["Left", "Report", "accelerate"]
+__all__ = ["Entry", "Report", "accelerate"]
 
 _NAME = "layernorm"  # of the nodes that LayerNorm makes
 _EPS = 1e-8  # what thinc adds to the variance
-
-
-class Left(NamedTuple):
-    """A layer that thinc goes on to compute.
-
-    Attributes
-    ----------
-    node : thinc.api.Model
-        The layer.
-    reason : str
-        Why it was left.
-    """
-
-    node: Any
-    reason: str
-
-
-class Report(NamedTuple):
-    """What `accelerate` did; its ``str`` is a summary.
-
-    Attributes
-    ----------
-    swapped : tuple of thinc.api.Model
-        The layers that bnfast computes from now on, or did before.
-    left : tuple of Left
-        The layers of layer normalization that it does not, each with the reason.
-    """
-
-    swapped: tuple[Any, ...]
-    left: tuple[Left, ...]
-
-    def __str__(self) -> str:
-        total = len(self.swapped) + len(self.left)
-        lines = [f"bnfast computes {len(self.swapped)} of {total} layers of LayerNorm"]
-        lines += [f"left to thinc: {node.name} {node.id}: {reason}" for node, reason in self.left]
-        return "\n".join(lines)
 
 
 def accelerate(model: Any) -> Report:
@@ -77,8 +42,8 @@ def accelerate(model: Any) -> Report:
     Returns
     -------
     Report
-        The nodes that were swapped, and those that were not: with operations of a GPU, or with a
-        forward function that is not thinc's.
+        The nodes that were swapped, by name and id, and those that were not: with operations of a
+        GPU, or with a forward function that is not thinc's.
 
     Raises
     ------
@@ -104,21 +69,30 @@ def accelerate(model: Any) -> Report:
     >>> from bnfast.integrations.thinc import accelerate
     >>> model = chain(Maxout(16, normalize=True), Softmax(3))
     >>> print(accelerate(model))
-    bnfast computes 1 of 1 layers of LayerNorm
+    bnfast computes 1 of 1 normalization layers
+      1 LayerNorm
     """
     if not isinstance(model, Model):
         raise TypeError(f"model must be a thinc model, got {describe(model)}")
     swapped, left = [], []
     for node in model.walk():
-        if node._func not in (layernorm.forward, _forward):
-            if node.name == _NAME:
-                left.append(Left(node, "its forward function is not that of thinc's LayerNorm"))
-        elif not isinstance(node.ops, NumpyOps):
-            left.append(Left(node, f"its operations are {type(node.ops).__name__}, not NumpyOps"))
+        if node._func not in (layernorm.forward, _forward) and node.name != _NAME:
+            continue
+        entry = Entry(f"{node.name} {node.id}", "LayerNorm", _reason_to_leave(node))
+        if entry.reason:
+            left.append(entry)
         else:
             node._func = _forward
-            swapped.append(node)
-    return Report(tuple(swapped), tuple(left))
+            swapped.append(entry)
+    return Report("thinc", tuple(swapped), tuple(left))
+
+
+def _reason_to_leave(node: Any) -> str:
+    if node._func not in (layernorm.forward, _forward):
+        return "its forward function is not that of thinc's LayerNorm"
+    if not isinstance(node.ops, NumpyOps):
+        return f"its operations are {type(node.ops).__name__}, not NumpyOps"
+    return ""
 
 
 def _forward(model: Any, X: Any, is_train: bool) -> tuple[Any, Callable[[Any], Any]]:
