@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 
 from bnfast import folding
 from bnfast._cli import main
+from trained_models import trained_model
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -17,7 +17,8 @@ pytest.importorskip("rich")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
-from onnx.reference.op_run import OpRun  # noqa: E402
+
+from bnfast.integrations.onnx import NORM_OPS  # noqa: E402
 
 CHANNELS = 4
 
@@ -690,25 +691,13 @@ def as_double(model):
     return model
 
 
-def test_a_real_model_differs_by_at_most_twice_its_own_error(fold, tmp_path):
+def test_a_real_model_differs_by_at_most_twice_its_own_error(fold):
     """Which way up text is, of rapidocr-onnxruntime: 35 batch norms, opset 11."""
-    package = "rapidocr-onnxruntime==1.4.4"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    done = subprocess.run([*command, package], capture_output=True, timeout=600, cwd=tmp_path)
-    if done.returncode:
-        pytest.skip(f"{package} cannot be downloaded")
-    member = "rapidocr_onnxruntime/models/ch_ppocr_mobile_v2.0_cls_infer.onnx"
-    zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extract(member)
-
-    class BatchNormalization(OpRun):  # onnx's own is wrong at opset 11
-        def _run(self, x, scale, bias, mean, var, epsilon=None, **others):
-            scale, bias, mean, var = (np.reshape(a, (-1, 1, 1)) for a in (scale, bias, mean, var))
-            return ((x - mean) / np.sqrt(var + epsilon) * scale + bias,)
-
-    assert "35 of 35 batch norms folded" in fold(member)
-    exact = ReferenceEvaluator(as_double(onnx.load(member)), new_ops=[BatchNormalization])
+    model = trained_model("ch_ppocr_mobile_v2.0_cls_infer.onnx")
+    assert "35 of 35 batch norms folded" in fold(model)
+    exact = ReferenceEvaluator(as_double(onnx.load(model)), new_ops=NORM_OPS)
     x = np.random.default_rng(0).normal(size=(4, 3, 48, 192)).astype(np.float32)
-    (own,), (folded,) = (outputs_of(path, {"x": x}) for path in (member, "out.onnx"))
+    (own,), (folded,) = (outputs_of(path, {"x": x}) for path in (model, "out.onnx"))
     (want,) = exact.run(None, {"x": x.astype(np.float64)})
     assert want.dtype == np.float64
     assert np.abs(folded - own).max() <= 2 * np.abs(own - want).max() <= 1e-5

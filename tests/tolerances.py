@@ -91,6 +91,9 @@ CLOSE_F64 = 1e-13
 CLOSE_F32 = 1e-5
 ROUNDED_F32 = 1e-6
 
+# What is computed in float32 is rounded once to narrower types: relative to itself, to nearest.
+HALF_AN_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+
 
 def eps_of(dtype):
     return EPS[np.dtype(dtype)]

@@ -97,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_stats(commands)
     _add_fold(commands)
+    _add_inspect(commands)
+    _add_recalibrate(commands)
     _add_bench(commands)
     return parser
 
@@ -204,6 +206,51 @@ def _add_fold(commands: Any) -> None:
     )
 
 
+def _add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="the normalization layers of an ONNX model, and whether their statistics are sound",
+        description="List the normalization layers of an ONNX model: what is unusual in the "
+        "statistics of batch norm, and which layers could be folded into their neighbours.",
+    )
+    inspect.add_argument("model", type=Path, metavar="MODEL.onnx")
+    inspect.add_argument("--json", action="store_true", help="print JSON, with all channels")
+    inspect.add_argument(
+        "--plot", type=_new_png, metavar="FILE.png", help="draw the deviations of all batch norm"
+    )
+
+
+def _add_recalibrate(commands: Any) -> None:
+    recalibrate = commands.add_parser(
+        "recalibrate",
+        help="give batch norm in an ONNX model the statistics of your data",
+        description="Make the statistics of all batch norm layers of an ONNX model anew: those of "
+        "what arrives at each layer when the model runs on your data.",
+    )
+    recalibrate.add_argument("model", type=Path, metavar="MODEL.onnx")
+    recalibrate.add_argument(
+        "--data",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help=".npy, .npz and folders of such: samples along the first axis, as the model takes "
+        "them; of several inputs, .npz files with their names",
+    )
+    recalibrate.add_argument(
+        "-o", "--output", type=_new_file, required=True, metavar="OUT.onnx", help="the new model"
+    )
+    recalibrate.add_argument(
+        "--batch",
+        type=_positive(int),
+        default=32,
+        metavar="NUMBER",
+        help="samples at once, unless the model says how many; the result is the same "
+        "(default: 32)",
+    )
+    recalibrate.add_argument("--json", action="store_true", help="print JSON, with all channels")
+
+
 def _default_shapes() -> Iterator[str]:
     for name, norm in NORMALIZATIONS.items():
         yield f"{norm.shapes} for {name}"
@@ -304,12 +351,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command == "bench":
         return _bench(options)
-    if options.command == "fold":
-        return _fold(options)
     if options.command == "stats":
         from bnfast._cli.stats import run as stats
 
         return stats.run(options)
+    if options.command in ("fold", "inspect", "recalibrate"):
+        return _onnx(options)
     try:
         from bnfast._cli import demo
     except ImportError as error:
@@ -322,17 +369,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return demo.run(options.epochs, options.learning_rate, options.seed, options.output)
 
 
-def _fold(options: argparse.Namespace) -> int:
+def _onnx(options: argparse.Namespace) -> int:
     try:
-        from bnfast._cli.onnx import fold
+        if options.command == "fold":
+            from bnfast._cli.onnx.fold import run
+        elif options.command == "inspect":
+            from bnfast._cli.onnx.inspection import run
+        else:
+            from bnfast._cli.onnx.recalibration import run
     except ImportError as error:
         print(
-            f"python -m bnfast fold needs onnx, onnxruntime and rich ({error}).\n"
+            f"python -m bnfast {options.command} needs onnx, onnxruntime and rich ({error}).\n"
             "Install them with: python -m pip install onnx onnxruntime rich",
             file=sys.stderr,
         )
         return 1
-    return fold.run(options)
+    return run(options)
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -44,7 +44,7 @@ class Graph:
         self._producers = {name: node for node in self.nodes for name in node.output}
         self._readers: dict[str, list[Any]] = defaultdict(list)
         for node in self.nodes:
-            for name in _names_read(node):
+            for name in names_read(node):
                 self._readers[name].append(node)
         self._names = {*self._initializers, *self._inputs, *self._producers, *self._readers}
         self._ranks: dict[str, int] | None = None
@@ -167,7 +167,7 @@ class Graph:
         del self.nodes[number], self._proto.node[number]
         for name in node.output:
             self._drop_value(name)
-        for name in _names_read(node):
+        for name in names_read(node):
             self._forget_reader(name, node)
 
     def _forget_reader(self, name: str, node: Any) -> None:
@@ -211,13 +211,13 @@ def graphs_within(node: Any) -> Iterator[Any]:
         yield from graphs_of_attribute(found)
 
 
-def _names_read(node: Any) -> Iterator[str]:
+def names_read(node: Any) -> Iterator[str]:
     """Yield the values that a node and the graphs within read, each as often as it is read."""
     yield from filter(None, node.input)
     for graph in graphs_within(node):
         yield from (value.name for value in graph.output)
         for inner in graph.node:
-            yield from _names_read(inner)
+            yield from names_read(inner)
 
 
 def _remove_named(values: Any, name: str) -> None:

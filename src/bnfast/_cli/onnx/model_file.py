@@ -82,7 +82,10 @@ class ModelFile:
             tensor = _copy(tensor)
             tensor.raw_data = self._content(tensor)
             tensor.data_location = TensorProto.DEFAULT
-        values: Array = numpy_helper.to_array(tensor)
+        try:
+            values: Array = numpy_helper.to_array(tensor)
+        except ValueError as error:  # too few bytes for its shape
+            raise cannot_be_read(f"{self.path}: {tensor.name!r}", error) from error
         return values
 
     def _content(self, tensor: Any) -> bytes:
@@ -94,7 +97,14 @@ class ModelFile:
             load_external_data_for_tensor(loaded, str(self.path.absolute().parent))
         except (OSError, ValueError, checker.ValidationError) as error:
             raise cannot_be_read(f"{self.path}: external data of {tensor.name!r}", error) from error
-        return bytes(loaded.raw_data)
+        content = bytes(loaded.raw_data)
+        length = next((int(e.value) for e in tensor.external_data if e.key == "length"), 0)
+        if len(content) < length:  # which some versions of onnx read without a word
+            raise Failure(
+                f"{self.path}: external data of {tensor.name!r}: truncated: expected "
+                f"{length:,} bytes, got {len(content):,}"
+            )
+        return content
 
     def check_output(self, output: Path) -> None:
         """Refuse to write over what this model was read from, or over anything but a file."""

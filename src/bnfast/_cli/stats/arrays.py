@@ -128,6 +128,16 @@ class Npy(_Array):
         if member is None:
             self._check_length(path.stat().st_size - header.end)
 
+    @property
+    def in_fortran_order(self) -> bool:
+        """Whether the first axis is the fastest one, of several."""
+        return self._header.fortran_order and len(self.shape) > 1
+
+    def batches(self, samples: int) -> Iterator[Array]:
+        """Read so many indices of the first axis at once; the next ones may overwrite the last."""
+        most = samples * max(1, prod(self.shape[1:]))
+        return (values for _, values in self._read(most))
+
     def _check_length(self, length: int) -> None:
         if length < self.size:
             raise Failure(
