@@ -126,14 +126,14 @@ def test_spectral_norm_finds_the_largest_singular_value(dtype, rng, dim, v_first
     close(sigma, np.linalg.norm(matrix.astype(np.float64), 2), np.float32)
     close(y, w / sigma, dtype)
     once = bnfast.spectral_norm_forward(w, left, right, 0, dim=dim, v_first=v_first)
-    np.testing.assert_array_equal(once[0], y)
+    close(once[0], y, dtype)  # of BLAS's products, whose bits depend on where arrays begin
     np.testing.assert_array_equal(once[2], left)
     dw = bnfast.spectral_norm_backward(y, w, sigma, left, right, dim=dim)
     for out in (np.empty_like(w), y.copy(), w.copy()):
         dy, weights = (out if np.array_equal(out, a) else a for a in (y, w))
         got = bnfast.spectral_norm_backward(dy, weights, sigma, left, right, dim=dim, out=out)
         assert got is out
-        np.testing.assert_array_equal(out, dw)
+        close(out, dw, dtype)
     for out in (np.empty_like(w), w.copy()):
         weights = out if np.array_equal(out, w) else w
         assert (
@@ -142,9 +142,9 @@ def test_spectral_norm_finds_the_largest_singular_value(dtype, rng, dim, v_first
             )[0]
             is out
         )
-        np.testing.assert_array_equal(out, y)
+        close(out, y, dtype)
     assert bnfast.spectral_norm(w, left, right, 0, dim=dim, v_first=v_first, out=w) is w
-    np.testing.assert_array_equal(w, y)
+    close(w, y, dtype)
 
 
 @pytest.mark.parametrize("v_first", [False, True])
