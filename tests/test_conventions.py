@@ -47,10 +47,10 @@ def test_states_have_the_names_of_pytorch():
 def test_from_keras_has_the_names_and_defaults_of_keras():
     parameters = inspect.signature(bnfast.BatchNorm.from_keras).parameters
     assert list(parameters)[:4] == [KERAS.weight, KERAS.bias, KERAS.mean, KERAS.var]
-    defaults = [parameters[name].default for name in ("momentum", "epsilon", "axis")]
-    assert defaults == [KERAS.momentum, KERAS.eps, KERAS.axis] == [0.99, 1e-3, -1]
     layer = bnfast.BatchNorm.from_keras(*np.ones((4, 2)))
-    assert layer.momentum == 1 - KERAS.momentum and layer.unbiased == KERAS.unbiased
+    assert (layer.momentum, layer.eps, layer.axis) == (1 - KERAS.momentum, KERAS.eps, KERAS.axis)
+    assert (KERAS.momentum, KERAS.eps, KERAS.axis) == (0.99, 1e-3, -1)
+    assert layer.unbiased == KERAS.unbiased
 
 
 def test_pytorch_is_as_it_says_itself(rng):

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _dtypes
 from bnfast._scalars import describe, integers
 from bnfast._typing import Array
+
+# Devices whose memory NumPy reads, or that have none.
+_NO_COPY = ("cpu", "meta")
+
+
+def as_array(value: Any) -> Array:
+    """Return the memory of an array, a tensor or a buffer as an array, or a copy of a list."""
+    array = np.asarray(value)
+    if array.dtype == object and hasattr(value, "__dlpack__"):
+        return np.from_dlpack(value)
+    return array
 
 
 def _array(name: str, value: object, wanted: str) -> Array:
@@ -22,12 +35,47 @@ def _array(name: str, value: object, wanted: str) -> Array:
     if value is None:
         raise TypeError(f"{name} must be a {wanted} array, got None")
     try:
-        return np.asarray(value)
+        return as_array(value)
     except MemoryError:
         raise
     except Exception as error:
-        hint = f"; {name}.detach() is one" if getattr(value, "requires_grad", False) else ""
+        hint = _instead(name, value, error)
         raise TypeError(f"{name} must be an array, got {describe(value)}{hint}") from error
+
+
+def _instead(name: str, value: object, error: Exception) -> str:
+    """Return what to write instead of a tensor that has no array, or why it has none."""
+    steps = [".detach()"] * bool(getattr(value, "requires_grad", False))
+    steps += [".cpu()"] * (getattr(getattr(value, "device", None), "type", "cpu") not in _NO_COPY)
+    steps += [".float()"] * ("bfloat16" in str(getattr(value, "dtype", "")))
+    if steps:
+        return f"; {name}{''.join(steps)} is one"
+    reason = str(error).partition("\n")[0]
+    return f": {reason}" if reason else ""
+
+
+def on_the_cpu(name: str, value: object) -> object:
+    """Return a tensor without its gradient, in main memory; what is no tensor, as it is."""
+    try:
+        for step in ("detach", "cpu"):
+            method = getattr(value, step, None)
+            value = method() if callable(method) else value
+    except Exception as error:
+        hint = _instead(name, value, error)
+        raise TypeError(f"{name} must be an array, got {describe(value)}{hint}") from error
+    return value
+
+
+def floats_to_copy(name: str, value: object) -> Array:
+    """Return floats of an array or tensor, wherever it is; those of fewer bits as float32."""
+    value = on_the_cpu(name, value)
+    try:
+        array = as_array(value)
+    except Exception:  # PyTorch's bfloat16 has no array of its own; what has none at all is refused
+        as_single = getattr(value, "float", None)
+        return floating_array(name, as_single() if callable(as_single) else value)
+    is_narrow = array.dtype == np.float16 or array.dtype.name == "bfloat16"
+    return floating_array(name, array.astype(np.float32) if is_narrow else value)
 
 
 def floating_array(name: str, value: object) -> Array:

@@ -1,10 +1,13 @@
 """What frameworks call the arrays of batch normalization, and what they mean by its arguments.
 
+What they call their layers, too, and the attributes of these.
+
 Uses nothing of bnfast and imports no framework, so that every room may read it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -62,6 +65,35 @@ class Convention:
         return momentum if self.momentum_of_new else 1.0 - momentum
 
 
+@dataclass(frozen=True)
+class LayerClasses:
+    """The normalization layers of a framework, whose attributes are read by these names.
+
+    Attributes
+    ----------
+    framework : str
+        What messages call it.
+    convention : Convention
+        The names of parameters and statistics, and what momentum means.
+    homes : tuple of str
+        How the modules begin in which the framework defines these classes.
+    method : str
+        What computes in them.
+    eps, rms_weight : str
+        The attribute that is added to the variance; the weight of an RMS normalization.
+    classes : mapping of str to tuple of str
+        By the name of a layer of bnfast, those that compute the same.
+    """
+
+    framework: str
+    convention: Convention
+    homes: tuple[str, ...]
+    method: str
+    eps: str
+    rms_weight: str
+    classes: Mapping[str, tuple[str, ...]]
+
+
 # https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
 PYTORCH = Convention(
     weight="weight",
@@ -76,6 +108,23 @@ PYTORCH = Convention(
     axis=1,
 )
 
+# https://docs.pytorch.org/docs/stable/nn.html#normalization-layers
+PYTORCH_LAYERS = LayerClasses(
+    framework="PyTorch",
+    convention=PYTORCH,
+    homes=("torch.nn.",),
+    method="forward",
+    eps="eps",
+    rms_weight="weight",
+    classes={
+        "BatchNorm": ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"),
+        "InstanceNorm": ("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"),
+        "GroupNorm": ("GroupNorm",),
+        "LayerNorm": ("LayerNorm",),
+        "RMSNorm": ("RMSNorm",),
+    },
+)
+
 # https://keras.io/api/layers/normalization_layers/batch_normalization/
 KERAS = Convention(
     weight="gamma",
@@ -88,6 +137,23 @@ KERAS = Convention(
     unbiased=False,
     eps=1e-3,
     axis=-1,
+)
+
+# https://keras.io/api/layers/normalization_layers/
+KERAS_LAYERS = LayerClasses(
+    framework="Keras",
+    convention=KERAS,
+    homes=("keras.", "tf_keras.", "tensorflow."),
+    method="call",
+    eps="epsilon",
+    rms_weight="scale",
+    classes={
+        "BatchNorm": ("BatchNormalization",),
+        "InstanceNorm": ("GroupNormalization",),
+        "GroupNorm": ("GroupNormalization",),
+        "LayerNorm": ("LayerNormalization",),
+        "RMSNorm": ("RMSNormalization",),
+    },
 )
 
 # https://flax.readthedocs.io/en/latest/api_reference/flax.nnx/nn/normalization.html

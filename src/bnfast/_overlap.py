@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from bnfast._arrays import as_array
 from bnfast._typing import Array
 
 # Beyond this much work numpy gives up on whether two arrays share an element.
@@ -59,6 +60,6 @@ def memory_of(argument: object) -> Array | None:
     if argument is None or isinstance(argument, (int, float, list, tuple)):
         return None
     try:
-        return np.asarray(argument)
+        return as_array(argument)
     except Exception:  # no array: refused where it is read
         return None

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from bnfast._arrays import counts as counts
 from bnfast._arrays import finite_floats as finite_floats
 from bnfast._arrays import floating_array as floating_array
+from bnfast._arrays import floats_to_copy as floats_to_copy
 from bnfast._arrays import kept_axes as kept_axes
 from bnfast._arrays import mask as mask
 from bnfast._arrays import numbers as numbers
-from bnfast._arrays import of_shape
+from bnfast._arrays import of_shape, on_the_cpu
 from bnfast._arrays import statistics as statistics
 from bnfast._overlap import address, is_same_memory, overlaps_itself
 from bnfast._overlap import memory_of as memory_of
@@ -297,20 +298,9 @@ def element_parameter(
         return np.array(array, dtype, order="C")
 
 
-def _single_at_least(value: object) -> object:
-    """Return floats of fewer bits, NumPy's, of ml_dtypes or PyTorch's, as float32; others as is."""
-    try:
-        dtype = np.asarray(value).dtype
-    except Exception:  # PyTorch's bfloat16 has no array of its own; what has none at all is refused
-        as_single = getattr(value, "float", None)
-        return as_single() if callable(as_single) else value
-    is_narrow = dtype == np.float16 or dtype.name == "bfloat16"
-    return np.asarray(value).astype(np.float32) if is_narrow else value
-
-
 def state(name: str, value: object, shape: tuple[int, ...]) -> Array:
-    """Return an array of a layer's state."""
-    value = _single_at_least(value)
+    """Return an array of a layer's state, to be copied."""
+    value = None if value is None else floats_to_copy(name, value)
     if len(shape) == 1:
         return required_channel_parameter(name, value, shape[0])
     return shaped(name, value, shape)
@@ -325,7 +315,7 @@ def shaped(name: str, value: object, shape: tuple[int, ...]) -> Array:
 
 def counter(name: str, value: object) -> int:
     """Return a number of batches, which a state keeps as int64."""
-    number = integer_from(name, np.asarray(value)[()], 0)
+    number = integer_from(name, np.asarray(on_the_cpu(name, value))[()], 0)
     max_count = np.iinfo(np.int64).max
     if number > max_count:
         raise ValueError(f"{name} must be at most {max_count}, got {number}")
@@ -370,11 +360,17 @@ def saved_value(value: object, kind: type[Saved], function: str) -> Saved:
     return value
 
 
+def _same_memory(name: str, value: object) -> str:
+    """Return what to write for the memory of a tensor, which is to be written to."""
+    return f"; {name}.detach().numpy() is its memory" if hasattr(value, "detach") else ""
+
+
 def running_statistic(name: str, value: object, shape: tuple[int, ...]) -> Array:
     """Return the memory that came, of this shape, to be updated in place."""
     if not isinstance(value, np.ndarray):
         raise TypeError(
             f"{name} is updated in place and must be a numpy array, got {describe(value)}"
+            f"{_same_memory(name, value)}"
         )
     array = floating_array(name, value)
     if len(shape) == 1:
@@ -455,7 +451,8 @@ def output(
     takes its place is written. The last of `names` is that of x.
     """
     if not isinstance(value, np.ndarray):
-        raise TypeError(f"out must be a numpy array, got {describe(value)}")
+        hint = _same_memory("out", value)
+        raise TypeError(f"out must be a numpy array, got {describe(value)}{hint}")
     out: Array = value
     if isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"out must be an array without a mask, got a masked {describe(out)}")

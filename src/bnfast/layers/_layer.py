@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from bnfast import _validation
 from bnfast._conventions import PYTORCH
 from bnfast._float_mode import in_default_float_mode
+from bnfast._scalars import describe
 from bnfast._typing import Array
 
 AnyTrainable = TypeVar("AnyTrainable", bound="Trainable")
@@ -206,15 +207,19 @@ class Trainable(ABC):
         return state
 
     @in_default_float_mode
-    def load_state_dict(self, state_dict: Mapping[str, ArrayLike]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, ArrayLike], *, prefix: str = "") -> None:
         """Take parameters and statistics from `state_dict`, in place.
 
         Parameters
         ----------
         state_dict : mapping of str to array
-            As `state_dict` returns it; PyTorch's tensors on the CPU will do. As in PyTorch,
+            As `state_dict` returns it; PyTorch's tensors will do. As in PyTorch,
             ``num_batches_tracked`` may be missing, and is then left as it is; so may
-            ``momentum_logit``, which PyTorch has not.
+            ``momentum_logit``, which PyTorch has not. It has no eps, momentum or axis:
+            ``from_torch`` and ``from_keras`` take these from the layer of the framework.
+        prefix : str
+            With which the names of this layer begin in the state of a whole model, the last dot
+            included: ``"layer1.0.bn1."``. Names that begin otherwise are others' and are left out.
 
         Raises
         ------
@@ -228,14 +233,20 @@ class Trainable(ABC):
         >>> import bnfast
         >>> layer, other = bnfast.BatchNorm(3), bnfast.BatchNorm(3)
         >>> layer.load_state_dict(other.state_dict())
+        >>> model = {f"bn1.{name}": array for name, array in other.state_dict().items()}
+        >>> layer.load_state_dict(model | {"fc.weight": [[1.0]]}, prefix="bn1.")
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must map names to arrays, got {type(state_dict).__name__}")
-        own = self._state()
-        names = [*own] if self.num_batches_tracked is None else [*own, _COUNTER]
-        optional = self._may_be_missing
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix must be a string, got {describe(prefix)}")
+        own = {f"{prefix}{name}": array for name, array in self._state().items()}
+        counter = f"{prefix}{_COUNTER}"
+        names = [*own] if self.num_batches_tracked is None else [*own, counter]
+        optional = {f"{prefix}{name}" for name in self._may_be_missing}
+        given = [name for name in state_dict if not prefix or str(name).startswith(prefix)]
         missing = [name for name in own if name not in state_dict and name not in optional]
-        unexpected = [name for name in state_dict if name not in names]
+        unexpected = [name for name in given if name not in names]
         if missing or unexpected:
             wrong = [f"missing {missing}"] * bool(missing) + [f"unexpected {unexpected}"] * bool(
                 unexpected
@@ -247,8 +258,8 @@ class Trainable(ABC):
             if name in state_dict
         }
         tracked = self.num_batches_tracked
-        if _COUNTER in state_dict:
-            tracked = _validation.counter(_COUNTER, state_dict[_COUNTER])
+        if counter in state_dict:
+            tracked = _validation.counter(counter, state_dict[counter])
         for name, array in new.items():
             own[name][...] = array
         self.num_batches_tracked = tracked

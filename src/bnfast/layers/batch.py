@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 from collections.abc import Sequence
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from bnfast import _validation
-from bnfast._conventions import KERAS
+from bnfast._conventions import KERAS, KERAS_LAYERS, PYTORCH_LAYERS
 from bnfast._float_mode import in_default_float_mode
 from bnfast._typing import Array
+from bnfast.layers._framework import FrameworkLayer, dtype_of, has_affine
 from bnfast.layers._tracking import PROPAGATE, TrackingLayer
 from bnfast.running_averages import Momentum
 
@@ -130,6 +133,50 @@ class BatchNorm(TrackingLayer):
 
     @classmethod
     @in_default_float_mode
+    def from_torch(cls, module: Any) -> BatchNorm:
+        """Return a layer that computes what a ``torch.nn.BatchNorm1d``, ``2d`` or ``3d`` does.
+
+        Parameters
+        ----------
+        module : BatchNorm1d, BatchNorm2d, BatchNorm3d or SyncBatchNorm of ``torch.nn``
+            Or any object with the same attributes; PyTorch is not imported. Its arrays are copied,
+            from any device. Of a SyncBatchNorm the layer is one for a single process.
+
+        Returns
+        -------
+        BatchNorm
+            With the eps, momentum, weight, bias, running statistics, number of batches and mode of
+            the module; ``axis=1``. Its dtype is float64 where the module's is, else float32, which
+            has every value of float16 and bfloat16.
+
+        Raises
+        ------
+        TypeError
+            For another module: one of the user's own that overrides ``forward``, a quantized one.
+        ValueError
+            For a lazy module that has seen no batch yet, or an array of the wrong shape.
+
+        Examples
+        --------
+        >>> import types, numpy as np, bnfast
+        >>> module = types.SimpleNamespace(  # in real life network.bn1, for example
+        ...     num_features=2, eps=1e-3, momentum=0.1, training=False, track_running_stats=True,
+        ...     weight=np.ones(2), bias=np.zeros(2), running_mean=np.array([1.0, 2.0]),
+        ...     running_var=np.full(2, 1e-3), num_batches_tracked=7,
+        ... )
+        >>> layer = bnfast.BatchNorm.from_torch(module)
+        >>> layer.eps, layer.running_mean, layer.num_batches_tracked, layer.training
+        (0.001, array([1., 2.]), 7, False)
+        """
+        source = FrameworkLayer("module", module, PYTORCH_LAYERS, "BatchNorm")
+        return cls._from(source, source.size("num_features"), 1)
+
+    @overload
+    @classmethod
+    def from_keras(cls, layer: Any, /) -> BatchNorm: ...
+
+    @overload
+    @classmethod
     def from_keras(
         cls,
         gamma: ArrayLike | None,
@@ -137,68 +184,110 @@ class BatchNorm(TrackingLayer):
         moving_mean: ArrayLike | None = None,
         moving_variance: ArrayLike | None = None,
         *,
-        momentum: float = KERAS.momentum,
-        epsilon: float = KERAS.eps,
-        axis: int | Sequence[int] = KERAS.axis,
+        momentum: float | None = None,
+        epsilon: float | None = None,
+        axis: int | Sequence[int] | None = None,
+    ) -> BatchNorm: ...
+
+    @classmethod
+    @in_default_float_mode
+    def from_keras(
+        cls,
+        gamma: Any,
+        beta: ArrayLike | None = None,
+        moving_mean: ArrayLike | None = None,
+        moving_variance: ArrayLike | None = None,
+        *,
+        momentum: float | None = None,
+        epsilon: float | None = None,
+        axis: int | Sequence[int] | None = None,
     ) -> BatchNorm:
-        """Return a layer with the weights of a ``keras.layers.BatchNormalization``.
+        """Return a layer that computes what a ``keras.layers.BatchNormalization`` does.
+
+        ``from_keras(layer)`` takes all of the layer. ``from_keras(*layer.get_weights())`` takes
+        weights alone, which say nothing of epsilon, momentum and axis.
 
         Parameters
         ----------
-        gamma, beta, moving_mean, moving_variance : array (C,)
-            In the order of Keras's ``get_weights()``; copied. gamma is None for ``scale=False``,
-            beta for ``center=False``.
-        momentum : float
-            The weight of the OLD statistics, as in Keras.
+        gamma : BatchNormalization, or array (C,) or None
+            The layer, built, with no other argument: of Keras with any backend, of ``tf_keras``, or
+            any object with the same attributes; Keras is not imported. Or the first weight, None
+            for ``scale=False``.
+        beta, moving_mean, moving_variance : array (C,)
+            In the order of Keras's ``get_weights()``; copied. beta is None for ``center=False``.
+        momentum : float, optional
+            The weight of the OLD statistics, as in Keras; 0.99 by default, as there.
         epsilon, axis
-            Keras's, with Keras's defaults; an axis in a list, as ``tf.keras`` keeps it, will do.
+            Keras's; 1e-3 and -1 by default. An axis in a list, as ``tf.keras`` keeps it, will do.
 
         Returns
         -------
         BatchNorm
-            With ``momentum=1 - momentum`` and ``unbiased=False``.
+            With ``momentum=1 - momentum`` and ``unbiased=False``, in training mode: Keras has modes
+            of calls, not of layers. ``frozen=True`` of a layer with ``trainable=False``, as Keras
+            means it. Its dtype is float64 where an array's is, else float32.
 
         Raises
         ------
         TypeError, ValueError
-            For an argument of the wrong dtype or shape.
+            For an argument of the wrong dtype or shape; another layer, one with a ``call`` of its
+            own, one that is not built, or one with ``renorm=True``.
 
         Examples
         --------
-        >>> import numpy as np, bnfast
+        >>> import types, numpy as np, bnfast
         >>> zeros, ones = np.zeros(4, np.float32), np.ones(4, np.float32)
+        >>> keras_layer = types.SimpleNamespace(  # in real life model.get_layer("bn1"), for example
+        ...     axis=-1, momentum=0.9, epsilon=1e-5, gamma=ones, beta=zeros, moving_mean=zeros,
+        ...     moving_variance=ones,
+        ... )
+        >>> layer = bnfast.BatchNorm.from_keras(keras_layer)
+        >>> layer.axis, layer.eps, round(layer.momentum, 3), layer.unbiased
+        (-1, 1e-05, 0.1, False)
         >>> layer = bnfast.BatchNorm.from_keras(ones, zeros, zeros, ones)
         >>> layer.axis, layer.eps, layer.unbiased
         (-1, 0.001, False)
         """
-        if moving_mean is None or moving_variance is None:
+        settings = {"momentum": momentum, "epsilon": epsilon, "axis": axis}
+        if beta is moving_mean is moving_variance is None:
+            given = [name for name, value in settings.items() if value is not None]
+            if given:
+                raise TypeError(f"from_keras(layer) takes {' and '.join(given)} from the layer")
+            source = FrameworkLayer("layer", gamma, KERAS_LAYERS, "BatchNorm")
+        elif moving_mean is None or moving_variance is None:
             raise TypeError(
                 "gamma, beta, moving_mean and moving_variance are wanted: gamma is None of a layer "
                 "with scale=False, beta of one with center=False"
             )
-        axes = _validation.integers("axis", axis)
-        if len(axes) != 1:
-            raise ValueError(f"axis must be one integer, or a list of one, got {axis}")
-        mean = _validation.floating_array("moving_mean", moving_mean)
-        if mean.ndim != 1:
-            raise ValueError(f"moving_mean must have 1 dimension, got shape {mean.shape}")
-        channels = mean.shape[0]
-        var = _validation.required_channel_parameter("moving_variance", moving_variance, channels)
-        weight = _validation.channel_parameter("gamma", gamma, channels)
-        bias = _validation.channel_parameter("beta", beta, channels)
-        layer = cls(
-            channels,
-            epsilon,
-            KERAS.weight_of_new_batch(_validation.share("momentum", momentum)),
-            affine=gamma is not None or beta is not None,
-            axis=axes[0],
-            unbiased=KERAS.unbiased,
-            dtype=mean.dtype,
-        )
-        layer.weight = None if weight is None else weight.copy()
-        layer.bias = None if bias is None else bias.copy()
-        layer.running_mean, layer.running_var = mean.copy(), var.copy()
+        else:
+            defaults = {"momentum": KERAS.momentum, "epsilon": KERAS.eps, "axis": KERAS.axis}
+            weights = types.SimpleNamespace(
+                **{KERAS.weight: gamma, KERAS.bias: beta},
+                **{KERAS.mean: moving_mean, KERAS.var: moving_variance},
+                **{n: defaults[n] if value is None else value for n, value in settings.items()},
+            )
+            source = FrameworkLayer("", weights, KERAS_LAYERS, "BatchNorm")
+        if source.read("renorm", False):
+            raise ValueError(
+                "layer must have renorm=False, got one that trains by batch renormalization: "
+                "bnfast.BatchRenorm is such a layer"
+            )
+        layer = cls._from(source, source.channels(), source.axis())
+        layer.frozen = not source.read("trainable", True)
         return layer
+
+    @classmethod
+    def _from(cls, source: FrameworkLayer, num_features: int, axis: int) -> BatchNorm:
+        tracks = source.has_running_statistics()
+        arrays = source.arrays((num_features,), tracked=tracks)
+        layer = cls(
+            *(num_features, source.eps, source.momentum, has_affine(arrays), tracks),
+            axis=axis,
+            unbiased=source.convention.unbiased,
+            dtype=dtype_of(arrays),
+        )
+        layer.track_running_stats = tracks and source.tracks()
+        return source.fill(layer, arrays)
 
     def _before_training(self, x: Array) -> None:
         if self._warned or not 0 < x.size < FEW_VALUES * self.num_features:

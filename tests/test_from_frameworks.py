@@ -1,0 +1,278 @@
+"""Layers made of those of PyTorch and Keras compute the same, in both modes, and age alike."""
+
+import copy
+import types
+
+import numpy as np
+import pytest
+
+import bnfast
+from bnfast._conventions import KERAS_LAYERS, PYTORCH_LAYERS
+
+# The frameworks' own float32 arithmetic, on data whose mean is half of their standard deviation.
+# Keras's NumPy backend rounds float64, too, to float32 on the way.
+CLOSE = 1e-5
+SMALL_VARIANCE = 1e-3  # as small as eps, which is then half of the result
+
+
+@pytest.fixture
+def torch():
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    return torch
+
+
+@pytest.fixture
+def keras():
+    return pytest.importorskip("keras")
+
+
+def data(rng, *shape, dtype=np.float32, scale=2.0):
+    return rng.normal(scale / 2, scale, shape).astype(dtype)
+
+
+def numbers(tensor):
+    return tensor.detach().numpy()
+
+
+def randomized(torch, module):
+    """The module, with parameters and statistics that are not what they began as."""
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if tensor.is_floating_point():
+                small = SMALL_VARIANCE if name == "running_var" else 1.0
+                tensor.copy_(torch.rand(tensor.shape) * small + small / 10)
+    return module
+
+
+def agree(ours, theirs, dtype=np.float32, tolerance=CLOSE):
+    assert np.asarray(ours).dtype == dtype
+    np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+# PyTorch
+
+BATCH_NORMS = {
+    "1d": ("BatchNorm1d", {}, (8, 3)),
+    "1d of sequences": ("BatchNorm1d", {}, (4, 3, 5)),
+    "2d": ("BatchNorm2d", {"eps": 1e-3, "momentum": 0.3}, (4, 3, 5, 6)),
+    "3d": ("BatchNorm3d", {}, (2, 3, 4, 3, 2)),
+    "plain average": ("BatchNorm2d", {"momentum": None}, (4, 3, 5, 6)),
+    "not affine": ("BatchNorm2d", {"affine": False}, (4, 3, 5, 6)),
+    "no bias": ("BatchNorm2d", {"bias": False}, (4, 3, 5, 6)),
+    "not tracked": ("BatchNorm2d", {"track_running_stats": False}, (4, 3, 5, 6)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("name", BATCH_NORMS)
+def test_batch_norm_is_that_of_pytorch(torch, rng, dtype, name, training):
+    kind, given, shape = BATCH_NORMS[name]
+    make = getattr(torch.nn, kind)
+    module = randomized(torch, make(3, dtype=getattr(torch, dtype.name), **given))
+    module.train(training)
+    scale = 0.03 if training else 2.0  # variances of a batch as small as eps, too
+    x = data(rng, *shape, dtype=dtype, scale=scale)
+    layer = bnfast.BatchNorm.from_torch(module)
+    assert (layer.training, layer.dtype) == (training, dtype)
+    tolerance = CLOSE if dtype == np.float32 else 1e-10
+    for _ in range(3):
+        agree(layer(x), numbers(module(torch.from_numpy(x))), dtype, tolerance)
+    theirs = {name: numbers(tensor) for name, tensor in module.state_dict().items()}
+    ours = layer.state_dict()
+    assert list(ours) == list(theirs)
+    for name, array in theirs.items():
+        np.testing.assert_allclose(ours[name], array, rtol=CLOSE, atol=CLOSE)
+
+
+def test_what_a_layer_is_made_of_stays_as_it_is(torch, rng):
+    module = randomized(torch, torch.nn.BatchNorm1d(3))
+    before = copy.deepcopy(module.state_dict())
+    layer = bnfast.BatchNorm.from_torch(module)
+    layer(data(rng, 8, 3))
+    layer.weight += 1
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_statistics_that_are_no_longer_tracked_are_still_evaluated_with(torch, rng):
+    module = randomized(torch, torch.nn.BatchNorm1d(3))
+    module.track_running_stats = False
+    layer, x = bnfast.BatchNorm.from_torch(module), data(rng, 8, 3)
+    agree(layer(x), numbers(module(torch.from_numpy(x))))
+    np.testing.assert_array_equal(layer.running_mean, numbers(module.running_mean))
+    agree(layer.eval()(x), numbers(module.eval()(torch.from_numpy(x))))
+
+
+def test_a_synchronized_module_is_one_of_a_single_process(torch, rng):
+    module = randomized(torch, torch.nn.SyncBatchNorm(3, eps=1e-3)).eval()
+    x = data(rng, 8, 3)
+    agree(bnfast.BatchNorm.from_torch(module)(x), numbers(module(torch.from_numpy(x))))
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_modules_of_16_bits_become_float32_of_the_same_values(torch, rng, name):
+    module = randomized(torch, torch.nn.BatchNorm1d(3)).to(getattr(torch, name)).eval()
+    layer, x = bnfast.BatchNorm.from_torch(module), data(rng, 8, 3)
+    assert layer.dtype == np.float32
+    agree(layer(x), numbers(module.float()(torch.from_numpy(x))))
+
+
+def test_modules_that_accelerate_has_swapped_are_taken(torch, rng):
+    from bnfast.integrations.torch import accelerate
+
+    network = torch.nn.Sequential(torch.nn.BatchNorm1d(3, eps=1e-2))
+    accelerate(network)
+    x = data(rng, 8, 3)
+    agree(bnfast.BatchNorm.from_torch(network[0])(x), numbers(network(torch.from_numpy(x))))
+
+
+def test_a_module_on_no_device_is_refused(torch):
+    module = torch.nn.BatchNorm1d(3, device="meta")
+    with pytest.raises(TypeError, match=r"^module\.weight must be an array, got .*: Cannot copy"):
+        bnfast.BatchNorm.from_torch(module)
+
+
+def test_a_lazy_module_is_refused_until_it_has_seen_a_batch(torch, rng):
+    module, x = torch.nn.LazyBatchNorm1d(), data(rng, 8, 3)
+    with pytest.raises(ValueError, match=r"LazyBatchNorm1d, which has none yet: call it on a"):
+        bnfast.BatchNorm.from_torch(module)
+    module(torch.from_numpy(x))
+    assert bnfast.BatchNorm.from_torch(module).num_batches_tracked == 1
+
+
+def test_other_modules_are_refused(torch):
+    class Own(torch.nn.BatchNorm2d):
+        def forward(self, x):
+            return torch.relu(super().forward(x))
+
+    class Plain(torch.nn.BatchNorm2d):
+        pass
+
+    assert bnfast.BatchNorm.from_torch(Plain(3)).num_features == 3
+    with pytest.raises(TypeError, match="Own, which has a forward of its own and may"):
+        bnfast.BatchNorm.from_torch(Own(3))
+    others = [torch.nn.GroupNorm(1, 3), torch.nn.Linear(3, 3)]
+    others += [torch.nn.Sequential(torch.nn.BatchNorm2d(3))]
+    others += [torch.ao.nn.quantized.BatchNorm2d(3)]
+    for module in others:
+        with pytest.raises(
+            TypeError, match=r"^module must be a BatchNorm1d, .* of PyTorch, got an"
+        ):
+            bnfast.BatchNorm.from_torch(module)
+
+
+# Keras
+
+
+def built(layer, shape, rng):
+    """The layer, with weights that are not what they began as."""
+    layer.build((None, *shape[1:]))
+    layer.set_weights(
+        [
+            rng.uniform(0.1, 1.0, w.shape) * (SMALL_VARIANCE if "variance" in w.path else 1.0)
+            for w in layer.weights
+        ]
+    )
+    return layer
+
+
+KERAS_BATCH_NORMS = {
+    "defaults": ({}, (4, 5, 6, 3)),
+    "resnet": ({"epsilon": 1.001e-5}, (4, 5, 6, 3)),
+    "channels first": ({"axis": 1, "momentum": 0.5}, (4, 3, 5, 6)),
+    "without scale": ({"scale": False}, (8, 3)),
+    "without center": ({"center": False}, (8, 3)),
+    "plain": ({"scale": False, "center": False}, (8, 3)),
+    "frozen": ({"trainable": False}, (8, 3)),
+    "float64": ({"dtype": "float64"}, (8, 3)),
+    "mixed": ({"dtype": "mixed_float16"}, (8, 3)),
+}
+
+
+@pytest.mark.parametrize("name", KERAS_BATCH_NORMS)
+def test_batch_norm_is_that_of_keras(keras, rng, name):
+    given, shape = KERAS_BATCH_NORMS[name]
+    theirs = built(keras.layers.BatchNormalization(**given), shape, rng)
+    layer = bnfast.BatchNorm.from_keras(theirs)
+    if name == "mixed":
+        theirs.dtype_policy = "float32"
+    dtype = np.dtype("float64" if name == "float64" else "float32")
+    x = data(rng, *shape, dtype=dtype, scale=0.03)
+    agree(layer(x), theirs(x, training=True), dtype)
+    agree(layer.running_mean, theirs.moving_mean, dtype)
+    agree(layer.running_var, theirs.moving_variance, dtype)
+    agree(layer.eval()(x), theirs(x, training=False), dtype)
+
+
+def test_keras_layers_that_cannot_be_taken_say_why(keras):
+    class Own(keras.layers.BatchNormalization):
+        def call(self, inputs, **others):
+            return 2 * super().call(inputs, **others)
+
+    take, layers = bnfast.BatchNorm.from_keras, keras.layers
+    with pytest.raises(ValueError, match="BatchNormalization, which has none yet: call it on a"):
+        take(layers.BatchNormalization())
+    own, renorm = Own(), layers.BatchNormalization(renorm=True)
+    other, plain = layers.LayerNormalization(), layers.BatchNormalization()
+    for layer in (own, renorm, other, plain):
+        layer.build((None, 3))
+    with pytest.raises(TypeError, match="Own, which has a call of its own"):
+        take(own)
+    with pytest.raises(ValueError, match=r"renorm=False.*BatchRenorm is such"):
+        take(renorm)
+    with pytest.raises(TypeError, match="must be a BatchNormalization of Keras, got an instance"):
+        take(other)
+    with pytest.raises(TypeError, match="takes momentum and axis from the layer"):
+        take(plain, momentum=0.5, axis=1)
+
+
+# Without a framework
+
+
+def torch_like(**others):
+    """An object with the attributes of a batch norm of PyTorch."""
+    given = {"num_features": 2, "eps": 1e-3, "momentum": 0.1, "training": True}
+    given |= {"track_running_stats": True, "weight": np.ones(2), "bias": np.zeros(2)}
+    given |= {"running_mean": np.zeros(2), "running_var": np.ones(2), "num_batches_tracked": 5}
+    return types.SimpleNamespace(**(given | others))
+
+
+def test_objects_with_the_attributes_are_taken():
+    layer = bnfast.BatchNorm.from_torch(torch_like())
+    assert (layer.eps, layer.num_batches_tracked, layer.dtype) == (1e-3, 5, np.float64)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"weight": np.ones(3)}, "module.weight must have one value for each of the 2 channels"),
+        ({"bias": np.ones(2, int)}, "module.bias must be float32 or float64"),
+        ({"running_var": None}, r"module.running_var must be an array of shape \(2,\), got None"),
+        ({"num_batches_tracked": -1}, "module.num_batches_tracked must be at least 0"),
+        ({"momentum": 2.0}, "module.momentum must be from 0 to 1"),
+        ({"training": 1}, "module.training must be True or False"),
+        ({"track_running_stats": "no"}, "module.track_running_stats must be True or False"),
+        ({"num_features": "2"}, "module.num_features must be an integer"),
+    ],
+    ids=lambda case: next(iter(case)) if isinstance(case, dict) else "",
+)
+def test_wrong_attributes_are_named(wrong, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        bnfast.BatchNorm.from_torch(torch_like(**wrong))
+
+
+@pytest.mark.parametrize("value", [{}, None, np.ones(3), bnfast.BatchNorm(3)], ids=type)
+def test_what_is_no_module_is_refused(value):
+    with pytest.raises(TypeError, match=r"module must be a BatchNorm1d, .* got"):
+        bnfast.BatchNorm.from_torch(value)
+
+
+def test_the_classes_are_those_of_the_frameworks():
+    for package, kinds in (("torch", PYTORCH_LAYERS), ("keras", KERAS_LAYERS)):
+        framework = pytest.importorskip(package)
+        names = {name for several in kinds.classes.values() for name in several}
+        module = framework.nn if package == "torch" else framework.layers
+        for name in names:
+            cls = getattr(module, name)
+            assert cls.__module__.startswith(kinds.homes) and hasattr(cls, kinds.method)

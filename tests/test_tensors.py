@@ -1,0 +1,115 @@
+"""Arrays that are not NumPy's: taken without a copy, or refused in a sentence that says how."""
+
+import numpy as np
+import pytest
+
+import bnfast
+
+MEAN, VAR = np.zeros(3, np.float32), np.ones(3, np.float32)
+X = np.arange(12, dtype=np.float32).reshape(4, 3)
+
+
+class DLPackOnly:
+    """What offers its memory by DLPack and in no other way."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **kwargs):
+        return self.array.__dlpack__(**kwargs)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+def evaluated(x, **others):
+    return bnfast.batch_norm(x, MEAN, VAR, **others)
+
+
+def test_what_has_dlpack_alone_is_read():
+    np.testing.assert_array_equal(evaluated(DLPackOnly(X)), evaluated(X))
+    np.testing.assert_array_equal(bnfast.GroupNorm(1, 3)(DLPackOnly(X)), bnfast.GroupNorm(1, 3)(X))
+    assert bnfast.moments(DLPackOnly(X)) == bnfast.moments(X)
+
+
+def test_the_memory_of_what_has_dlpack_alone_is_not_written_over():
+    weight = np.ones(6, np.float32)
+    with pytest.raises(ValueError, match=r"out must.* weight"):
+        bnfast.batch_norm(X[:2], MEAN, VAR, DLPackOnly(weight[:3]), out=weight.reshape(2, 3))
+
+
+def test_a_list_of_objects_is_no_array():
+    with pytest.raises(TypeError, match=r"x must be float32 or float64 .* got object array"):
+        evaluated([[object()]])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "instead"),
+    [
+        (lambda t: t.requires_grad_(), r"x\.detach\(\) is one"),
+        (lambda t: t.bfloat16(), r"x\.float\(\) is one"),
+        (lambda t: t.bfloat16().requires_grad_(), r"x\.detach\(\)\.float\(\) is one"),
+        (lambda t: t.half(), r"numpy\.asarray\(x, numpy\.float32\) is such"),
+        (lambda t: t.to("meta"), "x must be an array, got .*: "),
+    ],
+    ids=["requires_grad", "bfloat16", "both", "float16", "meta"],
+)
+def test_a_tensor_without_an_array_says_what_to_write(torch, spoil, instead):
+    x = spoil(torch.from_numpy(X.copy()))
+    for call in (evaluated, bnfast.BatchNorm(3)):
+        with pytest.raises(TypeError, match=instead):
+            call(x)
+
+
+def test_tensors_that_would_be_written_to_say_what_to_write(torch):
+    mean, var = torch.zeros(3), torch.ones(3)
+    with pytest.raises(TypeError, match=r"running_mean\.detach\(\)\.numpy\(\) is its memory"):
+        bnfast.batch_norm(X, mean, var, training=True)
+    with pytest.raises(TypeError, match=r"out\.detach\(\)\.numpy\(\) is its memory"):
+        evaluated(X, out=torch.empty(4, 3))
+    bnfast.batch_norm(X, mean.detach().numpy(), var.detach().numpy(), training=True)
+    assert mean.abs().min() > 0
+
+
+def test_bfloat16_of_ml_dtypes_says_what_to_write():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    with pytest.raises(TypeError, match=r"numpy\.asarray\(x, numpy\.float32\) is such"):
+        evaluated(X.astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+def test_states_take_the_parameters_of_a_module(torch, name):
+    module = torch.nn.BatchNorm1d(3).to(getattr(torch, name))
+    state = dict(module.named_parameters()) | dict(module.named_buffers())
+    assert state["weight"].requires_grad
+    layer = bnfast.BatchNorm(3)
+    layer.load_state_dict(state)
+    np.testing.assert_array_equal(layer.weight, module.weight.detach().float().numpy())
+
+
+def test_the_state_of_a_whole_model_is_read_by_a_prefix(torch):
+    network = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    network(torch.from_numpy(X))
+    layer = bnfast.BatchNorm(3)
+    layer.load_state_dict(network.state_dict(), prefix="1.")
+    np.testing.assert_array_equal(layer.running_mean, network[1].running_mean.numpy())
+    assert layer.num_batches_tracked == 1
+
+
+def test_errors_about_a_prefix_have_the_whole_names():
+    state = {f"bn1.{name}": array for name, array in bnfast.BatchNorm(3).state_dict().items()}
+    layer = bnfast.BatchNorm(3)
+    layer.load_state_dict(state | {"other": 1, 7: 2}, prefix="bn1.")
+    with pytest.raises(ValueError, match=r"missing \['bn2\.weight'"):
+        layer.load_state_dict(state, prefix="bn2.")
+    with pytest.raises(ValueError, match=r"unexpected \['bn1\.extra'\]"):
+        layer.load_state_dict(state | {"bn1.extra": 1}, prefix="bn1.")
+    with pytest.raises(ValueError, match=r"bn1\.bias must have one value for each"):
+        layer.load_state_dict(state | {"bn1.bias": np.ones(2)}, prefix="bn1.")
+    with pytest.raises(TypeError, match="prefix must be a string, got 1"):
+        layer.load_state_dict(state, prefix=1)
