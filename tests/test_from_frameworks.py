@@ -162,6 +162,79 @@ def test_other_modules_are_refused(torch):
             bnfast.BatchNorm.from_torch(module)
 
 
+OTHER_MODULES = {
+    "layer": ("LayerNorm", (6,), {"eps": 1e-3}, (4, 3, 6)),
+    "layer of two axes": ("LayerNorm", ((3, 6),), {}, (4, 3, 6)),
+    "layer, no bias": ("LayerNorm", (6,), {"bias": False}, (4, 3, 6)),
+    "layer, plain": ("LayerNorm", (6,), {"elementwise_affine": False}, (4, 6)),
+    "rms": ("RMSNorm", (6,), {"eps": 1e-3}, (4, 3, 6)),
+    "rms, eps of the machine": ("RMSNorm", ((3, 6),), {}, (4, 3, 6)),
+    "rms, plain": ("RMSNorm", (6,), {"elementwise_affine": False}, (4, 6)),
+    "group": ("GroupNorm", (2, 6), {"eps": 1e-3}, (4, 6, 5)),
+    "group, plain": ("GroupNorm", (3, 6), {"affine": False}, (4, 6, 5, 2)),
+    "instance": ("InstanceNorm2d", (6,), {"eps": 1e-3}, (4, 6, 5, 2)),
+    "instance, affine": ("InstanceNorm1d", (6,), {"affine": True}, (4, 6, 5)),
+    "instance, tracked": (
+        *("InstanceNorm3d", (6,)),
+        *({"track_running_stats": True, "momentum": 0.3, "affine": True}, (4, 6, 5, 2, 3)),
+    ),
+    "instance, still": (
+        *("InstanceNorm1d", (6,), {"track_running_stats": True, "momentum": None}, (4, 6, 5)),
+    ),
+}
+
+
+def taken_by(name):
+    """The layer of bnfast for a name in the tables of this file."""
+    kind = name.split(",")[0].split()[0]
+    names = {"layer": "LayerNorm", "rms": "RMSNorm", "group": "GroupNorm"}
+    return getattr(bnfast, names.get(kind, "InstanceNorm"))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("name", OTHER_MODULES)
+def test_other_layers_are_those_of_pytorch(torch, rng, dtype, name, training):
+    kind, sizes, given, shape = OTHER_MODULES[name]
+    make = getattr(torch.nn, kind)
+    module = randomized(torch, make(*sizes, dtype=getattr(torch, dtype.name), **given))
+    module.train(training)
+    layer = taken_by(name).from_torch(module)
+    assert layer.training is training
+    x = data(rng, *shape, dtype=dtype, scale=0.03)
+    tolerance = CLOSE if dtype == np.float32 else 1e-10
+    for _ in range(2):
+        theirs = torch.from_numpy(x).requires_grad_()
+        y = module(theirs)
+        agree(layer(x), numbers(y), dtype, tolerance)
+    theirs_state = {name: numbers(tensor) for name, tensor in module.state_dict().items()}
+    ours = layer.state_dict()
+    assert list(ours) == list(theirs_state)
+    for key, array in theirs_state.items():
+        np.testing.assert_allclose(ours[key], array, rtol=CLOSE, atol=CLOSE)
+    if training:
+        y.sum().backward()
+        layer.backward(np.ones_like(x))
+        for key, parameter in module.named_parameters():
+            gradient = getattr(layer, f"{key}_grad")
+            np.testing.assert_allclose(gradient, numbers(parameter.grad), rtol=1e-4, atol=1e-4)
+
+
+def test_running_statistics_that_instance_norm_no_longer_tracks_are_left_out(torch, rng):
+    module = randomized(torch, torch.nn.InstanceNorm1d(3, track_running_stats=True)).eval()
+    module.track_running_stats = False
+    layer, x = bnfast.InstanceNorm.from_torch(module), data(rng, 4, 3, 5)
+    agree(layer(x), numbers(module(torch.from_numpy(x))))
+
+
+@pytest.mark.parametrize("ours", ["InstanceNorm", "GroupNorm", "LayerNorm", "RMSNorm"])
+def test_each_layer_refuses_the_modules_of_others(torch, ours):
+    other = torch.nn.BatchNorm2d(3)
+    with pytest.raises(TypeError, match=r"of PyTorch, got an instance of torch\..*BatchNorm2d"):
+        getattr(bnfast, ours).from_torch(other)
+    with pytest.raises(TypeError, match="of Keras, or have the same attributes, got 3"):
+        getattr(bnfast, ours).from_keras(3)
+
+
 # Keras
 
 
@@ -227,7 +300,74 @@ def test_keras_layers_that_cannot_be_taken_say_why(keras):
         take(plain, momentum=0.5, axis=1)
 
 
+OTHER_KERAS_LAYERS = {
+    "layer": ("LayerNormalization", {}, (4, 3, 6)),
+    "layer, over a list": ("LayerNormalization", {"axis": [3, 1], "epsilon": 1e-5}, (2, 4, 3, 6)),
+    "layer, from the end": ("LayerNormalization", {"axis": [-1, -2]}, (2, 4, 3, 6)),
+    "layer, first axes": ("LayerNormalization", {"axis": 1}, (4, 3, 6)),
+    "layer, without scale": ("LayerNormalization", {"scale": False}, (4, 6)),
+    "layer, without center": ("LayerNormalization", {"center": False}, (4, 6)),
+    "layer, plain": ("LayerNormalization", {"scale": False, "center": False}, (4, 6)),
+    "rms": ("RMSNormalization", {}, (4, 3, 6)),
+    "rms, over a list": ("RMSNormalization", {"axis": [2, 1], "epsilon": 1e-3}, (4, 3, 6)),
+    "group": ("GroupNormalization", {"groups": 2}, (4, 5, 6)),
+    "group, channels first": ("GroupNormalization", {"groups": 3, "axis": 1}, (4, 6, 5, 2)),
+    "group, without scale": ("GroupNormalization", {"groups": 2, "scale": False}, (4, 5, 6)),
+    "group, plain": (
+        *("GroupNormalization", {"groups": 2, "scale": False, "center": False}, (4, 5, 6)),
+    ),
+    "group, each": ("GroupNormalization", {"groups": -1}, (4, 5, 6)),
+    "instance": ("GroupNormalization", {"groups": -1, "epsilon": 1e-5}, (4, 5, 2, 6)),
+    "instance, channels first": ("GroupNormalization", {"groups": 6, "axis": 1}, (4, 6, 5)),
+    "instance, without center": ("GroupNormalization", {"groups": -1, "center": False}, (4, 5, 6)),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_KERAS_LAYERS)
+def test_other_layers_are_those_of_keras(keras, rng, name):
+    kind, given, shape = OTHER_KERAS_LAYERS[name]
+    theirs = built(getattr(keras.layers, kind)(**given), shape, rng)
+    layer = taken_by(name).from_keras(theirs)
+    x = data(rng, *shape, scale=0.03)
+    y = theirs(x)
+    agree(layer(x), y)
+    dy = np.ones_like(x)
+    layer.backward(dy)
+    assert (layer.bias_grad is None) == (layer.bias is None)
+    if layer.bias is not None:
+        assert layer.bias_grad.sum() == pytest.approx(x.size)
+
+
+def test_what_keras_computes_and_bnfast_does_not_is_refused(keras, rng):
+    layers = keras.layers
+    with pytest.warns(UserWarning, match="rms_scaling"):
+        scaled = built(layers.LayerNormalization(rms_scaling=True), (2, 3), rng)
+    with pytest.raises(ValueError, match=r"rms_scaling=False.* RMSNormalization of Keras is"):
+        bnfast.LayerNorm.from_keras(scaled)
+    mixed = built(layers.LayerNormalization(axis=[1, -1]), (2, 3, 4), rng)
+    with pytest.raises(ValueError, match=r"layer\.axis must count all axes from the first one, or"):
+        bnfast.LayerNorm.from_keras(mixed)
+    for axis in (1, -2):
+        inner = built(layers.RMSNormalization(axis=axis), (2, 3, 3), rng)
+        with pytest.raises(ValueError, match=r"layer\.axis must name the last axes"):
+            bnfast.RMSNorm.from_keras(inner)
+    grouped = built(layers.GroupNormalization(groups=2), (2, 5, 4), rng)
+    with pytest.raises(ValueError, match=r"number of channels, 4, got 2: bnfast\.Group"):
+        bnfast.InstanceNorm.from_keras(grouped)
+
+
 # Without a framework
+
+
+def test_sizes_that_nothing_says_are_asked_for():
+    plain = types.SimpleNamespace(axis=-1, epsilon=1e-3, gamma=None, beta=None)
+    with pytest.raises(ValueError, match="must have a gamma or a beta, or be built for known"):
+        bnfast.LayerNorm.from_keras(plain)
+    plain.get_build_config = lambda: {"input_shape": (None, 5)}
+    assert bnfast.LayerNorm.from_keras(plain).normalized_shape == (5,)
+    plain.axis = []
+    with pytest.raises(ValueError, match=r"layer\.axis must have at least one axis, got none"):
+        bnfast.LayerNorm.from_keras(plain)
 
 
 def torch_like(**others):
@@ -246,14 +386,14 @@ def test_objects_with_the_attributes_are_taken():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"weight": np.ones(3)}, "module.weight must have one value for each of the 2 channels"),
-        ({"bias": np.ones(2, int)}, "module.bias must be float32 or float64"),
-        ({"running_var": None}, r"module.running_var must be an array of shape \(2,\), got None"),
-        ({"num_batches_tracked": -1}, "module.num_batches_tracked must be at least 0"),
-        ({"momentum": 2.0}, "module.momentum must be from 0 to 1"),
-        ({"training": 1}, "module.training must be True or False"),
-        ({"track_running_stats": "no"}, "module.track_running_stats must be True or False"),
-        ({"num_features": "2"}, "module.num_features must be an integer"),
+        ({"weight": np.ones(3)}, r"module\.weight must have one value for each of the 2 channels"),
+        ({"bias": np.ones(2, int)}, r"module\.bias must be float32 or float64"),
+        ({"running_var": None}, r"module\.running_var must be an array of shape \(2,\), got None"),
+        ({"num_batches_tracked": -1}, r"module\.num_batches_tracked must be at least 0"),
+        ({"momentum": 2.0}, r"module\.momentum must be from 0 to 1"),
+        ({"training": 1}, r"module\.training must be True or False"),
+        ({"track_running_stats": "no"}, r"module\.track_running_stats must be True or False"),
+        ({"num_features": "2"}, r"module\.num_features must be an integer"),
     ],
     ids=lambda case: next(iter(case)) if isinstance(case, dict) else "",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,8 +17,7 @@ from bnfast.layers._layer import Layer
 AnyLayer = TypeVar("AnyLayer", bound=Layer)
 
 _ABSENT = object()
-_AFFINE = "weight", "bias"
-_RUNNING = "running_mean", "running_var"
+_WEIGHT, _BIAS = "weight", "bias"
 
 
 class FrameworkLayer:
@@ -53,13 +52,10 @@ class FrameworkLayer:
             )
         self._refuse_other_classes()
         self.convention = convention = kinds.convention
-        weight = kinds.rms_weight if ours == "RMSNorm" else convention.weight
-        self._names = {
-            "weight": weight,
-            "bias": convention.bias,
-            "running_mean": convention.mean,
-            "running_var": convention.var,
-        }
+        self._parameters = {_WEIGHT: convention.weight, _BIAS: convention.bias}
+        if ours == "RMSNorm":
+            self._parameters = {_WEIGHT: kinds.rms_weight}
+        self._running = {"running_mean": convention.mean, "running_var": convention.var}
 
     def _refuse_other_classes(self) -> None:
         """Refuse a layer of the framework, or of bnfast, that may compute something else."""
@@ -108,6 +104,10 @@ class FrameworkLayer:
         """Return an attribute that is a number of channels or groups."""
         return _validation.size(self.called(name), self.read(name))
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return an attribute that is the sizes of axes."""
+        return _validation.sizes(self.called(name), self.read(name))
+
     @property
     def eps(self) -> Any:
         """What is added to the variance."""
@@ -124,7 +124,7 @@ class FrameworkLayer:
 
     def has_running_statistics(self) -> bool:
         """Return whether the layer has running statistics, tracked or not."""
-        return self.read(self._names["running_mean"]) is not None
+        return self.read(self._running["running_mean"]) is not None
 
     def tracks(self) -> bool:
         """Return whether training updates the running statistics."""
@@ -145,33 +145,52 @@ class FrameworkLayer:
 
     def channels(self) -> int:
         """Return how many channels the running statistics have."""
-        name = self._names["running_mean"]
+        name = self._running["running_mean"]
         mean = _validation.floats_to_copy(self.called(name), self.read(name))
         if mean.ndim != 1:
             raise ValueError(f"{self.called(name)} must have 1 dimension, got shape {mean.shape}")
         return len(mean)
 
+    def groups(self) -> tuple[int, int, int]:
+        """Return how many groups and channels a group normalization of Keras has, and its axis."""
+        axis = self.axis()
+        (channels,) = self.sizes((axis,))
+        groups = _validation.integer(self.called("groups"), self.read("groups"))
+        return channels if groups == -1 else groups, channels, axis
+
     def rows(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the sizes and the numbers of the axes that Keras normalizes."""
         name = self.called("axis")
         axes = tuple(sorted(_validation.integers(name, self.read("axis"))))
+        if not axes:
+            raise ValueError(f"{name} must have at least one axis, got none")
         if axes[0] < 0 <= axes[-1]:
             raise ValueError(
                 f"{name} must count all axes from the first one, or all from the last, got {axes}"
             )
         return self.sizes(axes), axes
 
+    def refuse_other_than_last(self, axes: tuple[int, ...]) -> None:
+        """Refuse axes with others behind them: with the last ones Keras aligns an RMS weight."""
+        ndim = 0 if axes[0] < 0 else len(self.input_shape() or ())
+        if axes != tuple(range(ndim - len(axes), ndim)):
+            raise ValueError(
+                f"{self.called('axis')} must name the last axes of the input, counted from the end "
+                f"unless the layer says what it was built for: Keras multiplies the last axes by "
+                f"{self._parameters[_WEIGHT]}, whichever it normalizes, got {axes}"
+            )
+
     def sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
         """Return the sizes of axes of the input that Keras has a parameter for."""
-        for name in _AFFINE:
-            parameter = self.read(self._names[name], None)
+        for name in self._parameters.values():
+            parameter = self.read(name, None)
             if parameter is not None:
                 return tuple(parameter.shape)
         shape = self.input_shape()
         if shape is None or any(shape[axis] is None for axis in axes):
             raise ValueError(
-                f"{self._argument} must have a {self._names['weight']} or a {self._names['bias']}, "
-                f"or be built for known sizes of the axes {list(axes)}: nothing else says these"
+                f"{self._argument} must have a {' or a '.join(self._parameters.values())}, or be "
+                f"built for known sizes of the axes {list(axes)}: nothing else says these"
             )
         return tuple(shape[axis] for axis in axes)
 
@@ -180,21 +199,20 @@ class FrameworkLayer:
         config = self.read("get_build_config", None)
         return (config() or {}).get("input_shape") if callable(config) else None
 
-    def arrays(
-        self, shape: tuple[int, ...], *, tracked: bool = False, has_bias: bool = True
-    ) -> dict[str, Array | None]:
-        """Return copies of the parameters, and of the running statistics that are `tracked`."""
-        names = _AFFINE if has_bias else _AFFINE[:1]
-        values = {name: self.read(self._names[name]) for name in names}
-        if tracked:
-            values |= {name: self.read(self._names[name]) for name in _RUNNING}
-        return {
-            name: self._copy(name, value, shape) if value is not None or name in _RUNNING else None
-            for name, value in values.items()
+    def arrays(self, shape: tuple[int, ...], *, tracked: bool = False) -> dict[str, Array | None]:
+        """Return copies of the parameters, and of the running statistics if they are `tracked`."""
+        parameters = {name: self.read(theirs) for name, theirs in self._parameters.items()}
+        copies = {
+            name: None if value is None else self._copy(self._parameters[name], value, shape)
+            for name, value in parameters.items()
+        }
+        running = self._running if tracked else {}
+        return copies | {
+            name: self._copy(theirs, self.read(theirs), shape) for name, theirs in running.items()
         }
 
     def _copy(self, name: str, value: object, shape: tuple[int, ...]) -> Array:
-        return _validation.state(self.called(self._names[name]), value, shape).copy()
+        return _validation.state(self.called(name), value, shape).copy()
 
     def fill(self, layer: AnyLayer, arrays: dict[str, Array | None]) -> AnyLayer:
         """Give a layer these arrays, the number of batches and the mode; return it."""
@@ -210,11 +228,61 @@ class FrameworkLayer:
         return layer
 
 
-def dtype_of(arrays: dict[str, Array | None]) -> DTypeLike:
-    """Return float64 if an array is of it, or else float32."""
-    return np.result_type(np.float32, *(a.dtype for a in arrays.values() if a is not None))
+def _affine_and_dtype(arrays: dict[str, Array | None]) -> tuple[bool, DTypeLike]:
+    """Return whether there are parameters; and float64 if an array is of it, or else float32."""
+    dtypes = [a.dtype for a in arrays.values() if a is not None]
+    has_parameters = any(arrays.get(name) is not None for name in (_WEIGHT, _BIAS))
+    return has_parameters, np.result_type(np.float32, *dtypes)
 
 
-def has_affine(arrays: dict[str, Array | None]) -> bool:
-    """Return whether there is a weight or a bias."""
-    return any(arrays.get(name) is not None for name in _AFFINE)
+def of_channels(
+    make: Callable[..., AnyLayer],
+    source: FrameworkLayer,
+    num_features: int,
+    axis: int,
+    *,
+    tracked: bool = False,
+    **others: Any,
+) -> AnyLayer:
+    """Return a layer of channels, with the running statistics of the source if they are `tracked`.
+
+    `others` are arguments of the layer besides.
+    """
+    arrays = source.arrays((num_features,), tracked=tracked)
+    affine, dtype = _affine_and_dtype(arrays)
+    layer = make(
+        num_features,
+        source.eps,
+        affine=affine,
+        track_running_stats=tracked,
+        axis=axis,
+        dtype=dtype,
+        **others,
+    )
+    return source.fill(layer, arrays)
+
+
+def of_groups(
+    make: Callable[..., AnyLayer],
+    source: FrameworkLayer,
+    num_groups: int,
+    num_channels: int,
+    axis: int,
+) -> AnyLayer:
+    """Return a layer of groups of channels."""
+    arrays = source.arrays((num_channels,))
+    affine, dtype = _affine_and_dtype(arrays)
+    layer = make(num_groups, num_channels, source.eps, affine, axis=axis, dtype=dtype)
+    return source.fill(layer, arrays)
+
+
+def of_rows(
+    make: Callable[..., AnyLayer],
+    source: FrameworkLayer,
+    shape: tuple[int, ...],
+    axis: tuple[int, ...] | None,
+) -> AnyLayer:
+    """Return a layer of rows, which `axis` makes up: the last axes where it is None."""
+    arrays = source.arrays(shape)
+    affine, dtype = _affine_and_dtype(arrays)
+    return source.fill(make(shape, source.eps, affine, axis=axis, dtype=dtype), arrays)

@@ -14,7 +14,7 @@ from bnfast import _validation
 from bnfast._conventions import KERAS, KERAS_LAYERS, PYTORCH_LAYERS
 from bnfast._float_mode import in_default_float_mode
 from bnfast._typing import Array
-from bnfast.layers._framework import FrameworkLayer, dtype_of, has_affine
+from bnfast.layers._framework import FrameworkLayer, of_channels
 from bnfast.layers._tracking import PROPAGATE, TrackingLayer
 from bnfast.running_averages import Momentum
 
@@ -278,16 +278,14 @@ class BatchNorm(TrackingLayer):
 
     @classmethod
     def _from(cls, source: FrameworkLayer, num_features: int, axis: int) -> BatchNorm:
-        tracks = source.has_running_statistics()
-        arrays = source.arrays((num_features,), tracked=tracks)
-        layer = cls(
-            *(num_features, source.eps, source.momentum, has_affine(arrays), tracks),
-            axis=axis,
+        layer = of_channels(
+            *(cls, source, num_features, axis),
+            tracked=source.has_running_statistics(),
+            momentum=source.momentum,
             unbiased=source.convention.unbiased,
-            dtype=dtype_of(arrays),
         )
-        layer.track_running_stats = tracks and source.tracks()
-        return source.fill(layer, arrays)
+        layer.track_running_stats = layer.track_running_stats and source.tracks()
+        return layer
 
     def _before_training(self, x: Array) -> None:
         if self._warned or not 0 < x.size < FEW_VALUES * self.num_features:

@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from bnfast import _validation, functional
+from bnfast._conventions import KERAS_LAYERS, PYTORCH_LAYERS
 from bnfast._float_mode import in_default_float_mode
 from bnfast._typing import Array
+from bnfast.layers._framework import FrameworkLayer, of_rows
 from bnfast.layers._layer import Flag, Gradients, Layer
 
 
@@ -134,6 +136,79 @@ class LayerNorm(_RowLayer):
         if _validation.flag("bias", bias) and self.elementwise_affine:
             self.bias = np.zeros(self.normalized_shape, self.dtype)
 
+    @classmethod
+    @in_default_float_mode
+    def from_torch(cls, module: Any) -> LayerNorm:
+        """Return a layer that computes what a ``torch.nn.LayerNorm`` does.
+
+        Parameters
+        ----------
+        module : torch.nn.LayerNorm
+            Or any object with the same attributes; PyTorch is not imported.
+
+        Returns
+        -------
+        LayerNorm
+            As `BatchNorm.from_torch` says.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `BatchNorm.from_torch`.
+
+        Examples
+        --------
+        >>> import types, numpy as np, bnfast
+        >>> module = types.SimpleNamespace(
+        ...     normalized_shape=(4,), eps=1e-6, weight=np.ones(4), bias=None, training=True
+        ... )
+        >>> bnfast.LayerNorm.from_torch(module).eps
+        1e-06
+        """
+        source = FrameworkLayer("module", module, PYTORCH_LAYERS, "LayerNorm")
+        return of_rows(cls, source, source.shape("normalized_shape"), None)
+
+    @classmethod
+    @in_default_float_mode
+    def from_keras(cls, layer: Any) -> LayerNorm:
+        """Return a layer that computes what a ``keras.layers.LayerNormalization`` does.
+
+        Parameters
+        ----------
+        layer : LayerNormalization
+            Built, with one axis or a list of axes. Or any object with the same attributes; Keras is
+            not imported.
+
+        Returns
+        -------
+        LayerNorm
+            With the axis of the Keras layer; without a weight for ``scale=False``, without a bias
+            for ``center=False``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `BatchNorm.from_keras`; for ``rms_scaling=True``.
+
+        Examples
+        --------
+        >>> import types, numpy as np, bnfast
+        >>> keras_layer = types.SimpleNamespace(
+        ...     axis=[-1], epsilon=1e-3, gamma=np.ones(4), beta=np.zeros(4)
+        ... )
+        >>> layer = bnfast.LayerNorm.from_keras(keras_layer)
+        >>> layer.normalized_shape, layer.axis, layer.eps
+        ((4,), (-1,), 0.001)
+        """
+        source = FrameworkLayer("layer", layer, KERAS_LAYERS, "LayerNorm")
+        if source.read("rms_scaling", False):
+            raise ValueError(
+                "layer must have rms_scaling=False, got one that divides by the standard deviation "
+                "and does not subtract the mean, which no layer of bnfast does: RMSNormalization "
+                "of Keras is bnfast.RMSNorm"
+            )
+        return of_rows(cls, source, *source.rows())
+
     def _normalize(self, x: Array, out: Array | None) -> tuple[Array, ...]:
         eps = float(self.eps or 0.0)
         return functional.layer_norm_forward(
@@ -145,7 +220,7 @@ class LayerNorm(_RowLayer):
         return functional.layer_norm_backward(
             *(dy, x, self.normalized_shape, mean, invstd, weight),
             axis=self.axis,
-            parameters=weight is not None,
+            parameters=weight is not None or self.bias is not None,
             out=out,
         )
 
@@ -213,6 +288,72 @@ class RMSNorm(_RowLayer):
         dtype: DTypeLike = np.float32,
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, axis, dtype)
+
+    @classmethod
+    @in_default_float_mode
+    def from_torch(cls, module: Any) -> RMSNorm:
+        """Return a layer that computes what a ``torch.nn.RMSNorm`` does.
+
+        Parameters
+        ----------
+        module : torch.nn.RMSNorm
+            Or any object with the same attributes; PyTorch is not imported.
+
+        Returns
+        -------
+        RMSNorm
+            As `BatchNorm.from_torch` says; ``eps=None`` stays None.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `BatchNorm.from_torch`.
+
+        Examples
+        --------
+        >>> import types, numpy as np, bnfast
+        >>> module = types.SimpleNamespace(
+        ...     normalized_shape=(4,), eps=1e-6, weight=np.ones(4, np.float32), training=True
+        ... )
+        >>> bnfast.RMSNorm.from_torch(module)
+        RMSNorm((4,), eps=1e-06, elementwise_affine=True, axis=None, dtype=float32)
+        """
+        source = FrameworkLayer("module", module, PYTORCH_LAYERS, "RMSNorm")
+        return of_rows(cls, source, source.shape("normalized_shape"), None)
+
+    @classmethod
+    @in_default_float_mode
+    def from_keras(cls, layer: Any) -> RMSNorm:
+        """Return a layer that computes what a ``keras.layers.RMSNormalization`` does.
+
+        Parameters
+        ----------
+        layer : RMSNormalization
+            Built, over the last axes. Or any object with the same attributes; Keras is not
+            imported.
+
+        Returns
+        -------
+        RMSNorm
+            With the axis of the Keras layer.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `BatchNorm.from_keras`; for axes with others behind them, along which Keras does not
+            multiply by its weight.
+
+        Examples
+        --------
+        >>> import types, numpy as np, bnfast
+        >>> keras_layer = types.SimpleNamespace(axis=-1, epsilon=1e-6, scale=np.ones(4, np.float32))
+        >>> bnfast.RMSNorm.from_keras(keras_layer)
+        RMSNorm((4,), eps=1e-06, elementwise_affine=True, axis=(-1,), dtype=float32)
+        """
+        source = FrameworkLayer("layer", layer, KERAS_LAYERS, "RMSNorm")
+        shape, axes = source.rows()
+        source.refuse_other_than_last(axes)
+        return of_rows(cls, source, shape, axes)
 
     def _normalize(self, x: Array, out: Array | None) -> tuple[Array, ...]:
         return functional.rms_norm_forward(

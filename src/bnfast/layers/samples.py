@@ -8,9 +8,11 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from bnfast import _validation, functional
+from bnfast._conventions import KERAS_LAYERS, PYTORCH_LAYERS
 from bnfast._float_mode import in_default_float_mode
 from bnfast._primitives import PER_SAMPLE
 from bnfast._typing import Array
+from bnfast.layers._framework import FrameworkLayer, of_channels, of_groups
 from bnfast.layers._layer import Flag, Gradients, Layer
 from bnfast.layers._tracking import PROPAGATE, TrackingLayer
 from bnfast.running_averages import Momentum
@@ -103,6 +105,82 @@ class InstanceNorm(TrackingLayer):
             *(frozen, nonfinite),
         )
 
+    @classmethod
+    @in_default_float_mode
+    def from_torch(cls, module: Any) -> InstanceNorm:
+        """Return a layer that computes what a ``torch.nn.InstanceNorm1d``, ``2d`` or ``3d`` does.
+
+        Parameters
+        ----------
+        module : InstanceNorm1d, InstanceNorm2d or InstanceNorm3d of ``torch.nn``
+            Or any object with the same attributes; PyTorch is not imported.
+
+        Returns
+        -------
+        InstanceNorm
+            As `BatchNorm.from_torch` says. Running statistics that the module no longer tracks are
+            left out: PyTorch does not normalize with them.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `BatchNorm.from_torch`.
+
+        Examples
+        --------
+        >>> import types, numpy as np, bnfast
+        >>> module = types.SimpleNamespace(
+        ...     num_features=2, eps=1e-3, momentum=0.1, training=True, track_running_stats=False,
+        ...     weight=None, bias=None, running_mean=None, running_var=None,
+        ... )
+        >>> bnfast.InstanceNorm.from_torch(module).eps
+        0.001
+        """
+        source = FrameworkLayer("module", module, PYTORCH_LAYERS, "InstanceNorm")
+        tracked = source.tracks() and source.has_running_statistics()
+        size = source.size("num_features")
+        return of_channels(cls, source, size, 1, tracked=tracked, momentum=source.momentum)
+
+    @classmethod
+    @in_default_float_mode
+    def from_keras(cls, layer: Any) -> InstanceNorm:
+        """Return a layer that computes what ``keras.layers.GroupNormalization(groups=-1)`` does.
+
+        Parameters
+        ----------
+        layer : GroupNormalization
+            With a group for each channel; built. Or any object with the same attributes; Keras is
+            not imported.
+
+        Returns
+        -------
+        InstanceNorm
+            Without running statistics.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `BatchNorm.from_keras`; where groups have several channels.
+
+        Examples
+        --------
+        >>> import types, numpy as np, bnfast
+        >>> keras_layer = types.SimpleNamespace(
+        ...     groups=-1, axis=-1, epsilon=1e-3, gamma=np.ones(4), beta=np.zeros(4)
+        ... )
+        >>> layer = bnfast.InstanceNorm.from_keras(keras_layer)
+        >>> layer.num_features, layer.axis, layer.eps
+        (4, -1, 0.001)
+        """
+        source = FrameworkLayer("layer", layer, KERAS_LAYERS, "InstanceNorm")
+        groups, channels, axis = source.groups()
+        if groups != channels:
+            raise ValueError(
+                f"layer.groups must be -1 or the number of channels, {channels}, got {groups}: "
+                "bnfast.GroupNorm.from_keras takes such a layer"
+            )
+        return of_channels(cls, source, channels, axis)
+
     def _batch(self, x: Array) -> Array:
         array = super()._batch(x)
         _validation.channel_axis_of_samples(array, self.axis)
@@ -192,6 +270,71 @@ class GroupNorm(Layer):
         if self.affine:
             self.weight = np.ones(self.num_channels, self.dtype)
             self.bias = np.zeros(self.num_channels, self.dtype)
+
+    @classmethod
+    @in_default_float_mode
+    def from_torch(cls, module: Any) -> GroupNorm:
+        """Return a layer that computes what a ``torch.nn.GroupNorm`` does.
+
+        Parameters
+        ----------
+        module : torch.nn.GroupNorm
+            Or any object with the same attributes; PyTorch is not imported.
+
+        Returns
+        -------
+        GroupNorm
+            As `BatchNorm.from_torch` says.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `BatchNorm.from_torch`.
+
+        Examples
+        --------
+        >>> import types, numpy as np, bnfast
+        >>> module = types.SimpleNamespace(
+        ...     num_groups=2, num_channels=4, eps=1e-3, weight=np.ones(4), bias=np.zeros(4),
+        ...     training=True,
+        ... )
+        >>> bnfast.GroupNorm.from_torch(module)
+        GroupNorm(2, num_channels=4, eps=0.001, affine=True, axis=1, dtype=float64)
+        """
+        source = FrameworkLayer("module", module, PYTORCH_LAYERS, "GroupNorm")
+        return of_groups(cls, source, source.size("num_groups"), source.size("num_channels"), 1)
+
+    @classmethod
+    @in_default_float_mode
+    def from_keras(cls, layer: Any) -> GroupNorm:
+        """Return a layer that computes what a ``keras.layers.GroupNormalization`` does.
+
+        Parameters
+        ----------
+        layer : GroupNormalization
+            Built. Or any object with the same attributes; Keras is not imported.
+
+        Returns
+        -------
+        GroupNorm
+            Of ``groups=-1``, with a group for each channel.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `BatchNorm.from_keras`.
+
+        Examples
+        --------
+        >>> import types, numpy as np, bnfast
+        >>> keras_layer = types.SimpleNamespace(
+        ...     groups=2, axis=-1, epsilon=1e-3, gamma=np.ones(4), beta=np.zeros(4)
+        ... )
+        >>> bnfast.GroupNorm.from_keras(keras_layer)
+        GroupNorm(2, num_channels=4, eps=0.001, affine=True, axis=-1, dtype=float64)
+        """
+        source = FrameworkLayer("layer", layer, KERAS_LAYERS, "GroupNorm")
+        return of_groups(cls, source, *source.groups())
 
     @in_default_float_mode
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
