@@ -1,4 +1,4 @@
-"""Take the layers of a PyTorch network to bnfast, train them there, and bring their state back.
+"""Take a layer of a PyTorch network to bnfast, train them there, and bring their state back.
 
 python -m pip install ".[torch]" && python examples/load_pytorch_state.py
 """
@@ -19,8 +19,7 @@ network = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.BatchNorm2d(16
 network(torch.randn(8, 3, 10, 10))  # a training step: its running statistics are no longer 0 and 1
 module = network[1]
 
-layer = bnfast.BatchNorm(16)
-layer.load_state_dict(module.state_dict())
+layer = bnfast.BatchNorm.from_torch(module)
 
 
 def largest_difference(x):

@@ -1,5 +1,7 @@
 """Arrays that are not NumPy's: taken without a copy, or refused in a sentence that says how."""
 
+import types
+
 import numpy as np
 import pytest
 
@@ -66,6 +68,42 @@ def test_a_tensor_without_an_array_says_what_to_write(torch, spoil, instead):
             call(x)
 
 
+class OnADevice:
+    """What PyTorch's tensors on a device do, with the memory of an array."""
+
+    requires_grad = True
+    device = types.SimpleNamespace(type="cuda")
+
+    def __init__(self, array, steps=("detach", "cpu")):
+        self.array, self.steps = array, steps
+
+    def __array__(self, dtype=None, copy=None):
+        if self.steps:
+            raise TypeError("can't convert")
+        return self.array
+
+    def detach(self):
+        return OnADevice(self.array, [step for step in self.steps if step != "detach"])
+
+    def cpu(self):
+        return OnADevice(self.array, [step for step in self.steps if step != "cpu"])
+
+
+def test_states_take_tensors_on_a_device_and_calls_say_what_to_write():
+    layer = bnfast.GroupNorm(1, 3)
+    layer.load_state_dict({"weight": OnADevice(MEAN), "bias": OnADevice(VAR)})
+    np.testing.assert_array_equal([layer.weight, layer.bias], [MEAN, VAR])
+    with pytest.raises(TypeError, match=r"x\.detach\(\)\.cpu\(\) is one"):
+        evaluated(OnADevice(X))
+
+
+def test_the_sentence_about_floats_of_16_bits_holds_for_moments(torch):
+    x = torch.from_numpy(X).half()
+    with pytest.raises(TypeError, match=r"numpy\.asarray\(x, numpy\.float32\) is such"):
+        bnfast.moments(x)
+    assert bnfast.moments(np.asarray(x, np.float32)) == bnfast.moments(X)
+
+
 def test_tensors_that_would_be_written_to_say_what_to_write(torch):
     mean, var = torch.zeros(3), torch.ones(3)
     with pytest.raises(TypeError, match=r"running_mean\.detach\(\)\.numpy\(\) is its memory"):
@@ -99,6 +137,13 @@ def test_the_state_of_a_whole_model_is_read_by_a_prefix(torch):
     layer.load_state_dict(network.state_dict(), prefix="1.")
     np.testing.assert_array_equal(layer.running_mean, network[1].running_mean.numpy())
     assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_states_refuse_masks(dtype):
+    masked = np.ma.array(np.ones(3, dtype), mask=[True, False, False])
+    with pytest.raises(TypeError, match="weight must be an array without a mask"):
+        bnfast.GroupNorm(1, 3).load_state_dict({"weight": masked, "bias": MEAN})
 
 
 def test_errors_about_a_prefix_have_the_whole_names():

@@ -17,10 +17,9 @@ _NO_COPY = ("cpu", "meta")
 
 def as_array(value: Any) -> Array:
     """Return the memory of an array, a tensor or a buffer as an array, or a copy of a list."""
-    array = np.asarray(value)
-    if array.dtype == object and hasattr(value, "__dlpack__"):
+    if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
         return np.from_dlpack(value)
-    return array
+    return np.asarray(value)
 
 
 def _array(name: str, value: object, wanted: str) -> Array:
@@ -68,14 +67,18 @@ def on_the_cpu(name: str, value: object) -> object:
 
 def floats_to_copy(name: str, value: object) -> Array:
     """Return floats of an array or tensor, wherever it is; those of fewer bits as float32."""
+    if type(value) is np.ndarray and _dtypes.is_floating(value.dtype):
+        return value
     value = on_the_cpu(name, value)
     try:
-        array = as_array(value)
-    except Exception:  # PyTorch's bfloat16 has no array of its own; what has none at all is refused
+        array = _array(name, value, _dtypes.NAMES)
+    except TypeError:  # PyTorch's bfloat16 has no array of its own
         as_single = getattr(value, "float", None)
-        return floating_array(name, as_single() if callable(as_single) else value)
+        if not callable(as_single):
+            raise
+        array = _array(name, as_single(), _dtypes.NAMES)
     is_narrow = array.dtype == np.float16 or array.dtype.name == "bfloat16"
-    return floating_array(name, array.astype(np.float32) if is_narrow else value)
+    return floating_array(name, array.astype(np.float32) if is_narrow else array)
 
 
 def floating_array(name: str, value: object) -> Array:
@@ -118,7 +121,7 @@ def numbers(name: str, value: object) -> Array:
         hint = ""
         if dtype.kind in "fbiu":
             dtype_of_hint = "float32" if dtype.char == "e" else dtype.newbyteorder("=").name
-            hint = f"; {name}.astype(numpy.{dtype_of_hint}) is such"
+            hint = f"; numpy.asarray({name}, numpy.{dtype_of_hint}) is such"
         raise TypeError(
             f"{name} must be float32, float64, integers or booleans in native byte order, "
             f"got {describe(array)}{hint}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -197,7 +198,11 @@ def _from_keras(rng: Random, outcome: case.Outcome) -> None:
             given[name] = None
     outcome.description = f"BatchNorm.from_keras({channels} channels of {dtype})"
     outcome.called("BatchNorm.from_keras")
-    layer = bnfast.BatchNorm.from_keras(**given, momentum=0.9)
+    if draws.chance(rng, 0.5):
+        theirs = types.SimpleNamespace(**given, momentum=0.9, epsilon=1e-3, axis=-1)
+        layer = bnfast.BatchNorm.from_keras(theirs)
+    else:
+        layer = bnfast.BatchNorm.from_keras(**given, momentum=0.9)
     kept = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
     for name, array in zip(names, kept, strict=True):
         if (array is None) != (given[name] is None) or (

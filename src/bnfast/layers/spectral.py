@@ -62,9 +62,7 @@ class SpectralNorm(Trainable):
     The state has u as ``_u`` and v as ``_v``. That of a PyTorch module with a parametrized weight
     is loaded by::
 
-        start = "parametrizations.weight.0."
-        state = {n: a for n, a in module.state_dict().items() if n.startswith(start)}
-        layer.load_state_dict({n.removeprefix(start): a for n, a in state.items()})
+        layer.load_state_dict(module.state_dict(), prefix="parametrizations.weight.0.")
 
     and its raw weight is ``module.state_dict()["parametrizations.weight.original"]``.
 

@@ -63,9 +63,7 @@ class WeightNorm(Trainable):
     The state has g as ``original0`` and v as ``original1``. That of a PyTorch module with a
     parametrized weight is loaded by::
 
-        start = "parametrizations.weight."
-        state = {n: a for n, a in module.state_dict().items() if n.startswith(start)}
-        layer.load_state_dict({n.removeprefix(start): a for n, a in state.items()})
+        layer.load_state_dict(module.state_dict(), prefix="parametrizations.weight.")
 
     References
     ----------
