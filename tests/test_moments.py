@@ -301,8 +301,10 @@ def test_what_is_refused():
     )
     integers_only = "x must be float32, float64, integers or booleans in native byte order, got "
     refuse(TypeError, integers_only + r".*complex128", x + 1j)
-    refuse(TypeError, integers_only + r".*; x.astype\(numpy.float32\)", x.astype(np.float16))
-    refuse(TypeError, integers_only + r".*; x.astype\(numpy.int16\)", x.astype(">i2"))
+    refuse(
+        TypeError, integers_only + r".*; numpy\.asarray\(x, numpy\.float32\)", x.astype(np.float16)
+    )
+    refuse(TypeError, integers_only + r".*; numpy\.asarray\(x, numpy\.int16\)", x.astype(">i2"))
     refuse(TypeError, integers_only, x.astype(object))
     refuse(TypeError, "x must be a float32, float64, integer or boolean array, got None", None)
     refuse(TypeError, "an array without a mask", np.ma.masked_array(x))
