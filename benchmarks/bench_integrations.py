@@ -137,11 +137,37 @@ def thinc_calls(shape=(2000, 96)):
     return {"bnfast LayerNorm": of(ours), "thinc LayerNorm": of(theirs)}
 
 
+def encoder_calls(shape=(2000, 96), blocks=4):
+    """A training step of an encoder as spaCy's pipelines have it."""
+    from thinc.api import Adam, Maxout, chain, clone, expand_window, residual
+
+    from bnfast.integrations.thinc import accelerate
+
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    width = shape[1]
+    block = chain(expand_window(1), Maxout(width, 3 * width, nP=3, normalize=True))
+    theirs = clone(residual(block), blocks).initialize(x, x)
+    ours = theirs.copy()
+    accelerate(ours)
+
+    def of(model):
+        optimizer = Adam(0.001)
+
+        def step():
+            y, backprop = model.begin_update(x)
+            backprop(y / len(y))
+            model.finish_update(optimizer)
+
+        return step
+
+    return {"bnfast encoder": of(ours), "thinc encoder": of(theirs)}
+
+
 PEERS = {
     "dask": lambda: dask_calls(table(1000), 1),
     "sklearn": lambda: scaler_calls(table(1000)),
     "autograd": lambda: autograd_calls((2, 3, 4, 4)),
-    "thinc": lambda: thinc_calls((5, 8)),
+    "thinc": lambda: {**thinc_calls((5, 8)), **encoder_calls((5, 8), 2)},
 }
 
 
@@ -187,6 +213,11 @@ def main():
         "thinc: forward and backward, CPU time",
         in_turn(thinc_calls(), 10 * arguments.turns, time.process_time),
         lambda name: "bnfast LayerNorm",
+    )
+    show(
+        "thinc: a training step, CPU time",
+        in_turn(encoder_calls(), arguments.turns, time.process_time),
+        lambda name: "bnfast encoder",
     )
 
 
