@@ -150,6 +150,10 @@ def test_other_modules_are_refused(torch):
         pass
 
     assert bnfast.BatchNorm.from_torch(Plain(3)).num_features == 3
+    patched = torch.nn.BatchNorm2d(3)
+    patched.forward = lambda x: 2 * x
+    with pytest.raises(TypeError, match="BatchNorm2d, which has a forward of its own and may"):
+        bnfast.BatchNorm.from_torch(patched)
     with pytest.raises(TypeError, match="Own, which has a forward of its own and may"):
         bnfast.BatchNorm.from_torch(Own(3))
     others = [torch.nn.GroupNorm(1, 3), torch.nn.Linear(3, 3)]
@@ -344,6 +348,10 @@ def test_what_keras_computes_and_bnfast_does_not_is_refused(keras, rng):
         scaled = built(layers.LayerNormalization(rms_scaling=True), (2, 3), rng)
     with pytest.raises(ValueError, match=r"rms_scaling=False.* RMSNormalization of Keras is"):
         bnfast.LayerNorm.from_keras(scaled)
+    for ours, theirs in ((bnfast.LayerNorm, "LayerNorm"), (bnfast.RMSNorm, "RMSNorm")):
+        of_keras = built(getattr(layers, f"{theirs}alization")(epsilon=None), (2, 3), rng)
+        with pytest.raises(TypeError, match=r"^layer\.epsilon must be a real number, got None"):
+            ours.from_keras(of_keras)  # the epsilon of Keras's configuration
     mixed = built(layers.LayerNormalization(axis=[1, -1]), (2, 3, 4), rng)
     with pytest.raises(ValueError, match=r"layer\.axis must count all axes from the first one, or"):
         bnfast.LayerNorm.from_keras(mixed)
@@ -368,6 +376,18 @@ def test_sizes_that_nothing_says_are_asked_for():
     plain.axis = []
     with pytest.raises(ValueError, match=r"layer\.axis must have at least one axis, got none"):
         bnfast.LayerNorm.from_keras(plain)
+
+
+@pytest.mark.parametrize("ours", [bnfast.GroupNorm, bnfast.LayerNorm])
+def test_parameters_have_the_dimensions_of_the_axes(ours):
+    layer = types.SimpleNamespace(groups=1, axis=-1, epsilon=1e-3, gamma=[1.0, 2.0], beta=None)
+    assert ours.from_keras(layer).weight.tolist() == [1.0, 2.0]
+    layer.gamma = np.ones((4, 2))
+    message = (
+        r"^layer\.gamma must have a dimension for each of the axes \[-1\], got shape \(4, 2\)$"
+    )
+    with pytest.raises(ValueError, match=message):
+        ours.from_keras(layer)
 
 
 def torch_like(**others):

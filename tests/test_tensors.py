@@ -114,10 +114,11 @@ def test_tensors_that_would_be_written_to_say_what_to_write(torch):
     assert mean.abs().min() > 0
 
 
-def test_bfloat16_of_ml_dtypes_says_what_to_write():
+@pytest.mark.parametrize("function", [evaluated, bnfast.moments], ids=["batch_norm", "moments"])
+def test_bfloat16_of_ml_dtypes_says_what_to_write(function):
     ml_dtypes = pytest.importorskip("ml_dtypes")
     with pytest.raises(TypeError, match=r"numpy\.asarray\(x, numpy\.float32\) is such"):
-        evaluated(X.astype(ml_dtypes.bfloat16))
+        function(X.astype(ml_dtypes.bfloat16))
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])

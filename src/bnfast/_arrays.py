@@ -118,9 +118,9 @@ def numbers(name: str, value: object) -> Array:
     array = _array(name, value, "float32, float64, integer or boolean")
     dtype = array.dtype
     if not (dtype.isnative and (dtype.char in "fd" or dtype.kind in "biu")):
-        hint = ""
-        if dtype.kind in "fbiu":
-            dtype_of_hint = "float32" if dtype.char == "e" else dtype.newbyteorder("=").name
+        hint, is_half = "", dtype.char == "e" or dtype.name == "bfloat16"
+        if is_half or dtype.kind in "fbiu":
+            dtype_of_hint = "float32" if is_half else dtype.newbyteorder("=").name
             hint = f"; numpy.asarray({name}, numpy.{dtype_of_hint}) is such"
         raise TypeError(
             f"{name} must be float32, float64, integers or booleans in native byte order, "

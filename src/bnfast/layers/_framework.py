@@ -72,7 +72,8 @@ class FrameworkLayer:
         if own is not None:
             computes = next(c for c in classes if kinds.method in vars(c))
             # What bnfast.integrations makes of a class computes the same.
-            if issubclass(own, computes) or computes.__module__.startswith("bnfast."):
+            is_theirs = issubclass(own, computes) or computes.__module__.startswith("bnfast.")
+            if is_theirs and kinds.method not in vars(self._value):
                 return
             why = f", which has a {kinds.method} of its own and may compute something else"
         raise TypeError(f"{self._argument} must be {self._wanted()}, got {self._described()}{why}")
@@ -110,8 +111,11 @@ class FrameworkLayer:
 
     @property
     def eps(self) -> Any:
-        """What is added to the variance."""
-        return self.read(self._kinds.eps)
+        """What is added to the variance; None as PyTorch means it, not as Keras does."""
+        eps = self.read(self._kinds.eps)
+        if eps is None and self.convention is PYTORCH:
+            return None
+        return _validation.real(self.called(self._kinds.eps), eps)
 
     @property
     def momentum(self) -> float | None:
@@ -185,7 +189,13 @@ class FrameworkLayer:
         for name in self._parameters.values():
             parameter = self.read(name, None)
             if parameter is not None:
-                return tuple(parameter.shape)
+                sizes = _validation.floats_to_copy(self.called(name), parameter).shape
+                if len(sizes) != len(axes):
+                    raise ValueError(
+                        f"{self.called(name)} must have a dimension for each of the axes "
+                        f"{list(axes)}, got shape {sizes}"
+                    )
+                return sizes
         shape = self.input_shape()
         if shape is None or any(shape[axis] is None for axis in axes):
             raise ValueError(
