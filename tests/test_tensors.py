@@ -148,8 +148,7 @@ def test_states_refuse_masks(dtype):
 
 
 def test_errors_about_a_prefix_have_the_whole_names():
-    state = {f"bn1.{name}": array for name, array in bnfast.BatchNorm(3).state_dict().items()}
-    layer = bnfast.BatchNorm(3)
+    state, layer = bnfast.BatchNorm(3).state_dict(prefix="bn1."), bnfast.BatchNorm(3)
     layer.load_state_dict(state | {"other": 1, 7: 2}, prefix="bn1.")
     with pytest.raises(ValueError, match=r"missing \['bn2\.weight'"):
         layer.load_state_dict(state, prefix="bn2.")
@@ -157,5 +156,23 @@ def test_errors_about_a_prefix_have_the_whole_names():
         layer.load_state_dict(state | {"bn1.extra": 1}, prefix="bn1.")
     with pytest.raises(ValueError, match=r"bn1\.bias must have one value for each"):
         layer.load_state_dict(state | {"bn1.bias": np.ones(2)}, prefix="bn1.")
-    with pytest.raises(TypeError, match="prefix must be a string, got 1"):
-        layer.load_state_dict(state, prefix=1)
+    for call in (layer.state_dict, lambda prefix: layer.load_state_dict(state, prefix=prefix)):
+        with pytest.raises(TypeError, match="prefix must be a string, got 1"):
+            call(prefix=1)
+
+
+def test_the_state_of_a_whole_model_without_the_right_prefix_is_told_those_that_fit():
+    layer, wider = bnfast.BatchNorm(3), bnfast.BatchNorm(4)
+    model = {f"conv{n}.weight": np.ones((4, 3)) for n in range(100)}
+    model |= layer.state_dict(prefix="a.bn.") | wider.state_dict(prefix="b.bn.")
+    model |= layer.state_dict(prefix="c.")
+    for prefix in ("", "a.bn", "a.", "norm."):
+        with pytest.raises(
+            ValueError, match=r"; of a whole model, prefix='a\.bn\.' or 'c\.'$"
+        ) as told:
+            layer.load_state_dict(model, prefix=prefix)
+        assert len(str(told.value)) < 600
+    with pytest.raises(ValueError, match=r"missing \['weight', [^;]*$"):
+        layer.load_state_dict({"weights": 0})
+    with pytest.raises(ValueError, match=r"must have the names \[\]: unexpected [^;]*$"):
+        bnfast.InstanceNorm(3).load_state_dict(model)

@@ -41,6 +41,13 @@ def flag(name: str, value: object) -> bool:
     return bool(value)
 
 
+def text(name: str, value: object) -> str:
+    """Return a string."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {describe(value)}")
+    return value
+
+
 def choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     """Return one of some words."""
     if not isinstance(value, str) or value not in choices:

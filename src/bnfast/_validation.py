@@ -45,6 +45,7 @@ from bnfast._scalars import renorm_limits as renorm_limits
 from bnfast._scalars import share as share
 from bnfast._scalars import size as size
 from bnfast._scalars import sizes as sizes
+from bnfast._scalars import text as text
 from bnfast._typing import Array
 
 Saved = TypeVar("Saved")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -12,7 +13,6 @@ from numpy.typing import ArrayLike
 from bnfast import _validation
 from bnfast._conventions import PYTORCH
 from bnfast._float_mode import in_default_float_mode
-from bnfast._scalars import describe
 from bnfast._typing import Array
 
 AnyTrainable = TypeVar("AnyTrainable", bound="Trainable")
@@ -24,6 +24,21 @@ _COUNTER = PYTORCH.counter
 NONE_YET = "there has been none"
 _DONE = "the last one has had its backward"
 _IN_PLACE = "the last call wrote over its input"
+
+
+def _prefixes_that_fit(state: Mapping[Any, Any], own: Mapping[str, Array]) -> str:
+    """Return, for a message, where in the state of a whole model such arrays are, if anywhere."""
+
+    def fits(prefix: str) -> bool:
+        others = (getattr(state.get(f"{prefix}{name}"), "shape", None) for name in own)
+        return all(
+            theirs == array.shape for theirs, array in zip(others, own.values(), strict=True)
+        )
+
+    last = f".{list(own)[-1]}" if own else "?"
+    found = [name[: 1 - len(last)] for name in map(str, state) if name.endswith(last)]
+    fitting = [repr(prefix) for prefix in found if fits(prefix)]
+    return f"; of a whole model, prefix={' or '.join(fitting[:3])}" if fitting else ""
 
 
 class Flag:
@@ -184,8 +199,13 @@ class Trainable(ABC):
         arrays = {name: getattr(self, attribute) for name, attribute in self._arrays.items()}
         return {name: array for name, array in arrays.items() if array is not None}
 
-    def state_dict(self) -> dict[str, Array]:
+    def state_dict(self, *, prefix: str = "") -> dict[str, Array]:
         """Return copies of parameters and statistics, with PyTorch's names and dtypes.
+
+        Parameters
+        ----------
+        prefix : str
+            With which all names begin, as in the state of a whole model: ``"layer1.0.bn1."``.
 
         Returns
         -------
@@ -201,9 +221,10 @@ class Trainable(ABC):
         >>> list(bnfast.BatchNorm(3).state_dict())
         ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
         """
-        state = {name: array.copy() for name, array in self._state().items()}
+        before = _validation.text("prefix", prefix)
+        state = {f"{before}{name}": array.copy() for name, array in self._state().items()}
         if self.num_batches_tracked is not None:
-            state[_COUNTER] = np.array(self.num_batches_tracked, np.int64)
+            state[f"{before}{_COUNTER}"] = np.array(self.num_batches_tracked, np.int64)
         return state
 
     @in_default_float_mode
@@ -233,13 +254,12 @@ class Trainable(ABC):
         >>> import bnfast
         >>> layer, other = bnfast.BatchNorm(3), bnfast.BatchNorm(3)
         >>> layer.load_state_dict(other.state_dict())
-        >>> model = {f"bn1.{name}": array for name, array in other.state_dict().items()}
-        >>> layer.load_state_dict(model | {"fc.weight": [[1.0]]}, prefix="bn1.")
+        >>> model = {"fc.weight": [[1.0]], **other.state_dict(prefix="bn1.")}
+        >>> layer.load_state_dict(model, prefix="bn1.")
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must map names to arrays, got {type(state_dict).__name__}")
-        if not isinstance(prefix, str):
-            raise TypeError(f"prefix must be a string, got {describe(prefix)}")
+        _validation.text("prefix", prefix)
         own = {f"{prefix}{name}": array for name, array in self._state().items()}
         counter = f"{prefix}{_COUNTER}"
         names = [*own] if self.num_batches_tracked is None else [*own, counter]
@@ -248,10 +268,13 @@ class Trainable(ABC):
         missing = [name for name in own if name not in state_dict and name not in optional]
         unexpected = [name for name in given if name not in names]
         if missing or unexpected:
-            wrong = [f"missing {missing}"] * bool(missing) + [f"unexpected {unexpected}"] * bool(
-                unexpected
+            wrong = [f"missing {missing}"] * bool(missing)
+            wrong += [f"unexpected {reprlib.repr(unexpected)}"] * bool(unexpected)
+            needed = {n: a for n, a in self._state().items() if n not in self._may_be_missing}
+            raise ValueError(
+                f"state_dict must have the names {names}: {', '.join(wrong)}"
+                f"{_prefixes_that_fit(state_dict, needed)}"
             )
-            raise ValueError(f"state_dict must have the names {names}: {', '.join(wrong)}")
         new = {
             name: _validation.state(name, state_dict[name], array.shape).astype(array.dtype)
             for name, array in own.items()
