@@ -1,7 +1,8 @@
 """PyTorch's networks, trained with its own normalizations and with bnfast's, step by step in turn.
 
-``python benchmarks/bench_torch.py`` prints, for each network and memory format, how much faster
-normalization is within the network, forward and backward, and what that makes of a whole step.
+``python benchmarks/bench_torch.py`` prints, for each network and memory format, the CPU time of
+normalization within the network, forward and backward, and of a whole step; ``--write`` writes the
+table of docs/pytorch.md.
 """
 
 import argparse
@@ -15,7 +16,10 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 
+from bnfast._cli.bench.run import machine  # noqa: E402
 from bnfast.integrations.torch import accelerate, functions  # noqa: E402
+from make_tables import DOCS, filled, write_between  # noqa: E402
+from statistics_of_arrays import table  # noqa: E402
 
 
 def convolution(inputs, outputs, size, stride=1, groups=1, activation=None):
@@ -191,29 +195,38 @@ def bench_step(benchmark, computed_by, layout):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--pixels", type=int, default=112)
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    parser.add_argument("--write", action="store_true", help="write docs/pytorch.md")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     clock()
-    print("network, format: normalization ms PyTorch -> bnfast (forward, backward); step")
+    lines = []
     for network in NETWORKS:
         for layout in FORMATS:
-            found = measure(network, layout, arguments.batch, arguments.pixels, arguments.turns)
+            found = measure(network, layout, options.batch, options.pixels, options.turns)
             stock, ours = found["PyTorch, clocked"], found["bnfast"]
-            of_all = sum(stock[1:]) / sum(ours[1:])
-            passes = ", ".join(
-                f"{1e3 * a:.1f} -> {1e3 * b:.1f}, {a / b:.2f} times"
-                for a, b in zip(stock[1:], ours[1:], strict=True)
-            )
-            print(
-                f"{network} {layout}: {of_all:.2f} times ({passes}); step "
-                f"{1e3 * found['PyTorch'][0]:.0f} -> {1e3 * ours[0]:.0f} ms, "
-                f"{found['PyTorch'][0] / ours[0]:.2f} times"
-            )
+            pairs = [*zip(stock[1:], ours[1:], strict=True), (sum(stock[1:]), sum(ours[1:]))]
+            passes = [f"{1e3 * a:.1f} / {1e3 * b:.1f} = {a / b:.2f}" for a, b in pairs]
+            step_of_both = found["PyTorch"][0], ours[0]
+            step_text = f"{1e3 * step_of_both[0]:.0f} / {1e3 * step_of_both[1]:.0f}"
+            ratio = step_of_both[0] / step_of_both[1]
+            lines.append([network, layout, *passes, f"{step_text} = {ratio:.2f}"])
+    headings = ["network", "format", "forward", "backward", "both", "whole step"]
+    here = machine()
+    about = filled(
+        f"CPU time in ms, PyTorch / bnfast; {here['cpu']}, {here['instruction set']}, "
+        f"{options.threads} thread(s), images of {options.pixels} px in batches of "
+        f"{options.batch}, PyTorch {torch.__version__}."
+    )
+    parts = [table(headings, 2, lines), about]
+    if options.write:
+        write_between(DOCS / "pytorch.md", "networks", parts)
+    else:
+        print(*parts, sep="\n\n")
 
 
 if __name__ == "__main__":
