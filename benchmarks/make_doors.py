@@ -38,7 +38,7 @@ def keras(turns):
 
     name = "DenseNet121" if turns > 1 else "8 blocks with group norm"
     line = bench_keras.model_times(name, bench_keras.MODELS[name], 8, turns)
-    return f"{name}'s {line[7]}", f"`predict` {line[4]}"
+    return f"{line[7]} (in {name})", f"{line[4]} (`predict`)"
 
 
 def torch(turns):
@@ -55,8 +55,9 @@ def torch(turns):
         stock, ours = found["PyTorch, clocked"], found["bnfast"]
         layers.append(f"{sum(stock[1:]) / sum(ours[1:]):.2f}")
         steps.append(f"{found['PyTorch'][0] / ours[0]:.2f}")
-    return f"ResNet-18's {layers[0]} in NCHW, {layers[1]} in channels_last", (
-        f"a step {steps[0]}, {steps[1]}"
+    return (
+        f"{layers[0]} NCHW, {layers[1]} channels_last (in ResNet-18)",
+        f"{steps[0]}, {steps[1]} (a step)",
     )
 
 
@@ -72,7 +73,7 @@ def thinc(turns):
     encoder = bench_integrations.encoder_calls()
     return (
         times_as_fast(layer, 10 * turns, "thinc LayerNorm", "bnfast LayerNorm"),
-        f"a step of an encoder {times_as_fast(encoder, turns, 'thinc encoder', 'bnfast encoder')}",
+        f"{times_as_fast(encoder, turns, 'thinc encoder', 'bnfast encoder')} (a step)",
     )
 
 
