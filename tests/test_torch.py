@@ -213,11 +213,12 @@ def made(stem, eps=1e-2):
 @pytest.mark.parametrize("stem", STEMS)
 def test_gradients_of_both_modes_and_of_gradients(calls, stem):
     function, arguments = made(stem)
-    assert torch.autograd.gradcheck(function, arguments, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(function, arguments)
+    batched = {"check_batched_grad": True}
+    forward = {"check_forward_ad": True, "check_batched_forward_grad": True}
+    assert torch.autograd.gradcheck(function, arguments, **batched, **forward)
+    assert torch.autograd.gradgradcheck(function, arguments, **batched, check_fwd_over_rev=True)
     assert torch.autograd.gradcheck(function, arguments[:1])  # without parameters
     assert torch.autograd.gradgradcheck(function, arguments[:1])
-    assert calls["jvp"] > 0
     assert calls["double_backward"] > 0
 
 
@@ -247,6 +248,66 @@ def test_derivatives_of_third_and_fourth_order(stem):
         assert_close(got, expected, factor=100)
 
 
+@pytest.mark.parametrize("mode", ["batches of vectors", "batches of both", "forward", "both"])
+@pytest.mark.parametrize("stem", STEMS)
+def test_backward_passes_can_be_batched_and_differentiated_forward(stem, mode):
+    function, (x, *_) = made(stem)
+    tangent = torch.linspace(-1, 2, x.numel(), dtype=x.dtype).reshape(x.shape)
+    found = []
+    for f in (function, decomposed(stem)):
+        if mode == "batches of vectors":
+            y, vectors = f(x), torch.stack((tangent, tangent**2))
+            found.append(torch.autograd.grad(y, x, vectors, is_grads_batched=True))
+        elif mode == "batches of both":
+
+            def cubes(inputs, f=f):
+                return f(inputs).pow(3).sum()
+
+            found.append((torch.autograd.functional.hessian(cubes, x, vectorize=True),))
+        else:
+            with torch.autograd.forward_ad.dual_level():
+                y = f(torch.autograd.forward_ad.make_dual(x, tangent)).pow(3).sum()
+                (g,) = torch.autograd.grad(y, x, create_graph=mode == "both")
+                found.append([torch.autograd.forward_ad.unpack_dual(g).tangent])
+                if mode == "both":
+                    found[-1] += torch.autograd.grad(found[-1][0].square().sum(), x)
+    for got, expected in zip(*found, strict=True):
+        assert_close(got, expected, factor=100)
+
+
+def test_tensors_that_are_not_what_their_memory_holds():
+    module = nn.BatchNorm2d(3)
+    door.accelerate(module)
+    x, dy = tensors((2, 3, 4, 4), torch.float32)
+    for seen, upstream in ((x, dy), (torch._neg_view(-x), torch._neg_view(-dy))):
+        leaf = seen.clone().requires_grad_()
+        y = module(seen)
+        assert_close(y, nn.functional.batch_norm(x, None, None, training=True))
+        module(leaf).backward(upstream)
+        assert_close(leaf.grad, gradient_of_batch_norm(x, dy))
+    zero = torch._efficientzerotensor(x.shape)
+    leaf = x.clone().requires_grad_()
+    assert_close(torch.autograd.grad(module(leaf), leaf, zero)[0], torch.zeros_like(x))
+
+
+def gradient_of_batch_norm(x, dy):
+    leaf = x.clone().requires_grad_()
+    nn.functional.batch_norm(leaf, None, None, training=True).backward(dy)
+    return leaf.grad
+
+
+# But for a momentum that is the number of a batch, which make_fx cannot record.
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"cumulative"}))
+def test_a_graph_of_a_call_is_of_pytorchs_operations(calls, name):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    make, shape = MODULES[name]
+    stock, ours = both(make, torch.float64)
+    x, other = tensors(shape, torch.float64)
+    assert_close(make_fx(ours)(x)(other), stock(other))
+    assert calls["forward"] == 0
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_what_bnfast_does_not_compute_is_left_to_pytorch(calls):
     module = nn.BatchNorm2d(3)
@@ -274,6 +335,20 @@ def test_errors_are_pytorchs():
         module(torch.randn(2, 3, 4, 4))
     empty = torch.randn(0, 3)
     assert module(empty).shape == empty.shape
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype|input.s size:UserWarning")
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", [(2, 6, 5, 2), (2, 3, 2, 5), (7,)], ids=str)
+@pytest.mark.parametrize("name", MODULES)
+def test_inputs_that_fit_no_module_are_refused_as_by_pytorch(name, shape, dtype):
+    found = []
+    for module in both(MODULES[name][0], torch.float32):
+        try:
+            found.append(module(torch.ones(shape, dtype=dtype)).shape)
+        except (RuntimeError, ValueError) as error:
+            found.append(str(error))
+    assert found[1] == found[0]
 
 
 def test_the_report_says_what_is_left_and_why():

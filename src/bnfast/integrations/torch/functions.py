@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 import bnfast
 
@@ -72,26 +72,36 @@ class Normalization:
         )
         return found
 
-    def along(self, dx: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
-        """Return the derivative of y along a direction of x."""
-        given = *self._between, *self._saved, memory(weight)
-        return torch.from_numpy(self._function("jvp")(memory(dx), memory(x), *given))
+    def anew(self) -> Normalization:
+        """Return the same call, which updates no running statistics."""
+        return Normalization(self._stem, self._eps, self._before, self._between)
 
-    def normalized(self, x: Tensor) -> Tensor:
-        """Return y as it is without weight and bias."""
-        parameters = (None, None) if self._has_bias else (None,)
-        y, *_ = self._function("forward")(memory(x), *self._before, *parameters, self._eps)
-        return torch.from_numpy(y)
+    def elementary_gradients(self, dy: Tensor, x: Tensor, weight: Tensor | None) -> Gradients:
+        """Return dx, dweight and dbias of PyTorch's elementary operations.
 
-    def composed(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Return y of PyTorch's elementary operations, whose derivatives of any order are right."""
-        groups = x.reshape(*x.shape[:1], *self._before, -1) if self._is_grouped else x
+        These can be differentiated, batched and traced any number of times.
+        """
         dims = self._dims(x)
-        deviation = groups - groups.mean(dims, keepdim=True) if self._has_bias else groups
+
+        def groups(tensor: Tensor) -> Tensor:
+            return tensor.reshape(x.size(0), *self._before, -1) if self._is_grouped else tensor
+
+        def mean(tensor: Tensor) -> Tensor:
+            return tensor.mean(dims, keepdim=True)
+
         eps = torch.finfo(x.dtype).eps if self._eps is None else self._eps
-        invstd = (deviation.square().mean(dims, keepdim=True) + eps).rsqrt()
-        xhat = (deviation * invstd).reshape(x.shape)
-        return xhat * self.spread(weight, x) + self.spread(bias, x)
+        deviation = groups(x)
+        deviation = deviation - mean(deviation) if self._has_bias else deviation
+        invstd = (mean(deviation.square()) + eps).rsqrt()
+        xhat = deviation * invstd
+        g = groups(dy if weight is None else dy * self.spread(weight, x))
+        g = g - mean(g) if self._has_bias else g
+        dx = invstd * (g - xhat * mean(g * xhat))
+        return (
+            dx.reshape(x.shape),
+            self._parameter_sums(dy * xhat.reshape(x.shape)),
+            self._parameter_sums(dy) if self._has_bias else None,
+        )
 
     def _dims(self, x: Tensor) -> list[int]:
         if self._between:
@@ -100,9 +110,10 @@ class Normalization:
             return [2]
         return [d for d in range(x.dim()) if d != 1 and (d > 0 or self._stem == "batch_norm")]
 
-    def parameter_shape(self, x: Tensor) -> tuple[int, ...]:
-        """Return the shape of weight and bias."""
-        return self._between[0] if self._between else (x.size(1),)
+    def _parameter_sums(self, tensor: Tensor) -> Tensor:
+        if self._between:
+            return tensor.reshape(-1, *self._between[0]).sum(0)
+        return tensor.sum([d for d in range(tensor.dim()) if d != 1])
 
     def spread(self, parameter: Tensor, x: Tensor) -> Tensor:
         """Return a parameter such that it broadcasts against x."""
@@ -110,8 +121,32 @@ class Normalization:
 
 
 def memory(tensor: Tensor | None) -> Any:
-    """Return the memory of a tensor as an array, or None."""
-    return None if tensor is None else tensor.detach().numpy()
+    """Return the memory of a tensor as an array, or None.
+
+    Only a tensor that is not what its memory holds, such as a view with PyTorch's negative bit, is
+    copied.
+    """
+    return None if tensor is None else tensor.numpy(force=True)
+
+
+def is_observed() -> bool:
+    """Whether PyTorch transforms or records operations, so that it has to see them."""
+    return bool(
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.jit.is_tracing()
+    )
+
+
+def _is_elementary(*tensors: Tensor | None) -> bool:
+    """Whether gradients have to be PyTorch's operations, which see what is not in the memory."""
+    is_batched = torch._C._functorch.is_legacy_batchedtensor  # as by ``is_grads_batched``
+    return is_observed() or any(t is not None and is_batched(t) for t in tensors)
+
+
+def _has_tangents() -> bool:
+    """Whether tensors may have the tangents of PyTorch's forward mode."""
+    return bool(forward_ad._current_level >= 0)
 
 
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Normalization) -> Tensor:
@@ -135,7 +170,11 @@ class _Normalize(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
-        given = dy, x, weight, ctx.call, ctx.needs_input_grad
+        needed = ctx.needs_input_grad
+        if _is_elementary(dy) or _has_tangents():
+            dx, dweight, dbias = ctx.call.elementary_gradients(dy, x, weight)
+            return dx, dweight if needed[1] else None, dbias if needed[2] else None, None
+        given = dy, x, weight, ctx.call, needed
         if torch.is_grad_enabled():
             return *_Differentiate.apply(*given), None
         return *_gradients(*given), None
@@ -145,12 +184,17 @@ class _Normalize(Function):
         ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, _: None
     ) -> Tensor:
         x, weight = ctx.saved_tensors
-        dy = torch.zeros_like(x) if dx is None else ctx.call.along(dx, x, weight)
+        call, dy = ctx.call, torch.zeros_like(x)
+        if dx is not None:  # the Jacobian of xhat is symmetric: the backward pass multiplies by it
+            along: Tensor | None
+            if _is_elementary(dx):
+                along, *_ = call.elementary_gradients(dx, x, None)
+            else:
+                along, *_ = _Differentiate.apply(dx, x, None, call, (True, False, False))
+            dy = dy + (along if weight is None else along * call.spread(weight, x))
         if dweight is not None:
-            dy += ctx.call.normalized(x) * ctx.call.spread(dweight, x)
-        if dbias is not None:
-            dy += ctx.call.spread(dbias, x)
-        return dy
+            dy = dy + normalize(x, None, None, call.anew()) * call.spread(dweight, x)
+        return dy if dbias is None else dy + call.spread(dbias, x)
 
 
 def _gradients(
@@ -189,43 +233,43 @@ class _Differentiate(Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Gradients:
         dy, x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            found = _differentiable(ctx.call, upstream, dy, x, weight)
-        else:
-            of_gradients = tuple(map(memory, upstream))
-            given = memory(dy), memory(x), memory(weight)
-            found = tuple(map(torch.from_numpy, ctx.call.double_backward(of_gradients, *given)))
-        ddy, by_x, by_weight = found
+        if torch.is_grad_enabled() or _is_elementary(*upstream) or _has_tangents():
+            needed = ctx.needs_input_grad[:3]
+            return *_differentiable(ctx.call, upstream, (dy, x, weight), needed), None, None
+        of_gradients = tuple(map(memory, upstream))
+        given = memory(dy), memory(x), memory(weight)
+        found = ctx.call.double_backward(of_gradients, *given)
+        ddy, by_x, by_weight = map(torch.from_numpy, found)
         return ddy, by_x, by_weight if ctx.needs_input_grad[2] else None, None, None
 
 
 def _differentiable(
     call: Normalization,
     upstream: tuple[Tensor | None, ...],
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
+    needed: tuple[bool, ...],
 ) -> Gradients:
     """Do what `double_backward` does in operations that can be differentiated ever again."""
+    create_graph = torch.is_grad_enabled()
+    wanted = [n for n, is_needed in enumerate(needed) if is_needed]
+    own: list[Any] = list(inputs)
     with torch.enable_grad():
-        bias = x.new_zeros(call.parameter_shape(x))
-        scale = torch.ones_like(bias) if weight is None else weight
-        dy, x, scale, bias = map(_tracked, (dy, x, scale, bias))
-        y = call.composed(x, scale, bias)
-        gradients = torch.autograd.grad(y, (x, scale, bias), dy, create_graph=True)
-        given = [(g, u) for g, u in zip(gradients, upstream, strict=True) if u is not None]
-        found: Gradients = torch.autograd.grad(
+        for n in wanted:
+            own[n] = own[n].view_as(own[n])  # an alias has a gradient of its own
+        gradients = call.elementary_gradients(*own)
+        given = [
+            (g, u)
+            for g, u in zip(gradients, upstream, strict=True)
+            if g is not None and g.requires_grad and u is not None
+        ]
+        if not given:
+            return None, None, None
+        found = torch.autograd.grad(
             [g for g, _ in given],
-            (dy, x, scale),
+            [own[n] for n in wanted],
             [u for _, u in given],
-            create_graph=True,
+            create_graph=create_graph,
             allow_unused=True,
         )
-        return found
-
-
-def _tracked(tensor: Tensor) -> Tensor:
-    """Return an alias that has a gradient of its own, whatever else the tensor is made of."""
-    if tensor.requires_grad:
-        return tensor.view_as(tensor)
-    return tensor.detach().requires_grad_()
+    of_inputs = dict(zip(wanted, found, strict=True))
+    return tuple(map(of_inputs.get, range(len(inputs))))

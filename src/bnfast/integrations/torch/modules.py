@@ -7,46 +7,52 @@ from torch import Tensor, nn
 
 from bnfast._scalars import describe
 from bnfast.integrations._report import Entry, Report
-from bnfast.integrations.torch.functions import Normalization, memory, normalize
+from bnfast.integrations.torch.functions import Normalization, is_observed, memory, normalize
 
 _DTYPES = (torch.float32, torch.float64)
+_PLAIN = (nn.Parameter, Tensor)
 
 
-def _is_computed(x: Tensor, weight: Tensor | None) -> bool:
+def _is_computed(x: Tensor, shape: tuple[int, ...], *others: Tensor | None) -> bool:
     """Whether bnfast has a kernel for this call: eager, of plain tensors of one type in memory.
 
-    What torch.compile fuses, and what is traced or transformed, is left to PyTorch.
+    `others`, the parameters and running statistics, have this shape. What torch.compile fuses, and
+    what is traced or transformed, is left to PyTorch; so is what it refuses.
     """
     return (
         type(x) is Tensor
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
+        and not is_observed()
         and not torch.is_autocast_enabled("cpu")
         and x.is_cpu
         and x.dtype in _DTYPES
         and x.layout is torch.strided
         and x.dim() >= 2
-        and (weight is None or (weight.is_cpu and weight.dtype is x.dtype))
+        and all(
+            type(t) in _PLAIN and t.is_cpu and t.dtype is x.dtype and t.shape == shape
+            for t in others
+            if t is not None
+        )
     )
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize with the statistics of the batch; without them, as the parent class does."""
-        of_batch = self.training or self.running_mean is None
-        # A single value of a channel, and none at all, PyTorch judges.
-        if not of_batch or not _is_computed(x, self.weight) or x.numel() <= x.size(1):
+        if not self.training and self.running_mean is not None:
+            return super().forward(x)
+        weight, bias = self.weight, self.bias
+        is_tracking = self.training and self.track_running_stats
+        running = (self.running_mean, self.running_var) if is_tracking else (None, None)
+        is_computed = _is_computed(x, x.shape[1:2], weight, bias, *running)
+        if not is_computed or x.numel() <= x.size(1):  # a single value of a channel, or none
             return super().forward(x)
         self._check_input_dim(x)
-        running = None, None
         momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats:
-            running = self.running_mean, self.running_var
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-                if self.momentum is None:
-                    momentum = 1.0 / float(self.num_batches_tracked)
+        if is_tracking and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
         call = Normalization(
             "batch_norm",
             self.eps,
@@ -54,7 +60,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             running_var=memory(running[1]),
             momentum=momentum,
         )
-        y = normalize(x, self.weight, self.bias, call)
+        y = normalize(x, weight, bias, call)
         for statistic in running:
             if statistic is not None:
                 torch.autograd.graph.increment_version(statistic)
@@ -76,15 +82,16 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
 class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize with the statistics of each sample; with running ones, as the parent does."""
+        weight, bias = self.weight, self.bias
         if (
             self.track_running_stats
-            or not _is_computed(x, self.weight)
+            or not _is_computed(x, (self.num_features,), weight, bias)
             or x.dim() != self._get_no_batch_dim() + 1
             or x.size(1) != self.num_features
             or x.numel() <= x.size(0) * x.size(1)
         ):
             return super().forward(x)
-        return normalize(x, self.weight, self.bias, Normalization("instance_norm", self.eps))
+        return normalize(x, weight, bias, Normalization("instance_norm", self.eps))
 
 
 class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
@@ -104,10 +111,15 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize the groups of channels of every sample."""
-        if not _is_computed(x, self.weight) or x.numel() <= x.size(0) * self.num_groups:
+        weight, bias = self.weight, self.bias
+        if (
+            not _is_computed(x, x.shape[1:2], weight, bias)
+            or x.size(1) % self.num_groups
+            or x.numel() <= x.size(0) * self.num_groups
+        ):
             return super().forward(x)
         call = Normalization("group_norm", self.eps, (self.num_groups,))
-        return normalize(x, self.weight, self.bias, call)
+        return normalize(x, weight, bias, call)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -115,10 +127,10 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Divide every row by its root mean square."""
-        if not _is_computed(x, self.weight) or not x.numel():
+        weight, shape = self.weight, self.normalized_shape
+        if not _is_computed(x, shape, weight) or x.shape[-len(shape) :] != shape or not x.numel():
             return super().forward(x)
-        shape = (self.normalized_shape,)
-        return normalize(x, self.weight, None, Normalization("rms_norm", self.eps, shape, shape))
+        return normalize(x, weight, None, Normalization("rms_norm", self.eps, (shape,), (shape,)))
 
 
 _SWAPPED: dict[type[nn.Module], type[nn.Module]] = {
@@ -202,8 +214,8 @@ def _reason_to_leave(module: nn.Module) -> str:
         return "bnfast has no kernel for this class"
     if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
         return "it has running statistics"
-    for tensor in module.parameters():
-        if tensor.dtype not in _DTYPES:
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point() and tensor.dtype not in _DTYPES:
             return f"its dtype is {str(tensor.dtype).removeprefix('torch.')}"
         if not tensor.is_cpu:
             return f"it is on the device {tensor.device}"
