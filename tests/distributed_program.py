@@ -156,6 +156,24 @@ def module(communicator):
         np.testing.assert_allclose(own.module.state_dict()[key], expected, rtol=1e-9, atol=1e-12)
 
 
+def module_refuses(communicator):
+    """What PyTorch's module refuses on one rank is an error on all, and counts as no batch."""
+    import torch
+
+    from bnfast.integrations.torch import SyncBatchNorm
+
+    last = communicator.rank == communicator.size - 1
+    layer = SyncBatchNorm(3, process_group=communicator)
+    try:
+        layer(torch.ones(4, 3, dtype=torch.bfloat16 if last else torch.float32))
+    except (TypeError, RuntimeError) as error:
+        assert isinstance(error, TypeError) == last
+        assert "expected a float32 or float64 input" in str(error)
+    else:
+        raise AssertionError
+    assert layer.num_batches_tracked == 0
+
+
 def main():
     transport, scenario = sys.argv[1:]
     communicator = communicator_of(transport, TIMEOUT.get(scenario, 60.0))

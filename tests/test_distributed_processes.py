@@ -103,6 +103,7 @@ def test_a_rank_that_exchanges_nothing_is_not_waited_for_for_ever(transport, tmp
     assert error in output
 
 
-def test_pytorchs_module_trains_as_one_process_would(tmp_path):
-    status, output = gloo("module", 2, tmp_path)
+@pytest.mark.parametrize("scenario", ["module", "module_refuses"])
+def test_pytorchs_module_trains_and_fails_as_one_process_would(scenario, tmp_path):
+    status, output = gloo(scenario, 2, tmp_path)
     assert status == {0}, output

@@ -550,6 +550,28 @@ def test_synchronized_batch_norm_of_one_process_is_batch_norm(layout):
     assert_close(ours.eval()(x), stock.eval()(x))
 
 
+def test_synchronized_modules_stay_what_they_are():
+    norm = nn.BatchNorm2d(4, bias=False)
+    model = nn.ModuleDict({"one": norm, "again": norm, "inside": nn.Sequential(norm)})
+    hooked = []
+    norm.register_forward_hook(lambda *_: hooked.append(1))
+    before = {key: tensor.data_ptr() for key, tensor in model.state_dict().items()}
+    assert door.SyncBatchNorm.convert_sync_batchnorm(model, Alone()) is model
+    assert model["one"] is model["again"] is model["inside"][0]
+    assert type(norm) is door.SyncBatchNorm
+    assert {key: tensor.data_ptr() for key, tensor in model.state_dict().items()} == before
+    assert str(door.accelerate(model)).startswith("bnfast computes 1 of 1")
+    run = torch.compile(model["inside"], backend="eager")
+    x, _ = tensors((3, 4, 5, 2), torch.float32)
+    expected = nn.functional.batch_norm(x, None, None, norm.weight, training=True)
+    assert_close(run(x), expected)
+    assert hooked == [1]
+    lazy = nn.Sequential(nn.BatchNorm2d(4), nn.LazyBatchNorm2d())
+    with pytest.raises(ValueError, match="got LazyBatchNorm2d at '1': convert after"):
+        door.SyncBatchNorm.convert_sync_batchnorm(lazy, Alone())
+    assert type(lazy[0]) is nn.BatchNorm2d
+
+
 def test_synchronized_batch_norm_needs_processes():
     with pytest.raises(RuntimeError, match="init_process_group"):
         door.SyncBatchNorm(4)

@@ -16,6 +16,7 @@ import bnfast
 
 Array = NDArray[Any]
 Gradients = tuple[Tensor | None, ...]
+DTYPES = (torch.float32, torch.float64)
 
 
 class Normalization:
@@ -130,9 +131,10 @@ def memory(tensor: Tensor | None) -> Any:
 
 
 def is_observed() -> bool:
-    """Whether PyTorch transforms or records operations, so that it has to see them."""
+    """Whether PyTorch compiles, transforms or records operations, so that it has to see them."""
     return bool(
-        torch._C._are_functorch_transforms_active()
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or torch.jit.is_tracing()
     )

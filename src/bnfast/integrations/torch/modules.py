@@ -7,9 +7,15 @@ from torch import Tensor, nn
 
 from bnfast._scalars import describe
 from bnfast.integrations._report import Entry, Report
-from bnfast.integrations.torch.functions import Normalization, is_observed, memory, normalize
+from bnfast.integrations.torch.functions import (
+    DTYPES,
+    Normalization,
+    is_observed,
+    memory,
+    normalize,
+)
+from bnfast.integrations.torch.sync import SyncBatchNorm
 
-_DTYPES = (torch.float32, torch.float64)
 _PLAIN = (nn.Parameter, Tensor)
 
 
@@ -21,11 +27,10 @@ def _is_computed(x: Tensor, shape: tuple[int, ...], *others: Tensor | None) -> b
     """
     return (
         type(x) is Tensor
-        and not torch.compiler.is_compiling()
         and not is_observed()
         and not torch.is_autocast_enabled("cpu")
         and x.is_cpu
-        and x.dtype in _DTYPES
+        and x.dtype in DTYPES
         and x.layout is torch.strided
         and x.dim() >= 2
         and all(
@@ -142,6 +147,7 @@ _SWAPPED: dict[type[nn.Module], type[nn.Module]] = {
     )
     for theirs in ours.__bases__[-1:]
 }
+_COMPUTED = {*_SWAPPED.values(), SyncBatchNorm}
 _NORMALIZATIONS = (
     *(nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
     *(nn.LocalResponseNorm, nn.CrossMapLRN2d),
@@ -206,7 +212,7 @@ def accelerate(model: nn.Module) -> Report:
 
 def _reason_to_leave(module: nn.Module) -> str:
     kind = type(module)
-    if kind not in _SWAPPED and kind not in _SWAPPED.values():
+    if kind not in _SWAPPED and kind not in _COMPUTED:
         if isinstance(module, nn.modules.lazy.LazyModuleMixin):
             return "its sizes are not known before its first call: accelerate after that"
         if isinstance(module, nn.LayerNorm):
@@ -215,7 +221,7 @@ def _reason_to_leave(module: nn.Module) -> str:
     if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
         return "it has running statistics"
     for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point() and tensor.dtype not in _DTYPES:
+        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
             return f"its dtype is {str(tensor.dtype).removeprefix('torch.')}"
         if not tensor.is_cpu:
             return f"it is on the device {tensor.device}"

@@ -16,7 +16,8 @@ from bnfast.distributed import (
     sync_batch_norm_backward,
     sync_batch_norm_forward,
 )
-from bnfast.integrations.torch.functions import Gradients, memory
+from bnfast.distributed.exchange import failures_told
+from bnfast.integrations.torch.functions import DTYPES, Gradients, memory
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -46,7 +47,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     -----
     The input has float32 or float64, two dimensions or more, and channels along axis 1. As with
     PyTorch's, gradients of parameters are those of a process's own part, for
-    DistributedDataParallel to join. Gradients cannot be differentiated once more.
+    DistributedDataParallel to join. Gradients cannot be differentiated once more. torch.compile
+    leaves the module as it is, in a graph of its own.
 
     Examples
     --------
@@ -76,21 +78,21 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if x.dim() < 2:
             raise ValueError(f"expected input with at least 2 dimensions, got {x.dim()}")
 
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """Normalize with the statistics of all processes; in evaluation, with the running ones."""
         if not self.training and self.running_mean is not None:
             return super().forward(x)
-        self._check_input_dim(x)
-        running: tuple[Tensor | None, Tensor | None] = None, None
+        is_tracking = self.training and self.track_running_stats
+        running = (self.running_mean, self.running_var) if is_tracking else (None, None)
         momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats:
-            running = self.running_mean, self.running_var
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
+        if is_tracking and self.momentum is None:
+            momentum = 1.0 / (float(self.num_batches_tracked) + 1.0)
         y: Tensor = _Synchronize.apply(
             x, self.weight, self.bias, running, momentum, self.eps, self.communicator
         )
+        if is_tracking:
+            self.num_batches_tracked.add_(1)
         for statistic in running:
             if statistic is not None:
                 torch.autograd.graph.increment_version(statistic)
@@ -98,40 +100,49 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
-        """Return a model in whose place of every batch norm is a synchronized one.
+        """Synchronize every batch norm of a model.
+
+        Each module stays the object that it is, but for its class: parameters, buffers, hooks and
+        ``state_dict`` are unchanged.
 
         Parameters
         ----------
         module : torch.nn.Module
-            The modules in it are replaced; a batch norm itself is returned as a new one.
+            Changed in place.
         process_group : torch.distributed.ProcessGroup or bnfast.distributed.Communicator, optional
             As of the class; all of the model have the same communicator.
 
         Returns
         -------
         torch.nn.Module
-            With the same parameters and buffers, as the same objects.
+            `module` itself.
+
+        Raises
+        ------
+        TypeError
+            Where `module` is no module.
+        ValueError
+            Where a batch norm is lazy and has not been called.
         """
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {describe(module)}")
+        found = [
+            (path, each)
+            for path, each in module.named_modules()
+            if isinstance(each, nn.modules.batchnorm._BatchNorm) and not isinstance(each, cls)
+        ]
+        for path, each in found:
+            if isinstance(each, nn.modules.lazy.LazyModuleMixin):
+                raise ValueError(
+                    f"module must have batch norms of known sizes, got {type(each).__name__} at "
+                    f"{path!r}: convert after the first call"
+                )
         if not isinstance(process_group, Communicator):
             process_group = TorchCommunicator(process_group)
-        converted = module
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, cls):
-            converted = cls(
-                module.num_features,
-                module.eps,
-                module.momentum,
-                module.affine,
-                module.track_running_stats,
-                process_group,
-            )
-            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-                setattr(converted, name, tensor)
-            converted.training = module.training
-        for name, child in module.named_children():
-            setattr(converted, name, cls.convert_sync_batchnorm(child, process_group))
-        return converted
+        for _, each in found:
+            each.__class__ = cls
+            each.communicator = process_group
+        return module
 
 
 class _Synchronize(Function):
@@ -146,6 +157,13 @@ class _Synchronize(Function):
         eps: float,
         communicator: Communicator,
     ) -> Tensor:
+        with failures_told(communicator):
+            if not x.is_cpu or x.dtype not in DTYPES or x.dim() < 2:
+                raise TypeError(
+                    "expected a float32 or float64 input of the CPU with at least 2 dimensions, "
+                    f"got {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)} on the "
+                    f"device {x.device}"
+                )
         running_mean, running_var = map(memory, running)
         y = torch.empty_like(x)
         _, ctx.saved = sync_batch_norm_forward(
