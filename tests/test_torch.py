@@ -417,6 +417,18 @@ def test_the_operation_is_differentiable_twice():
     assert torch.autograd.gradgradcheck(function, arguments)
 
 
+@pytest.mark.parametrize("given", [(torch.zeros(3), None), (None, torch.ones(3))])
+def test_running_statistics_are_given_together(given):
+    with pytest.raises((TypeError, ValueError), match="running_mean and running_var"):
+        door.batch_norm(torch.randn(4, 3), *given, training=True)
+
+
+def test_the_operation_refuses_other_types():
+    for dtype in (torch.bfloat16, torch.float16, torch.int32):
+        with pytest.raises(TypeError, match=r"float32 or float64.*, got"):
+            door.batch_norm(torch.ones(4, 3, dtype=dtype), None, None, training=True)
+
+
 class Network(nn.Module):
     def __init__(self):
         super().__init__()

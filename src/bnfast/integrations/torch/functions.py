@@ -127,7 +127,11 @@ def memory(tensor: Tensor | None) -> Any:
     Only a tensor that is not what its memory holds, such as a view with PyTorch's negative bit, is
     copied.
     """
-    return None if tensor is None else tensor.numpy(force=True)
+    if tensor is None:
+        return None
+    if tensor.dtype is torch.bfloat16:  # which NumPy has not
+        raise TypeError(f"expected float32 or float64, got bfloat16 of shape {tuple(tensor.shape)}")
+    return tensor.numpy(force=True)
 
 
 def is_observed() -> bool:

@@ -72,17 +72,17 @@ def _forward(
     """Return y, mean, invstd, and the new running statistics, which are empty without old ones."""
     y = torch.empty_like(x)
     running = _new_running(x, running_mean, running_var)
-    for old, new in zip((running_mean, running_var), running, strict=True):
+    updated: list[Any] = [None, None]
+    for n, old in enumerate((running_mean, running_var)):
         if old is not None:
-            new.copy_(old)
-    has_running = running_mean is not None
+            updated[n] = running[n].copy_(old).numpy()
     _, mean, invstd = bnfast.batch_norm_forward(
         memory(x),
         memory(weight),
         memory(bias),
         eps,
-        running_mean=running[0].numpy() if has_running else None,
-        running_var=running[1].numpy() if has_running else None,
+        running_mean=updated[0],
+        running_var=updated[1],
         momentum=momentum,
         out=y.numpy(),
     )
