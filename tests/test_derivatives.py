@@ -207,6 +207,47 @@ def test_empty_batches(stem, shape):
     np.testing.assert_array_equal(dweight, np.zeros(of.shape))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e308])
+@pytest.mark.parametrize("name", ["x", "dy", "ddx"])
+def test_a_value_that_is_not_finite_stays_in_its_statistics(stem, name, value, rng):
+    shape = (3, 4, 6, 2)
+    of = member(stem, shape, 1)
+    weight, upstream = of.parameters(rng)[0], of.parameters(rng)
+    arrays = dict(zip(("x", "dy", "ddx"), rng.normal(size=(3, *shape)), strict=True))
+
+    def derivatives():
+        x, dy, ddx = arrays.values()
+        saved = of.saved(x)
+        jvp = of.jvp(ddx, x, saved, weight)
+        return [jvp, *of.double_backward((ddx, *upstream), dy, x, saved, weight)]
+
+    with np.errstate(all="raise"):
+        expected = derivatives()
+        arrays[name][1, 1, 2, 1] = value
+        got = derivatives()
+    apart = [2, 3] if stem == "group_norm" else [0, 2, 3]  # channels of other statistics
+    for mine, other in zip(got[:3], expected[:3], strict=True):
+        np.testing.assert_array_equal(mine[:, apart], other[:, apart])
+    if of.shape == shape[1:2]:
+        np.testing.assert_array_equal(got[3][apart], expected[3][apart])
+
+
+def test_bits_do_not_depend_on_threads(stem, use_threads, rng):
+    shape = (4, 8, 24, 24)
+    of = member(stem, shape, 1)
+    x, dy, ddx = rng.normal(size=(3, *shape)).astype(np.float32)
+    weight, upstream = of.parameters(rng)[0], of.parameters(rng)
+    found = []
+    for threads in (1, 2, 3):
+        use_threads(threads)
+        saved = of.saved(x)
+        jvp = of.jvp(ddx, x, saved, weight)
+        found.append([jvp, *of.double_backward((ddx, *upstream), dy, x, saved, weight)])
+    for results in zip(*found, strict=True):
+        for result in results[1:]:
+            np.testing.assert_array_equal(result, results[0])
+
+
 # Values from public reports (PyTorch's issues 196699 and 196700), of functions of a number t whose
 # second derivative nested forward mode got wrong: d2/dt2 of sum(w * y(x(t))).
 

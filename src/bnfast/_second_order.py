@@ -43,6 +43,7 @@ class Upstream(NamedTuple):
     ddbias: Array
 
 
+@np.errstate(all="ignore")
 def of_channels(
     upstream: Upstream,
     dy: Array,
@@ -147,6 +148,7 @@ class _Rows:
         return found.reshape(u.shape), along
 
 
+@np.errstate(all="ignore")
 def of_groups(
     upstream: Upstream,
     dy: Array,

@@ -620,7 +620,8 @@ def _row_jvp(
     )
     if own is not None:
         rows = _rows(axes, centred).arrange(dy)
-        rows *= own
+        with np.errstate(all="ignore"):
+            rows *= own
     return dy
 
 
@@ -642,9 +643,9 @@ def _sample_jvp(
         tangent, array, axis, mean, invstd, None, False, None, over, grouped=grouped
     )
     if own is not None:
-        dy *= own.astype(dy.dtype).reshape(
-            [-1 if d == axis % dy.ndim else 1 for d in range(dy.ndim)]
-        )
+        shape = [-1 if d == axis % dy.ndim else 1 for d in range(dy.ndim)]
+        with np.errstate(all="ignore"):
+            dy *= own.astype(dy.dtype).reshape(shape)
     return dy
 
 
