@@ -333,6 +333,12 @@ def test_errors_are_pytorchs():
         module(torch.randn(1, 3))
     with pytest.raises(ValueError, match="2D or 3D"):
         module(torch.randn(2, 3, 4, 4))
+    before = copy.deepcopy(module.state_dict())
+    with torch.inference_mode():
+        inference = torch.randn(4, 3)
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        module(inference)
+    torch.testing.assert_close(module.running_mean, before["running_mean"])
     empty = torch.randn(0, 3)
     assert module(empty).shape == empty.shape
 

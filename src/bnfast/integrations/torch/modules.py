@@ -33,6 +33,7 @@ def _is_computed(x: Tensor, shape: tuple[int, ...], *others: Tensor | None) -> b
         and x.dtype in DTYPES
         and x.layout is torch.strided
         and x.dim() >= 2
+        and not (x.is_inference() and torch.is_grad_enabled())
         and all(
             type(t) in _PLAIN and t.is_cpu and t.dtype is x.dtype and t.shape == shape
             for t in others
@@ -177,13 +178,16 @@ def accelerate(model: nn.Module) -> Report:
 
     Notes
     -----
-    Tensors are used as they are, in the contiguous and the channels_last format. Running statistics
-    and counters are PyTorch's. Gradients can be differentiated any number of times; those of
-    PyTorch's own modules are wrong from the third time on.
+    Tensors are used as they are, in the contiguous and the channels_last format. Running
+    statistics, counters and errors are PyTorch's. Gradients can be differentiated any number of
+    times, in both modes, and in batches (``is_grads_batched``); those of PyTorch's own modules are
+    wrong from the third time on.
 
     PyTorch goes on to compute what it is as fast at, or what bnfast has no kernel for: layer norm,
     batch norm in evaluation, instance norm with running statistics, half precision and autocast,
-    other devices, and what is compiled, traced or transformed by torch.func.
+    other devices, and what is compiled, traced or transformed by torch.func. `restore` a model
+    before tools that know PyTorch's classes alone: torch.fx.symbolic_trace, torch.jit.script and
+    torch.ao.quantization.
 
     Examples
     --------
