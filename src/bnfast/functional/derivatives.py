@@ -190,7 +190,7 @@ def group_norm_jvp(
     dx : array like `x`
         The direction, forward mode's tangent of `x`.
     x, mean, invstd, weight, axis
-        As in `group_norm_backward`.
+        As in `group_norm_backward`, with a weight for each channel.
 
     Returns
     -------
@@ -505,7 +505,7 @@ def group_norm_double_backward(
     ddweight, ddbias : array (C,) of float32 or float64, or None
         The gradients of the loss by dweight and dbias.
     dy, x, mean, invstd, weight, axis
-        What `group_norm_backward` was given.
+        What `group_norm_backward` was given, with a weight for each channel.
 
     Returns
     -------
