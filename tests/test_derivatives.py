@@ -1,5 +1,7 @@
 """Derivatives along a direction, and gradients of the backward passes."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -195,6 +197,18 @@ def test_any_strides(stem, rng):
 
     for got, expected in zip(derivatives(*strided), derivatives(*plain), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_no_temporary_is_as_large_as_the_input(stem, rng):
+    shape = (12, 12, 90, 90)
+    of = member(stem, shape, 1)
+    x, dy, ddx = rng.normal(size=(3, *shape))
+    weight, upstream, saved = of.parameters(rng)[0], of.parameters(rng), of.saved(x)
+    tracemalloc.start()
+    of.double_backward((ddx, *upstream), dy, x, saved, weight)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2.5 * x.nbytes  # two are the results
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 3), (2, 4, 0)], ids=str)

@@ -23,12 +23,13 @@ J has no mean(g).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from bnfast import _primitives
+from bnfast._boxes import boxes
 from bnfast._typing import Array
 
 # Elements of a block, whose float64 temporaries stay in a second level of cache.
@@ -158,13 +159,18 @@ def of_groups(
     invstd: Array,
     weight: Array,
 ) -> tuple[Array, Array, Array]:
-    """Return ddy, dx and dweight (float64). All arithmetic is float64, in blocks of groups."""
+    """Return ddy, dx and dweight (float64). All arithmetic is float64, in blocks of groups.
+
+    Its memory is a few copies of a block, or of one group where that is larger.
+    """
     results = _primitives.empty_output(x), _primitives.empty_output(x)
     ddx, dy, x, to_ddy, to_dx = map(groups.arrange, (upstream.ddx, dy, x, *results))
     summed = tuple(d for d, size in enumerate(weight.shape) if size == 1)
     dweight = np.zeros(weight.shape)
 
-    for part in _blocks(x, groups.together):
+    first = x.ndim - groups.together
+    whole_groups = (1,) * first + x.shape[first:]
+    for part in boxes(x.shape, whole_groups, _BLOCK) if x.size else ():
         v, g, xhat = (np.array(array[part], np.float64, order="C") for array in (ddx, dy, x))
         w, to_weight, to_bias, centre, inverse = (
             array[_own(part, array)]
@@ -192,18 +198,3 @@ def _last(axes: int) -> tuple[int, ...]:
 def _own(part: tuple[slice, ...], array: Array) -> tuple[slice, ...]:
     """Return the part of an array that is broadcast along some axes."""
     return tuple(s if n > 1 else slice(None) for s, n in zip(part, array.shape, strict=True))
-
-
-def _blocks(x: Array, together: int) -> Iterator[tuple[slice, ...]]:
-    """Cut the longest of the axes that number groups."""
-    whole = [slice(None)] * x.ndim
-    shape = x.shape[: x.ndim - together]
-    if x.size == 0:
-        return
-    if not shape:
-        yield tuple(whole)
-        return
-    cut = int(np.argmax(shape))
-    step = max(1, _BLOCK * shape[cut] // x.size)
-    for start in range(0, shape[cut], step):
-        yield *whole[:cut], slice(start, start + step), *whole[cut + 1 :]

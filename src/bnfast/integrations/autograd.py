@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -391,7 +392,7 @@ def _of_channels(name: str, parameter: Any, channels: int, together: int) -> Any
     return anp.repeat(parameter, together)
 
 
-class _Call:
+class _Call(ABC):
     """One call of a normalization: its passes, with the statistics that `forward` found.
 
     All further passes, of derivatives of any order, are given the same x.
@@ -416,9 +417,9 @@ class _Call:
         self._tracking = tracking or {}
         self._geometry = geometry
 
+    @abstractmethod
     def arrange(self, x: Any) -> None:
         """Set axes and shapes, of arguments that the forward pass has taken."""
-        raise NotImplementedError
 
     def forward(self, x: Any, weight: Any, bias: Any) -> Array:
         y: Array

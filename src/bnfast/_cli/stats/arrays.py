@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,16 +16,15 @@ import numpy as np
 from numpy.lib import format as npy
 
 from bnfast import summary
+from bnfast._boxes import Box, boxes
 from bnfast._cli.failure import Failure, cannot_be_read
 from bnfast._cli.stats.source import (
     UNITS,
     Advance,
     Axis,
-    Box,
     Open,
     Saved,
     Source,
-    boxes,
     bytes_of_block,
     readable,
     summary_of_boxes,
@@ -85,9 +85,9 @@ class _Array(Source):
             yield box, values.astype(self.summed_as, copy=False)
             advance(values.nbytes, self.name)
 
+    @abstractmethod
     def _read(self, most: int) -> Iterator[tuple[Box, Array]]:
         """Read boxes of about so many elements; the next one may overwrite the last one."""
-        raise NotImplementedError
 
 
 class _Header(NamedTuple):

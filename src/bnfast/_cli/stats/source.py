@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from itertools import product
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bnfast import summary
+from bnfast._boxes import Box
 from bnfast._cli.failure import Failure
 from bnfast._typing import Array
 from bnfast.statistics import Summary
@@ -22,7 +23,6 @@ _BLOCK, _PER_CHANNEL, _MOST = 4 << 20, 512, 48 << 20
 # Of types in which images are stored, the value that counts as 1.
 UNITS = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0}
 
-Box = tuple[slice, ...]
 Axis = tuple[int, ...] | None  # None where the user names none
 Advance = Callable[[int, str], None]  # bytes that were read, of what
 
@@ -41,7 +41,7 @@ class LeftOut:
         self.reasons.append(str(failure))
 
 
-class Source:
+class Source(ABC):
     """A part of the data set: its channels are known before it is read.
 
     Parameters
@@ -80,9 +80,9 @@ class Source:
         """What a report calls it."""
         return f"{self.name}: {self.kind}"
 
+    @abstractmethod
     def summarize(self, finite: bool, advance: Advance) -> Summary:
         """Read it all, block by block, and tell `advance` how much was read."""
-        raise NotImplementedError
 
 
 class DataSet(NamedTuple):
@@ -122,28 +122,6 @@ def readable(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
 def bytes_of_block(channels: Sequence[int]) -> int:
     """Return how much to read at once."""
     return min(max(_BLOCK, _PER_CHANNEL * prod(channels)), _MOST)
-
-
-def boxes(shape: Sequence[int], grain: Sequence[int], most: int) -> Iterator[Box]:
-    """Cut an array, in C order, into boxes of at most so many elements, or a single grain.
-
-    Boxes of grains of a single element follow each other in memory.
-    """
-    sides = [min(*pair) for pair in zip(shape, grain, strict=True)]
-    size = prod(sides)
-    for d in reversed(range(len(shape))):
-        grains = max(1, most // size)
-        side = min(shape[d], grain[d] * grains)
-        size = size // sides[d] * side
-        sides[d] = side
-        if side < shape[d]:
-            break
-    starts = (range(0, n, side) for n, side in zip(shape, sides, strict=True))
-    for corner in product(*starts):
-        yield tuple(
-            slice(start, min(start + side, n))
-            for start, side, n in zip(corner, sides, shape, strict=True)
-        )
 
 
 def summary_of_boxes(
