@@ -74,6 +74,17 @@ ROUNDED_STATISTICS = 1e-3
 # Central differences in float64 with a step of 1e-6: their own truncation error and cancellation.
 FINITE_DIFFERENCES = 1e-7
 
+# Derivatives of second to fourth order in float64, against compositions of elementary operations:
+# each order multiplies the roundings of the one before by invstd and a few sums.
+HIGHER_DERIVATIVES = 1e-10
+
+# What `recalibrate` promises of statistics against NumPy's in float64.
+RECALIBRATED = 1e-6
+
+# Float32 outputs of whole models, or of layers whose peer computes variances as E[x^2] - E[x]^2:
+# the peer's own roundings, which further layers multiply.
+WHOLE_MODEL = 1e-3
+
 # PyTorch's float32 modules as peers: their own error, which two steps of running statistics and, in
 # gradients, sums over 60 products of normal numbers make larger; (relative, absolute).
 PEER_OUTPUT = {"rtol": 1e-4, "atol": 1e-5}
