@@ -62,7 +62,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("requires_trainable_backend"):
-            item.add_marker(pytest.mark.skip(reason="NumPy has no gradients"))
+            item.add_marker(pytest.mark.skip(reason="Keras cannot train on NumPy"))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -10,9 +10,10 @@ Box = tuple[slice, ...]
 
 
 def boxes(shape: Sequence[int], grain: Sequence[int], most: int) -> Iterator[Box]:
-    """Cut an array, in C order, into boxes of at most so many elements, or a single grain.
+    """Cut an array, in C order, into boxes of at most `most` elements, or of a single grain.
 
-    Boxes of grains of a single element follow each other in memory.
+    A grain is a box that is never cut. Where grains are single elements, each box is one run of
+    memory, and the next box follows it.
     """
     sides = [min(*pair) for pair in zip(shape, grain, strict=True)]
     size = prod(sides)

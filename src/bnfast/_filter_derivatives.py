@@ -15,9 +15,10 @@ import numpy as np
 from bnfast import _validation
 from bnfast._typing import Array
 
-# The bytes of a piece, in float64: enough for the BLAS, and all in the caches. Where there are many
-# channels, though, a piece has so many positions for each of them that adding up the products costs
-# little beside making them. But it is at most this part of a batch that is larger than the bytes.
+# A piece has PIECE_BYTES of float64: enough for the BLAS to be fast, few enough for the caches.
+# With many channels a piece is larger: it then has POSITIONS_OF_A_CHANNEL for each channel, so that
+# adding up the products costs little beside making them. But no piece is larger than the batch
+# divided by FEWEST_PIECES, unless that is less than PIECE_BYTES.
 PIECE_BYTES = 2 << 20
 POSITIONS_OF_A_CHANNEL = 4
 FEWEST_PIECES = 16

@@ -431,7 +431,7 @@ class _Call(ABC):
         return y
 
     def backward(self, dy: Any, x: Any, weight: Any, parameters: int) -> tuple[Array, ...]:
-        """Return the gradients of x and of so many parameters: weight, bias."""
+        """Return the gradients of x and of the first `parameters` of weight and bias."""
         found: tuple[Array, ...] = self._pass("backward", dy=self._like_x(dy), x=x, weight=weight)
         return found[: 1 + parameters]
 

@@ -11,7 +11,7 @@ import onnxruntime
 from bnfast._cli.failure import Failure, cannot_be_read
 from bnfast._typing import Array
 
-# Of inputs, where the model leaves a size open: that of the batch, and others.
+# Sizes of random inputs where the model leaves them open: of the first axis, the batch; of others.
 _BATCH, _SIZE = 1, 64
 
 

@@ -134,7 +134,7 @@ class Npy(_Array):
         return self._header.fortran_order and len(self.shape) > 1
 
     def batches(self, samples: int) -> Iterator[Array]:
-        """Read so many indices of the first axis at once; the next ones may overwrite the last."""
+        """Read `samples` indices of the first axis at a time; each read may overwrite the last."""
         most = samples * max(1, prod(self.shape[1:]))
         return (values for _, values in self._read(most))
 
