@@ -134,6 +134,25 @@ def memory(tensor: Tensor | None) -> Any:
     return tensor.numpy(force=True)
 
 
+def tracking_of(module: Any) -> tuple[tuple[Tensor | None, Tensor | None], float]:
+    """Return what a batch updates, running_mean and running_var of a module, and its weight."""
+    if not (module.training and module.track_running_stats):
+        return (None, None), 0.0
+    momentum, counter = module.momentum, module.num_batches_tracked
+    if momentum is None:  # the plain average of all batches
+        momentum = 0.0 if counter is None else 1.0 / (float(counter) + 1.0)
+    return (module.running_mean, module.running_var), momentum
+
+
+def end_tracking(module: Any, running: tuple[Tensor | None, Tensor | None]) -> None:
+    """Count a batch, and tell autograd of the statistics that NumPy has changed."""
+    for statistic in running:
+        if statistic is not None:
+            torch.autograd.graph.increment_version(statistic)
+    if running[0] is not None and module.num_batches_tracked is not None:
+        module.num_batches_tracked.add_(1)
+
+
 def is_observed() -> bool:
     """Whether PyTorch compiles, transforms or records operations, so that it has to see them."""
     return bool(

@@ -10,9 +10,11 @@ from bnfast.integrations._report import Entry, Report
 from bnfast.integrations.torch.functions import (
     DTYPES,
     Normalization,
+    end_tracking,
     is_observed,
     memory,
     normalize,
+    tracking_of,
 )
 from bnfast.integrations.torch.sync import SyncBatchNorm
 
@@ -48,17 +50,11 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training and self.running_mean is not None:
             return super().forward(x)
         weight, bias = self.weight, self.bias
-        is_tracking = self.training and self.track_running_stats
-        running = (self.running_mean, self.running_var) if is_tracking else (None, None)
+        running, momentum = tracking_of(self)
         is_computed = _is_computed(x, x.shape[1:2], weight, bias, *running)
         if not is_computed or x.numel() <= x.size(1):  # a single value of a channel, or none
             return super().forward(x)
         self._check_input_dim(x)
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if is_tracking and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
         call = Normalization(
             "batch_norm",
             self.eps,
@@ -67,9 +63,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             momentum=momentum,
         )
         y = normalize(x, weight, bias, call)
-        for statistic in running:
-            if statistic is not None:
-                torch.autograd.graph.increment_version(statistic)
+        end_tracking(self, running)
         return y
 
 

@@ -17,7 +17,7 @@ from bnfast.distributed import (
     sync_batch_norm_forward,
 )
 from bnfast.distributed.exchange import failures_told
-from bnfast.integrations.torch.functions import DTYPES, Gradients, memory
+from bnfast.integrations.torch.functions import DTYPES, Gradients, end_tracking, memory, tracking_of
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -83,19 +83,11 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Normalize with the statistics of all processes; in evaluation, with the running ones."""
         if not self.training and self.running_mean is not None:
             return super().forward(x)
-        is_tracking = self.training and self.track_running_stats
-        running = (self.running_mean, self.running_var) if is_tracking else (None, None)
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if is_tracking and self.momentum is None:
-            momentum = 1.0 / (float(self.num_batches_tracked) + 1.0)
+        running, momentum = tracking_of(self)
         y: Tensor = _Synchronize.apply(
             x, self.weight, self.bias, running, momentum, self.eps, self.communicator
         )
-        if is_tracking:
-            self.num_batches_tracked.add_(1)
-        for statistic in running:
-            if statistic is not None:
-                torch.autograd.graph.increment_version(statistic)
+        end_tracking(self, running)
         return y
 
     @classmethod
