@@ -21,7 +21,7 @@ MACHINE = sysconfig.get_platform().rpartition("-")[2]  # honours cross builds
 # What each variant is compiled with. Every instruction set named here has its bit in
 # cpu_features.c: change both or neither.
 X86_64 = ["-march=x86-64"]  # undoes a user's CFLAGS=-march=native in every variant
-AVX2 = [*X86_64, "-mavx2"]
+AVX2 = [*X86_64, "-mavx2", "-mf16c"]
 AVX512 = [
     *AVX2,
     *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"),

@@ -108,3 +108,11 @@ HALF_AN_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 def eps_of(dtype):
     return EPS[np.dtype(dtype)]
+
+# Data of 16 bits, computed in float32 and rounded once: which share of the elements may be rounded
+# otherwise than the exact value, which lay so near to the middle of two numbers.
+HALF_ROUNDED_OTHERWISE = 1e-3
+
+# And how far elements may be off by more than their own step, relative to the largest one: where
+# terms cancel, by a few roundings of float32.
+HALF_TERMS = 4 * 2.0**-24

@@ -19,7 +19,6 @@ cdef inline bint _is_summable(value) noexcept:
     """An array, no subclass, of a native type that there is arithmetic for."""
     return (
         cnp.PyArray_CheckExact(value)
-        and cnp.PyArray_TYPE(<cnp.ndarray>value) < BUILT_IN_TYPES
         and _arithmetic(<cnp.ndarray>value) != 0
         and cnp.PyArray_ISNOTSWAPPED(<cnp.ndarray>value)
     )
@@ -27,7 +26,16 @@ cdef inline bint _is_summable(value) noexcept:
 
 cdef inline bint _is_data(value) noexcept:
     """Such an array, of a type that outputs can have as well."""
-    return _is_summable(value) and _has_outputs[cnp.PyArray_TYPE(<cnp.ndarray>value)]
+    cdef int kind
+    if not _is_summable(value):
+        return False
+    kind = cnp.PyArray_TYPE(<cnp.ndarray>value)
+    return kind >= BUILT_IN_TYPES or _has_outputs[kind]
+
+
+cdef inline bint _is_half(cnp.ndarray data) noexcept:
+    """Whether data is of 16 bits."""
+    return cnp.PyArray_ITEMSIZE(data) == 2
 
 
 cdef inline bint _is_array(value) noexcept:
@@ -460,19 +468,49 @@ cdef tuple _rows_of(cnp.ndarray x, sizes, axis, _Rows *rows):
 
 
 cdef inline cnp.ndarray _data_of(str name, x):
-    return x if _is_data(x) else _validation.floating_array(name, x)
+    return x if _is_data(x) else _validation.data_array(name, x)
+
+
+cdef cnp.ndarray _data_in_full(str name, x):
+    """Data of more than 16 bits."""
+    cdef cnp.ndarray data = _data_of(name, x)
+    if _is_half(data):
+        _validation.full_precision(name, data)
+    return data
 
 
 # running statistics, which are updated in place
 
 cdef object _contiguous_or_copy(cnp.ndarray statistic):
     """The statistic as the core needs it: contiguous and aligned, or a copy to put back."""
+    if _is_half(statistic):
+        return statistic.astype(numpy.float32)
     if cnp.PyArray_CHKFLAGS(statistic, cnp.NPY_ARRAY_CARRAY_RO):
         return statistic
     return statistic.copy()
 
 
-cdef int _put_back(updated, statistic) except -1:
-    if updated is not statistic:
+cdef bint _put_back(updated, statistic) except -1:
+    """Return whether the dtype of the statistic is too small for a finite value."""
+    if updated is statistic:
+        return False
+    if not _is_half(statistic):
         statistic[...] = updated
-    return 0
+        return False
+    with numpy.errstate(all="ignore"):
+        statistic[...] = updated
+        return bool((numpy.isinf(statistic) & numpy.isfinite(updated)).any())
+
+
+# gradients of parameters
+
+cdef int _type_of_gradient(cnp.ndarray parameter) noexcept:
+    """In which the gradient of a parameter is computed: float32 for those of 16 bits."""
+    return cnp.NPY_FLOAT32 if _is_half(parameter) else cnp.PyArray_TYPE(parameter)
+
+
+cdef inline object _of_parameter(str name, given, checked, gradient):
+    """A gradient in the dtype of the parameter that was given."""
+    if given is checked or gradient is None:
+        return gradient
+    return _validation.gradient_of(name, given, gradient)

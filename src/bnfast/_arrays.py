@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import sys
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +19,25 @@ _NO_COPY = ("cpu", "meta")
 
 def as_array(value: Any) -> Array:
     """Return the memory of an array, a tensor or a buffer as an array, or a copy of a list."""
+    if str(getattr(value, "dtype", "")) == "torch.bfloat16":
+        return _of_bfloat16_tensor(value)
     if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
         return np.from_dlpack(value)
     return np.asarray(value)
+
+
+def _of_bfloat16_tensor(tensor: Any) -> Array:
+    """Return the memory of a tensor that PyTorch has no array for."""
+    same_size = sys.modules[type(tensor.dtype).__module__].int16
+    if tensor.requires_grad or tensor.device.type not in _NO_COPY:
+        return np.asarray(tensor)  # PyTorch says why not
+    try:
+        bfloat16 = importlib.import_module("ml_dtypes").bfloat16
+    except ImportError:
+        raise TypeError(
+            "NumPy has no bfloat16 without ml_dtypes: pip install ml_dtypes"
+        ) from None
+    return np.asarray(tensor.view(same_size)).view(bfloat16)
 
 
 def _array(name: str, value: object, wanted: str) -> Array:
@@ -46,7 +64,6 @@ def _instead(name: str, value: object, error: Exception) -> str:
     """Return what to write instead of a tensor that has no array, or why it has none."""
     steps = [".detach()"] * bool(getattr(value, "requires_grad", False))
     steps += [".cpu()"] * (getattr(getattr(value, "device", None), "type", "cpu") not in _NO_COPY)
-    steps += [".float()"] * ("bfloat16" in str(getattr(value, "dtype", "")))
     if steps:
         return f"; {name}{''.join(steps)} is one"
     reason = str(error).partition("\n")[0]
@@ -70,28 +87,28 @@ def floats_to_copy(name: str, value: object) -> Array:
     if type(value) is np.ndarray and _dtypes.is_floating(value.dtype):
         return value
     value = on_the_cpu(name, value)
-    try:
-        array = _array(name, value, _dtypes.NAMES)
-    except TypeError:  # PyTorch's bfloat16 has no array of its own
-        as_single = getattr(value, "float", None)
-        if not callable(as_single):
-            raise
-        array = _array(name, as_single(), _dtypes.NAMES)
-    is_narrow = array.dtype == np.float16 or array.dtype.name == "bfloat16"
-    return floating_array(name, array.astype(np.float32) if is_narrow else array)
+    is_bfloat16 = str(getattr(value, "dtype", "")) == "torch.bfloat16"
+    return floating_array(name, cast("Any", value).float() if is_bfloat16 else value)
 
 
-def floating_array(name: str, value: object) -> Array:
-    """Return a float32 or float64 array in native byte order, without a copy where possible."""
-    array = _array(name, value, _dtypes.NAMES)
+def data_array(name: str, value: object) -> Array:
+    """Return an array of a type that data may have, without a copy where possible."""
+    array = _array(name, value, _dtypes.NAMES_OF_DATA)
     dtype = array.dtype
-    if not _dtypes.is_floating(dtype):
+    if not (_dtypes.is_floating(dtype) or _dtypes.is_half(dtype)):
         numbers = np.can_cast(dtype, np.float64) and dtype.isnative
         hint = f"; numpy.asarray({name}, numpy.float32) is such" if numbers else ""
         raise TypeError(
-            f"{name} must be {_dtypes.NAMES} in native byte order, got {describe(array)}{hint}"
+            f"{name} must be {_dtypes.NAMES_OF_DATA} in native byte order, "
+            f"got {describe(array)}{hint}"
         )
     return array
+
+
+def floating_array(name: str, value: object) -> Array:
+    """Return parameters or statistics as float32 or float64, without a copy where possible."""
+    array = data_array(name, value)
+    return array.astype(np.float32) if _dtypes.is_half(array.dtype) else array
 
 
 def finite_floats(name: str, value: object) -> Array:
@@ -101,10 +118,9 @@ def finite_floats(name: str, value: object) -> Array:
     """
     array = _array(name, value, "floating-point")
     dtype = array.dtype
-    if not (dtype.isnative and (dtype.char in "efd" or dtype.name == "bfloat16")):
+    if not (_dtypes.is_floating(dtype) or _dtypes.is_half(dtype)):
         raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64 in native byte order, "
-            f"got {describe(array)}"
+            f"{name} must be {_dtypes.NAMES_OF_DATA} in native byte order, got {describe(array)}"
         )
     wrong = np.argwhere(~np.isfinite(array))
     if len(wrong):
@@ -115,16 +131,16 @@ def finite_floats(name: str, value: object) -> Array:
 
 def numbers(name: str, value: object) -> Array:
     """Return an array of numbers that can be summed, without a copy where possible."""
-    array = _array(name, value, "float32, float64, integer or boolean")
+    array = _array(name, value, "floating-point, integer or boolean")
     dtype = array.dtype
-    if not (dtype.isnative and (dtype.char in "fd" or dtype.kind in "biu")):
-        hint, is_half = "", dtype.char == "e" or dtype.name == "bfloat16"
-        if is_half or dtype.kind in "fbiu":
-            dtype_of_hint = "float32" if is_half else dtype.newbyteorder("=").name
-            hint = f"; numpy.asarray({name}, numpy.{dtype_of_hint}) is such"
+    is_float = _dtypes.is_floating(dtype) or _dtypes.is_half(dtype)
+    if not (is_float or (dtype.isnative and dtype.kind in "biu")):
+        hint = ""
+        if dtype.kind in "fbiu":
+            hint = f"; numpy.asarray({name}, numpy.{dtype.newbyteorder('=').name}) is such"
         raise TypeError(
-            f"{name} must be float32, float64, integers or booleans in native byte order, "
-            f"got {describe(array)}{hint}"
+            f"{name} must be {_dtypes.NAMES_OF_DATA.replace(' or', ',')}, integers or booleans in "
+            f"native byte order, got {describe(array)}{hint}"
         )
     return array
 

@@ -1,13 +1,21 @@
 # Conditional batch normalization, for _primitives.pyx: each sample has a weight and a bias of its
 # own, (N, C), or None for 1 and 0.
 
+cdef cnp.ndarray _samples_in_full(x_, axis_, Py_ssize_t *axis):
+    """The input, of more than 16 bits: what is normalized is written before it is scaled."""
+    cdef cnp.ndarray x = _batch(x_, axis_, axis, PER_SAMPLE)
+    if _is_half(x):
+        _validation.full_precision("x", x)
+    return x
+
+
 def conditional_normalize(
     x_, axis_, weight, bias, eps, running_mean=None, running_var=None, momentum=0.0,
     bint unbiased=True, out=None
 ):
     """As `normalize` of a batch: what it writes is then scaled and shifted in place."""
     cdef Py_ssize_t axis
-    cdef cnp.ndarray x = _batch(x_, axis_, &axis, PER_SAMPLE)
+    cdef cnp.ndarray x = _samples_in_full(x_, axis_, &axis)
     cdef Py_ssize_t channels = _channels(x, axis)
     scale = _of_samples("weight", weight, x, channels)
     shift = _of_samples("bias", bias, x, channels)
@@ -34,7 +42,7 @@ def conditional_normalize(
 def conditional_scale_shift(x_, axis_, mean, variance, weight, bias, eps, out=None):
     """As `scale_shift`."""
     cdef Py_ssize_t axis
-    cdef cnp.ndarray x = _batch(x_, axis_, &axis, PER_SAMPLE)
+    cdef cnp.ndarray x = _samples_in_full(x_, axis_, &axis)
     cdef Py_ssize_t channels = _channels(x, axis)
     cdef double epsilon = _eps(eps, False, False)
     scale = _of_samples("weight", weight, x, channels)
@@ -62,7 +70,7 @@ def conditional_gradient(
     between x is read once more.
     """
     cdef Py_ssize_t axis
-    cdef cnp.ndarray x = _batch(x_, axis_, &axis, PER_SAMPLE)
+    cdef cnp.ndarray x = _samples_in_full(x_, axis_, &axis)
     cdef cnp.npy_intp channels = _channels(x, axis)
     cdef cnp.npy_intp shape[2]
     upstream = _upstream(dy, x, ("dy", "x"))

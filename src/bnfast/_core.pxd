@@ -87,6 +87,7 @@ cdef extern from "plan.h" nogil:
         bn_layout layout
         bn_dtype dtype
         size_t itemsize
+        size_t stored_itemsize
         size_t repeats
         size_t repeat_axes
         size_t *repeat_axis_sizes

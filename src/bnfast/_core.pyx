@@ -46,7 +46,7 @@ cdef class Activation:
 cdef class Plan:
     """A `LayoutPlan` in C; immutable."""
 
-    def __init__(self, plan, roles, stored=None):
+    def __init__(self, plan, roles, stored=None, stored_itemsize=None):
         """Of a plan whose operands have these roles.
 
         Those that are not walked directly are `stored` as the type of this name (`_dtypes`), or in
@@ -69,6 +69,7 @@ cdef class Plan:
         c.layout = BN_contiguous if plan.layout == "contiguous" else BN_channels_last
         c.dtype = BN_f32 if itemsize == 4 else BN_f64
         c.itemsize = itemsize
+        c.stored_itemsize = itemsize if stored_itemsize is None else stored_itemsize
         c.repeats = plan.repeats
         c.repeat_axes = len(plan.repeat_axis_sizes)
         for axis, size in enumerate(plan.repeat_axis_sizes):

@@ -26,9 +26,14 @@ class StorageType(NamedTuple):
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
 
 STORAGE_TYPES = (
+    StorageType(np.dtype(np.float16), _F32, "f16"),
     StorageType(_F32, _F32, "f32"),
     StorageType(_F64, _F64, "f64"),
 )
+
+# NumPy has no bfloat16: ml_dtypes adds it when it is imported, with a number of that moment. Its
+# arrays bring it along, and nothing here imports it.
+BFLOAT16 = "bf16"
 
 
 def _integer_type(code: str) -> StorageType:
@@ -44,10 +49,23 @@ INTEGER_TYPES = tuple(_integer_type(code) for code in "?bBhHiIlLqQ")
 # Their sums are exact: with more bits, squares are not.
 MOST_EXACT_BYTES = 2
 
-# Of the arithmetic, and of parameters and statistics.
+# Of the arithmetic.
 NAMES = "float32 or float64"
+
+# Of data and parameters.
+NAMES_OF_DATA = "float16, bfloat16, float32 or float64"
 
 
 def is_floating(dtype: np.dtype[Any]) -> bool:
     """Return whether arithmetic is done in this dtype as it is: native float32 or float64."""
     return dtype.char in "fd" and dtype.isnative
+
+
+def is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    """Return whether this is ml_dtypes's bfloat16, which has one byte order."""
+    return dtype.type.__name__ == "bfloat16" and dtype.type.__module__ == "ml_dtypes"
+
+
+def is_half(dtype: np.dtype[Any]) -> bool:
+    """Return whether this is a float type of 16 bits, in native byte order."""
+    return (dtype.char == "e" or is_bfloat16(dtype)) and dtype.isnative

@@ -67,8 +67,8 @@ cdef int _track_ghosts(
             too_large |= <int>core.MEAN_TOO_LARGE
         if _core.update_running(running_var, _from_ghost(m2, ghost), new, count - correction):
             too_large |= <int>core.VAR_TOO_LARGE
-    _put_back(running_mean, tracked[0])
-    _put_back(running_var, tracked[1])
+    too_large |= <int>core.MEAN_TOO_LARGE * _put_back(running_mean, tracked[0])
+    too_large |= <int>core.VAR_TOO_LARGE * _put_back(running_var, tracked[1])
     return _warn_of(too_large)
 
 
@@ -107,7 +107,10 @@ def ghost_gradient(dy, x_, axis_, ghost_size, mean, invstd, weight, out=None):
         )
     _core.parameter_gradient(sum_dy_xhat, dweight)
     _core.parameter_gradient(sum_dy, dbias)
-    return dx, dweight, dbias
+    return (
+        dx, _of_parameter("weight", weight, scale, dweight),
+        _of_parameter("weight", weight, scale, dbias)
+    )
 
 
 cdef inline Py_ssize_t _ghosts(Py_ssize_t samples, Py_ssize_t size) noexcept:

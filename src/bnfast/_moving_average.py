@@ -41,6 +41,7 @@ def normalize(
     A batch that it does not track leaves `running_var` and `square_buffer` as they are.
     """
     array, channel_axis, channels = _validation.batch("x", x, axis)
+    _validation.full_precision("x", array)
     new, epsilon = _validation.real("momentum", momentum), _validation.epsilon(eps, training=True)
     is_averaged = _validation.flag("averaged", averaged)
     largest = _validation.factor_limit("r_max", r_max)
@@ -95,6 +96,7 @@ def gradient(
 ) -> tuple[Array, Array, Array]:
     """Return dx, dweight and dbias; keep the statistics of the gradient, if it tracks them."""
     array, channel_axis, channels = _validation.batch("x", x, axis)
+    _validation.full_precision("x", array)
     invrms, r, row, averaged = saved
     upstream = _validation.upstream_gradient(dy, array)
     inverse = _validation.required_channel_parameter("invrms", invrms, channels).astype(np.float64)

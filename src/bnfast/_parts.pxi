@@ -88,7 +88,7 @@ cdef class PartOfGradient:
     cdef readonly cnp.ndarray x, sums
     cdef readonly Py_ssize_t channels
     cdef Py_ssize_t axis
-    cdef object dy, dx, mean, mean_low, invstd, scale
+    cdef object dy, dx, mean, mean_low, invstd, weight, scale
     cdef int kind
 
     def __init__(self, dy, x_, axis_, mean, mean_low, invstd, weight, out):
@@ -99,7 +99,7 @@ cdef class PartOfGradient:
         self.dy, self.mean, self.invstd = _of_gradient(dy, x, channels, mean, invstd)
         if mean_low is not None and _arithmetic(x) == cnp.NPY_FLOAT64:
             self.mean_low = _widened(_saved("mean_low", mean_low, 1, &channels))
-        self.scale = _of_channels("weight", weight, channels)
+        self.weight, self.scale = weight, _of_channels("weight", weight, channels)
         self.dx = _output(
             out, x, ("dy", "x", "weight", "mean", "invstd"), (self.dy, x, weight, mean, invstd),
             None, 2
@@ -113,9 +113,11 @@ cdef class PartOfGradient:
         """Return dweight and dbias of this part, of the dtype of the weight, or of x without."""
         cdef cnp.npy_intp channels = self.channels
         cdef double *sums = _doubles(self.sums)
+        dweight = _rounded(sums + channels, 1, &channels, self.kind)
+        dbias = _rounded(sums, 1, &channels, self.kind)
         return (
-            _rounded(sums + channels, 1, &channels, self.kind),
-            _rounded(sums, 1, &channels, self.kind)
+            _of_parameter("weight", self.weight, self.scale, dweight),
+            _of_parameter("weight", self.weight, self.scale, dbias)
         )
 
     def input_gradient(self, double count, cnp.ndarray sums):

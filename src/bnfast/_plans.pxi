@@ -26,9 +26,28 @@ def compute_in(stored, arithmetic):
     _computed_in[<int>numpy.dtype(stored).num] = numpy.dtype(arithmetic).num
 
 
+# The number of bfloat16, which ml_dtypes has added to NumPy's types; -1 until such an array comes.
+cdef int _bfloat16 = -1
+
+
+cdef bint _is_bfloat16(cnp.ndarray x) noexcept:
+    global _bfloat16
+    cdef int kind = cnp.PyArray_TYPE(x)
+    if _bfloat16 < 0 and _dtypes.is_bfloat16((<object>x).dtype):
+        _bfloat16 = kind
+    return kind == _bfloat16
+
+
 cdef inline int _arithmetic(cnp.ndarray x) noexcept:
     """The number of the dtype in which x is computed."""
-    return _computed_in[cnp.PyArray_TYPE(x)]
+    cdef int kind = cnp.PyArray_TYPE(x)
+    if kind < BUILT_IN_TYPES:
+        return _computed_in[kind]
+    return cnp.NPY_FLOAT32 if _is_bfloat16(x) else 0
+
+
+cdef object _name_of_storage(cnp.ndarray x):
+    return _stored_names.get(cnp.PyArray_TYPE(x), _dtypes.BFLOAT16)
 
 
 cdef inline int _parameter_type(cnp.ndarray x) noexcept:
@@ -47,7 +66,7 @@ cdef bytes _key(
     cdef cnp.ndarray operand
     cdef int d, k, ndim = cnp.PyArray_NDIM(x), count = 4
     cdef bint aligned
-    words[0] = cnp.PyArray_TYPE(x) + BUILT_IN_TYPES * _arithmetic(x)
+    words[0] = BUILT_IN_TYPES * cnp.PyArray_TYPE(x) + _arithmetic(x)
     words[1] = axes
     words[2] = kind
     words[3] = 0
@@ -89,11 +108,10 @@ cdef tuple _ROLES_OF_SUMS = (BN_X, BN_DY)
 
 
 cdef Plan _stored(key, plan, tuple roles, cnp.ndarray x):
-    cdef int stored = cnp.PyArray_TYPE(x)
-    name = None if _arithmetic(x) == stored else _stored_names[stored]
+    name = None if _arithmetic(x) == cnp.PyArray_TYPE(x) else _name_of_storage(x)
     if len(_plans) >= _MOST_PLANS:
         _plans.clear()
-    _plans[key] = new_plan = Plan(plan, roles, name)
+    _plans[key] = new_plan = Plan(plan, roles, name, cnp.PyArray_ITEMSIZE(x))
     return new_plan
 
 

@@ -173,8 +173,8 @@ cdef tuple _normalized(
         activation, parameter, channel_eps, _threads_for(x, 3)
     )
     if tracked is not None:
-        _put_back(written_mean, tracked[0])
-        _put_back(written_var, tracked[1])
+        too_large |= <int>core.MEAN_TOO_LARGE * _put_back(written_mean, tracked[0])
+        too_large |= <int>core.VAR_TOO_LARGE * _put_back(written_var, tracked[1])
         if too_large:
             _warn_of(too_large)
     return y, mean, invstd
@@ -279,7 +279,18 @@ cdef tuple _gradient(
             None if sums is None else sums[0], None, None if sums is None else sums[1],
             _threads_for(x, 5)
         )
-    return dx, dweight, dbias, dparameter
+    return (
+        dx, _of_parameter("weight", weight, scale, dweight),
+        _of_parameter("weight", weight, scale, dbias),
+        _of_parameter(called, given, parameter, dparameter)
+    )
+
+
+cdef double _step_at_one(cnp.ndarray x) noexcept:
+    """From 1 to the next number of the dtype of x."""
+    if not _is_half(x):
+        return 2.0**-23 if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32 else 2.0**-52
+    return 2.0**-7 if _is_bfloat16(x) else 2.0**-10
 
 
 def normalize_rows(x_, normalized_shape, axis, weight, bias, eps, bint centred, out=None):
@@ -293,7 +304,7 @@ def normalize_rows(x_, normalized_shape, axis, weight, bias, eps, bint centred, 
     cdef tuple axes = _rows_of(x, normalized_shape, axis, &rows)
     cdef double epsilon
     if eps is None and not centred:
-        epsilon = 2.0**-23 if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32 else 2.0**-52
+        epsilon = _step_at_one(x)
     else:
         epsilon = _eps(eps, True, True)
     # 0 times infinity would make NaN of what is equal to its mean.
@@ -350,14 +361,16 @@ def row_gradient(
     )
     cdef int kind = _parameter_type(x)
     if weight is not None:
-        kind = cnp.PyArray_TYPE(<cnp.ndarray>(weight if scale is weight else numpy.asarray(weight)))
+        kind = _type_of_gradient(weight if scale is weight else _validation.as_array(weight))
     if cnp.PyArray_SIZE(x) == 0:
         if not parameters:
             return dx, None, None
         return (
-            dx, _zeros(rows.elements, rows.elements_shape, kind),
-            _zeros(rows.elements, rows.elements_shape, kind)
+            dx,
+            _of_parameter("weight", weight, scale, _zeros(rows.elements, rows.elements_shape, kind)),
+            _of_parameter("weight", weight, scale, _zeros(rows.elements, rows.elements_shape, kind))
         )
+    cdef object checked = scale
     plan = _plan_of_rows(rows.first, axes, 0 if scale is None else 1, x, upstream, dx)
     cdef cnp.npy_intp size = <cnp.npy_intp>(plan.c.outer * plan.c.inner)
     cdef cnp.npy_intp all_sums = 2 * size * <cnp.npy_intp>plan.row_blocks
@@ -370,15 +383,19 @@ def row_gradient(
     if sums is None:
         return dx, None, None
     if plan.in_order:
-        return (
-            dx, _rounded(_doubles(sums), rows.elements, rows.elements_shape, kind),
-            _rounded(_doubles(sums) + size, rows.elements, rows.elements_shape, kind)
+        dweight = _rounded(_doubles(sums), rows.elements, rows.elements_shape, kind)
+        dbias = _rounded(_doubles(sums) + size, rows.elements, rows.elements_shape, kind)
+    else:
+        columns = _in_order(
+            sums[: 2 * size].reshape(2, size), plan.walked,
+            _shape(rows.elements, rows.elements_shape)
         )
-    columns = _in_order(
-        sums[: 2 * size].reshape(2, size), plan.walked, _shape(rows.elements, rows.elements_shape)
+        with numpy.errstate(all="ignore"):
+            dweight, dbias = cnp.PyArray_Cast(columns[0], kind), cnp.PyArray_Cast(columns[1], kind)
+    return (
+        dx, _of_parameter("weight", weight, checked, dweight),
+        _of_parameter("weight", weight, checked, dbias)
     )
-    with numpy.errstate(all="ignore"):
-        return dx, cnp.PyArray_Cast(columns[0], kind), cnp.PyArray_Cast(columns[1], kind)
 
 
 def _as_walked(parameter, walked):
@@ -438,8 +455,8 @@ cdef int _update_running(
     first, other = _contiguous_or_copy(tracked[0]), _contiguous_or_copy(tracked[1])
     cdef bint mean_too_large = _core.update_running(first, mean, momentum, 1.0)
     cdef bint second_too_large = _core.update_running(other, second, momentum, divisor)
-    _put_back(first, tracked[0])
-    _put_back(other, tracked[1])
+    mean_too_large |= _put_back(first, tracked[0])
+    second_too_large |= _put_back(other, tracked[1])
     if mean_too_large:
         _validation.warn_too_large(names[0])
     if second_too_large:
@@ -453,7 +470,7 @@ def blend(running, double momentum, values, str name):
     cdef bint too_large = _core.update_running(
         array, numpy.ascontiguousarray(values), momentum, 1.0
     )
-    _put_back(array, running)
+    too_large |= _put_back(array, running)
     if too_large:
         _validation.warn_too_large(name)
 

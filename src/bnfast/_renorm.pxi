@@ -150,7 +150,9 @@ def renorm_gradient(dy, x_, mean, invstd, r, d, weight, axis_, out):
         _doubles(dweight)[c] = (
             _at(slope, c, 1.0) * _doubles(dweight)[c] + _at(offset, c, 0.0) * _doubles(dbias)[c]
         )
+    scaled = _rounded(_doubles(dweight), 1, &channels, kind)
+    shifted = _rounded(_doubles(dbias), 1, &channels, kind)
     return (
-        dx, _rounded(_doubles(dweight), 1, &channels, kind),
-        _rounded(_doubles(dbias), 1, &channels, kind)
+        dx, _of_parameter("weight", weight, weights, scaled),
+        _of_parameter("weight", weight, weights, shifted)
     )

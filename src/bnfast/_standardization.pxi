@@ -122,7 +122,7 @@ def standardize_gradient(dy, w_, mean, std, gain, Divisor divisor not None, axis
 
 cdef cnp.ndarray _filters(w, axis_, Py_ssize_t *axis, int lost):
     """Weights, with `axis` counted from 0; `lost` values of a filter do not count in variances."""
-    cdef cnp.ndarray array = w if _is_batch(w, axis_, axis) else None
+    cdef cnp.ndarray array = w if _is_batch(w, axis_, axis) and not _is_half(w) else None
     cdef Py_ssize_t filters
     if array is None:
         array, axis[0], _ = _validation.weights("w", w, axis_)

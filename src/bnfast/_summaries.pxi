@@ -72,7 +72,7 @@ def summarize(x_, axis, where, bint extremes, bint finite_only):
     cdef int d, ndim = 0
     cdef Py_ssize_t statistics = 1
     cdef bint counted = mask is not None or finite_only
-    cdef bint integers = cnp.PyArray_TYPE(x) not in (cnp.NPY_FLOAT32, cnp.NPY_FLOAT64)
+    cdef bint integers = not _is_data(x)
     integers = integers and cnp.PyArray_ITEMSIZE(x) <= _MOST_EXACT_BYTES
     for d in kept:
         shape[ndim] = cnp.PyArray_DIM(x, d)

@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from bnfast._arrays import as_array as as_array
 from bnfast._arrays import counts as counts
+from bnfast._arrays import data_array as data_array
 from bnfast._arrays import finite_floats as finite_floats
 from bnfast._arrays import floating_array as floating_array
 from bnfast._arrays import floats_to_copy as floats_to_copy
@@ -23,6 +25,7 @@ from bnfast._arrays import mask as mask
 from bnfast._arrays import numbers as numbers
 from bnfast._arrays import of_shape, on_the_cpu
 from bnfast._arrays import statistics as statistics
+from bnfast._dtypes import NAMES, is_half
 from bnfast._overlap import address, is_same_memory, overlaps_itself
 from bnfast._overlap import memory_of as memory_of
 from bnfast._overlap import shares_memory as shares_memory
@@ -59,7 +62,7 @@ def batch(
     dimensions: str = "a batch and channels",
 ) -> tuple[Array, int, int]:
     """Return the input as an array, its channel axis (not negative) and its number of channels."""
-    x = floating_array(name, value)
+    x = data_array(name, value)
     ndim = x.ndim
     if ndim < 2:
         if ndim == 1 and x.size == 0:
@@ -76,9 +79,20 @@ def batch(
     return x, channel_axis, x.shape[channel_axis]
 
 
+def full_precision(name: str, array: Array) -> None:
+    """Refuse floats of 16 bits, where what is made of them is not computed by kernels."""
+    if is_half(array.dtype):
+        raise TypeError(
+            f"{name} must be {NAMES} here, got {describe(array)}; {name}.astype(numpy.float32) "
+            f"is such"
+        )
+
+
 def weights(name: str, value: object, axis: object, called: str = "axis") -> tuple[Array, int, int]:
     """Return weights as an array, the axis of their filters (not negative) and their number."""
-    return batch(name, value, axis, called, "filters and what they are made of")
+    w, own_axis, filters = batch(name, value, axis, called, "filters and what they are made of")
+    full_precision(name, w)
+    return w, own_axis, filters
 
 
 def axis_of_filters(name: str, x: Array, dim: object) -> int:
@@ -156,7 +170,7 @@ def normalized_axes(
     x: object, normalized_shape: object, axis: object
 ) -> tuple[Array, tuple[int, ...]]:
     """Return the input, and the axes that make a row of it, none of them negative."""
-    array = floating_array("x", x)
+    array = data_array("x", x)
     if axis is None and type(normalized_shape) is int and array.shape[-1:] == (normalized_shape,):
         return array, (array.ndim - 1,)
     shape = sizes("normalized_shape", normalized_shape)
@@ -195,7 +209,7 @@ def same_channels(name: str, x: Array, axis: int, channels: int, called: str = "
 
 def upstream_gradient(value: object, x: Array, names: tuple[str, str] = ("dy", "x")) -> Array:
     """Return dy, of the shape and dtype of x, or what else their names are."""
-    dy = floating_array(names[0], value)
+    dy = data_array(names[0], value)
     if dy.shape != x.shape or dy.dtype != x.dtype:
         raise ValueError(
             f"{names[0]} must have the shape and dtype of {names[1]}, {describe(x)}, "
@@ -299,6 +313,15 @@ def element_parameter(
         return np.array(array, dtype, order="C")
 
 
+def gradient_of(name: str, parameter: object, gradient: Array) -> Array:
+    """Return the gradient of a parameter in the dtype that the parameter came in."""
+    dtype = data_array(name, parameter).dtype
+    if not is_half(dtype):
+        return gradient
+    with np.errstate(all="ignore"):
+        return gradient.astype(dtype)
+
+
 def state(name: str, value: object, shape: tuple[int, ...]) -> Array:
     """Return an array of a layer's state, to be copied."""
     value = None if value is None else floats_to_copy(name, value)
@@ -373,7 +396,7 @@ def running_statistic(name: str, value: object, shape: tuple[int, ...]) -> Array
             f"{name} is updated in place and must be a numpy array, got {describe(value)}"
             f"{_same_memory(name, value)}"
         )
-    array = floating_array(name, value)
+    array = data_array(name, value)
     if len(shape) == 1:
         _one_for_each_channel(name, array, shape[0])
     else:
@@ -426,6 +449,7 @@ def updated_in_place(
     """
     own_shape = value.shape if rows and isinstance(value, np.ndarray) else (channels,)
     array = running_statistic(name, value, own_shape)
+    full_precision(name, array)
     if rows and (array.ndim != 2 or len(array) == 0 or array.shape[1] != channels):
         raise ValueError(
             f"{name} must have rows of one value for each of the {channels} channels, at least one "

@@ -6,7 +6,7 @@ cdef Reduction _LENGTHS = Reduction(centred=False)
 
 def weight_norm(v_, g_, dim, eps, out):
     """Return w = g * v / max(||v||, eps), and the lengths ||v|| of the filters (float64)."""
-    cdef cnp.ndarray v = _data_of("v", v_)
+    cdef cnp.ndarray v = _data_in_full("v", v_)
     cdef cnp.ndarray w = _output(out, v, ("v", "g"), (v, g_), None, 1)
     cdef int axis = _axis_of_filters(dim, v)
     cdef cnp.ndarray filters = _as_filters(v, axis), written = _as_filters(w, axis), norm
@@ -30,7 +30,7 @@ def weight_norm(v_, g_, dim, eps, out):
 
 def weight_norm_gradient(dw, v_, g_, norm_, dim, eps, out):
     """Return the gradients of the directions and of the lengths."""
-    cdef cnp.ndarray v = _data_of("v", v_)
+    cdef cnp.ndarray v = _data_in_full("v", v_)
     cdef cnp.ndarray upstream = _upstream(dw, v, ("dw", "v"))
     cdef cnp.ndarray dv = _output(
         out, v, ("dw", "v", "g", "norm"), (upstream, v, g_, norm_), None, 2

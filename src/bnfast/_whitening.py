@@ -84,6 +84,7 @@ def normalize(
     batch.
     """
     array, axis, channels = _validation.batch("x", x, axis)
+    _validation.full_precision("x", array)
     _validation.room_for_axes("x", array, 2)
     shape = _shape_of_matrices(num_groups, channels)
     new = _validation.real("momentum", momentum)
@@ -125,6 +126,7 @@ def evaluate(
 ) -> tuple[Array, Statistics]:
     """Return y from running statistics, and the mean and the matrix that made it (float64)."""
     array, axis, channels = _validation.batch("x", x, axis)
+    _validation.full_precision("x", array)
     _validation.room_for_axes("x", array, 2)
     shape = _shape_of_matrices(num_groups, channels)
     of_covariance = _validation.choice("averaged", averaged, AVERAGED) == COVARIANCE
@@ -159,6 +161,7 @@ def gradient(
     mean and matrix are constants.
     """
     array, axis, channels = _validation.batch("x", x, axis)
+    _validation.full_precision("x", array)
     _validation.room_for_axes("x", array, 2)
     upstream = _validation.upstream_gradient(dy, array)
     centre = _validation.saved_statistic("mean", mean, (channels,))

@@ -185,7 +185,7 @@ static void check_conversions(const float *values, size_t count)
         char *stored = allocate((count - 1) * step + sizeof(float));
         char *first = steps[k] < 0 ? stored + (count - 1) * step : stored;
         CONVERT(widen, f32)(count, (const char *)values, sizeof(float), wide);
-        CONVERT(narrow, f32)(count, wide, first, steps[k]);
+        CONVERT(narrow, f32)(count, wide, first, steps[k], k % 2 ? BN_streamed : BN_stored);
         for (size_t i = 0; i < count; i++) {
             if (memcmp(first + (ptrdiff_t)i * steps[k], values + i, sizeof(float)) != 0) {
                 fprintf(stderr, "a float32 value was not converted back to itself\n");
@@ -555,6 +555,55 @@ static void check_integers(void)
     CHECK_INTEGERS(u64, uint64_t, double)
 }
 
+/* Every value of a type of 16 bits becomes itself again, NaN a quiet one, whose bits are those of `quiet`. Rounding is
+   hashed: of all exponents, with the bits behind the last one that is kept as they make it a tie, or nearly one. */
+#define CHECK_HALVES(stored, infinity, quiet, dropped)                                                       \
+    {                                                                                                        \
+        enum { COUNT = 65536, ROUNDED = 512 * 64 * 3 };                                                      \
+        uint16_t *halves = allocate(COUNT * sizeof *halves);                                                 \
+        char *again = allocate(COUNT * 6 + 1);                                                               \
+        float *wide = allocate((COUNT + ROUNDED) * sizeof *wide);                                            \
+        for (size_t i = 0; i < COUNT; i++) {                                                                 \
+            halves[i] = (uint16_t)i;                                                                         \
+        }                                                                                                    \
+        for (int way = 0; way < 3; way++) { /* neighbours, streamed, and with odd gaps */                    \
+            const ptrdiff_t step = way < 2 ? 2 : 6;                                                          \
+            char *to = again + (way == 2);                                                                   \
+            CONVERT(widen, stored)(COUNT, (const char *)halves, 2, wide);                                    \
+            CONVERT(narrow, stored)(COUNT, wide, to, step, way == 1 ? BN_streamed : BN_stored);              \
+            BN_FENCE_STREAMS();                                                                              \
+            CONVERT(widen, stored)(COUNT, to, step, wide);                                                   \
+            for (size_t i = 0; i < COUNT; i++) {                                                             \
+                const unsigned nan = (i & 0x7fff) > (infinity) ? (quiet) : 0;                                \
+                uint16_t half;                                                                               \
+                memcpy(&half, to + (ptrdiff_t)i * step, sizeof half);                                        \
+                if (half != (uint16_t)(i | nan)) {                                                           \
+                    fprintf(stderr, "%zx became %x as " #stored "\n", i, half);                              \
+                    exit(1);                                                                                 \
+                }                                                                                            \
+            }                                                                                                \
+            add_to_hash(wide, COUNT * sizeof *wide);                                                         \
+        }                                                                                                    \
+        for (size_t i = 0; i < ROUNDED; i++) {                                                               \
+            const uint32_t kept = (uint32_t)(i / 3) << 17, tie = UINT32_C(1) << ((dropped) - 1);             \
+            const uint32_t bits = kept | (((uint32_t)i & 1) << (dropped)) | (tie - 1 + (uint32_t)(i % 3));   \
+            memcpy(wide + i, &bits, sizeof bits);                                                            \
+        }                                                                                                    \
+        CONVERT(narrow, stored)(ROUNDED, wide, again, 2, BN_stored);                                         \
+        add_to_hash(again, ROUNDED * 2);                                                                     \
+        printf("halves " #stored " %016llx\n", (unsigned long long)hash);                                    \
+        free(halves);                                                                                        \
+        free(again);                                                                                         \
+        free(wide);                                                                                          \
+    }
+
+static void check_halves(void)
+{
+    hash = UINT64_C(14695981039346656037);
+    CHECK_HALVES(f16, 0x7c00, 0x200, 13)
+    CHECK_HALVES(bf16, 0x7f80, 0x40, 16)
+}
+
 /* Memory probes take whole cache lines. */
 static void check_probes(void)
 {
@@ -623,6 +672,7 @@ int main(void)
     check_boxes("", check);
     check_boxes("summary ", check_summary);
     check_integers();
+    check_halves();
     check_probes();
     for (int i = 0; i < OPERATIONS; i++) {
         if (!called[i]) {

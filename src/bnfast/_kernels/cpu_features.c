@@ -25,7 +25,7 @@ int bn_cpu_has_avx2(void)
     if ((enabled_state() & 0x06u) != 0x06u) {
         return 0;
     }
-    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !BIT(ecx, 28 /* AVX */)) {
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !BIT(ecx, 28 /* AVX */) || !BIT(ecx, 29 /* F16C */)) {
         return 0;
     }
     return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && BIT(ebx, 5 /* AVX2 */);

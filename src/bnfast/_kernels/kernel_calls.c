@@ -152,16 +152,19 @@ void bn_weighted_sums_and_columns_of_box(const bn_job *job, const bn_box *box, b
         job->column_sums + box->outer, job->column_sums + columns + box->outer);
 }
 
+/* What goes through scratch is streamed from there, if at all. */
 static bn_store_hint store_hint_of(const bn_job *job, const bn_box *box)
 {
-    return (bn_store_hint){job->stores, job->prefetch_in_sums ? 0 : prefetch_distance_of(job, box)};
+    return job->plan->operand[job->method.output->writes].staged
+               ? (bn_store_hint){BN_stored, 0}
+               : (bn_store_hint){job->stores, job->prefetch_in_sums ? 0 : prefetch_distance_of(job, box)};
 }
 
 static void write_part(const bn_job *job, const bn_box *box)
 {
     const bn_plan *plan = job->plan;
     const bn_output *output = job->method.output;
-    char *to = job->operand[output->writes], *scratch = buffer_of(job, output->writes);
+    char *to = job->operand[output->writes], *scratch = buffer_of(job, output->reads[0]); /* in its place */
     bn_view inputs[BN_MAX_INPUTS];
     for (size_t i = 0; i < output->inputs; i++) {
         inputs[i] = job->method.output_reads_upstream && output->reads[i] == BN_DY
@@ -174,7 +177,7 @@ static void write_part(const bn_job *job, const bn_box *box)
     bn_output_kernel *kernel;
     find_kernel(job, output, &kernel, sizeof kernel);
     kernel(box->extent, inputs, coefficients, view, store_hint_of(job, box));
-    bn_written(job->kernels, plan, output->writes, to, box, scratch);
+    bn_written(job->kernels, plan, output->writes, to, box, scratch, job->stores);
 }
 
 /* The output of a call, y or dx: at most `max_channels` channels at a time. */

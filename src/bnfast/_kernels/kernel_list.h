@@ -60,7 +60,10 @@
     BN_FOR_EACH_WRITTEN_TYPE(X)    \
     BN_FOR_EACH_INTEGER_TYPE(X)
 
-#define BN_FOR_EACH_WRITTEN_TYPE(X) X(f32, f64)
+#define BN_FOR_EACH_WRITTEN_TYPE(X) \
+    X(f16, f32)                     \
+    X(bf16, f32)                    \
+    X(f32, f64)
 
 #define BN_FOR_EACH_INTEGER_TYPE(X) \
     X(i8, f32)                      \

@@ -271,9 +271,9 @@ typedef void bn_invstd_kernel(size_t channels, const double *divided, double div
                               const double *channel_eps, double *invstd);
 
 /* Stored elements, each `step` bytes after the one before, as neighbours of the arithmetic type; and back, rounded
-   once, to nearest even. Nothing is assumed of the addresses of what is stored. */
+   once, to nearest even. Nothing is assumed of the addresses of what is stored. Neighbours may be streamed. */
 typedef void bn_widen_kernel(size_t count, const char *from, ptrdiff_t step, void *to);
-typedef void bn_narrow_kernel(size_t count, const void *from, char *to, ptrdiff_t step);
+typedef void bn_narrow_kernel(size_t count, const void *from, char *to, ptrdiff_t step, bn_stores stores);
 
 /* Reads and writes so many cache lines; see memory_probes.inc. */
 typedef float bn_memory_probe(size_t lines, const float *from, float *to);

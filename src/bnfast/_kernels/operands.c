@@ -74,6 +74,7 @@ typedef struct {
     bn_stored stored;
     size_t itemsize; /* of scratch */
     int to_scratch;
+    bn_stores stores; /* of what is converted */
 } copying;
 
 static char *copy_to_or_from(const copying *how, char *run, ptrdiff_t step, char *scratch, size_t count)
@@ -86,7 +87,7 @@ static char *copy_to_or_from(const copying *how, char *run, ptrdiff_t step, char
         if (how->to_scratch) {
             how->kernels->widen[how->stored](count, run, step, scratch);
         } else {
-            how->kernels->narrow[how->stored](count, scratch, run, step);
+            how->kernels->narrow[how->stored](count, scratch, run, step, how->stores);
         }
     } else if (how->itemsize == 1) {
         copy_run(1, to, to_step, from, from_step, count);
@@ -131,10 +132,10 @@ static int is_one_run(const bn_plan *plan, const bn_operand *layout, const bn_bo
 
 /* Visits the box in the order of scratch, (outer, channel, inner), one strided run at a time. */
 static void copy_box(const bn_kernels *kernels, const bn_plan *plan, bn_role role, char *data,
-                     const bn_box *box, char *scratch, int to_scratch)
+                     const bn_box *box, char *scratch, int to_scratch, bn_stores stores)
 {
     const bn_operand *layout = &plan->operand[role];
-    const copying how = {kernels, layout->stored, role == BN_MASK ? 1 : plan->itemsize, to_scratch};
+    const copying how = {kernels, layout->stored, role == BN_MASK ? 1 : plan->itemsize, to_scratch, stores};
     position outer;
     go_to(&outer, plan->outer_axes, plan->outer_axis_sizes, layout->outer_axis_strides,
           box->outer);
@@ -198,15 +199,15 @@ bn_view bn_view_to_read(const bn_kernels *kernels, const bn_plan *plan, bn_role 
                         const bn_box *box, char *scratch)
 {
     if (plan->operand[role].staged) {
-        copy_box(kernels, plan, role, data, box, scratch, 1);
+        copy_box(kernels, plan, role, data, box, scratch, 1, BN_stored);
     }
     return bn_view_to_write(plan, role, data, box, scratch);
 }
 
 void bn_written(const bn_kernels *kernels, const bn_plan *plan, bn_role role, char *data,
-                const bn_box *box, char *scratch)
+                const bn_box *box, char *scratch, bn_stores stores)
 {
     if (plan->operand[role].staged) {
-        copy_box(kernels, plan, role, data, box, scratch, 0);
+        copy_box(kernels, plan, role, data, box, scratch, 0, stores);
     }
 }

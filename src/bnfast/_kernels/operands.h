@@ -8,11 +8,19 @@
 /* Most bytes of one scratch buffer; a chunk of one channel must fit, and Plan sees to it. */
 #define BN_SCRATCH_BYTES ((size_t)32768)
 
+/* ... but for whole rows of another storage type, which are converted in the order in which they lie: the second
+   level of cache has room for so much. */
+#define BN_SCRATCH_OF_ROWS ((size_t)131072)
+
 /* Of a plan: rows that are summed side by side are not taken apart, so that what is read is one run. */
 static inline size_t bn_scratch_bytes(const bn_plan *plan)
 {
     const size_t chunk = plan->chunk_outer * plan->channels * plan->itemsize;
-    return plan->interleave > 1 && chunk > BN_SCRATCH_BYTES ? chunk : BN_SCRATCH_BYTES;
+    const int is_converted = plan->layout == BN_channels_last && plan->stored_itemsize != plan->itemsize;
+    if (chunk <= BN_SCRATCH_BYTES || !(is_converted || plan->interleave > 1)) {
+        return BN_SCRATCH_BYTES;
+    }
+    return plan->interleave > 1 || chunk < BN_SCRATCH_OF_ROWS ? chunk : BN_SCRATCH_OF_ROWS;
 }
 
 typedef struct {
@@ -32,6 +40,6 @@ bn_view bn_view_to_read(const bn_kernels *kernels, const bn_plan *plan, bn_role 
 bn_view bn_view_to_write(const bn_plan *plan, bn_role role, char *data,
                          const bn_box *box, char *scratch);
 void bn_written(const bn_kernels *kernels, const bn_plan *plan, bn_role role, char *data,
-                const bn_box *box, char *scratch);
+                const bn_box *box, char *scratch, bn_stores stores);
 
 #endif

@@ -40,6 +40,7 @@ typedef struct {
     bn_layout layout;
     bn_dtype dtype;  /* of the arithmetic */
     size_t itemsize; /* of that */
+    size_t stored_itemsize; /* of x, dy and the output, in memory */
     /* Each channel of each repeat has statistics of its own; what else is said here holds for each
        repeat. */
     size_t repeats;

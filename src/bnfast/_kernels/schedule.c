@@ -8,14 +8,15 @@ static size_t bytes_of_call(const bn_job *job, size_t tensors)
 {
     const bn_plan *plan = job->plan;
     return tensors * plan->repeats * plan->outer * plan->channels * plan->inner *
-           plan->itemsize;
+           plan->stored_itemsize;
 }
 
 static void choose_stores(bn_job *job, size_t threads, bn_role output, size_t tensors)
 {
-    /* In place, a line has been read already; scratch is read again at once. */
+    /* In place, a line has been read already; what is copied as it is goes element by element. */
+    const bn_operand *to = &job->plan->operand[output];
     const int streamed = bytes_of_call(job, tensors) >= bn_streamed_from(job->caches, threads, tensors) &&
-                         !is_in_place(job, output) && !job->plan->operand[output].staged;
+                         !is_in_place(job, output) && !(to->staged && to->stored == BN_as_computed);
     job->stores = streamed ? BN_streamed : BN_stored;
 }
 
@@ -23,7 +24,7 @@ static void choose_stores(bn_job *job, size_t threads, bn_role output, size_t te
 static bn_place place_of(const bn_job *job, size_t tensors, size_t threads)
 {
     const bn_plan *plan = job->plan;
-    const size_t row = plan->interleave * plan->channels * plan->itemsize;
+    const size_t row = plan->interleave * plan->channels * plan->stored_itemsize;
     const int is_narrow = plan->layout == BN_channels_last && row <= BN_NARROW_ROW_BYTES;
     const size_t bytes = bytes_of_call(job, tensors);
     return bytes <= bn_level2_bytes(job->caches, threads) ? BN_IN_LEVEL2
@@ -42,11 +43,11 @@ static int cut_into_slabs(bn_job *job, size_t threads, size_t tensors, int sums_
     const int repeats_suffice = threads <= plan->repeats; /* every thread has a repeat */
     int fused;
     if (plan->layout == BN_contiguous) {
-        const size_t run = plan->inner * plan->itemsize;
+        const size_t run = plan->inner * plan->stored_itemsize;
         const size_t neighbouring_bytes = plan->outer == 1 ? BN_ROWS_BYTES : BN_NEIGHBOURING_BYTES;
         const size_t max_channels = MAX((size_t)1, neighbouring_bytes / run);
         const size_t fair_share = MAX((size_t)1, channels / wanted);
-        const size_t channel = values_per_channel(plan) * plan->itemsize * tensors;
+        const size_t channel = values_per_channel(plan) * plan->stored_itemsize * tensors;
         const size_t slab = MAX(bn_slab_bytes(job->caches) / channel, BN_FEWEST_BYTES / run);
         const int whole = (sums_alone && plan->chunks_per_run == 1) ||
                           bytes_of_call(job, tensors + 1) < bn_whole_bytes(job->caches);
@@ -56,10 +57,10 @@ static int cut_into_slabs(bn_job *job, size_t threads, size_t tensors, int sums_
         const size_t fair_share = divide_up(channels, divide_up(wanted, plan->blocks));
         job->slab = divide_up(fair_share, BN_CHANNEL_UNIT) * BN_CHANNEL_UNIT;
         fused = plan->blocks == 1 || repeats_suffice;
-        if (fused && channels * plan->itemsize > BN_LONG_ROW_BYTES) {
-            const size_t lines = plan->outer * plan->itemsize * tensors * BN_CHANNEL_UNIT;
+        if (fused && channels * plan->stored_itemsize > BN_LONG_ROW_BYTES) {
+            const size_t lines = plan->outer * plan->stored_itemsize * tensors * BN_CHANNEL_UNIT;
             const size_t slab = bn_slab_bytes(job->caches) / lines * BN_CHANNEL_UNIT;
-            job->slab = MIN(job->slab, MAX(slab, BN_NEIGHBOURING_BYTES / plan->itemsize));
+            job->slab = MIN(job->slab, MAX(slab, BN_NEIGHBOURING_BYTES / plan->stored_itemsize));
         }
         job->slab = MIN(job->slab, channels);
     }
@@ -72,7 +73,7 @@ static int cut_into_slabs(bn_job *job, size_t threads, size_t tensors, int sums_
 /* Whether adding a run up takes longer than memory needs to bring the next one. */
 static int sums_take_long(const bn_job *job, size_t tensors)
 {
-    const size_t run = job->plan->inner * job->plan->itemsize;
+    const size_t run = job->plan->inner * job->plan->stored_itemsize;
     return tensors == 1 ? job->centred : run <= BN_SLOW_RUN_BYTES;
 }
 
@@ -82,7 +83,7 @@ static int sums_take_long(const bn_job *job, size_t tensors)
 static void prefetch_next_slab(bn_job *job, size_t tensors)
 {
     const bn_plan *plan = job->plan;
-    const size_t bytes = job->slab * plan->itemsize * tensors;
+    const size_t bytes = job->slab * plan->stored_itemsize * tensors;
     if (plan->layout == BN_contiguous && !plan->any_staged) {
         job->prefetch_distance = (ptrdiff_t)job->slab * plan->operand[BN_X].channel_stride;
         job->prefetch_in_sums = plan->outer == 1 && !job->activation && sums_take_long(job, tensors);
@@ -197,7 +198,7 @@ size_t bn_row_gradient_stages(bn_job *job, size_t threads, bn_stage *stages)
     const bn_plan *plan = job->plan;
     const size_t columns = plan->outer * plan->inner;
     const size_t unit = bn_row_unit(plan);
-    const size_t slab = bn_slab_bytes(job->caches) / (2 * columns * plan->itemsize);
+    const size_t slab = bn_slab_bytes(job->caches) / (2 * columns * plan->stored_itemsize);
     if (!job->column_sums) {
         return bn_gradient_stages(job, threads, stages);
     }

@@ -105,6 +105,7 @@ class IterationStatistics(NamedTuple):
         same.
         """
         array, _ = _validation.channel_axis_of_samples(x, axis)
+        _validation.full_precision("x", array)
         channel_axis = _validation.integer("axis", axis) % max(array.ndim, 1)
         sources = _validation.floating_array("inputs", inputs)
         weights = _validation.floating_array("filters", filters)
@@ -237,6 +238,7 @@ def cross_iteration_batch_norm(
     correction = 1.0 if _validation.flag("unbiased", unbiased) else 0.0
     new = _validation.real("momentum", momentum)
     array, channel_axis, channels = _validation.batch("x", x, axis)
+    _validation.full_precision("x", array)
     if not _validation.flag("training", training):
         _checked_window(filters, window, channels)
         return _primitives.scale_shift(
@@ -311,6 +313,7 @@ def cross_iteration_batch_norm_forward(
     4
     """
     array, channel_axis, _ = _validation.batch("x", x, axis)
+    _validation.full_precision("x", array)
     return _normalize(array, channel_axis, filters, window, weight, bias, eps, out, {})
 
 

@@ -67,6 +67,7 @@ def batch_norm_jvp(
     True
     """
     array, _, _ = _validation.batch("x", x, axis)
+    _validation.full_precision("x", array)
     tangent = _validation.upstream_gradient(dx, array, ("dx", "x"))
     constant = not _validation.flag("training", training)
     dy, _, _ = _primitives.gradient(tangent, array, axis, mean, invstd, weight, constant, None)
@@ -339,6 +340,7 @@ def batch_norm_double_backward(
     array([-0.0102,  0.0128, -0.0026])
     """
     array, channel_axis, channels = _validation.batch("x", x, axis)
+    _validation.full_precision("x", array)
     upstream = _validation.upstream_gradient(dy, array)
     own = _validation.channel_parameter("weight", weight, channels)
     ddy, dx, dweight = _second_order.of_channels(
@@ -539,6 +541,7 @@ def group_norm_double_backward(
     array([[1., 1., 1., 1.]])
     """
     array, channels = _validation.channel_axis_of_samples(x, axis)
+    _validation.full_precision("x", array)
     groups = _validation.groups_of_statistics("mean", mean, channels) if channels else 1
     return _of_samples(ddx, ddweight, ddbias, dy, array, axis, mean, invstd, weight, groups)
 
@@ -598,6 +601,7 @@ def instance_norm_double_backward(
     array([[[1., 1., 1.]]])
     """
     array, channels = _validation.channel_axis_of_samples(x, axis)
+    _validation.full_precision("x", array)
     return _of_samples(ddx, ddweight, ddbias, dy, array, axis, mean, invstd, weight, channels)
 
 
@@ -612,6 +616,7 @@ def _row_jvp(
     centred: bool,
 ) -> Array:
     array, axes = _validation.normalized_axes(x, normalized_shape, axis)
+    _validation.full_precision("x", array)
     tangent = _validation.upstream_gradient(dx, array, ("dx", "x"))
     shape = tuple(array.shape[d] for d in axes)
     own = _validation.element_parameter("weight", weight, shape, array.dtype, finite=True)
@@ -636,6 +641,7 @@ def _sample_jvp(
     grouped: bool,
 ) -> Array:
     array, channels = _validation.channel_axis_of_samples(x, axis)
+    _validation.full_precision("x", array)
     tangent = _validation.upstream_gradient(dx, array, ("dx", "x"))
     own = _validation.channel_parameter("weight", weight, channels)
     over = GROUPS if grouped else PER_SAMPLE
@@ -668,6 +674,7 @@ def _of_rows(
     centred: bool,
 ) -> tuple[Array, Array, Array]:
     array, axes = _validation.normalized_axes(x, normalized_shape, axis)
+    _validation.full_precision("x", array)
     shape = tuple(array.shape[d] for d in axes)
     numbering = tuple(n for d, n in enumerate(array.shape) if d not in axes)
     inside, outside = (1,) * len(axes), (1,) * len(numbering)

@@ -128,6 +128,7 @@ def moving_average_batch_norm(
         )
         return y
     array, channel_axis, channels = _validation.batch("x", x, axis)
+    _validation.full_precision("x", array)
     _validation.real("momentum", momentum)
     _validation.integer_from("row", row, 0)
     _validation.flag("averaged", averaged)

@@ -53,7 +53,7 @@ class ChannelLayer(Layer):
     def _batch(self, x: Array) -> Array:
         """Return the input as an array with the channels of this layer."""
         axis = self.axis
-        if type(x) is np.ndarray and x.dtype.char in "fd" and x.dtype.isnative:
+        if type(x) is np.ndarray and x.dtype.char in "efd" and x.dtype.isnative:
             shape = x.shape
             if -len(shape) <= axis < len(shape) > 1 and shape[axis] == self.num_features:
                 return x

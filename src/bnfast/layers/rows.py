@@ -58,7 +58,7 @@ class _RowLayer(Layer):
         TypeError, ValueError
             As the function of the same name; the layer is left as it was.
         """
-        array = _validation.floating_array("x", x)
+        array = _validation.data_array("x", x)
         y, *statistics = self._normalize(array, out)
         self._save(array, y, statistics, self._kept_weight())
         return y
