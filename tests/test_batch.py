@@ -679,7 +679,7 @@ def test_the_representation_says_how_to_make_it():
 
 def test_a_batch_of_another_dtype_leaves_the_layer_as_it_was():
     layer = bnfast.BatchNorm(3)
-    with pytest.raises(TypeError, match="x must be float32 or float64"):
+    with pytest.raises(TypeError, match="x must be float16, bfloat16, float32 or float64"):
         layer(np.zeros((2, 3), np.int64))
     with pytest.warns(UserWarning, match="mostly noise"):
         layer(np.zeros((2, 3), np.float32))

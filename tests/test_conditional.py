@@ -348,7 +348,7 @@ def refusals():
         "turned bias": (lambda o, m, v: train(X, None, ROWS.T, m, v, out=o), *ends),
         "integers": (
             lambda o, m, v: train(X, np.ones((4, 3), int), None, m, v, True, out=o),
-            *(TypeError, "weight must be float32 or float64"),
+            *(TypeError, "weight must be float16, bfloat16, float32 or float64"),
         ),
         "axis 0": (
             lambda o, m, v: train(X, None, None, m, v, True, axis=0, out=o),

@@ -346,7 +346,7 @@ def statistics_of(**changed):
         (lambda: forward(window=None), TypeError, "window must be a sequence of IterationStat"),
         (lambda: forward(window=ENTRY), TypeError, "window must be a sequence of IterationStat"),
         (lambda: forward(window=[(1, 2)]), TypeError, r"window\[0\] must be an instance of Iter"),
-        (lambda: forward(filters=None), TypeError, "filters must be a float32 or float64 array"),
+        (lambda: forward(filters=None), TypeError, "filters must be a float16, bfloat16, float32 or float64 array"),
         (lambda: forward(filters=np.ones((2, 2))), ValueError, "one filter for each of the 3"),
         (
             lambda: forward(filters=np.ones((3, 4))),
@@ -484,8 +484,8 @@ def test_a_refused_batch_leaves_the_layer_as_it_was(rng):
     layer(x, inputs, filters)
     before = layer.state_dict()
     for given, message in (
-        ((x,), "filters must be a float32 or float64 array"),
-        ((x, None, filters), "inputs must be a float32 or float64 array"),
+        ((x,), "filters must be a float16, bfloat16, float32 or float64 array"),
+        ((x, None, filters), "inputs must be a float16, bfloat16, float32 or float64 array"),
         ((x, inputs[:5], filters), "inputs must be what x"),
         ((x, inputs, filters[:5]), r"filters must have the shape \(6, 4\)"),
         ((x[:, :5], inputs, filters), "x must have 6 channels"),

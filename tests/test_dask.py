@@ -249,10 +249,9 @@ def test_nothing_is_computed_before_arguments_are_refused():
     x = da.ones((6, 4), chunks=(2, 4)).map_blocks(fail, meta=np.empty((0, 0)))
     for error, match, call in [
         (TypeError, "x must be a Dask array", lambda: moments(np.ones((6, 4)))),
-        (TypeError, r"got float16 array of shape \(6, 4\)", lambda: moments(x.astype("f2"))),
         (
             TypeError,
-            "x must be float32, float64, integers or booleans",
+            "x must be float16, bfloat16, float32, float64, integers or booleans",
             lambda: normalize(x.astype("c8")),
         ),
         (ValueError, "axis must be from -2 to 1", lambda: summary(x, 2)),

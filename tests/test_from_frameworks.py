@@ -410,7 +410,7 @@ def test_objects_with_the_attributes_are_taken():
     ("wrong", "message"),
     [
         ({"weight": np.ones(3)}, r"module\.weight must have one value for each of the 2 channels"),
-        ({"bias": np.ones(2, int)}, r"module\.bias must be float32 or float64"),
+        ({"bias": np.ones(2, int)}, r"module\.bias must be float16, bfloat16, float32 or float64"),
         ({"running_var": None}, r"module\.running_var must be an array of shape \(2,\), got None"),
         ({"num_batches_tracked": -1}, r"module\.num_batches_tracked must be at least 0"),
         ({"momentum": 2.0}, r"module\.momentum must be from 0 to 1"),

@@ -33,7 +33,7 @@ def build_and_run(folder, isa, flags, compiler="gcc", more=(), runner=()):
     assert built.returncode == 0, built.stderr
     done = subprocess.run([*runner, str(program)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 48
+    assert done.stdout.count("\n") == 74
     return done.stdout
 
 

@@ -162,13 +162,13 @@ def planned(monkeypatch):
     """The shapes and strides that are planned from now on."""
     seen = []
 
-    def plan_layout(shape, axes, repeated, itemsize, strides, aligned):
+    def plan_layout(shape, axes, repeated, itemsize, strides, *more):
         seen.append((shape, *strides))
-        return _layout.plan_layout(shape, axes, repeated, itemsize, strides, aligned)
+        return _layout.plan_layout(shape, axes, repeated, itemsize, strides, *more)
 
-    def plan_rows(shape, reduced, itemsize, strides, aligned, inputs):
+    def plan_rows(shape, reduced, itemsize, strides, *more, **by_name):
         seen.append((shape, *strides))
-        return _layout.plan_rows(shape, reduced, itemsize, strides, aligned, inputs)
+        return _layout.plan_rows(shape, reduced, itemsize, strides, *more, **by_name)
 
     monkeypatch.setattr(_primitives, "plan_layout", plan_layout)
     monkeypatch.setattr(_primitives, "plan_rows", plan_rows)

@@ -299,14 +299,15 @@ def test_what_is_refused():
         x,
         where=np.ones(4, bool),
     )
-    integers_only = "x must be float32, float64, integers or booleans in native byte order, got "
-    refuse(TypeError, integers_only + r".*complex128", x + 1j)
-    refuse(
-        TypeError, integers_only + r".*; numpy\.asarray\(x, numpy\.float32\)", x.astype(np.float16)
+    integers_only = (
+        "x must be float16, bfloat16, float32, float64, integers or booleans in native byte order, "
+        "got "
     )
+    refuse(TypeError, integers_only + r".*complex128", x + 1j)
+    refuse(TypeError, integers_only + r".*; numpy\.asarray\(x, numpy\.float16\)", x.astype(">f2"))
     refuse(TypeError, integers_only + r".*; numpy\.asarray\(x, numpy\.int16\)", x.astype(">i2"))
     refuse(TypeError, integers_only, x.astype(object))
-    refuse(TypeError, "x must be a float32, float64, integer or boolean array, got None", None)
+    refuse(TypeError, "x must be a floating-point, integer or boolean array, got None", None)
     refuse(TypeError, "an array without a mask", np.ma.masked_array(x))
     with pytest.raises(TypeError, match="finite must be True or False"):
         bnfast.summary(x, finite="no")

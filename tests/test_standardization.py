@@ -311,7 +311,7 @@ U, V = np.ones(3, np.float32), np.ones(4, np.float32)
         ),
         (
             lambda: bnfast.scaled_weight_standardization_backward(W, W, U, U.astype(int)),
-            *(TypeError, "std must be float32 or float64"),
+            *(TypeError, "std must be float16, bfloat16, float32 or float64"),
         ),
         (
             lambda: bnfast.scaled_weight_standardization_forward(W, eps=np.nan),

@@ -46,7 +46,7 @@ def test_the_memory_of_what_has_dlpack_alone_is_not_written_over():
 
 
 def test_a_list_of_objects_is_no_array():
-    with pytest.raises(TypeError, match=r"x must be float32 or float64 .* got object array"):
+    with pytest.raises(TypeError, match=r"float32 or float64 .* got object array"):
         evaluated([[object()]])
 
 
@@ -54,12 +54,10 @@ def test_a_list_of_objects_is_no_array():
     ("spoil", "instead"),
     [
         (lambda t: t.requires_grad_(), r"x\.detach\(\) is one"),
-        (lambda t: t.bfloat16(), r"x\.float\(\) is one"),
-        (lambda t: t.bfloat16().requires_grad_(), r"x\.detach\(\)\.float\(\) is one"),
-        (lambda t: t.half(), r"numpy\.asarray\(x, numpy\.float32\) is such"),
+        (lambda t: t.bfloat16().requires_grad_(), r"x\.detach\(\) is one"),
         (lambda t: t.to("meta"), "x must be an array, got .*: "),
     ],
-    ids=["requires_grad", "bfloat16", "both", "float16", "meta"],
+    ids=["requires_grad", "bfloat16", "meta"],
 )
 def test_a_tensor_without_an_array_says_what_to_write(torch, spoil, instead):
     x = spoil(torch.from_numpy(X.copy()))
@@ -97,11 +95,15 @@ def test_states_take_tensors_on_a_device_and_calls_say_what_to_write():
         evaluated(OnADevice(X))
 
 
-def test_the_sentence_about_floats_of_16_bits_holds_for_moments(torch):
-    x = torch.from_numpy(X).half()
-    with pytest.raises(TypeError, match=r"numpy\.asarray\(x, numpy\.float32\) is such"):
-        bnfast.moments(x)
-    assert bnfast.moments(np.asarray(x, np.float32)) == bnfast.moments(X)
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_tensors_of_16_bits_are_read(torch, name):
+    pytest.importorskip("ml_dtypes")
+    x = torch.from_numpy(X).to(getattr(torch, name))
+    wide = x.float().numpy()
+    assert bnfast.moments(x) == bnfast.moments(wide)
+    y = evaluated(x)
+    assert y.dtype.name == name
+    np.testing.assert_array_equal(y, evaluated(wide).astype(y.dtype))
 
 
 def test_tensors_that_would_be_written_to_say_what_to_write(torch):
@@ -112,13 +114,6 @@ def test_tensors_that_would_be_written_to_say_what_to_write(torch):
         evaluated(X, out=torch.empty(4, 3))
     bnfast.batch_norm(X, mean.detach().numpy(), var.detach().numpy(), training=True)
     assert mean.abs().min() > 0
-
-
-@pytest.mark.parametrize("function", [evaluated, bnfast.moments], ids=["batch_norm", "moments"])
-def test_bfloat16_of_ml_dtypes_says_what_to_write(function):
-    ml_dtypes = pytest.importorskip("ml_dtypes")
-    with pytest.raises(TypeError, match=r"numpy\.asarray\(x, numpy\.float32\) is such"):
-        function(X.astype(ml_dtypes.bfloat16))
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])

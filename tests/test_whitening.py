@@ -517,7 +517,7 @@ def read_only(array):
         ({"axis": 3}, ValueError, "axis must be from -3 to 2"),
         ({"training": 1}, TypeError, "training must be True or False"),
         ({"weight": np.ones(3)}, ValueError, "weight must have one value for each of the 4"),
-        ({"bias": np.ones(4, int)}, TypeError, "bias must be float32 or float64"),
+        ({"bias": np.ones(4, int)}, TypeError, "bias must be float16, bfloat16, float32 or float64"),
         ({"running_mean": np.ones(3)}, ValueError, "running_mean must have one value for each"),
         ({"running_matrix": np.ones((4, 4))}, ValueError, r"running_matrix must have the shape \("),
         ({"running_matrix": np.ones((1, 4, 4))}, ValueError, r"running_matrix .* \(2, 2, 2\)"),
@@ -526,7 +526,7 @@ def read_only(array):
         ({"running_mean": None}, (ValueError, TypeError), "running_mean.*got None"),
         ({"running_matrix": None}, (ValueError, TypeError), "running_matrix.*got None"),
         ({"x": np.zeros(4, np.float32)}, ValueError, "x must have at least 2 dimensions"),
-        ({"x": X.astype(int)}, TypeError, "x must be float32 or float64"),
+        ({"x": X.astype(int)}, TypeError, "x must be float16, bfloat16, float32 or float64"),
         ({"out": np.zeros(3)}, ValueError, "out must have the shape and dtype of x"),
     ],
     ids=str,
@@ -606,7 +606,7 @@ def test_iterations_are_refused_where_there_are_none():
         ({"matrix": np.zeros((4, 4))}, ValueError, "matrix must have a square matrix for each"),
         ({"matrix": np.zeros((2, 4, 4))}, ValueError, "matrix must have a square matrix for each"),
         ({"matrix": np.zeros((2, 1, 2))}, ValueError, "matrix must have a square matrix for each"),
-        ({"matrix": None}, TypeError, "matrix must be a float32 or float64 array, got None"),
+        ({"matrix": None}, TypeError, "matrix must be a float16, bfloat16, float32 or float64 array, got None"),
     ],
 )
 def test_what_is_saved_is_checked(kind, changed, error, message):

@@ -33,11 +33,6 @@ cdef inline bint _is_data(value) noexcept:
     return kind >= BUILT_IN_TYPES or _has_outputs[kind]
 
 
-cdef inline bint _is_half(cnp.ndarray data) noexcept:
-    """Whether data is of 16 bits."""
-    return cnp.PyArray_ITEMSIZE(data) == 2
-
-
 cdef inline bint _is_array(value) noexcept:
     """A parameter or statistic: an array, no subclass, of native float32 or float64."""
     if not cnp.PyArray_CheckExact(value):
@@ -473,10 +468,9 @@ cdef inline cnp.ndarray _data_of(str name, x):
 
 cdef cnp.ndarray _data_in_full(str name, x):
     """Data of more than 16 bits."""
-    cdef cnp.ndarray data = _data_of(name, x)
-    if _is_half(data):
-        _validation.full_precision(name, data)
-    return data
+    if _is_data(x) and not _is_half(x):
+        return x
+    return _validation.data_array(name, x, half=False)
 
 
 # running statistics, which are updated in place

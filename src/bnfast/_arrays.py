@@ -91,17 +91,18 @@ def floats_to_copy(name: str, value: object) -> Array:
     return floating_array(name, cast("Any", value).float() if is_bfloat16 else value)
 
 
-def data_array(name: str, value: object) -> Array:
-    """Return an array of a type that data may have, without a copy where possible."""
-    array = _array(name, value, _dtypes.NAMES_OF_DATA)
+def data_array(name: str, value: object, *, half: bool = True) -> Array:
+    """Return an array of a type that data may have, without a copy where possible.
+
+    Where it may not be `half`, types of 16 bits are refused: what is made of them is NumPy's.
+    """
+    names = _dtypes.NAMES_OF_DATA if half else _dtypes.NAMES
+    array = _array(name, value, names)
     dtype = array.dtype
-    if not (_dtypes.is_floating(dtype) or _dtypes.is_half(dtype)):
-        numbers = np.can_cast(dtype, np.float64) and dtype.isnative
-        hint = f"; numpy.asarray({name}, numpy.float32) is such" if numbers else ""
-        raise TypeError(
-            f"{name} must be {_dtypes.NAMES_OF_DATA} in native byte order, "
-            f"got {describe(array)}{hint}"
-        )
+    if not (_dtypes.is_floating(dtype) or (half and _dtypes.is_half(dtype))):
+        is_number = _dtypes.is_half(dtype) or (np.can_cast(dtype, np.float64) and dtype.isnative)
+        hint = f"; numpy.asarray({name}, numpy.float32) is such" if is_number else ""
+        raise TypeError(f"{name} must be {names} in native byte order, got {describe(array)}{hint}")
     return array
 
 

@@ -12,6 +12,10 @@ cdef extern from "kernels.h" nogil:
         BN_f32
         BN_f64
 
+    enum:
+        BN_f16
+        BN_bf16
+
     ctypedef enum bn_stored:
         BN_as_computed
         BN_stored_f32
@@ -88,6 +92,9 @@ cdef extern from "plan.h" nogil:
         bn_dtype dtype
         size_t itemsize
         size_t stored_itemsize
+        int element_type
+        size_t element_bytes
+        const bn_plan *converted
         size_t repeats
         size_t repeat_axes
         size_t *repeat_axis_sizes
@@ -117,6 +124,7 @@ cdef extern from "plan.h" nogil:
 
 cdef class Plan:
     cdef bn_plan c
+    cdef Plan converted
     cdef readonly tuple walked
     cdef readonly bint in_order
 

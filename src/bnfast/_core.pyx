@@ -28,6 +28,13 @@ _STORED = {
 }
 
 
+# Types of 16 bits that there are kernels for.
+_HALVES = {"f16": BN_f16, "bf16": BN_bf16}
+
+# Operands of the type that the data is stored in; others have that of the arithmetic, or a mask's.
+_DATA = (BN_X, BN_DY, BN_Y, BN_DX)
+
+
 _ACTIVATIONS = {
     bn_activation_name(<bn_activation>number).decode(): number
     for number in range(BN_no_activation + 1, BN_ACTIVATIONS)
@@ -43,18 +50,71 @@ cdef class Activation:
         self.parameter = parameter
 
 
+cdef bn_plan _plan_in_c(plan, roles, stored, size_t stored_itemsize):
+    """The plan in C; what is `stored` otherwise than it is computed is staged."""
+    cdef bn_plan c
+    cdef bn_operand *operand
+    cdef Py_ssize_t role, axis, itemsize = plan.itemsize
+    cdef bint direct
+    memset(&c, 0, sizeof(bn_plan))
+    c.layout = BN_contiguous if plan.layout == "contiguous" else BN_channels_last
+    c.dtype = BN_f32 if itemsize == 4 else BN_f64
+    c.itemsize, c.stored_itemsize = itemsize, stored_itemsize
+    c.element_type, c.element_bytes = <int>c.dtype, itemsize
+    c.repeats = plan.repeats
+    c.repeat_axes = len(plan.repeat_axis_sizes)
+    for axis, size in enumerate(plan.repeat_axis_sizes):
+        c.repeat_axis_sizes[axis] = size
+    c.channel_axes = len(plan.channel_axis_sizes)
+    for axis, size in enumerate(plan.channel_axis_sizes):
+        c.channel_axis_sizes[axis] = size
+    c.outer, c.channels, c.inner = plan.outer, plan.channels, plan.inner
+    c.outer_axes = len(plan.outer_axis_sizes)
+    c.inner_axes = len(plan.inner_axis_sizes)
+    for axis, size in enumerate(plan.outer_axis_sizes):
+        c.outer_axis_sizes[axis] = size
+    for axis, size in enumerate(plan.inner_axis_sizes):
+        c.inner_axis_sizes[axis] = size
+    c.chunk_outer, c.chunk_inner = plan.chunk_outer, plan.chunk_inner
+    c.chunks_per_run, c.chunks = plan.chunks_per_run, plan.chunks
+    c.chunks_per_block, c.blocks = plan.chunks_per_block, plan.blocks
+    c.interleave = plan.interleave
+    c.rows_of_block = plan.rows_of_block
+    for role, layout in zip(roles, plan.operands, strict=True):
+        operand = &c.operand[role]
+        is_converted = stored is not None and role in _DATA
+        direct = layout.direct and not is_converted
+        operand.staged = not direct
+        operand.stored = <bn_stored><int>_STORED[stored] if is_converted else BN_as_computed
+        c.any_staged |= operand.staged
+        for axis, stride in enumerate(layout.repeat_axis_strides):
+            operand.repeat_axis_strides[axis] = stride
+        for axis, stride in enumerate(layout.channel_axis_strides):
+            operand.channel_axis_strides[axis] = stride
+        if direct:
+            size = stored_itemsize if role in _DATA else itemsize
+            operand.outer_stride = <ptrdiff_t>layout.outer_stride // size
+            operand.channel_stride = <ptrdiff_t>layout.channel_stride // size
+        else:
+            operand.channel_stride = layout.channel_stride
+            for axis, stride in enumerate(layout.outer_axis_strides):
+                operand.outer_axis_strides[axis] = stride
+            for axis, stride in enumerate(layout.inner_axis_strides):
+                operand.inner_axis_strides[axis] = stride
+    return c
+
+
 cdef class Plan:
     """A `LayoutPlan` in C; immutable."""
 
-    def __init__(self, plan, roles, stored=None, stored_itemsize=None):
+    def __init__(self, plan, roles, stored=None, stored_itemsize=None, bint converts=False):
         """Of a plan whose operands have these roles.
 
-        Those that are not walked directly are `stored` as the type of this name (`_dtypes`), or in
-        that of the arithmetic; a mask as bytes.
+        The data is `stored` as the type of this name (`_dtypes`), with elements of so many bytes,
+        or in that of the arithmetic; a mask as bytes. The plan of a type that there are kernels for
+        has another one with it, which `converts`.
         """
-        cdef bn_plan *c = &self.c
-        cdef bn_operand *operand
-        cdef Py_ssize_t role, axis, itemsize = plan.itemsize
+        cdef Py_ssize_t itemsize = plan.itemsize
         if BN_MAX_AXES < max(
             map(len, (plan.repeat_axis_sizes, plan.channel_axis_sizes, plan.outer_axis_sizes,
                       plan.inner_axis_sizes))
@@ -65,52 +125,16 @@ cdef class Plan:
         width = plan.interleave * plan.channels
         if plan.interleave < 1 or (plan.interleave > 1 and width > BN_WIDE_ROW):
             raise ValueError("the plan's wide rows do not fit those of kernels.h")
-        memset(c, 0, sizeof(bn_plan))
-        c.layout = BN_contiguous if plan.layout == "contiguous" else BN_channels_last
-        c.dtype = BN_f32 if itemsize == 4 else BN_f64
-        c.itemsize = itemsize
-        c.stored_itemsize = itemsize if stored_itemsize is None else stored_itemsize
-        c.repeats = plan.repeats
-        c.repeat_axes = len(plan.repeat_axis_sizes)
-        for axis, size in enumerate(plan.repeat_axis_sizes):
-            c.repeat_axis_sizes[axis] = size
-        c.channel_axes = len(plan.channel_axis_sizes)
-        for axis, size in enumerate(plan.channel_axis_sizes):
-            c.channel_axis_sizes[axis] = size
-        c.outer, c.channels, c.inner = plan.outer, plan.channels, plan.inner
-        c.outer_axes = len(plan.outer_axis_sizes)
-        c.inner_axes = len(plan.inner_axis_sizes)
-        for axis, size in enumerate(plan.outer_axis_sizes):
-            c.outer_axis_sizes[axis] = size
-        for axis, size in enumerate(plan.inner_axis_sizes):
-            c.inner_axis_sizes[axis] = size
-        c.chunk_outer, c.chunk_inner = plan.chunk_outer, plan.chunk_inner
-        c.chunks_per_run, c.chunks = plan.chunks_per_run, plan.chunks
-        c.chunks_per_block, c.blocks = plan.chunks_per_block, plan.blocks
-        c.interleave = plan.interleave
-        c.rows_of_block = plan.rows_of_block
         self.walked = plan.walked
         self.in_order = plan.walked == tuple(sorted(plan.walked))
-        for role, layout in zip(roles, plan.operands, strict=True):
-            operand = &c.operand[role]
-            operand.staged = not layout.direct
-            operand.stored = BN_as_computed
-            if not layout.direct and stored is not None and role != BN_MASK:
-                operand.stored = _STORED[stored]
-            c.any_staged |= operand.staged
-            for axis, stride in enumerate(layout.repeat_axis_strides):
-                operand.repeat_axis_strides[axis] = stride
-            for axis, stride in enumerate(layout.channel_axis_strides):
-                operand.channel_axis_strides[axis] = stride
-            if layout.direct:
-                operand.outer_stride = <ptrdiff_t>layout.outer_stride // itemsize
-                operand.channel_stride = <ptrdiff_t>layout.channel_stride // itemsize
-            else:
-                operand.channel_stride = layout.channel_stride
-                for axis, stride in enumerate(layout.outer_axis_strides):
-                    operand.outer_axis_strides[axis] = stride
-                for axis, stride in enumerate(layout.inner_axis_strides):
-                    operand.inner_axis_strides[axis] = stride
+        size = itemsize if stored is None else stored_itemsize
+        if converts or stored not in _HALVES:
+            self.c = _plan_in_c(plan, roles, stored, size)
+        else:
+            self.converted = Plan(plan, roles, stored, size, True)
+            self.c = _plan_in_c(plan, roles, None, size)
+            self.c.element_type, self.c.element_bytes = _HALVES[stored], size
+            self.c.converted = &self.converted.c
 
     @property
     def row_blocks(self):
@@ -189,11 +213,10 @@ cdef int moments(Plan plan, x, mean, mean_low, m2, int threads) except -1:
     cdef bn_job job = _new_job(c)
     cdef char small[BN_SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, BN_SMALL_WORKSPACE)
-    _take_scratch(&workspace, &job, threads)
     job.operand[BN_X] = _data(x)
     job.statistic[BN_MEAN], job.statistic[BN_M2] = _doubles(mean), _doubles(m2)
     job.statistic[BN_MEAN_LOW] = _doubles_or_null(mean_low)
-    _choose_and_take(&workspace, &job, _OF_MOMENTS)
+    _choose_and_take(&workspace, &job, _OF_MOMENTS, threads)
     _do_all(&job, &workspace, bn_moments_stages, threads)
     _end(&workspace)
     return 0
@@ -211,7 +234,6 @@ cdef int summary(
     cdef bn_job job = _new_job(&plan.c)
     cdef char small[BN_SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, BN_SMALL_WORKSPACE)
-    _take_scratch(&workspace, &job, threads, made=count is not None)
     job.operand[BN_X] = _data(x)
     if mask is not None:
         job.operand[BN_MASK] = _data(mask)
@@ -221,7 +243,7 @@ cdef int summary(
     job.statistic[BN_MAXIMUM] = _doubles_or_null(maximum)
     job.statistic[BN_NONFINITE] = _doubles_or_null(nonfinite)
     job.integers, job.finite_only, job.partial_sums = integers, finite_only, BN_SUMS_OF_SUMMARY
-    _choose_and_take(&workspace, &job, _OF_MOMENTS)
+    _choose_and_take(&workspace, &job, _OF_MOMENTS, threads, made=count is not None)
     _do_all(&job, &workspace, bn_moments_stages, threads)
     _end(&workspace)
     return 0
@@ -249,7 +271,6 @@ cdef int normalize(
     cdef double divisor
     cdef int too_large = 0
     cdef size_t i
-    _take_scratch(&workspace, &job, threads)
     job.operand[BN_X], job.operand[BN_Y] = _data(x), _data(y)
     job.weight = _widened(&workspace, weight, c.channels)
     job.bias = _widened(&workspace, bias, c.channels)
@@ -260,7 +281,7 @@ cdef int normalize(
         job.statistic[BN_INVSTD] = _doubles(invstd)
     job.statistic[BN_M2] = _doubles_or_null(m2)
     job.per_group, job.centred = per_group, centred
-    _choose_and_take(&workspace, &job, _OF_NORMALIZE)
+    _choose_and_take(&workspace, &job, _OF_NORMALIZE, threads)
     _do_all(&job, &workspace, bn_normalize_stages, threads)
     if per_group > 1:
         for i in range(_statistics(c) // per_group):
@@ -413,13 +434,12 @@ cdef int scale_shift(
             weight, bias, mean, variance = (
                 prepared.weight, prepared.bias, prepared.mean, prepared.variance
             )
-    _take_scratch(&workspace, &job, threads)
     job.operand[BN_X], job.operand[BN_Y] = _data(x), _data(y)
     job.eps = eps
     if prepared is not None:
         job.statistic[BN_INVSTD] = _doubles(prepared.invstd)
         job.coefficients = prepared.coefficients
-    _choose_and_take(&workspace, &job, 1 << BN_INVSTD)
+    _choose_and_take(&workspace, &job, 1 << BN_INVSTD, threads)
     if not job.prepared:
         if of_samples:
             job.parameters_of_repeat = c.channels
@@ -453,7 +473,6 @@ cdef int gradient(
     cdef bn_job job = _new_job(c)
     cdef char small[BN_SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, BN_SMALL_WORKSPACE)
-    _take_scratch(&workspace, &job, threads, activation is not None)
     job.operand[BN_X], job.operand[BN_DY], job.operand[BN_DX] = _data(x), _data(dy), _data(dx)
     job.weight = _widened(&workspace, weight, c.channels)
     job.statistic[BN_MEAN] = _statistic(&workspace, mean, c, per_group)
@@ -469,7 +488,7 @@ cdef int gradient(
         wanted |= 1 << BN_MEAN_LOW
     job.constant_statistics = constant_statistics
     job.per_group, job.centred = per_group, centred
-    _choose_and_take(&workspace, &job, wanted)
+    _choose_and_take(&workspace, &job, wanted, threads, activation is not None)
     _do_all(&job, &workspace, bn_gradient_stages, threads)
     _parameter_gradient(c.repeats, job.statistic[BN_SUM_DY_XHAT], dweight)
     _parameter_gradient(c.repeats, job.statistic[BN_SUM_DY], dbias)
@@ -504,7 +523,6 @@ cdef int gradient_of_samples(
     cdef bn_job job = _new_job(c)
     cdef char small[BN_SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, BN_SMALL_WORKSPACE)
-    _take_scratch(&workspace, &job, threads)
     job.operand[BN_X], job.operand[BN_DY], job.operand[BN_DX] = _data(x), _data(dy), _data(dx)
     job.weight, job.parameters_of_repeat = _doubles(weight), c.channels
     job.statistic[BN_MEAN] = _of_each_repeat(&workspace, mean, c)
@@ -512,7 +530,7 @@ cdef int gradient_of_samples(
     job.statistic[BN_SUM_DY] = _doubles(sum_dy)
     job.statistic[BN_SUM_DY_XHAT] = _doubles(sum_dy_xhat)
     job.constant_statistics = True
-    _choose_and_take(&workspace, &job, _OF_GRADIENT)
+    _choose_and_take(&workspace, &job, _OF_GRADIENT, threads)
     _do_all(&job, &workspace, bn_gradient_stages, threads)
     _end(&workspace)
     return 0
@@ -531,7 +549,6 @@ cdef int normalize_rows(
     cdef bn_job job = _new_job(c)
     cdef char small[BN_SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, BN_SMALL_WORKSPACE)
-    _take_scratch(&workspace, &job, threads)
     job.operand[BN_X], job.operand[BN_Y] = _data(x), _data(y)
     if weight is not None:
         job.operand[BN_ELEMENT_WEIGHT] = _data(weight)
@@ -540,7 +557,7 @@ cdef int normalize_rows(
     job.eps, job.centred = eps, mean is not None
     job.statistic[BN_INVSTD] = _doubles(invstd)
     job.statistic[BN_MEAN] = _doubles_or_null(mean)
-    _choose_and_take(&workspace, &job, _OF_NORMALIZE)
+    _choose_and_take(&workspace, &job, _OF_NORMALIZE, threads)
     _do_all(&job, &workspace, bn_normalize_stages, threads)
     _end(&workspace)
     return 0
@@ -559,7 +576,6 @@ cdef int row_gradient(
     cdef char small[BN_SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, BN_SMALL_WORKSPACE)
     cdef unsigned int wanted = _OF_GRADIENT
-    _take_scratch(&workspace, &job, threads)
     job.operand[BN_X], job.operand[BN_DY], job.operand[BN_DX] = _data(x), _data(dy), _data(dx)
     if weight is not None:
         job.operand[BN_ELEMENT_WEIGHT] = _data(weight)
@@ -570,7 +586,7 @@ cdef int row_gradient(
     job.statistic[BN_INVSTD] = _statistic(&workspace, invstd, c, 1)
     if sums is not None:
         job.column_sums = _doubles(sums)
-    _choose_and_take(&workspace, &job, wanted)
+    _choose_and_take(&workspace, &job, wanted, threads)
     _do_all(&job, &workspace, bn_row_gradient_stages, threads)
     _end(&workspace)
     return 0

@@ -72,7 +72,7 @@ LANES_BYTES = 256
 class OperandLayout(NamedTuple):
     """How one array is walked: directly, or chunk by chunk through scratch memory.
 
-    Elements that are not aligned, or not stored in the type of the arithmetic, go through scratch.
+    Elements that are not aligned, or of a type that there are no kernels for, go through scratch.
 
     Strides are bytes. ``outer_stride`` is meaningful for a direct operand only; repeats are walked
     with ``repeat_axis_strides`` either way, and channels with ``channel_axis_strides``, of which
@@ -146,7 +146,7 @@ def _is_one_axis(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 def _operand_layout(
     layout: str,
-    itemsize: int,
+    stored_itemsize: int,
     directly: bool,
     channel_strides: tuple[int, ...],
     repeat_strides: tuple[int, ...],
@@ -158,14 +158,17 @@ def _operand_layout(
     outer_stride = outer_strides[-1] if outer_strides else 0
     channel_stride = channel_strides[-1] if channel_strides else 0
     if layout == CONTIGUOUS:
-        unit_run = inner_strides[-1] == itemsize and _is_one_axis(inner_sizes, inner_strides)
+        unit_run = inner_strides[-1] == stored_itemsize and _is_one_axis(inner_sizes, inner_strides)
     else:
-        unit_run = not channel_strides or channel_stride == itemsize
+        unit_run = not channel_strides or channel_stride == stored_itemsize
     direct = (
         directly
         and unit_run
         and _is_one_axis(outer_sizes, outer_strides)
-        and all(step % itemsize == 0 for step in (outer_stride, *channel_strides, *repeat_strides))
+        and all(
+            step % stored_itemsize == 0
+            for step in (outer_stride, *channel_strides, *repeat_strides)
+        )
     )
     return OperandLayout(
         direct,
@@ -244,12 +247,14 @@ def plan_layout(
     itemsize: int,
     strides: tuple[tuple[int, ...], ...],
     directly: tuple[bool, ...],
+    stored_itemsize: int | None = None,
 ) -> LayoutPlan:
     """Plan a call over arrays of one shape, with statistics for each index of some of its axes.
 
-    ``itemsize`` is that of the arithmetic. ``strides`` (bytes) and ``directly`` have one entry for
+    ``itemsize`` is that of the arithmetic, ``stored_itemsize`` that of the arrays, where it differs.
+    ``strides`` (bytes) and ``directly`` have one entry for
     each operand: whether its elements can be read and written where they are, being aligned and of
-    the type of the arithmetic. The first operand's strides
+    a type that there are kernels for. The first operand's strides
     alone choose the layout and the order of the walk, so that no sum depends on where an output
     lies; an operand that cannot be walked that way is staged. No axis may be empty, none is
     negative. The statistics are wanted in the order of ``repeated`` and then ``channel_axes``, one
@@ -272,7 +277,7 @@ def plan_layout(
     operands = tuple(
         _operand_layout(
             layout,
-            itemsize,
+            stored_itemsize or itemsize,
             directly[k],
             channel_strides[k],
             repeat_strides[k],
@@ -309,6 +314,7 @@ def plan_rows(
     directly: tuple[bool, ...],
     inputs: int,
     parameters: int = 0,
+    stored_itemsize: int | None = None,
 ) -> LayoutPlan:
     """Plan a call over arrays of one shape, with statistics for each row: over `normalized` axes.
 
@@ -322,9 +328,8 @@ def plan_rows(
     cut = len(row_axes)
     while cut > 0 and len(_merge(row_axes[cut - 1 :], shape, strides[:inputs])[0]) == 1:
         cut -= 1
-    plan = plan_layout(
-        shape, tuple(row_axes[cut:]), tuple(row_axes[:cut]), itemsize, strides, directly
-    )
+    rows = tuple(row_axes[cut:]), tuple(row_axes[:cut])
+    plan = plan_layout(shape, *rows, itemsize, strides, directly, stored_itemsize)
     parameter = OperandLayout(
         True, plan.inner * itemsize, 0, (0,) * len(plan.repeat_axis_sizes), (), (), ()
     )

@@ -37,13 +37,12 @@ cdef int normalize_part(
     cdef bn_job job = _new_job(c)
     cdef char small[BN_SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, BN_SMALL_WORKSPACE)
-    _take_scratch(&workspace, &job, threads)
     job.operand[BN_X], job.operand[BN_Y] = _data(x), _data(y)
     job.weight = _widened(&workspace, weight, c.channels)
     job.bias = _widened(&workspace, bias, c.channels)
     job.statistic[BN_MEAN], job.statistic[BN_MEAN_LOW] = _doubles(mean), _doubles(mean_low)
     job.statistic[BN_INVSTD], job.invstd_given = _doubles(inverse_std), True
-    _choose_and_take(&workspace, &job, 0)
+    _choose_and_take(&workspace, &job, 0, threads)
     _do_all(&job, &workspace, bn_scale_shift_stages, threads)
     _end(&workspace)
     return 0
@@ -71,12 +70,11 @@ cdef int gradient_sums(
     cdef bn_job job = _new_job(c)
     cdef char small[BN_SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, BN_SMALL_WORKSPACE)
-    _take_scratch(&workspace, &job, threads)
     job.operand[BN_X], job.operand[BN_DY] = _data(x), _data(dy)
     _set_statistics(&workspace, &job, mean, mean_low, invstd)
     job.statistic[BN_SUM_DY] = _doubles(sum_dy)
     job.statistic[BN_SUM_DY_XHAT] = _doubles(sum_dy_xhat)
-    _choose_and_take(&workspace, &job, _wanted(&job))
+    _choose_and_take(&workspace, &job, _wanted(&job), threads)
     _do_all(&job, &workspace, bn_gradient_stages, threads)
     _end(&workspace)
     return 0
@@ -91,14 +89,13 @@ cdef int input_gradient(
     cdef bn_job job = _new_job(c)
     cdef char small[BN_SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, BN_SMALL_WORKSPACE)
-    _take_scratch(&workspace, &job, threads)
     job.operand[BN_X], job.operand[BN_DY], job.operand[BN_DX] = _data(x), _data(dy), _data(dx)
     job.weight = _widened(&workspace, weight, c.channels)
     _set_statistics(&workspace, &job, mean, mean_low, invstd)
     job.given_sum_dy = _widened(&workspace, sum_dy, c.channels)
     job.given_sum_dy_xhat = _widened(&workspace, sum_dy_xhat, c.channels)
     job.count = count
-    _choose_and_take(&workspace, &job, _wanted(&job))
+    _choose_and_take(&workspace, &job, _wanted(&job), threads)
     _do_all(&job, &workspace, bn_gradient_stages, threads)
     _end(&workspace)
     return 0

@@ -38,6 +38,11 @@ cdef bint _is_bfloat16(cnp.ndarray x) noexcept:
     return kind == _bfloat16
 
 
+cdef inline bint _is_half(cnp.ndarray data) noexcept:
+    """Whether floats are of 16 bits."""
+    return cnp.PyArray_ITEMSIZE(data) == 2
+
+
 cdef inline int _arithmetic(cnp.ndarray x) noexcept:
     """The number of the dtype in which x is computed."""
     cdef int kind = cnp.PyArray_TYPE(x)
@@ -88,11 +93,15 @@ cdef bytes _key(
 cdef object _layout_of(cnp.ndarray second, cnp.ndarray third, cnp.ndarray x):
     """Item size of the arithmetic; strides of all operands, and which may lie as they are."""
     operands = [operand for operand in (x, second, third) if operand is not None]
-    cdef int computed = _arithmetic(x)
+    cdef int computed = _arithmetic(x), stored = cnp.PyArray_TYPE(x)
+    cdef bint has_kernels = stored == computed or _is_half(x)
     return (
         cnp.PyArray_DescrFromType(computed).itemsize,
         tuple([operand.strides for operand in operands]),
-        tuple([operand.flags.aligned and operand.dtype.num == computed for operand in operands]),
+        tuple([
+            has_kernels and operand.flags.aligned and operand.dtype.num == stored
+            for operand in operands
+        ]),
     )
 
 
@@ -136,7 +145,9 @@ cdef Plan _plan_of_channels(
         return found
     itemsize, strides, directly = _layout_of(second, third, x)
     repeated = (0,) if kind == _KIND_PER_SAMPLE else ()
-    plan = plan_layout((<object>x).shape, (axis,), repeated, itemsize, strides, directly)
+    plan = plan_layout(
+        (<object>x).shape, (axis,), repeated, itemsize, strides, directly, cnp.PyArray_ITEMSIZE(x)
+    )
     roles = _ROLES_OF_SUMS if kind == _KIND_OF_SUMS else _ROLES[len(strides)]
     return _stored(key, plan, roles, x)
 
@@ -155,7 +166,8 @@ cdef Plan _plan_of_rows(
     normalized = tuple(range(rows, x.ndim)) if axes is None else axes
     inputs = len(strides) - 1  # all but the output
     plan = plan_rows(
-        (<object>x).shape, normalized, itemsize, strides, directly, inputs, parameters
+        (<object>x).shape, normalized, itemsize, strides, directly, inputs, parameters,
+        cnp.PyArray_ITEMSIZE(x)
     )
     of_elements = (BN_ELEMENT_WEIGHT, BN_ELEMENT_BIAS)[:parameters]
     return _stored(key, plan, _ROLES[len(strides)] + of_elements, x)
@@ -169,7 +181,10 @@ cdef Plan _plan_of_summary(tuple kept, cnp.ndarray x, cnp.ndarray mask):
         return found
     itemsize, strides, directly = _layout_of(mask, None, x)
     reduced = tuple([d for d in range(cnp.PyArray_NDIM(x)) if d not in kept])
-    plan = plan_rows((<object>x).shape, reduced, itemsize, strides, directly, len(strides))
+    plan = plan_rows(
+        (<object>x).shape, reduced, itemsize, strides, directly, len(strides),
+        stored_itemsize=cnp.PyArray_ITEMSIZE(x)
+    )
     return _stored(key, plan, (BN_X, BN_MASK)[: len(strides)], x)
 
 

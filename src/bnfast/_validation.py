@@ -25,7 +25,7 @@ from bnfast._arrays import mask as mask
 from bnfast._arrays import numbers as numbers
 from bnfast._arrays import of_shape, on_the_cpu
 from bnfast._arrays import statistics as statistics
-from bnfast._dtypes import NAMES, is_half
+from bnfast._dtypes import is_half
 from bnfast._overlap import address, is_same_memory, overlaps_itself
 from bnfast._overlap import memory_of as memory_of
 from bnfast._overlap import shares_memory as shares_memory
@@ -80,19 +80,14 @@ def batch(
 
 
 def full_precision(name: str, array: Array) -> None:
-    """Refuse floats of 16 bits, where what is made of them is not computed by kernels."""
-    if is_half(array.dtype):
-        raise TypeError(
-            f"{name} must be {NAMES} here, got {describe(array)}; {name}.astype(numpy.float32) "
-            f"is such"
-        )
+    """Refuse data of 16 bits."""
+    data_array(name, array, half=False)
 
 
 def weights(name: str, value: object, axis: object, called: str = "axis") -> tuple[Array, int, int]:
     """Return weights as an array, the axis of their filters (not negative) and their number."""
-    w, own_axis, filters = batch(name, value, axis, called, "filters and what they are made of")
-    full_precision(name, w)
-    return w, own_axis, filters
+    array = data_array(name, value, half=False)
+    return batch(name, array, axis, called, "filters and what they are made of")
 
 
 def axis_of_filters(name: str, x: Array, dim: object) -> int:

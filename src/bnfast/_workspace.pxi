@@ -67,7 +67,7 @@ cdef void *_take(_Workspace *workspace, size_t bytes_) noexcept:
 
 
 cdef void _take_scratch(
-    _Workspace *workspace, bn_job *job, int threads, bint made=False
+    _Workspace *workspace, bn_job *job, int threads, bint made
 ) noexcept:
     """Of all threads of a job: for staged operands, or where an input is `made`."""
     if made or job.plan.any_staged:
@@ -164,15 +164,18 @@ cdef enum:
     _OF_GRADIENT = 1 << BN_SUM_DY | 1 << BN_SUM_DY_XHAT
 
 
-cdef void _choose_and_take(_Workspace *workspace, bn_job *job, unsigned int wanted) noexcept:
+cdef void _choose_and_take(
+    _Workspace *workspace, bn_job *job, unsigned int wanted, int threads, bint made=False
+) noexcept:
     """Choose the method of a job that says all else, and take memory for what it needs.
 
-    For the wanted statistics that the caller has not given, for their sums of blocks, and for the
-    coefficients of the method.
+    For scratch, where operands are staged or an input is `made`; for the wanted statistics that the
+    caller has not given, for their sums of blocks, and for the coefficients of the method.
     """
     cdef const bn_plan *c = job.plan
     cdef int i
     bn_choose_method(job)
+    _take_scratch(workspace, job, threads, made)
     for i in range(BN_STATISTICS):
         if wanted >> i & 1 and job.statistic[i] is NULL:
             job.statistic[i] = _take_doubles(workspace, _statistics(c))

@@ -10,6 +10,7 @@
 
 #include "plan.h"
 #include "kernels.h"
+#include "portability.h"
 
 extern const bn_kernels BN_TABLE;
 
@@ -519,6 +520,101 @@ static void check_summary(bn_layout layout, int dtype_, bn_extent extent, int va
     free(mask);
 }
 
+/* What the kernels of a type of 16 bits make is what those of float32 make of its values, rounded once. */
+static void check_half(bn_layout layout, int type, bn_extent extent, int values)
+{
+    const int half = type == 0 ? BN_f16 : BN_bf16;
+    const bn_stored stored = type == 0 ? BN_stored_f16 : BN_stored_bf16;
+    extent.outer = extent.outer * extent.inner > 8192 ? 8192 / extent.inner : extent.outer; /* a chunk at most */
+    const size_t c = extent.channels, n = extent.outer * extent.inner, all = n * c;
+    const bn_strides strides = {(ptrdiff_t)(c * extent.inner), (ptrdiff_t)extent.inner};
+    const size_t interleave = layout == BN_channels_last && c < 60 ? 60 / c : 1;
+    const bn_input near = {interleave, BN_IN_LEVEL2, 0}, far = {interleave, BN_IN_MEMORY, 64};
+    const bn_plan plan = {.layout = layout, .dtype = BN_f32, .itemsize = sizeof(float), .channels = c,
+                          .interleave = interleave};
+    const int has_kernels = BN_TABLE.moments[layout][half] != NULL;
+    float *wide[2];
+    uint16_t *narrow[2], *y = allocate(all * sizeof *y), *expected = allocate(all * sizeof *y);
+    float *made = allocate(all * sizeof *made);
+    for (size_t i = 0; i < 2; i++) {
+        wide[i] = elements(all, BN_f32, (enum values)values);
+        narrow[i] = allocate(all * sizeof **narrow);
+        BN_TABLE.narrow[stored](all, wide[i], (char *)narrow[i], 2, BN_stored);
+        BN_TABLE.widen[stored](all, (const char *)narrow[i], 2, wide[i]);
+    }
+    double *sums[2][3], *products[2][2];
+    bn_coefficients coefficients = {.period = 0};
+    for (size_t i = 0; i < BN_COEFFICIENTS; i++) {
+        float *array = allocate(bn_coefficients_length(&plan) * sizeof *array);
+        for (size_t j = 0; j < c; j++) {
+            array[j] = (float)next();
+        }
+        recur(&plan, array);
+        coefficients.array[i] = array;
+    }
+    for (size_t i = 0; i < 2; i++) { /* of float32, and of the type itself */
+        const int element_type = i == 0 || !has_kernels ? BN_f32 : half;
+        const void *x = element_type == BN_f32 ? (void *)wide[0] : narrow[0];
+        const void *dy = element_type == BN_f32 ? (void *)wide[1] : narrow[1];
+        for (size_t k = 0; k < 3; k++) {
+            sums[i][k] = zeros(c);
+        }
+        for (size_t k = 0; k < 2; k++) {
+            products[i][k] = zeros(c);
+        }
+        BN_TABLE.moments[layout][element_type](extent, x, strides, near, 0, sums[i][0], sums[i][1], sums[i][2]);
+        BN_TABLE.moments[layout][element_type](extent, dy, strides, far, n, sums[i][0], sums[i][1], sums[i][2]);
+        BN_TABLE.gradient_sums[layout][element_type](extent, dy, strides, x, strides, near, coefficients,
+                                                     products[i][0], products[i][1]);
+        BN_TABLE.gradient_sums[layout][element_type](extent, x, strides, dy, strides, far, coefficients,
+                                                     products[i][0], products[i][1]);
+    }
+    for (size_t k = 0; k < 3; k++) {
+        expect_same(sums[0][k], sums[1][k], c, BN_f64);
+        add_doubles(sums[1][k], c);
+    }
+    for (size_t k = 0; k < 2; k++) {
+        expect_same(products[0][k], products[1][k], c, BN_f64);
+        add_doubles(products[1][k], c);
+    }
+    for (int gradient = 0; gradient < 2; gradient++) {
+        bn_output_kernel *const *const kernels =
+            gradient ? BN_TABLE.input_gradient[layout] : BN_TABLE.scale_shift[layout];
+        const bn_view from_wide[] = {{wide[0], strides}, {wide[1], strides}};
+        const bn_view from_narrow[] = {{narrow[0], strides}, {narrow[1], strides}};
+        kernels[BN_f32](extent, from_wide, coefficients, (bn_view){made, strides}, (bn_store_hint){BN_stored, 0});
+        BN_TABLE.narrow[stored](all, made, (char *)expected, 2, BN_stored);
+        for (int way = 0; has_kernels && way < 8; way++) {
+            const bn_store_hint hint = {way & 1 ? BN_streamed : BN_stored, way & 2 ? 64 : 0};
+            coefficients.period = way & 4 ? bn_period(&plan) : 0;
+            memset(y, 0, all * sizeof *y);
+            kernels[half](extent, from_narrow, coefficients, (bn_view){y, strides}, hint);
+            BN_FENCE_STREAMS();
+            if (memcmp(y, expected, all * sizeof *y) != 0) {
+                fprintf(stderr, "an output of 16 bits is not that of float32, rounded\n");
+                exit(1);
+            }
+        }
+        coefficients.period = 0;
+    }
+    for (size_t i = 0; i < 2; i++) {
+        for (size_t k = 0; k < 3; k++) {
+            free(sums[i][k]);
+        }
+        for (size_t k = 0; k < 2; k++) {
+            free(products[i][k]);
+        }
+        free(wide[i]);
+        free(narrow[i]);
+    }
+    for (size_t i = 0; i < BN_COEFFICIENTS; i++) {
+        free(coefficients.array[i]);
+    }
+    free(y);
+    free(expected);
+    free(made);
+}
+
 /* Every integer type, dense and with gaps: as C converts it. */
 #define CHECK_INTEGERS(stored, type, wide_type)                                                     \
     for (size_t k = 0; k < sizeof steps / sizeof *steps; k++) {                                     \
@@ -635,7 +731,7 @@ static void check_probes(void)
 
 typedef void check_of_box(bn_layout layout, int dtype, bn_extent extent, int values);
 
-static void check_boxes(const char *title, check_of_box *check_box)
+static void check_boxes(const char *title, check_of_box *check_box, const char *const *types)
 {
     static const size_t runs[] = {1,  2,  3,  15,  16,  17,  31,   32,   33,   49,
                                   63, 64, 65, 196, 511, 513, 1000, 1025, 2049, 4096};
@@ -653,7 +749,7 @@ static void check_boxes(const char *title, check_of_box *check_box)
             for (size_t i = 0; i < sizeof many / sizeof *many; i++) {
                 check_box(BN_contiguous, dtype, (bn_extent){many[i], 70, 49}, values);
             }
-            printf("%scontiguous %s %d %016llx\n", title, dtype == BN_f64 ? "f64" : "f32", values,
+            printf("%scontiguous %s %d %016llx\n", title, types[dtype], values,
                    (unsigned long long)hash);
             hash = UINT64_C(14695981039346656037);
             for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) {
@@ -661,7 +757,7 @@ static void check_boxes(const char *title, check_of_box *check_box)
                     check_box(BN_channels_last, dtype, (bn_extent){rows[j], widths[i], 1}, values);
                 }
             }
-            printf("%schannels_last %s %d %016llx\n", title, dtype == BN_f64 ? "f64" : "f32", values,
+            printf("%schannels_last %s %d %016llx\n", title, types[dtype], values,
                    (unsigned long long)hash);
         }
     }
@@ -669,8 +765,10 @@ static void check_boxes(const char *title, check_of_box *check_box)
 
 int main(void)
 {
-    check_boxes("", check);
-    check_boxes("summary ", check_summary);
+    static const char *const computed[] = {"f32", "f64"}, *const halves[] = {"f16", "bf16"};
+    check_boxes("", check, computed);
+    check_boxes("summary ", check_summary, computed);
+    check_boxes("", check_half, halves);
     check_integers();
     check_halves();
     check_probes();

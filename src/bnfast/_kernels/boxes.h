@@ -121,7 +121,7 @@ static inline void clear(double *array, range channels)
 
 /* A kernel of the layout and type of a job. */
 #define KERNEL_OF(job, name) \
-    ((job)->kernels->name[(job)->plan->layout][(job)->plan->dtype])
+    ((job)->kernels->name[(job)->plan->layout][(job)->plan->element_type])
 
 /* The scratch of an operand. */
 static inline char *buffer_of(const bn_job *job, bn_role role)

@@ -39,6 +39,11 @@ static const char *const names[] = {
     #operation "_channels_last_f32", #operation "_channels_last_f64",
     BN_FOR_EACH_ELEMENT_OPERATION(NAMES)
 #undef NAMES
+#define NAMES(operation)                                                    \
+    #operation "_contiguous_f16", #operation "_contiguous_bf16",            \
+    #operation "_channels_last_f16", #operation "_channels_last_bf16",
+    BN_FOR_EACH_HALF_OPERATION(NAMES)
+#undef NAMES
 #define NAMES(operation) #operation "_f32", #operation "_f64",
     BN_FOR_EACH_COEFFICIENT_OPERATION(NAMES)
 #undef NAMES

@@ -10,7 +10,7 @@
 /* Copies the pointer to a kernel of the job's layout and dtype out of the table. */
 static void find_kernel(const bn_job *job, const bn_output *output, void *kernel, size_t size)
 {
-    const size_t place = (size_t)job->plan->layout * BN_DTYPES + (size_t)job->plan->dtype;
+    const size_t place = (size_t)job->plan->layout * BN_ELEMENT_TYPES + (size_t)job->plan->element_type;
     memcpy(kernel, (const char *)job->kernels + output->kernel + place * size, size);
 }
 

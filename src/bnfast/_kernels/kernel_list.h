@@ -1,6 +1,6 @@
 /* Every kernel, once: the table, the list that Python sees and the tests all come from here.
 
-   Element operations exist for every layout and dtype, <operation>_<layout>_<dtype>;
+   Element operations exist for every layout and dtype, <operation>_<layout>_<dtype>, and some for types of 16 bits;
    coefficient operations for every dtype, <operation>_<dtype>;
    channel operations work on float64 channel arrays, <operation>;
    storage types are converted to the arithmetic type beside them, widen_<stored>, and back, narrow_<stored>, but for
@@ -29,6 +29,13 @@
     X(weighted_input_gradient, BN_DX, BN_DY, BN_X, BN_ELEMENT_WEIGHT)     \
     X(columns_and_gradient, BN_DX, BN_DY, BN_X, BN_ELEMENT_WEIGHT)        \
     BN_FOR_EACH_ACTIVATION(BN_KERNELS_OF_ACTIVATION, X)
+
+/* Those that exist for float16 and bfloat16 as well. */
+#define BN_FOR_EACH_HALF_OPERATION(X) \
+    X(moments)                        \
+    X(gradient_sums)                  \
+    X(scale_shift)                    \
+    X(input_gradient)
 
 /* Every activation of activations.inc, and its kernels. */
 #define BN_FOR_EACH_ACTIVATION(DO, X) DO(X, clamp)

@@ -13,6 +13,9 @@
 /* What arithmetic is done in. */
 typedef enum { BN_f32, BN_f64, BN_DTYPES } bn_dtype;
 
+/* What kernels read and write: that, or types whose arithmetic is float32's. */
+typedef enum { BN_f16 = BN_DTYPES, BN_bf16, BN_ELEMENT_TYPES } bn_half;
+
 /* How the elements of an operand are stored: in the type of the arithmetic, or in one of the list's. */
 #define BN_MEMBER(stored, arithmetic) BN_stored_##stored,
 typedef enum { BN_as_computed, BN_FOR_EACH_STORED_TYPE(BN_MEMBER) BN_STORED_TYPES } bn_stored;
@@ -281,7 +284,7 @@ typedef float bn_memory_probe(size_t lines, const float *from, float *to);
 typedef struct {
     const char *isa;
     const char *flags;
-#define BN_MEMBER(operation, ...) bn_##operation##_kernel *operation[BN_LAYOUTS][BN_DTYPES];
+#define BN_MEMBER(operation, ...) bn_##operation##_kernel *operation[BN_LAYOUTS][BN_ELEMENT_TYPES];
     BN_FOR_EACH_ELEMENT_OPERATION(BN_MEMBER)
 #undef BN_MEMBER
 #define BN_MEMBER(operation) bn_##operation##_kernel *operation[BN_DTYPES];

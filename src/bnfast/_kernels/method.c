@@ -73,6 +73,18 @@ static void choose_gradient(bn_job *job)
                             (method->output_reads_upstream ? BN_SET(BN_FORWARD_SCALE) : 0);
 }
 
+/* Whether there are kernels for the stored type of 16 bits. */
+static int reads_halves(const bn_job *job)
+{
+    const bn_method *method = &job->method;
+    const size_t layout = job->plan->layout, type = (size_t)job->plan->element_type;
+    const int has_output = method->output == NULL || method->output->kernel == offsetof(bn_kernels, scale_shift) ||
+                           method->output->kernel == offsetof(bn_kernels, input_gradient);
+    return job->kernels->moments[layout][type] && has_output && !job->activation &&
+           (job->operand[BN_DY] ? method->gradient_sums == bn_gradient_sums_of_box
+                                : method->moments == bn_moments_of_box);
+}
+
 void bn_choose_method(bn_job *job)
 {
     const int is_summary = job->integers || job->statistic[BN_COUNT] || job->statistic[BN_MINIMUM];
@@ -90,5 +102,8 @@ void bn_choose_method(bn_job *job)
     }
     if (job->activation) {
         job->method.coefficients |= BN_SET(BN_ACTIVATION_PARAMETER);
+    }
+    if (job->plan->converted && !reads_halves(job)) {
+        job->plan = job->plan->converted;
     }
 }

@@ -91,6 +91,8 @@ static char *copy_to_or_from(const copying *how, char *run, ptrdiff_t step, char
         }
     } else if (how->itemsize == 1) {
         copy_run(1, to, to_step, from, from_step, count);
+    } else if (how->itemsize == 2) {
+        copy_run(2, to, to_step, from, from_step, count);
     } else if (how->itemsize == 4) {
         copy_run(4, to, to_step, from, from_step, count);
     } else {
@@ -135,7 +137,7 @@ static void copy_box(const bn_kernels *kernels, const bn_plan *plan, bn_role rol
                      const bn_box *box, char *scratch, int to_scratch, bn_stores stores)
 {
     const bn_operand *layout = &plan->operand[role];
-    const copying how = {kernels, layout->stored, role == BN_MASK ? 1 : plan->itemsize, to_scratch, stores};
+    const copying how = {kernels, layout->stored, role == BN_MASK ? 1 : plan->element_bytes, to_scratch, stores};
     position outer;
     go_to(&outer, plan->outer_axes, plan->outer_axis_sizes, layout->outer_axis_strides,
           box->outer);
@@ -191,7 +193,7 @@ bn_view bn_view_to_write(const bn_plan *plan, bn_role role, char *data,
     }
     const ptrdiff_t offset = (ptrdiff_t)box->outer * layout->outer_stride + (ptrdiff_t)box->inner;
     return (bn_view){data + channel_offset(plan, layout, box->channel) +
-                         (ptrdiff_t)plan->itemsize * offset,
+                         (ptrdiff_t)plan->element_bytes * offset,
                      {layout->outer_stride, layout->channel_stride}};
 }
 

@@ -36,11 +36,17 @@ typedef struct {
     ptrdiff_t repeat_axis_strides[BN_MAX_AXES], channel_axis_strides[BN_MAX_AXES];
 } bn_operand;
 
-typedef struct {
+typedef struct bn_plan {
     bn_layout layout;
     bn_dtype dtype;  /* of the arithmetic */
     size_t itemsize; /* of that */
     size_t stored_itemsize; /* of x, dy and the output, in memory */
+
+    /* What kernels read: a bn_dtype, or a bn_half, and its size. Where that is a half, and a job calls kernels that
+       there are none of, its plan is the converted one. */
+    int element_type;
+    size_t element_bytes;
+    const struct bn_plan *converted; /* NULL where elements are of the type of the arithmetic */
     /* Each channel of each repeat has statistics of its own; what else is said here holds for each
        repeat. */
     size_t repeats;

@@ -46,5 +46,8 @@
 #else
 #define BN_FENCE_STREAMS() ((void)0)
 #endif
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 #endif

@@ -192,7 +192,7 @@ def normalize(
     variance = np.array(moments.var)
     if epsilon == 0.0:
         variance[variance == 0.0] = 1.0
-    small = x.dtype.kind in "biu" and x.dtype.itemsize <= _dtypes.MOST_EXACT_BYTES
+    small = x.dtype.itemsize <= _dtypes.MOST_EXACT_BYTES  # integers, and floats of 16 bits
     dtype = np.dtype(np.float32 if small or x.dtype == np.float32 else np.float64)
     indices = tuple(range(x.ndim))
     of_channels = [

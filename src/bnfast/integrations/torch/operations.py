@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import bnfast
-from bnfast.integrations.torch.functions import memory
+from bnfast.integrations.torch.functions import DTYPES, memory
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -70,6 +70,8 @@ def _forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return y, mean, invstd, and the new running statistics, which are empty without old ones."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float32 or float64, got {x.dtype}")
     y = torch.empty_like(x)
     running = _new_running(x, running_mean, running_var)
     updated: list[Any] = [None, None]
