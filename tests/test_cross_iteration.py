@@ -346,7 +346,11 @@ def statistics_of(**changed):
         (lambda: forward(window=None), TypeError, "window must be a sequence of IterationStat"),
         (lambda: forward(window=ENTRY), TypeError, "window must be a sequence of IterationStat"),
         (lambda: forward(window=[(1, 2)]), TypeError, r"window\[0\] must be an instance of Iter"),
-        (lambda: forward(filters=None), TypeError, "filters must be a float16, bfloat16, float32 or float64 array"),
+        (
+            lambda: forward(filters=None),
+            TypeError,
+            "filters must be a float16, bfloat16, float32 or float64 array",
+        ),
         (lambda: forward(filters=np.ones((2, 2))), ValueError, "one filter for each of the 3"),
         (
             lambda: forward(filters=np.ones((3, 4))),

@@ -336,7 +336,11 @@ def test_an_empty_batch_counts_for_nothing(make_of_small_batches, training):
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
-        (np.ones((4, 3, 5), np.int64), TypeError, "x must be float16, bfloat16, float32 or float64"),
+        (
+            np.ones((4, 3, 5), np.int64),
+            TypeError,
+            "x must be float16, bfloat16, float32 or float64",
+        ),
         (np.ones((4, 2, 5), np.float32), ValueError, "x must have 3 channels"),
     ],
     ids=["dtype", "channels"],

@@ -78,6 +78,8 @@ NO_ARITHMETIC = ("round_mean", "widen", "narrow", "activation_coefficients")
 @pytest.mark.parametrize("variant", REGISTER)
 @pytest.mark.parametrize("kernel", [k for k in _core.kernel_names() if k[:6] != "probe_"])
 def test_every_kernel_has_arithmetic_at_full_width(variant, kernel):
+    if variant == "baseline" and kernel.endswith("_f16") and not kernel.startswith(NO_ARITHMETIC):
+        pytest.skip("without instructions that convert float16, it is converted in scratch")
     code = reached_from(variant, kernel)
     widths = [match[1] for match in map(PACKED.search, code) if match]
     wide = REGISTER[variant] in widths or (kernel.startswith(EIGHTS) and "ymm" in widths)

@@ -369,7 +369,11 @@ W = np.ones((4, 3), np.float32)
         (lambda: bnfast.layer_norm(X, 3, axis=3), ValueError, "axis must be from -3 to 2"),
         (lambda: bnfast.layer_norm(X, (3, 3), axis=(2, -1)), ValueError, "axis must not name"),
         (lambda: bnfast.layer_norm(X, 3, np.ones(4)), ValueError, "weight must have one value for"),
-        (lambda: bnfast.layer_norm(X, 3, None, [1]), TypeError, "bias must be float16, bfloat16, float32 or float64"),
+        (
+            lambda: bnfast.layer_norm(X, 3, None, [1]),
+            TypeError,
+            "bias must be float16, bfloat16, float32 or float64",
+        ),
         (lambda: bnfast.layer_norm(X, 3, eps=np.nan), ValueError, "eps must be finite"),
         (lambda: bnfast.rms_norm(X, 3, eps="0"), TypeError, "eps must be a real number"),
         (
@@ -377,7 +381,11 @@ W = np.ones((4, 3), np.float32)
             ValueError,
             "out must not share memory",
         ),
-        (lambda: bnfast.rms_norm(X.astype(int), 3), TypeError, "x must be float16, bfloat16, float32 or float64"),
+        (
+            lambda: bnfast.rms_norm(X.astype(int), 3),
+            TypeError,
+            "x must be float16, bfloat16, float32 or float64",
+        ),
         (
             lambda: bnfast.layer_norm_backward(X, X, 3, np.zeros((2, 3)), np.ones((2, 4))),
             *(ValueError, r"mean must be as forward returned it, shape \(2, 4\)"),

@@ -190,7 +190,11 @@ def test_bytes_of_something_else_are_refused(tmp_path):
     ("code", "change", "message"),
     [
         ("f8", {"mean_low": np.zeros(1)}, r"mean_low must have the shape \(2,\)"),
-        ("f8", {"mean_low": np.array(["0", "0"])}, "mean_low must be float16, bfloat16, float32 or float64"),
+        (
+            "f8",
+            {"mean_low": np.array(["0", "0"])},
+            "mean_low must be float16, bfloat16, float32 or float64",
+        ),
         ("f8", {"m2": np.zeros(3)}, "m2 must have the shape of mean"),
         ("f8", {"Moments": np.array([1, 1])}, r"of format 1, got \[1, 1\]"),
         ("u1", {"sum_of_squares": np.array(["1"])}, r"sum_of_squares must be .* shape \(2,\)"),

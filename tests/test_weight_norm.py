@@ -198,7 +198,11 @@ U, V = np.ones(3, np.float32), np.ones(4, np.float32)
         (lambda: bnfast.weight_norm(W, V), ValueError, "g must have one value for each of the 3"),
         (lambda: bnfast.weight_norm(W.astype(int), U), TypeError, "v must be float32 or float64"),
         (lambda: bnfast.weight_norm(W, U, None, out=[1]), TypeError, "out must be a numpy array"),
-        (lambda: bnfast.weight_norm(W, [1, 2, 3]), TypeError, "g must be float16, bfloat16, float32 or float64"),
+        (
+            lambda: bnfast.weight_norm(W, [1, 2, 3]),
+            TypeError,
+            "g must be float16, bfloat16, float32 or float64",
+        ),
         (
             lambda: bnfast.weight_norm_backward(W[:, :2], 0 * W, U, U),
             *(ValueError, "dw must have the shape and dtype of v"),
@@ -298,7 +302,11 @@ def test_a_bad_state_changes_nothing(rng):
     before = layer.state_dict()
     for change, error, message in (
         ({"original0": np.ones(4)}, ValueError, r"original0 must have the shape \(4, 1, 1, 1\)"),
-        ({"original1": np.ones(SHAPE, int)}, TypeError, "original1 must be float16, bfloat16, float32 or float64"),
+        (
+            {"original1": np.ones(SHAPE, int)},
+            TypeError,
+            "original1 must be float16, bfloat16, float32 or float64",
+        ),
         ({"original": w}, ValueError, r"unexpected \['original'\]"),
     ):
         bad = {name: array + 1 for name, array in before.items()} | change

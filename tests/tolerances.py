@@ -109,6 +109,7 @@ HALF_AN_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 def eps_of(dtype):
     return EPS[np.dtype(dtype)]
 
+
 # Data of 16 bits, computed in float32 and rounded once: which share of the elements may be rounded
 # otherwise than the exact value, which lay so near to the middle of two numbers.
 HALF_ROUNDED_OTHERWISE = 1e-3

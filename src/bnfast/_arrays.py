@@ -34,9 +34,7 @@ def _of_bfloat16_tensor(tensor: Any) -> Array:
     try:
         bfloat16 = importlib.import_module("ml_dtypes").bfloat16
     except ImportError:
-        raise TypeError(
-            "NumPy has no bfloat16 without ml_dtypes: pip install ml_dtypes"
-        ) from None
+        raise TypeError("NumPy has no bfloat16 without ml_dtypes: pip install ml_dtypes") from None
     return np.asarray(tensor.view(same_size)).view(bfloat16)
 
 

@@ -95,6 +95,7 @@ cdef extern from "plan.h" nogil:
         int element_type
         size_t element_bytes
         const bn_plan *converted
+        const bn_plan *as_stored
         size_t repeats
         size_t repeat_axes
         size_t *repeat_axis_sizes

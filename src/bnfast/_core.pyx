@@ -134,7 +134,7 @@ cdef class Plan:
             self.converted = Plan(plan, roles, stored, size, True)
             self.c = _plan_in_c(plan, roles, None, size)
             self.c.element_type, self.c.element_bytes = _HALVES[stored], size
-            self.c.converted = &self.converted.c
+            self.c.converted, self.converted.c.as_stored = &self.converted.c, &self.c
 
     @property
     def row_blocks(self):

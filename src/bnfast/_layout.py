@@ -251,10 +251,9 @@ def plan_layout(
 ) -> LayoutPlan:
     """Plan a call over arrays of one shape, with statistics for each index of some of its axes.
 
-    ``itemsize`` is that of the arithmetic, ``stored_itemsize`` that of the arrays, where it differs.
-    ``strides`` (bytes) and ``directly`` have one entry for
-    each operand: whether its elements can be read and written where they are, being aligned and of
-    a type that there are kernels for. The first operand's strides
+    ``itemsize`` is that of the arithmetic, ``stored_itemsize`` that of the arrays where it differs.
+    ``strides`` (bytes) and ``directly`` have one entry for each operand: whether its elements can
+    be read and written where they are, being aligned and of a type that there are kernels for. The first operand's strides
     alone choose the layout and the order of the walk, so that no sum depends on where an output
     lies; an operand that cannot be walked that way is staged. No axis may be empty, none is
     negative. The statistics are wanted in the order of ``repeated`` and then ``channel_axes``, one

@@ -43,7 +43,7 @@ OF_ARRAYS: tuple[Wrong, ...] = (
     lambda good: good.astype(np.complex128),
     lambda good: good.astype(object),
     lambda good: np.zeros(good.shape, np.int64),
-    lambda good: np.zeros(good.shape, np.float16),
+    lambda good: np.zeros(good.shape, ">f2"),
     lambda good: np.zeros(good.shape, np.longdouble),
     lambda good: np.zeros(good.shape, bool),
     lambda good: np.zeros(good.shape, "U3"),

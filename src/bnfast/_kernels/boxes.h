@@ -151,8 +151,8 @@ static inline bn_view input_view(const bn_job *job, bn_role role, const bn_box *
    kilobyte (32 planes of 784: 31 ulps). */
 static inline int groups_are_runs(const bn_job *job)
 {
-    const bn_plan *plan = job->plan;
-    const bn_operand *x = &plan->operand[BN_X];
+    const bn_plan *plan = job->plan, *as_stored = plan->as_stored ? plan->as_stored : plan;
+    const bn_operand *x = &as_stored->operand[BN_X]; /* converted, runs that follow each other do so in scratch */
     const size_t bytes = job->per_group * plan->inner * plan->itemsize;
     if (bytes > BN_GROUP_RUN_BYTES) {
         return 0;

@@ -217,7 +217,10 @@ static void sum_block(const bn_job *job, size_t number, range channels, int in_s
         const size_t rows = box.extent.outer, max_rows = rows_at_once(job, &box);
         for (const size_t end_of_rows = box.outer + rows; box.outer < end_of_rows; box.outer += max_rows) {
             box.extent.outer = MIN(max_rows, end_of_rows - box.outer);
-            const size_t max_channels = channels_at_once(job, &box, in_scratch);
+            size_t max_channels = channels_at_once(job, &box, in_scratch);
+            if (groups_are_runs(job)) {
+                max_channels -= max_channels % job->per_group; /* scratch holds a group: see BN_GROUP_RUN_BYTES */
+            }
             for (box.channel = channels.first; box.channel < end; box.channel += max_channels) {
                 box.extent.channels = MIN(max_channels, end - box.channel);
                 sum_box(job, &box, block);

@@ -47,6 +47,7 @@ typedef struct bn_plan {
     int element_type;
     size_t element_bytes;
     const struct bn_plan *converted; /* NULL where elements are of the type of the arithmetic */
+    const struct bn_plan *as_stored; /* of a converted plan: the other one */
     /* Each channel of each repeat has statistics of its own; what else is said here holds for each
        repeat. */
     size_t repeats;
