@@ -253,11 +253,11 @@ def plan_layout(
 
     ``itemsize`` is that of the arithmetic, ``stored_itemsize`` that of the arrays where it differs.
     ``strides`` (bytes) and ``directly`` have one entry for each operand: whether its elements can
-    be read and written where they are, being aligned and of a type that there are kernels for. The first operand's strides
-    alone choose the layout and the order of the walk, so that no sum depends on where an output
-    lies; an operand that cannot be walked that way is staged. No axis may be empty, none is
-    negative. The statistics are wanted in the order of ``repeated`` and then ``channel_axes``, one
-    axis or some that all inputs walk as one.
+    be read and written where they are, being aligned and of a type that there are kernels for. The
+    first operand's strides alone choose the layout and the order of the walk, so that no sum
+    depends on where an output lies; an operand that cannot be walked that way is staged. No axis
+    may be empty, none is negative. The statistics are wanted in the order of ``repeated`` and then
+    ``channel_axes``, one axis or some that all inputs walk as one.
     """
     channel_sizes, channel_strides = _merge(channel_axes, shape, strides)
     channels = math.prod(channel_sizes)

@@ -365,11 +365,9 @@ def row_gradient(
     if cnp.PyArray_SIZE(x) == 0:
         if not parameters:
             return dx, None, None
-        return (
-            dx,
-            _of_parameter("weight", weight, scale, _zeros(rows.elements, rows.elements_shape, kind)),
-            _of_parameter("weight", weight, scale, _zeros(rows.elements, rows.elements_shape, kind))
-        )
+        dbias = _zeros(rows.elements, rows.elements_shape, kind)
+        dbias = _of_parameter("weight", weight, scale, dbias)
+        return dx, dbias.copy(), dbias
     cdef object checked = scale
     plan = _plan_of_rows(rows.first, axes, 0 if scale is None else 1, x, upstream, dx)
     cdef cnp.npy_intp size = <cnp.npy_intp>(plan.c.outer * plan.c.inner)
