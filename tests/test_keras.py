@@ -26,7 +26,7 @@ from tolerances import ROUNDED_F32, WHOLE_MODEL
 keras = pytest.importorskip("keras", minversion="3.14")
 
 import bnfast.integrations.keras as integration  # noqa: E402  # where there is Keras
-from bnfast.integrations.keras import accelerate, patched  # noqa: E402
+from bnfast.integrations.keras import accelerate, patched, restore  # noqa: E402
 
 pytestmark = [
     # Keras's own: of variables that know NumPy 1's protocol, and of an argument that is tested.
@@ -492,6 +492,27 @@ def test_a_second_time_changes_nothing(rng, calls):
     assert calls == {"group_norm": 1}
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_restored_model_is_computed_by_keras(name, rng, calls):
+    model, _ = model_of(name)
+    x = rng.normal(size=(3, 5, 4)).astype(np.float32)
+    expected = model.predict(x, verbose=0)
+    restore(model)  # which was not accelerated
+    first = accelerate(model)
+    restore(model)
+    np.testing.assert_array_equal(model.predict(x, verbose=0), expected)
+    assert not calls
+    assert accelerate(model) == first
+
+
+def test_a_call_of_the_users_own_is_left_by_restore():
+    layer = LAYERS.LayerNormalization()
+    layer.build((None, 4))
+    layer.call = own = lambda inputs: inputs
+    restore(layer)
+    assert layer.call is own
+
+
 # The report, and what is refused.
 
 
@@ -539,12 +560,14 @@ def test_the_report_says_what_was_left_and_why(rng):
 def test_a_model_without_norms_has_an_empty_report():
     report = accelerate(keras.Sequential([keras.Input((4,)), LAYERS.Dense(2)]))
     assert report == integration.Report("Keras", (), ())
-    assert str(report) == "bnfast computes 0 of 0 normalization layers"
+    assert str(report) == repr(report) == "bnfast computes 0 of 0 normalization layers"
 
 
 def test_what_is_no_model_or_is_not_built_is_refused():
     with pytest.raises(TypeError, match=r"model must be a Keras model or layer, got \[\] of type"):
         accelerate([])
+    with pytest.raises(TypeError, match=r"model must be a Keras model or layer, got \[\] of type"):
+        restore([])
     model = keras.Sequential([LAYERS.BatchNormalization()], name="without_input")
     with pytest.raises(ValueError, match="must be built, got 'without_input', which is not"):
         accelerate(model)

@@ -37,7 +37,7 @@ from thinc.api import (
 )
 
 import bnfast.integrations.thinc as integration
-from bnfast.integrations.thinc import accelerate
+from bnfast.integrations.thinc import accelerate, restore
 
 
 @pytest.fixture
@@ -154,6 +154,20 @@ def test_a_second_time_changes_nothing(rng):
     assert accelerate(model) == first
 
 
+def test_a_restored_model_is_computed_by_thinc(rng, calls):
+    model = network(rng)
+    functions = [node._func for node in model.walk()]
+    with_debug_node = with_debug(layer(rng, 8))
+    accelerate(model)
+    restore(model)
+    assert [node._func for node in model.walk()] == functions
+    model.predict(normal(rng, 5, 8))
+    assert not calls
+    own = with_debug_node._func
+    restore(with_debug_node)
+    assert with_debug_node._func is own
+
+
 def test_nodes_keep_all_but_their_forward_function(rng):
     model = network(rng)
     before = [(n.id, n.name, n.init, n.ops, n.param_names, dict(n.attrs)) for n in model.walk()]
@@ -265,6 +279,8 @@ def test_inputs_of_any_strides(rng):
 def test_bad_input_is_refused(rng):
     with pytest.raises(TypeError, match="model must be a thinc model, got "):
         accelerate([layer(rng, 8)])
+    with pytest.raises(TypeError, match="model must be a thinc model, got "):
+        restore([layer(rng, 8)])
     model = LayerNorm(nI=8)
     accelerate(model)
     with pytest.raises(KeyError, match="'G'"):  # as in thinc

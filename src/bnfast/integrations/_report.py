@@ -25,9 +25,9 @@ class Entry(NamedTuple):
     reason: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """What `accelerate` did; its ``str`` is a summary.
+    """What `accelerate` did; printed, or as the value of a cell, it is a summary.
 
     Attributes
     ----------
@@ -51,3 +51,6 @@ class Report:
         lines += [f"left to {self.framework}"] if self.left else []
         lines += [f"  {entry.path} ({entry.kind}): {entry.reason}" for entry in self.left]
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return str(self)

@@ -30,7 +30,7 @@ except ImportError as error:
 if keras.config.backend() != "numpy":
     raise ImportError(f"{_NEEDS}; got the backend {keras.config.backend()!r}")
 
-__all__ = ["Entry", "Report", "accelerate", "patched"]
+__all__ = ["Entry", "Report", "accelerate", "patched", "restore"]
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
@@ -40,7 +40,7 @@ def accelerate(model: Any) -> Report:
 
     The layers stay the objects that they are: the ``call`` of each is replaced, and nothing else.
     Weights, names, configurations and saved files are unchanged; a copy, and a model that was
-    loaded, is computed by Keras until it is accelerated itself.
+    loaded, is computed by Keras until it is accelerated itself. `restore` takes it back.
 
     Parameters
     ----------
@@ -77,8 +77,7 @@ def accelerate(model: Any) -> Report:
     bnfast computes 1 of 1 normalization layers
       1 BatchNormalization
     """
-    if not isinstance(model, keras.Layer):
-        raise TypeError(f"model must be a Keras model or layer, got {describe(model)}")
+    _refuse_other_models(model)
     if not model.built:
         raise ValueError(
             f"model must be built, got {model.name!r}, which is not: call it on a batch first"
@@ -94,6 +93,35 @@ def accelerate(model: Any) -> Report:
             layer.call = types.MethodType(_CALLS[type(layer)], layer)
             swapped.append(entry)
     return Report("Keras", tuple(swapped), tuple(left))
+
+
+def restore(model: Any) -> None:
+    """Let Keras compute the normalization layers of a model again.
+
+    Parameters
+    ----------
+    model : keras.Model, or another keras.Layer
+        Changed in place.
+
+    Raises
+    ------
+    TypeError
+        Where `model` is no Keras layer.
+    """
+    _refuse_other_models(model)
+    for layer in model._flatten_layers():
+        if _is_swapped(layer):
+            del layer.call
+
+
+def _refuse_other_models(model: Any) -> None:
+    if not isinstance(model, keras.Layer):
+        raise TypeError(f"model must be a Keras model or layer, got {describe(model)}")
+
+
+def _is_swapped(layer: Any) -> bool:
+    ours = _CALLS.get(type(layer))
+    return ours is not None and getattr(vars(layer).get("call"), "__func__", None) is ours
 
 
 @contextlib.contextmanager
@@ -370,8 +398,7 @@ def _reason_to_leave(layer: Any) -> str:
         return "its matrix products are left to NumPy"
     if type(layer) not in _CALLS:
         return "its class is not Keras's own, and may compute something else"
-    replaced = vars(layer).get("call")
-    if replaced is not None and getattr(replaced, "__func__", None) is not _CALLS[type(layer)]:
+    if "call" in vars(layer) and not _is_swapped(layer):
         return "its call was replaced before"
     if layer.compute_dtype not in ("float32", "float64"):
         return f"it computes in {layer.compute_dtype} (dtype policy {layer.dtype_policy.name!r})"

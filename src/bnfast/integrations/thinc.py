@@ -20,7 +20,7 @@ except ImportError as error:
         "bnfast.integrations.thinc needs thinc: python -m pip install thinc"
     ) from error
 
-__all__ = ["Entry", "Report", "accelerate"]
+__all__ = ["Entry", "Report", "accelerate", "restore"]
 
 _NAME = "layernorm"  # of the nodes that LayerNorm makes
 _EPS = 1e-8  # what thinc adds to the variance
@@ -32,7 +32,7 @@ def accelerate(model: Any) -> Report:
     The nodes stay the objects that they are, with their parameters, names and attributes: the
     forward function of each is replaced, and nothing else. ``to_bytes`` and the like write what
     they wrote before, and a model that loads it is thinc's until it is accelerated itself;
-    ``copy`` makes an accelerated copy.
+    ``copy`` makes an accelerated copy. `restore` takes it back.
 
     Parameters
     ----------
@@ -72,8 +72,7 @@ def accelerate(model: Any) -> Report:
     bnfast computes 1 of 1 normalization layers
       1 LayerNorm
     """
-    if not isinstance(model, Model):
-        raise TypeError(f"model must be a thinc model, got {describe(model)}")
+    _refuse_other_models(model)
     swapped, left = [], []
     for node in model.walk():
         if node._func not in (layernorm.forward, _forward) and node.name != _NAME:
@@ -85,6 +84,30 @@ def accelerate(model: Any) -> Report:
             node._func = _forward
             swapped.append(entry)
     return Report("thinc", tuple(swapped), tuple(left))
+
+
+def restore(model: Any) -> None:
+    """Let thinc compute the layer normalizations of a model again.
+
+    Parameters
+    ----------
+    model : thinc.api.Model
+        Changed in place.
+
+    Raises
+    ------
+    TypeError
+        Where `model` is no thinc model.
+    """
+    _refuse_other_models(model)
+    for node in model.walk():
+        if node._func is _forward:
+            node._func = layernorm.forward
+
+
+def _refuse_other_models(model: Any) -> None:
+    if not isinstance(model, Model):
+        raise TypeError(f"model must be a thinc model, got {describe(model)}")
 
 
 def _reason_to_leave(node: Any) -> str:

@@ -192,8 +192,7 @@ def accelerate(model: nn.Module) -> Report:
     bnfast computes 1 of 1 normalization layers
       1 BatchNorm2d
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {describe(model)}")
+    _refuse_other_models(model)
     swapped, left = [], []
     for path, module in model.named_modules():
         if not isinstance(module, _NORMALIZATIONS):
@@ -233,7 +232,18 @@ def restore(model: nn.Module) -> None:
     ----------
     model : torch.nn.Module
         Changed in place.
+
+    Raises
+    ------
+    TypeError
+        Where `model` is no module.
     """
+    _refuse_other_models(model)
     theirs = {ours: theirs for theirs, ours in _SWAPPED.items()}
     for module in model.modules():
         module.__class__ = theirs.get(type(module), type(module))
+
+
+def _refuse_other_models(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {describe(model)}")
