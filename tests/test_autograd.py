@@ -526,6 +526,12 @@ def test_errors_are_those_of_bnfast(call, message, traced, rng):
     assert str(got.value) == str(expected.value)
 
 
+def test_bnfasts_own_function_says_where_autograds_is(rng):
+    x, mean, var = rng.normal(size=(6, 3)), np.zeros(3), np.ones(3)
+    with pytest.raises(TypeError, match=r"x must be .*; bnfast\.integrations\.autograd has"):
+        make_vjp(lambda x: bnfast.batch_norm(x, mean, var))(x)
+
+
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
 @pytest.mark.parametrize("training", [False, True])
 def test_there_is_no_derivative_by_a_running_statistic(name, training, rng):

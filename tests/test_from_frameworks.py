@@ -128,6 +128,24 @@ def test_modules_that_accelerate_has_swapped_are_taken(torch, rng):
     agree(bnfast.BatchNorm.from_torch(network[0])(x), numbers(network(torch.from_numpy(x))))
 
 
+@pytest.mark.parametrize("ours", [bnfast.BatchNorm, bnfast.GroupNorm, bnfast.LayerNorm])
+def test_of_a_state_it_is_said_what_loads_it(ours):
+    state = ours(*[4] * (2 if ours is bnfast.GroupNorm else 1)).state_dict()
+    for take in (ours.from_torch, ours.from_keras):
+        with pytest.raises(TypeError, match=r"no \w+; a state goes .* by load_state_dict$"):
+            take(state)
+
+
+def test_of_weights_in_a_list_it_is_said_how_to_give_them():
+    weights = [np.ones(3), np.zeros(3), np.zeros(3), np.ones(3)]
+    with pytest.raises(TypeError, match=r"weights alone are from_keras\(\*weights\)$"):
+        bnfast.BatchNorm.from_keras(weights)
+    assert bnfast.BatchNorm.from_keras(*weights).num_features == 3
+    for take in (bnfast.BatchNorm.from_torch, bnfast.LayerNorm.from_keras):
+        with pytest.raises(TypeError, match=r"of type list, which has no \w+$"):
+            take(weights)
+
+
 def test_a_module_on_no_device_is_refused(torch):
     module = torch.nn.BatchNorm1d(3, device="meta")
     with pytest.raises(TypeError, match=r"^module\.weight must be an array, got .*: Cannot copy"):

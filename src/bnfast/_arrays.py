@@ -100,6 +100,9 @@ def data_array(name: str, value: object, *, half: bool = True) -> Array:
     if not (_dtypes.is_floating(dtype) or (half and _dtypes.is_half(dtype))):
         is_number = _dtypes.is_half(dtype) or (np.can_cast(dtype, np.float64) and dtype.isnative)
         hint = f"; numpy.asarray({name}, numpy.float32) is such" if is_number else ""
+        if type(value).__module__.startswith("autograd."):
+            # What stands for x inside of autograd's grad.
+            hint = "; bnfast.integrations.autograd has the functions that autograd differentiates"
         raise TypeError(f"{name} must be {names} in native byte order, got {describe(array)}{hint}")
     return array
 

@@ -193,7 +193,7 @@ class MPICommunicator(Communicator):
     Raises
     ------
     ImportError
-        Without mpi4py: ``pip install "bnfast[mpi]"``.
+        Without mpi4py or an MPI library: ``python -m pip install mpi4py mpich``.
     TypeError, ValueError
         For an argument of the wrong type or value.
 
@@ -218,8 +218,8 @@ class MPICommunicator(Communicator):
             from mpi4py import MPI
         except ImportError as error:
             raise ImportError(
-                f"MPICommunicator needs mpi4py and an MPI library, as pip install 'bnfast[mpi]' "
-                f"brings them: {error}"
+                f"MPICommunicator needs mpi4py and an MPI library: python -m pip install mpi4py "
+                f"mpich ({error})"
             ) from error
         if comm is None:
             comm = MPI.COMM_WORLD
@@ -302,7 +302,9 @@ class TorchCommunicator(Communicator):
             import torch
             from torch import distributed
         except ImportError as error:
-            raise ImportError(f"TorchCommunicator needs PyTorch: {error}") from error
+            raise ImportError(
+                f"TorchCommunicator needs PyTorch: python -m pip install torch ({error})"
+            ) from error
         if not (distributed.is_available() and distributed.is_initialized()):
             raise RuntimeError(
                 "TorchCommunicator needs torch.distributed.init_process_group before it"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from bnfast import _validation
-from bnfast._conventions import PYTORCH, LayerClasses
+from bnfast._conventions import KERAS, PYTORCH, LayerClasses
 from bnfast._scalars import describe
 from bnfast._typing import Array
 from bnfast.layers._layer import Layer
@@ -97,9 +97,18 @@ class FrameworkLayer:
         if value is _ABSENT:
             raise TypeError(
                 f"{self._argument} must be {self._wanted()}, or have the same attributes, "
-                f"got {describe(self._value)}, which has no {name}"
+                f"got {describe(self._value)}, which has no {name}{self._instead()}"
             )
         return value
+
+    def _instead(self) -> str:
+        """Return where arrays without their layer belong."""
+        if isinstance(self._value, Mapping):
+            return "; a state goes into a layer by load_state_dict"
+        takes_weights = self.convention is KERAS and self._ours == "BatchNorm"
+        if takes_weights and isinstance(self._value, (list, tuple)):
+            return "; weights alone are from_keras(*weights)"
+        return ""
 
     def size(self, name: str) -> int:
         """Return an attribute that is a number of channels or groups."""
