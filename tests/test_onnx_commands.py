@@ -644,6 +644,7 @@ def test_the_table_of_what_moved(command, rng):
     printed = command("recalibrate", "model.onnx", "--data", "data.npy", "-o", "new.onnx").out
     assert printed.startswith("model.onnx: 4 layers, 20 samples, 3 passes over them")
     assert "of late" in printed and " to " in printed
+    assert printed.endswith("\nThe model is in new.onnx.\n")
 
 
 # inspect
@@ -651,6 +652,13 @@ def test_the_table_of_what_moved(command, rng):
 
 def inspected(command, path="model.onnx"):
     return json.loads(command("inspect", path, "--json").out)["layers"]
+
+
+def test_a_model_without_normalization_has_no_table(command):
+    pytest.importorskip("rich")
+    text = '<ir_version: 8, opset_import: ["": 17]> g (float[2] x) => (float[2] y) { y = Relu (x) }'
+    onnx.save(parser.parse_model(text), "model.onnx")
+    assert command("inspect", "model.onnx").out == "model.onnx: no normalization layer\n"
 
 
 def test_statistics_that_are_unusual(command, rng):

@@ -263,6 +263,7 @@ def test_show_config_as_data():
         "BNFAST_NUM_THREADS",
         "BNFAST_OUTPUT_POOL_LIMIT",
         "OMP_NUM_THREADS",
+        "OMP_WAIT_POLICY",
     }
 
 

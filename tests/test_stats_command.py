@@ -245,7 +245,7 @@ def test_other_channels_than_those_of_the_first_file(stats, numbers, rng, capsys
     for axis in (2, "0,-2"):
         message = stats("a.npy", "--axis", axis, fails=True)
         assert (
-            f"a.npy: expected --axis to name different axes of shape (3, 3), got {axis}" in message
+            f"a.npy: expected --axis to name axes of shape (3, 3), each once, got {axis}" in message
         )
 
 

@@ -13,7 +13,7 @@ from bnfast._version import __version__
 
 VARIABLES = (
     *("BNFAST_ISA", "BNFAST_NUM_THREADS", "BNFAST_OUTPUT_POOL_LIMIT"),
-    "OMP_NUM_THREADS",
+    *("OMP_NUM_THREADS", "OMP_WAIT_POLICY"),
 )
 
 

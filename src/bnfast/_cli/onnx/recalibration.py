@@ -140,4 +140,6 @@ def run(options: Namespace) -> int:
     for reason in done.left:
         print(f"left as it is: {reason}", file=sys.stderr)
     print(text)
+    if not options.json:
+        print(f"The model is in {options.output}.")
     return 0

@@ -135,6 +135,8 @@ def layers_as_table(path: Path, layers: Sequence[Layer]) -> str:
                 layer.fold,
             )
         )
+    if not rows:
+        return _title(path, layers)
     headings = ("layer", "kind", "channels", "eps", "variance", "unusual", "can be folded")
     kinds = {kind for layer in layers for kind in layer.unusual or ()}
     return _table(_title(path, layers), headings, rows, _legend(kinds))

@@ -48,7 +48,7 @@ def _kept_axes(name: str, shape: tuple[int, ...], axis: Axis) -> tuple[int, ...]
     if len(kept) != len(axis):
         given = ",".join(map(str, axis))
         raise Failure(
-            f"{name}: expected --axis to name different axes of shape {shape}, got {given}"
+            f"{name}: expected --axis to name axes of shape {shape}, each once, got {given}"
         )
     return tuple(sorted(kept))
 
