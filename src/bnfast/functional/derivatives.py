@@ -97,7 +97,7 @@ def layer_norm_jvp(
     Returns
     -------
     array like `x`
-        The tangent of the output.
+        The tangent of the output. Those of the parameters add ``xhat * dweight + dbias`` to it.
 
     Raises
     ------
@@ -146,7 +146,7 @@ def rms_norm_jvp(
     Returns
     -------
     array like `x`
-        The tangent of the output.
+        The tangent of the output. That of the weight adds ``xhat * dweight`` to it.
 
     Raises
     ------
@@ -196,7 +196,7 @@ def group_norm_jvp(
     Returns
     -------
     array like `x`
-        The tangent of the output.
+        The tangent of the output. Those of the parameters add ``xhat * dweight + dbias`` to it.
 
     Raises
     ------
@@ -244,7 +244,7 @@ def instance_norm_jvp(
     Returns
     -------
     array like `x`
-        The tangent of the output.
+        The tangent of the output. Those of the parameters add ``xhat * dweight + dbias`` to it.
 
     Raises
     ------
