@@ -1,6 +1,6 @@
 """What synchronizing costs: a step of two ranks beside a local one, and the exchange alone.
 
-    python -m pip install ".[mpi]"
+    python -m pip install mpi4py mpich
     python benchmarks/bench_distributed.py              prints the tables, in about a minute
     python benchmarks/bench_distributed.py --write      puts them into docs/scaling.md
     python benchmarks/bench_distributed.py --quick      whether it runs

@@ -1,6 +1,7 @@
 """Adapt a trained network to shifted data: see the mismatch, recalibrate, adapt to single batches.
 
-    python -m pip install ".[demo]" && python examples/adapt_to_shift.py [drift.png]
+    python -m pip install scikit-learn && python examples/adapt_to_shift.py [drift.png]
+    (the picture needs matplotlib)
 
 A small convolutional network learns scikit-learn's handwritten digits. Then the images come from a
 worse camera: darker, with little contrast, and noisy. No weight changes, and no label is needed.
@@ -15,7 +16,7 @@ import bnfast
 try:
     from bnfast._cli.digits import Network, Normalization, load
 except ImportError:
-    sys.exit('scikit-learn is not installed, which has the digits: python -m pip install ".[demo]"')
+    sys.exit("scikit-learn has the digits, and is missing: python -m pip install scikit-learn")
 
 rng = np.random.default_rng(0)
 digits = load()

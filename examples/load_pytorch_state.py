@@ -1,6 +1,6 @@
 """Take a layer of a PyTorch network to bnfast, train them there, and bring their state back.
 
-python -m pip install ".[torch]" && python examples/load_pytorch_state.py
+python -m pip install torch && python examples/load_pytorch_state.py
 """
 
 import sys

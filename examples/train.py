@@ -1,6 +1,6 @@
 """Train a small network with batch norm on scikit-learn's handwritten digits.
 
-    python -m pip install ".[demo]" && python examples/train.py
+    python -m pip install scikit-learn && python examples/train.py
 
 Batch norm, linear, batch norm, rectifier, linear; plain SGD on the cross entropy.
 """
@@ -14,7 +14,7 @@ import bnfast
 try:
     from sklearn.datasets import load_digits
 except ImportError:
-    sys.exit('scikit-learn is not installed, which has the digits: python -m pip install ".[demo]"')
+    sys.exit("scikit-learn has the digits, and is missing: python -m pip install scikit-learn")
 
 rng = np.random.default_rng(0)
 pixels, labels = load_digits(return_X_y=True)  # 1797 images of 64 pixels, each from 0 to 16

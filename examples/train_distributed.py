@@ -1,6 +1,6 @@
 """Train a network on several processes, each with a part of every batch: as one process would.
 
-python -m pip install ".[mpi]"
+python -m pip install mpi4py mpich
 mpiexec -n 2 python examples/train_distributed.py
 
 The result is the same for any number of ranks, to rounding: batch norm has the statistics of the
