@@ -1,4 +1,4 @@
-"""What bnfast gains within other libraries: the table of README.md.
+"""What bnfast gains within other libraries: the table of docs/README.md.
 
 ``python benchmarks/make_doors.py`` measures and prints it, and writes it with ``--write``. Each
 library is measured in a process of its own, with one thread, in CPU time where nothing else is said
@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,10 +19,9 @@ import pytest
 import bench_integrations
 from bench_integrations import in_turn
 from bnfast._cli.bench.run import machine
-from make_tables import filled, write_between
+from make_tables import DOCS, filled, write_between
 from statistics_of_arrays import table
 
-ROOT = Path(__file__).parents[1]
 os.environ["KERAS_BACKEND"] = "numpy"
 
 
@@ -123,33 +121,33 @@ def onnx(turns):
 # The page, the packages whose versions are told, what bnfast computes, and what the library does.
 DOORS = {
     keras: (
-        "[Keras on NumPy](docs/keras.md)",
+        "[Keras on NumPy](keras.md)",
         ["keras"],
         "batch, layer, group, RMS and unit norm",
         "masks and renorm in training, half precision",
     ),
     torch: (
-        "[PyTorch](docs/pytorch.md)",
+        "[PyTorch](pytorch.md)",
         ["torch"],
         "batch norm in training; group, instance, RMS norm",
         "layer norm; evaluation; what is compiled; half precision",
     ),
     autograd: (
-        "[autograd](docs/autograd.md)",
+        "[autograd](autograd.md)",
         ["autograd"],
         "five normalizations, of any order",
         "—",
     ),
-    thinc: ("[thinc](docs/autograd.md#thinc)", ["thinc"], "LayerNorm", "GPUs, other types"),
+    thinc: ("[thinc](autograd.md#thinc)", ["thinc"], "LayerNorm", "GPUs, other types"),
     onnx: (
-        "[ONNX, reference evaluator](docs/onnx.md)",
+        "[ONNX, reference evaluator](onnx.md)",
         ["onnx"],
         "all normalizations of opsets 1 to 23",
         "—",
     ),
-    dask: ("[Dask](docs/data_sets.md)", ["dask"], "statistics, normalization", "—"),
+    dask: ("[Dask](data_sets.md)", ["dask"], "statistics, normalization", "—"),
     sklearn: (
-        "[scikit-learn](docs/data_sets.md)",
+        "[scikit-learn](data_sets.md)",
         ["scikit-learn"],
         "`StandardScaler`",
         "sparse matrices, weights",
@@ -184,7 +182,7 @@ def bench_door(benchmark, door):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="write README.md")
+    parser.add_argument("--write", action="store_true", help="write docs/README.md")
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--door", choices=[door.__name__ for door in DOORS], help="this one alone")
     options = parser.parse_args()
@@ -204,7 +202,7 @@ def main():
     )
     parts = [table(headings, 5, lines), about]
     if options.write:
-        write_between(ROOT / "README.md", "doors", parts)
+        write_between(DOCS / "README.md", "doors", parts)
     else:
         print(*parts, sep="\n\n")
 

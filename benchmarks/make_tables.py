@@ -5,8 +5,8 @@
     python benchmarks/make_tables.py --quick      a trial
 
 All tables and pictures go into docs/benchmark.md and its neighbours for the family and for weights;
-README.md gets the geometric means of batch norm, and one sentence for the others: where a rival is
-faster. Each text is written between the two markers of its name. Everything is measured by
+README.md gets the geometric means of batch norm, docs/notes.md one sentence for the others: where a
+rival is faster. Each text is written between the two markers of its name. Everything is measured by
 `python -m bnfast bench`, but for the cost of a call, which is measured here.
 """
 
@@ -30,6 +30,7 @@ ALT = "Ratios in every cell, and bandwidth with its limit"
 RATIOS = "Times of the rivals as multiples of bnfast's time (and largest errors):"
 ROOT = Path(__file__).parent.parent
 README, DOCS = ROOT / "README.md", ROOT / "docs"
+NOTES = DOCS / "notes.md"
 
 # The rivals that README.md has room for.
 IN_README = "NumPy", "PyTorch", "oneDNN", "oneDNN blocked", "ONNX Runtime", "JAX"
@@ -117,7 +118,7 @@ def filled(text, indent=""):
 
 
 def where_faster(means, page):
-    """One sentence for README.md: in which geometric means a rival is faster."""
+    """One sentence for docs/notes.md: in which geometric means a rival is faster."""
     found = []
     for mean in means:
         rivals = [
@@ -130,7 +131,7 @@ def where_faster(means, page):
         what = f"{mean['normalization']} norm {mean['operation']}{where}"
         found += [f"{what}, {', '.join(rivals)}"] if rivals else []
     text = "; ".join(found) or "in no geometric mean"
-    link = f"[times as fractions of bnfast's time](docs/{page.name})"
+    link = f"[times as fractions of bnfast's time]({page.name})"
     return filled(f"- Other libraries are faster ({link}): {text}.", "  ")
 
 
@@ -207,11 +208,11 @@ def make_batch_tables(*quick):
 
 
 def make_tables_of(kind, *arguments):
-    """All cells go into a page of their own, and where a rival is faster into README.md as well."""
+    """All cells go into a page of their own, and where a rival is faster into docs/notes.md."""
     page, picture = DOCS / f"{kind}_benchmark.md", DOCS / f"{kind}_benchmark.png"
     results = bench(*arguments, "--plot", str(picture))
     write_between(page, "tables", tables_of(results, picture.name))
-    write_between(README, kind, [where_faster(results["geometric means"], page)])
+    write_between(NOTES, kind, [where_faster(results["geometric means"], page)])
 
 
 def make_family_tables(*quick):
