@@ -19,7 +19,8 @@ Layers, which own parameters and statistics: call one, then its ``backward``: `B
 running statistics of a layer. `recalibrating` makes these statistics anew, of other data;
 `monitoring` says whether that is needed.
 `bnfast.folding` has functions that fold batch norm into the weights beside it.
-`bnfast.distributed`, to be imported by name, synchronizes the statistics of several processes.
+`bnfast.distributed` synchronizes the statistics of several processes, and `bnfast.integrations` has
+modules for PyTorch, Keras and other libraries; both are imported by name.
 
 `set_num_threads` and `show_config` say how it runs; ``python -m bnfast info`` prints the latter.
 """
