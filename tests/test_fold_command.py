@@ -611,6 +611,24 @@ def test_outputs_that_are_rounding_errors_may_differ_as_they_do_in_the_optimized
     path = save(builder.model())
     text = fold(path, "--data", "data.npz")
     assert "(that of onnxruntime's own optimizations: " in text
+    Path("out.onnx").unlink()
+    message = fold(path, "--data", "data.npz", "--tolerance", 0.01, fails=True)
+    assert message.endswith(" of its largest value, more than the --tolerance of 0.01\n")
+
+
+@pytest.mark.parametrize("x", [np.full((2, CHANNELS, 6, 6), np.inf), np.zeros((0, CHANNELS, 6, 6))])
+def test_outputs_without_a_finite_value_prove_nothing(fold, x):
+    path = save(Builder(shape=("n", CHANNELS, 6, 6)).conv().norm().model())
+    np.savez("data.npz", x=x.astype(np.float32))
+    message = fold(path, "--data", "data.npz", fails=True)
+    assert "model.onnx with data.npz: expected finite outputs to compare, got none\n" in message
+
+
+def test_random_inputs_whose_outputs_are_not_finite_ask_for_data(fold):
+    builder = Builder().conv().norm()
+    path = save(builder.node("Div", builder.constant("zero", 0)).model())
+    message = fold(path, fails=True)
+    assert "with random inputs: expected finite outputs to compare, got none; --data" in message
 
 
 def test_data_of_the_users_decide_where_sizes_are_open(fold):
