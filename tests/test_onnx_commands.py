@@ -308,6 +308,45 @@ def test_statistics_in_constants_and_behind_identity(recalibrate, rng):
     check_statistics(found[node.input[3]], found[node.input[4]], x)
 
 
+def test_statistics_in_constants_of_numbers(recalibrate, command, rng):
+    numbers = ""
+    for name, values in (("mean", [0.0, 1.0, 2.0]), ("var", [1.0, 2.0, 4.0])):
+        numbers += f"{name} = Constant <value_floats = {values}> () "
+    model = of_one_layer(
+        rng, "y = BatchNormalization (x, scale_n, bias_n, mean, var)", more=numbers
+    )
+    x = rng.normal(5, 2, (50, 3)).astype(np.float32)
+    new, printed, _ = recalibrate(model, x)
+    assert printed["layers"][0]["variance"]["before"] == [1, 2, 4]
+    found = initializers(new)
+    check_statistics(*(found[name] for name in new.graph.node[-1].input[3:]), x)
+    (layer,) = inspected(command)
+    assert (layer["mean"], layer["computed"]) == ([0, 1, 2], None)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_statistics_that_a_caller_may_give_get_new_defaults(recalibrate, rng, shared):
+    """As exporters write them that keep initializers as inputs."""
+    node = "b = BatchNormalization (x, scale_n, bias_n, mean_n, var_n) y = Identity (b)"
+    model = of_one_layer(rng, node.replace("Identity (b)", "Add (b, mean_n)") if shared else node)
+    for tensor in model.graph.initializer:
+        kind = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        model.graph.input.append(kind)
+    x = rng.normal(5, 2, (50, 3)).astype(np.float32)
+    new, printed, _ = recalibrate(model, x)
+    assert printed["left"] == []
+    assert new.graph.input == model.graph.input
+    found = initializers(new)
+    check_statistics(*(found[name] for name in new.graph.node[0].input[3:]), x)
+    np.testing.assert_array_equal(
+        found["mean_n"] == initializers(model)["mean_n"], np.full(3, shared)
+    )
+    (b,) = values_of(new, ["b"], {"x": x})
+    scale, bias = (initializers(model)[f"{name}_n"].astype(float) for name in ("scale", "bias"))
+    want = (x - x.mean(0, dtype=float)) / np.sqrt(x.var(0, dtype=float) + 1e-5) * scale + bias
+    np.testing.assert_allclose(b, want, atol=1e-5)
+
+
 def test_batch_norm_of_elements(recalibrate, rng):
     arrays = parameters(rng, "n", (2, 3))
     node = "a = BatchNormalization <spatial = 0> (x, scale_n, bias_n, mean_n, var_n)"
@@ -331,10 +370,10 @@ LEFT = {
     "it normalizes with the statistics of the batch": (
         "y, m, v = BatchNormalization <training_mode = 1> (a, scale_n, bias_n, mean_n, var_n)"
     ),
-    "m is computed in the graph": (
+    "m is computed by Neg": (
         "m = Neg (mean_n) y = BatchNormalization (a, scale_n, bias_n, m, var_n)"
     ),
-    "given is an input of the model": "y = BatchNormalization (a, scale_n, bias_n, given, var_n)",
+    "given is an input": "y = BatchNormalization (a, scale_n, bias_n, given, var_n)",
     "it is in then_branch of": """y = If (flag) <
         then_branch = then () => (float[N, 3] b) {
             b = BatchNormalization (a, scale_n, bias_n, mean_n, var_n)
@@ -735,6 +774,25 @@ def test_other_normalizations_and_inner_graphs(command):
         "function normalized",
     ]
     assert layers[7]["computed"] == "w is an input"
+
+
+def test_sparse_statistics_are_called_so(command, rng):
+    arrays = parameters(rng, "n", 3)
+    values = numpy_helper.from_array(arrays.pop("var_n"), "var_n")
+    places = numpy_helper.from_array(np.arange(3))
+    model = of_one_layer(
+        rng, "y = BatchNormalization (x, scale_n, bias_n, mean_n, var_n)", arrays=arrays
+    )
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [3]))
+    onnx.save(model, "model.onnx")
+    (layer,) = inspected(command)
+    assert layer["computed"] == "var_n is stored as a sparse tensor"
+    assert layer["fold"] == "no: its input_var (var_n) is stored as a sparse tensor"
+    np.save("data.npy", np.zeros((4, 3), np.float32))
+    message = command(
+        *("recalibrate", "model.onnx", "--data", "data.npy", "-o", "new.onnx"), fails=True
+    )
+    assert "BatchNormalization of y: var_n is stored as a sparse tensor" in message
 
 
 @pytest.mark.parametrize("layers", [True, False])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
+import numpy as np
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 from onnx.external_data_helper import uses_external_data
 
@@ -14,6 +15,14 @@ from bnfast._cli.onnx.model_file import ModelFile, graphs_of_attribute
 from bnfast._typing import Array
 
 _ONNX_DOMAINS = ("", "ai.onnx")
+
+# Of a Constant, the attributes that are numbers instead of a tensor.
+_DTYPES_OF_NUMBERS = {
+    "value_float": np.float32,
+    "value_floats": np.float32,
+    "value_int": np.int64,
+    "value_ints": np.int64,
+}
 
 
 class NotConstant(Exception):
@@ -63,21 +72,27 @@ class Graph:
 
     def constant(self, name: str) -> Array:
         """Return a value that is stored in the model, or raise NotConstant."""
-        return self._file.array(self._tensor(name))
+        origin = self._origin(name)
+        if origin in self._inputs and not self._is_fixed(origin):
+            raise NotConstant("an input of the model")
+        tensor = self._tensor(origin)
+        if tensor is None:
+            is_made = origin in self._producers
+            raise NotConstant("computed in the graph" if is_made else "stored as a sparse tensor")
+        return self._file.array(tensor)
 
-    def _tensor(self, name: str) -> Any:
+    def _origin(self, name: str) -> str:
+        """Return the value that a value is through Identity."""
         producer = self._producers.get(name)
-        if producer is None:
-            if name in self._inputs and not self._is_fixed(name):
-                raise NotConstant("an input of the model")
-            if name not in self._initializers:
-                raise NotConstant("stored as a sparse tensor")
-            return self._initializers[name]
-        if is_operator(producer, "Identity"):
-            return self._tensor(producer.input[0])
-        if is_operator(producer, "Constant") and producer.attribute[0].name == "value":
-            return producer.attribute[0].t
-        raise NotConstant("computed in the graph")
+        while producer is not None and is_operator(producer, "Identity"):
+            name = producer.input[0]
+            producer = self._producers.get(name)
+        return name
+
+    def _tensor(self, origin: str) -> Any | None:
+        """Return the tensor of an initializer, of an input that has one, or of a Constant."""
+        producer = self._producers.get(origin)
+        return self._initializers.get(origin) if producer is None else tensor_of(producer)
 
     def _is_fixed(self, name: str) -> bool:
         """Return whether an input is one in name only, as all initializers were before IR 4."""
@@ -112,7 +127,8 @@ class Graph:
         """
         tensor = numpy_helper.from_array(values)
         old = node.input[position] if position < len(node.input) else ""
-        if old and uses_external_data(self._tensor(old)):
+        stored = self._tensor(self._origin(old)) if old else None
+        if stored is not None and uses_external_data(stored):
             tensor.data_location = TensorProto.EXTERNAL
         before = self._initializers.get(old)
         is_own = len(self._readers[old]) == 1 and not self.is_output(old)
@@ -190,6 +206,17 @@ class Graph:
 def is_operator(node: Any, *types: str) -> bool:
     """Return whether a node is one of these operators of ONNX's own."""
     return node.op_type in types and node.domain in _ONNX_DOMAINS
+
+
+def tensor_of(node: Any) -> Any | None:
+    """Return the tensor that a Constant makes; None for text, for sparse ones and other nodes."""
+    if not is_operator(node, "Constant"):
+        return None
+    (given,) = node.attribute
+    dtype = _DTYPES_OF_NUMBERS.get(given.name)
+    if dtype is not None:
+        return numpy_helper.from_array(np.array(helper.get_attribute_value(given), dtype))
+    return given.t if given.name == "value" else None
 
 
 def attribute(node: Any, name: str, default: Any) -> Any:

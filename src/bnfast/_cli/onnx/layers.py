@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bnfast._cli.onnx.graph import attribute, called, is_operator
+from bnfast._cli.onnx.graph import attribute, called, is_operator, tensor_of
 from bnfast._cli.onnx.model_file import ModelFile, graphs_of_attribute
 from bnfast._conventions import ONNX
 from bnfast._typing import Array
@@ -31,16 +31,17 @@ class Normalization:
     opset : int
         Of its operator.
     parameters : list of onnx.TensorProto or None
-        Its inputs but the first one; None for what is no constant.
-    computed : str
-        Which of them is no constant, and where it comes from; nothing if all are.
+        Its inputs but the first one; None for what is not stored in the model. Of inputs of the
+        model, the values that they have where a caller gives none.
+    sources : list of str
+        Where those come from that are not stored; nothing for the others.
     """
 
     node: Any
     where: str
     opset: int
     parameters: list[Any | None]
-    computed: str
+    sources: list[str]
 
     @property
     def operator(self) -> str:
@@ -51,6 +52,11 @@ class Normalization:
     def name(self) -> str:
         """What tables call it."""
         return self.node.name or f"of {self.node.output[0]}"
+
+    @property
+    def computed(self) -> str:
+        """Which parameter is not stored, and where it comes from; nothing if all are."""
+        return next(filter(None, self.sources), "")
 
     @property
     def epsilon(self) -> float:
@@ -69,20 +75,28 @@ class _Known:
 
     def __init__(self, outer: _Known | None = None) -> None:
         self.constants: MutableMapping[str, Any] = ChainMap({}, outer.constants) if outer else {}
-        self.makers: MutableMapping[str, str] = ChainMap({}, outer.makers) if outer else {}
+        self.origins: MutableMapping[str, str] = ChainMap({}, outer.origins) if outer else {}
+
+    def add_graph(self, graph: Any) -> None:
+        """Add what a graph has stored."""
+        self.constants.update((tensor.name, tensor) for tensor in graph.initializer)
+        names = (sparse.values.name for sparse in graph.sparse_initializer)
+        self.origins.update(dict.fromkeys(names, "stored as a sparse tensor"))
 
     def add(self, node: Any) -> None:
         """Add what a node makes: constants are those of Constant, also through Identity."""
-        self.makers.update(dict.fromkeys(node.output, node.op_type))
-        if is_operator(node, "Constant") and node.attribute[0].name == "value":
-            self.constants[node.output[0]] = node.attribute[0].t
-        elif is_operator(node, "Identity") and node.input[0] in self.constants:
-            self.constants[node.output[0]] = self.constants[node.input[0]]
+        self.origins.update(dict.fromkeys(node.output, f"computed by {node.op_type}"))
+        tensor = tensor_of(node)
+        if is_operator(node, "Identity"):
+            tensor = self.constants.get(node.input[0])
+        if tensor is not None:
+            self.constants[node.output[0]] = tensor
 
     def source(self, name: str) -> str:
-        """Say where a value that is no constant comes from."""
-        maker = self.makers.get(name)
-        return f"{name} is an input" if maker is None else f"{name} is computed by {maker}"
+        """Say where a value comes from; nothing for one that is stored, or left out."""
+        if not name or name in self.constants:
+            return ""
+        return f"{name} is {self.origins.get(name, 'an input')}"
 
 
 def normalizations(file: ModelFile) -> Iterator[Normalization]:
@@ -95,7 +109,7 @@ def normalizations(file: ModelFile) -> Iterator[Normalization]:
 
 
 def _of_graph(graph: Any, where: str, opset: int, known: _Known) -> Iterator[Normalization]:
-    known.constants.update((tensor.name, tensor) for tensor in graph.initializer)
+    known.add_graph(graph)
     yield from _of_nodes(graph.node, where, opset, known)
 
 
@@ -104,10 +118,9 @@ def _of_nodes(
 ) -> Iterator[Normalization]:
     for node in nodes:
         if is_operator(node, *_OPERATORS):
-            names = list(filter(None, node.input[1:]))
-            unknown = (known.source(name) for name in names if name not in known.constants)
             parameters = [known.constants.get(name) for name in node.input[1:]]
-            yield Normalization(node, where, opset, parameters, next(unknown, ""))
+            sources = [known.source(name) for name in node.input[1:]]
+            yield Normalization(node, where, opset, parameters, sources)
         for found in node.attribute:
             for graph in graphs_of_attribute(found):
                 within = f"{found.name} of {called(node)}"

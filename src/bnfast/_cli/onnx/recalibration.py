@@ -18,7 +18,7 @@ from pathlib import Path
 from bnfast._cli.failure import Failure
 from bnfast._cli.onnx import report
 from bnfast._cli.onnx.data import DataSet, Input
-from bnfast._cli.onnx.graph import Graph, NotConstant, called, names_read
+from bnfast._cli.onnx.graph import Graph, called, names_read
 from bnfast._cli.onnx.layers import BATCH_NORM, Normalization, as_vector, normalizations
 from bnfast._cli.onnx.model_file import ModelFile
 from bnfast._cli.onnx.part import PartSession, leading_to
@@ -43,22 +43,21 @@ class _Stays(Exception):
     """Why the statistics of a layer stay as they are."""
 
 
-def _layer(one: Normalization, file: ModelFile, graph: Graph) -> RecalibratedLayer:
+def _layer(one: Normalization, file: ModelFile) -> RecalibratedLayer:
     if one.where:
         raise _Stays(f"it is in {one.where}")
     if one.training:
         raise _Stays("it normalizes with the statistics of the batch")
-    mean, variance = (_statistic(one, graph, position) for position in _STATISTICS)
+    mean, variance = (_statistic(one, file, position) for position in _STATISTICS)
     scale = None if one.parameters[0] is None else as_vector(file.array(one.parameters[0]))
     return RecalibratedLayer(one, scale, (mean, variance))
 
 
-def _statistic(one: Normalization, graph: Graph, position: int) -> Array:
-    name = one.node.input[position]
-    try:
-        return graph.constant(name)
-    except NotConstant as reason:
-        raise _Stays(f"{name} is {reason}") from None
+def _statistic(one: Normalization, file: ModelFile, position: int) -> Array:
+    tensor = one.parameters[position - 1]
+    if tensor is None:
+        raise _Stays(one.sources[position - 1])
+    return file.array(tensor)
 
 
 def _plan(file: ModelFile, graph: Graph) -> tuple[list[list[RecalibratedLayer]], list[str]]:
@@ -68,7 +67,7 @@ def _plan(file: ModelFile, graph: Graph) -> tuple[list[list[RecalibratedLayer]],
     for one in normalizations(file):
         if one.operator == BATCH_NORM:
             try:
-                layers[one.node.output[0]] = _layer(one, file, graph)
+                layers[one.node.output[0]] = _layer(one, file)
             except _Stays as reason:
                 left.append(f"{called(one.node)}: {reason}")
     if not layers:
