@@ -681,9 +681,14 @@ def test_the_table_of_what_moved(command, rng):
     x[:, 0] *= 0
     np.save("data.npy", x)
     printed = command("recalibrate", "model.onnx", "--data", "data.npy", "-o", "new.onnx").out
-    assert printed.startswith("model.onnx: 4 layers, 20 samples, 3 passes over them")
+    assert printed.startswith("model.onnx: 4 layers, 20 samples, 3 passes over the data")
     assert "of late" in printed and " to " in printed
     assert printed.endswith("\nThe model is in new.onnx.\n")
+    one = of_one_layer(rng, "y = BatchNormalization (x, scale_n, bias_n, mean_n, var_n)")
+    onnx.save(one, "model.onnx")
+    np.save("data.npy", rng.normal(size=(9, 3)).astype(np.float32))
+    printed = command("recalibrate", "model.onnx", "--data", "data.npy", "-o", "new.onnx").out
+    assert printed.startswith("model.onnx: 1 layer, 9 samples, 1 pass over the data")
 
 
 # inspect

@@ -20,11 +20,20 @@ class Session:
 
     Parameters
     ----------
-    path : Path
+    model : Path or bytes
+        A file, or what a file would hold.
     name : str
         As messages call it.
     optimized : bool
-        Whether onnxruntime changes the model first, as it does by default, or runs it as it is.
+        Whether onnxruntime changes the model first, as it does by default, or runs it operator by
+        operator. Folding and fusing rounds what is inside otherwise.
+    folder : Path, optional
+        Where the external data of bytes lie.
+
+    Attributes
+    ----------
+    inputs : set of str
+        The names of those that have no default.
 
     Raises
     ------
@@ -32,7 +41,14 @@ class Session:
         For a model that onnxruntime cannot run.
     """
 
-    def __init__(self, path: Path, name: str, *, optimized: bool = False) -> None:
+    def __init__(
+        self,
+        model: Path | bytes,
+        name: str,
+        *,
+        optimized: bool = False,
+        folder: Path | None = None,
+    ) -> None:
         self._name = name
         levels = onnxruntime.GraphOptimizationLevel
         options = onnxruntime.SessionOptions()
@@ -40,12 +56,18 @@ class Session:
             levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
         )
         options.log_severity_level = 4  # what it refuses, it raises as well
+        if folder is not None:
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(folder)
+            )
+        source = str(model) if isinstance(model, Path) else model
         try:
             self._session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
+                source, options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # of classes of its own
             raise Failure(f"{name}: onnxruntime cannot load it: {_in_one_line(error)}") from error
+        self.inputs = {each.name for each in self._session.get_inputs()}
 
     def random_inputs(self) -> dict[str, Array]:
         """Return an array for each input, the same in every run: normal numbers, zeros and ones."""

@@ -1,4 +1,4 @@
-"""The part of a model that leads to some of its values, run by onnxruntime."""
+"""The part of a model that leads to some of its values."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import onnx
-import onnxruntime
 from onnx.external_data_helper import uses_external_data
 
-from bnfast._cli.failure import Failure
 from bnfast._cli.onnx.graph import names_read
+from bnfast._cli.onnx.inference import Session
 from bnfast._cli.onnx.model_file import ModelFile
-from bnfast._typing import Array
 
 
 def leading_to(file: ModelFile, values: Iterable[str]) -> Any:
@@ -40,49 +38,7 @@ def leading_to(file: ModelFile, values: Iterable[str]) -> Any:
     return part
 
 
-class PartSession:
-    """The part of a model that leads to some values, on the CPU, operator by operator.
-
-    Nothing is folded or fused: that would round what arrives at a layer otherwise.
-
-    Parameters
-    ----------
-    file : ModelFile
-    values : iterable of str
-
-    Raises
-    ------
-    Failure
-        For a model that onnxruntime cannot run.
-    """
-
-    def __init__(self, file: ModelFile, values: Iterable[str]) -> None:
-        self._path = file.path
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what it refuses, it raises as well
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(file.path.absolute().parent)
-        )
-        part = leading_to(file, values)
-        self._values = [value.name for value in part.graph.output]
-        try:
-            self._session = onnxruntime.InferenceSession(
-                part.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # of classes of its own
-            raise self._failure("load", error) from error
-        self._inputs = {one.name for one in self._session.get_inputs()}
-
-    def _failure(self, what: str, error: Exception) -> Failure:
-        reason = " ".join(str(error).split())
-        return Failure(f"{self._path}: onnxruntime cannot {what} it: {reason}")
-
-    def run(self, feeds: dict[str, Array]) -> dict[str, Array]:
-        """Return the values for a batch, of which it takes the inputs that it needs."""
-        own = {name: array for name, array in feeds.items() if name in self._inputs}
-        try:
-            arrays = self._session.run(self._values, own)
-        except Exception as error:
-            raise self._failure("run", error) from error
-        return dict(zip(self._values, arrays, strict=True))
+def part_session(file: ModelFile, values: Iterable[str]) -> Session:
+    """Return the part of a model that makes the values, to be run as it is."""
+    folder = file.path.absolute().parent
+    return Session(leading_to(file, values).SerializeToString(), str(file.path), folder=folder)

@@ -21,7 +21,7 @@ from bnfast._cli.onnx.data import DataSet, Input
 from bnfast._cli.onnx.graph import Graph, called, names_read
 from bnfast._cli.onnx.layers import BATCH_NORM, Normalization, as_vector, normalizations
 from bnfast._cli.onnx.model_file import ModelFile
-from bnfast._cli.onnx.part import PartSession, leading_to
+from bnfast._cli.onnx.part import leading_to, part_session
 from bnfast._cli.onnx.recalibrated import RecalibratedLayer
 from bnfast._cli.stats.report import progress_bar
 from bnfast._typing import Array
@@ -107,9 +107,9 @@ def recalibrate(file: ModelFile, paths: Sequence[Path], batch: int, output: Path
             raise Failure(f"{output}: belongs to --data, which is not overwritten")
     with progress_bar(data.size * len(levels)) as advance:
         for number, level in enumerate(levels, 1):
-            session = PartSession(file, [layer.taken for layer in level])
+            session = part_session(file, [layer.taken for layer in level])
             for feeds, size in data.batches():
-                arrays = session.run(feeds)
+                arrays = session.run({name: feeds[name] for name in session.inputs})
                 for layer in level:
                     layer.add(arrays[layer.taken])
                 advance(size, f"pass {number} of {len(levels)}")

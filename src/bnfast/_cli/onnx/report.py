@@ -228,10 +228,12 @@ def changes_as_table(path: Path, done: Recalibration) -> str:
                 pair = [math.sqrt(value) if value >= 0 else math.nan for value in pair]
             row.append(" to ".join(f"{value:.4g}" for value in pair))
         rows.append([*row, _words(layer.unusual)])
-    title = (
-        f"{path}: {len(rows)} layers, {done.samples:,} samples"
-        + f", {done.passes} passes over them"
+    counts = (
+        _counted(len(rows), "layer", "layers"),
+        _counted(done.samples, "sample", "samples"),
+        _counted(done.passes, "pass", "passes"),
     )
+    title = f"{path}: {', '.join(counts)} over the data"
     headings = ("layer", "channels", "moved", "furthest", "its mean", "its deviation", "unusual")
     kinds = {kind for layer in done.layers for kind in layer.unusual}
     meaning = (
@@ -239,6 +241,10 @@ def changes_as_table(path: Path, done: Recalibration) -> str:
         "furthest: the channel that moves furthest, with its statistics before and after"
     )
     return _table(title, headings, rows, "\n".join(filter(None, [meaning, _legend(kinds)])))
+
+
+def _counted(number: int, one: str, more: str) -> str:
+    return f"{number:,} {one if number == 1 else more}"
 
 
 def _root_mean_square(values: Array) -> float:
