@@ -185,6 +185,18 @@ def test_other_modules_are_refused(torch):
             bnfast.BatchNorm.from_torch(module)
 
 
+def test_a_module_of_another_layer_is_sent_there(torch, keras, rng):
+    with pytest.raises(TypeError, match=r"\.InstanceNorm2d, for InstanceNorm\.from_torch$"):
+        bnfast.BatchNorm.from_torch(torch.nn.InstanceNorm2d(3))
+    with pytest.raises(TypeError, match=r"\.BatchNorm2d, for BatchNorm\.from_torch$"):
+        bnfast.GroupNorm.from_torch(torch.nn.BatchNorm2d(3))
+    grouped = built(keras.layers.GroupNormalization(groups=2), (2, 4), rng)
+    with pytest.raises(TypeError, match=r", for InstanceNorm\.from_keras or GroupNorm\."):
+        bnfast.LayerNorm.from_keras(grouped)
+    with pytest.raises(TypeError, match=r"an instance of torch\.nn\.modules\.linear\.Linear$"):
+        bnfast.BatchNorm.from_torch(torch.nn.Linear(3, 3))
+
+
 OTHER_MODULES = {
     "layer": ("LayerNorm", (6,), {"eps": 1e-3}, (4, 3, 6)),
     "layer of two axes": ("LayerNorm", ((3, 6),), {}, (4, 3, 6)),

@@ -79,6 +79,8 @@ class LayerClasses:
         How the modules begin in which the framework defines these classes.
     method : str
         What computes in them.
+    taken_by : str
+        The class method of bnfast's layers that takes one of them.
     eps, rms_weight : str
         The attribute that is added to the variance; the weight of an RMS normalization.
     classes : mapping of str to tuple of str
@@ -89,6 +91,7 @@ class LayerClasses:
     convention: Convention
     homes: tuple[str, ...]
     method: str
+    taken_by: str
     eps: str
     rms_weight: str
     classes: Mapping[str, tuple[str, ...]]
@@ -114,6 +117,7 @@ PYTORCH_LAYERS = LayerClasses(
     convention=PYTORCH,
     homes=("torch.nn.",),
     method="forward",
+    taken_by="from_torch",
     eps="eps",
     rms_weight="weight",
     classes={
@@ -145,6 +149,7 @@ KERAS_LAYERS = LayerClasses(
     convention=KERAS,
     homes=("keras.", "tf_keras.", "tensorflow."),
     method="call",
+    taken_by="from_keras",
     eps="epsilon",
     rms_weight="scale",
     classes={

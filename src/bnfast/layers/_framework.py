@@ -63,12 +63,15 @@ class FrameworkLayer:
         packages = {"bnfast", *(home.partition(".")[0] for home in kinds.homes)}
         if not any(c.__module__.partition(".")[0] in packages for c in classes):
             return  # an object with the same attributes
+        theirs = [c for c in classes if c.__module__.startswith(kinds.homes)]
         wanted = kinds.classes[self._ours]
-        own = next(
-            (c for c in classes if c.__name__ in wanted and c.__module__.startswith(kinds.homes)),
-            None,
-        )
-        why = ""
+        own = next((c for c in theirs if c.__name__ in wanted), None)
+        takers = [
+            f"{ours}.{kinds.taken_by}"
+            for ours, names in kinds.classes.items()
+            if any(c.__name__ in names for c in theirs)
+        ]
+        why = f", for {' or '.join(takers)}" if takers else ""
         if own is not None:
             computes = next(c for c in classes if kinds.method in vars(c))
             # What bnfast.integrations makes of a class computes the same.
