@@ -18,6 +18,7 @@ pytest.importorskip("rich")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
+from bnfast._cli.onnx import model_file  # noqa: E402
 from bnfast.integrations.onnx import NORM_OPS  # noqa: E402
 
 CHANNELS = 4
@@ -139,8 +140,11 @@ def fold(capsys, tmp_path, monkeypatch):
 
 
 def check(path="out.onnx", original="model.onnx", close=1e-5):
-    """The folded model is valid, and has the outputs of the original."""
+    """The folded model is valid, lists no value that is gone, has the outputs of the original."""
     onnx.checker.check_model(path, full_check=True)
+    graph = onnx.load(path).graph
+    made = {name for node in graph.node for name in node.output}
+    assert {value.name for value in graph.value_info} <= made
     for got, want in zip(outputs_of(path), outputs_of(original), strict=True):
         assert got.dtype == want.dtype
         np.testing.assert_allclose(got, want, rtol=close, atol=close * np.abs(want).max())
@@ -356,6 +360,12 @@ def scaled_gemm(b):
     return b.node("Gemm", b.random("w", 144, 3), alpha=0.5).norm(3)
 
 
+def used_as_bias(b):
+    b.node("Flatten").norm(144)
+    b.initializers += [numpy_helper.from_array(np.ones((2, 3), np.float32), "left")]
+    return b.node("Gemm", inputs=["left", b.random("w", 3, 144), b.last])
+
+
 def transposed_input(b):
     b.node("Flatten").norm(144)
     return b.node("Gemm", b.random("w", 2, 3), transA=1)
@@ -387,6 +397,7 @@ STAYS = {
     "its output is an output of the model",
     scaled_gemm: "Gemm gemm1 has a factor (alpha, beta); its output is an output of the model",
     transposed_input: "Flatten flatten0 before it; Gemm gemm2 after it transposes it",
+    used_as_bias: "Flatten flatten0 before it; Gemm gemm2 after it",
 }
 
 
@@ -588,6 +599,17 @@ def test_external_data_that_is_not_all_there_is_named(fold):
     assert "not a valid ONNX model: Data of TensorProto" in fold(path, fails=True)
 
 
+def test_external_data_that_onnx_reads_too_little_of_is_named(fold, monkeypatch):
+    def reads_less(tensor, folder):
+        load(tensor, folder)
+        tensor.raw_data = tensor.raw_data[:-4]
+
+    load = model_file.load_external_data_for_tensor
+    monkeypatch.setattr(model_file, "load_external_data_for_tensor", reads_less)
+    message = fold(external(), fails=True)
+    assert "external data of 'conv_w': truncated: expected 576 bytes, got 572" in message
+
+
 def test_a_result_that_differs_is_refused(fold, monkeypatch):
     def wrong(*arguments, **options):
         weight, bias = right(*arguments, **options)
@@ -600,6 +622,21 @@ def test_a_result_that_differs_is_refused(fold, monkeypatch):
     assert "nothing was written: output bn_y would differ by 0.0" in message
     assert "more than the --tolerance of 0.00035" in message
     assert "1 of 1" in fold(path, "--tolerance", 0.1)
+
+
+@pytest.mark.parametrize("error", [np.nan, np.inf, -100])
+def test_a_result_that_is_not_finite_or_of_another_shape_is_refused(fold, monkeypatch, error):
+    def wrong(*arguments, **options):
+        weight, bias = right(*arguments, **options)
+        return weight, bias + np.float32(error)
+
+    right = folding.fold_into_previous
+    monkeypatch.setattr(folding, "fold_into_previous", wrong)
+    builder = Builder().conv().norm().node("Relu")
+    if np.isfinite(error):  # then only the number of these places differs
+        builder.node("NonZero").output(kind=TensorProto.INT64)
+    message = fold(save(builder.model()), "--tolerance", 1e6, fails=True)
+    assert "would differ by inf of its largest value" in message
 
 
 def test_outputs_that_are_rounding_errors_may_differ_as_they_do_in_the_optimized_model(fold):

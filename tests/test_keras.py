@@ -250,6 +250,7 @@ def test_calls_that_are_left_to_keras_are_as_before(rng, calls):
     same(LAYERS.LayerNormalization, {}, (6, 4), x.astype(np.float16))
     same(LAYERS.RMSNormalization, {}, (6, 4), nothing)
     same(LAYERS.UnitNormalization, {}, (6, 4), nothing)
+    same(LAYERS.GroupNormalization, {"groups": 2, "axis": 0}, (6, 4), x)
     # Negative axes are sorted as such: gamma is of the shape (4, 3), of axes 2 and 1.
     same(LAYERS.LayerNormalization, {"axis": [-1, 1]}, (2, 3, 4), x.reshape(2, 3, 4))
     # The scale is along the last axis, whichever is normalized.

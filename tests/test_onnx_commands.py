@@ -295,6 +295,43 @@ def test_statistics_that_others_use_stay_as_they_are_for_them(recalibrate, rng):
         check_statistics(found[node.input[3]], found[node.input[4]], values)
 
 
+def test_statistics_that_are_outputs_too_stay_as_they_are_there(recalibrate, rng):
+    model = of_one_layer(rng, "y = BatchNormalization (x, scale_n, bias_n, mean_n, var_n)")
+    model.graph.output.append(helper.make_tensor_value_info("mean_n", 1, [3]))
+    x = rng.normal(5, 2, (50, 3)).astype(np.float32)
+    new, _, _ = recalibrate(model, x)
+    found = initializers(new)
+    np.testing.assert_array_equal(found["mean_n"], initializers(model)["mean_n"])
+    check_statistics(*(found[name] for name in new.graph.node[0].input[3:]), x)
+
+
+def test_a_layer_whose_bias_depends_on_deeper_ones_comes_before_none_of_them(recalibrate, rng):
+    """c, of x alone, is done first; d, of what c makes, is done after b, of which c's bias is."""
+    model = of_one_layer(
+        rng,
+        "y = BatchNormalization (c, scale_n, bias_n, mean_d, var_d)",
+        more="""a = BatchNormalization (x, scale_n, bias_n, mean_a, var_a)
+                r = Relu (a)
+                b = BatchNormalization (r, scale_n, bias_n, mean_b, var_b)
+                s = Relu (b)
+                bias = ReduceMean <axes = [0], keepdims = 0> (s)
+                c = BatchNormalization (x, scale_n, bias, mean_c, var_c)""",
+        arrays={
+            name: array
+            for ending in "nabcd"
+            for name, array in parameters(rng, ending, 3).items()
+            if ending == "n" or name.startswith(("mean", "var"))
+        },
+    )
+    x = rng.normal(5, 2, (32, 3)).astype(np.float32)
+    new, printed, _ = recalibrate(model, x)
+    assert printed["passes"] == 3
+    found = initializers(new)
+    taken = values_of(new, ["x", "r", "c"], {"x": x})
+    for ending, values in zip("cbd", taken, strict=True):
+        check_statistics(found[f"mean_{ending}"], found[f"var_{ending}"], values)
+
+
 def test_statistics_in_constants_and_behind_identity(recalibrate, rng):
     model = of_one_layer(
         rng,

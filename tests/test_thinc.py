@@ -101,9 +101,10 @@ def test_values_and_gradients_are_those_of_thinc(shape, rng, calls):
     assert calls == {"layer_norm_forward": 2, "layer_norm_backward": 2}
 
 
-def test_prediction_is_computed_too(rng, calls):
+@pytest.mark.parametrize("deviation", [1, 1e-4])  # of which the square is thinc's eps
+def test_prediction_is_computed_too(rng, calls, deviation):
     model = layer(rng, 8)
-    x = normal(rng, 5, 8)
+    x = deviation * normal(rng, 5, 8)
     expected = model.predict(x)
     accelerate(model)
     np.testing.assert_allclose(model.predict(x), expected, rtol=CLOSE_F32, atol=CLOSE_F32)

@@ -242,7 +242,6 @@ def names_read(node: Any) -> Iterator[str]:
     """Yield the values that a node and the graphs within read, each as often as it is read."""
     yield from filter(None, node.input)
     for graph in graphs_within(node):
-        yield from (value.name for value in graph.output)
         for inner in graph.node:
             yield from names_read(inner)
 
