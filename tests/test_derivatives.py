@@ -183,6 +183,42 @@ def test_float32_is_as_exact_as_the_backward_pass(stem, mean, rng):
         np.testing.assert_allclose(got, expected, atol=INPUT_GRADIENT * eps_of(got.dtype) * size)
 
 
+@pytest.mark.parametrize("axis", [1, -1], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_one_weight_for_each_group(axis, weighted, rng):
+    x, dy, ddx = rng.normal(size=(3, 3, 6, 5, 6))
+    weight, ddweight, ddbias = rng.normal(size=(3, 3))
+    weight = weight if weighted else None
+    _, mean, invstd = bnfast.group_norm_forward(x, 3, axis=axis)
+
+    def of_channels(parameter):
+        return None if parameter is None else np.repeat(parameter, 2)
+
+    jvp = bnfast.group_norm_jvp(ddx, x, mean, invstd, weight, axis=axis, per_group=True)
+    expected = bnfast.group_norm_jvp(ddx, x, mean, invstd, of_channels(weight), axis=axis)
+    np.testing.assert_array_equal(jvp, expected)
+    ddy, dx, dweight = bnfast.group_norm_double_backward(
+        *(ddx, ddweight, ddbias, dy, x, mean, invstd, weight), axis=axis, per_group=True
+    )
+    upstream = ddx, of_channels(ddweight), of_channels(ddbias)
+    expected = bnfast.group_norm_double_backward(
+        *upstream, dy, x, mean, invstd, of_channels(weight), axis=axis
+    )
+    np.testing.assert_allclose(ddy, expected[0], rtol=CLOSE_F64, atol=CLOSE_F64)
+    np.testing.assert_allclose(dx, expected[1], rtol=CLOSE_F64, atol=CLOSE_F64)
+    of_groups = expected[2].reshape(3, 2).sum(1)
+    np.testing.assert_allclose(dweight, of_groups, rtol=10 * CLOSE_F64, atol=CLOSE_F64)
+    for wrong in (np.ones(6), np.ones(1)):
+        given = (mean, invstd, wrong)
+        message = r"weight must have one value for each of the 3 groups, shape \(3,\)"
+        with pytest.raises(ValueError, match=message):
+            bnfast.group_norm_jvp(ddx, x, *given, axis=axis, per_group=True)
+        with pytest.raises(ValueError, match=message):
+            bnfast.group_norm_double_backward(
+                *(None, None, None, dy, x, *given), axis=axis, per_group=True
+            )
+
+
 def test_any_strides(stem, rng):
     shape = (3, 4, 3, 2)
     of = member(stem, shape, 1)
@@ -221,6 +257,18 @@ def test_empty_batches(stem, shape):
     ddy, dx, dweight = of.double_backward((x, *[weight] * (1 + of.has_mean)), x, x, saved, weight)
     assert ddy.shape == dx.shape == of.jvp(x, x, saved, weight).shape == shape
     np.testing.assert_array_equal(dweight, np.zeros(of.shape))
+
+
+@pytest.mark.parametrize("per_group", [True, False])
+def test_no_channels_have_no_groups(per_group):
+    x, none = np.zeros((3, 0, 2)), np.zeros(0)
+    _, mean, invstd = bnfast.group_norm_forward(x, 2)
+    given = (x, mean, invstd, none)
+    assert bnfast.group_norm_jvp(x, *given, per_group=per_group).shape == x.shape
+    ddy, dx, dweight = bnfast.group_norm_double_backward(
+        x, none, none, x, *given, per_group=per_group
+    )
+    assert (ddy.shape, dx.shape, dweight.shape) == (x.shape, x.shape, (0,))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e308])

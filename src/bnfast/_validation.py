@@ -235,6 +235,12 @@ def channel_parameter(
     return array
 
 
+def of_each_channel(name: str, value: object, channels: int, together: int) -> Array | None:
+    """Return the parameter of each group for each of its channels, or None."""
+    of_groups = channel_parameter(name, value, channels // together, "groups")
+    return None if of_groups is None else np.repeat(of_groups, together)
+
+
 def finite_channel_parameter(
     name: str, value: object, channels: int, called: str = "channels"
 ) -> NDArray[np.float64]:

@@ -183,6 +183,7 @@ def group_norm_jvp(
     weight: Parameter | None = None,
     *,
     axis: int = 1,
+    per_group: bool = False,
 ) -> NDArray[Float]:
     """Return the derivative of group normalization along a direction of its input.
 
@@ -190,8 +191,8 @@ def group_norm_jvp(
     ----------
     dx : array like `x`
         The direction, forward mode's tangent of `x`.
-    x, mean, invstd, weight, axis
-        As in `group_norm_backward`, with a weight for each channel.
+    x, mean, invstd, weight, axis, per_group
+        As in `group_norm_backward`.
 
     Returns
     -------
@@ -219,6 +220,11 @@ def group_norm_jvp(
     >>> bnfast.group_norm_jvp(np.ones_like(x), x, mean, invstd)
     array([[0., 0., 0., 0.]])
     """
+    if _validation.flag("per_group", per_group):
+        _, channels = _validation.channel_axis_of_samples(x, axis)
+        groups = _validation.groups_of_statistics("mean", mean, channels) if channels else 1
+        together = max(channels // groups, 1)
+        weight = _validation.of_each_channel("weight", weight, channels, together)
     return _sample_jvp(dx, x, axis, mean, invstd, weight, grouped=True)
 
 
@@ -497,6 +503,7 @@ def group_norm_double_backward(
     weight: Parameter | None = None,
     *,
     axis: int = 1,
+    per_group: bool = False,
 ) -> tuple[NDArray[Float], NDArray[Float], Parameter]:
     """Return the gradients of `group_norm_backward`: of its dy, x and weight.
 
@@ -505,15 +512,15 @@ def group_norm_double_backward(
     ddx : array like `x`, or None
         The gradient of the loss by dx; None for 0, as for the next two.
     ddweight, ddbias : array (C,) of float32 or float64, or None
-        The gradients of the loss by dweight and dbias.
-    dy, x, mean, invstd, weight, axis
-        What `group_norm_backward` was given, with a weight for each channel.
+        The gradients of the loss by dweight and dbias; of shape (G,) with `per_group`.
+    dy, x, mean, invstd, weight, axis, per_group
+        What `group_norm_backward` was given.
 
     Returns
     -------
     ddy, dx : array like `x`
         The gradients of the loss by `dy`, and by `x`, of which mean and invstd are functions.
-    dweight : array (C,)
+    dweight : array (C,), or (G,) with `per_group`
         The gradient by `weight`, of its dtype, or that of `x` where it is None.
 
     Raises
@@ -542,8 +549,9 @@ def group_norm_double_backward(
     """
     array, channels = _validation.channel_axis_of_samples(x, axis)
     _validation.full_precision("x", array)
-    groups = _validation.groups_of_statistics("mean", mean, channels) if channels else 1
-    return _of_samples(ddx, ddweight, ddbias, dy, array, axis, mean, invstd, weight, groups)
+    groups = _validation.groups_of_statistics("mean", mean, channels) if channels else 0
+    given = ddx, ddweight, ddbias, dy, array, axis, mean, invstd, weight, groups
+    return _of_samples(*given, per_group=_validation.flag("per_group", per_group))
 
 
 @in_default_float_mode
@@ -715,19 +723,23 @@ def _of_samples(
     invstd: object,
     weight: object,
     groups: int,
+    *,
+    per_group: bool = False,
 ) -> tuple[Array, Array, Array]:
     """Return them where a group is channels and all further axes: views (N, G, C / G, ...)."""
     samples, channels = x.shape[0], x.shape[axis]
     together = channels // groups if groups else 1
     inside = (1,) * (x.ndim - 2)
-    for_channels = (1, groups, together, *inside)
+    parameters = groups if per_group else channels
+    broadcast = (1, groups, 1 if per_group else together, *inside)
 
     def arrange(array: Array) -> Array:
         moved = np.moveaxis(array, axis, 1)
         return moved.reshape(samples, groups, together, *moved.shape[2:])
 
     def parameter(name: str, value: object) -> Array | None:
-        return _validation.channel_parameter(name, value, channels)
+        called = "groups" if per_group else "channels"
+        return _validation.channel_parameter(name, value, parameters, called)
 
     def statistic(name: str, value: object) -> Array:
         array = _validation.saved_statistic(name, value, (samples, groups))
@@ -738,17 +750,17 @@ def _of_samples(
     ddy, by_x, by_weight = _second_order.of_groups(
         Upstream(
             _tangent("ddx", ddx, x),
-            _wide(parameter("ddweight", ddweight), for_channels),
-            _wide(parameter("ddbias", ddbias), for_channels),
+            _wide(parameter("ddweight", ddweight), broadcast),
+            _wide(parameter("ddbias", ddbias), broadcast),
         ),
         upstream,
         x,
         Groups(arrange, x.ndim - 1, True),
         statistic("mean", mean),
         statistic("invstd", invstd),
-        _wide(own, for_channels, 1.0),
+        _wide(own, broadcast, 1.0),
     )
-    return ddy, by_x, _rounded(by_weight.reshape(channels), own, x)
+    return ddy, by_x, _rounded(by_weight.reshape(parameters), own, x)
 
 
 def _tangent(name: str, value: object, x: Array) -> Array:

@@ -336,8 +336,8 @@ def group_norm_forward(
         _, channels = _validation.channel_axis_of_samples(x, axis)
         together = _validation.channels_of_group(num_groups, channels)
         reads = {"weight": weight, "bias": bias}
-        weight = _of_channels("weight", weight, channels, together)
-        bias = _of_channels("bias", bias, channels, together)
+        weight = _validation.of_each_channel("weight", weight, channels, together)
+        bias = _validation.of_each_channel("bias", bias, channels, together)
     given = x, axis, weight, bias, eps
     return _primitives.normalize(*given, out=out, over=GROUPS, num_groups=num_groups, reads=reads)
 
@@ -413,7 +413,7 @@ def group_norm_backward(
     array, channels = _validation.channel_axis_of_samples(x, axis)
     groups = _validation.groups_of_statistics("mean", mean, channels) if channels else 1
     together = max(channels // groups, 1)
-    own = _of_channels("weight", weight, channels, together)
+    own = _validation.of_each_channel("weight", weight, channels, together)
     # Float64, so that the gradients of channels are not rounded before they are added up.
     wide = np.ones(channels) if own is None else own.astype(np.float64)
     reads = {"weight": weight}
@@ -424,11 +424,3 @@ def group_norm_backward(
     with np.errstate(all="ignore"):
         dweight, dbias = (g.reshape(-1, together).sum(1).astype(dtype) for g in gradients)
     return dx, dweight, dbias
-
-
-def _of_channels(
-    name: str, value: Parameter | None, channels: int, together: int
-) -> Parameter | None:
-    """Return the parameter of each group for each of its channels."""
-    of_groups = _validation.channel_parameter(name, value, channels // together)
-    return None if of_groups is None else np.repeat(of_groups, together)

@@ -387,7 +387,7 @@ def _copies(mean: Any, variance: Any, eps: float) -> tuple[Array, Array]:
 
 def _of_channels(name: str, parameter: Any, channels: int, together: int) -> Any:
     """Return the parameter of each group for each of its channels."""
-    if _validation.channel_parameter(name, getval(parameter), channels // together) is None:
+    if _validation.of_each_channel(name, getval(parameter), channels, together) is None:
         return None
     return anp.repeat(parameter, together)
 
