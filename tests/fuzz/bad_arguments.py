@@ -113,6 +113,9 @@ MAY_BE_NONE = {
     "running_mean",
     "running_var",
     "running_matrix",
+    "ddx",
+    "ddweight",
+    "ddbias",
 }
 
 
@@ -174,7 +177,7 @@ def _wrong_arrays(call: Call, name: str, good: np.ndarray) -> list[Any]:
         found.append(_overlapping(good))
     if name not in MAY_BE_NONE or name in call.updated:
         found.append(None)
-    if name == "dy" and name != call.inputs[-1]:
+    if name in ("dy", "dx", "ddx") and name != call.inputs[-1]:
         found.append(good.astype(np.float32 if good.dtype == np.float64 else np.float64))
     return found
 

@@ -7,11 +7,14 @@ from collections.abc import Callable
 
 from fuzz import calls_of_averages as averages
 from fuzz import calls_of_batches as batches
+from fuzz import calls_of_derivatives as derivatives
 from fuzz import calls_of_rows as rows
 from fuzz import calls_of_samples as samples
 from fuzz import calls_of_weights as weights
 from fuzz import calls_of_whitening as whitening
 from fuzz.call import Call, Random
+
+_DIFFERENTIATED = ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm")
 
 # What draws the calls of several functions is told which.
 OF_SEVERAL: dict[Callable[[Random, str], Call], tuple[str, ...]] = {
@@ -21,6 +24,8 @@ OF_SEVERAL: dict[Callable[[Random, str], Call], tuple[str, ...]] = {
     batches.batch_norm_halves: ("batch_norm_backward_sums", "batch_norm_backward_input"),
     batches.renorm: ("batch_renorm", "batch_renorm_forward"),
     averages.moving_average: ("moving_average_batch_norm", "moving_average_batch_norm_forward"),
+    derivatives.jvp: tuple(f"{stem}_jvp" for stem in _DIFFERENTIATED),
+    derivatives.double_backward: tuple(f"{stem}_double_backward" for stem in _DIFFERENTIATED),
     samples.group_norm: ("group_norm", "group_norm_forward", "instance_norm_forward"),
     samples.group_norm_backward: ("group_norm_backward", "instance_norm_backward"),
     samples.response: ("filter_response_norm", "filter_response_norm_forward"),

@@ -10,7 +10,7 @@ from fuzz import draws, oracle
 from fuzz.call import Array, Call, Expected, Random, many, one, pair, upstream, wide
 
 
-def _of_rows(rng: Random) -> tuple[Array, dict[str, Any], oracle.Fold]:
+def of_rows(rng: Random) -> tuple[Array, dict[str, Any], oracle.Fold]:
     """An input, with the arguments that say which axes make a row."""
     ndim = int(rng.integers(1, 7))
     x = draws.values(rng, draws.shape(rng, ndim, ndim, (ndim - 1, 1)), draws.dtype(rng))
@@ -38,7 +38,7 @@ def _row_eps(rng: Random, rms: bool, dtype: np.dtype) -> tuple[Any, float]:
 
 
 def row_norm(rng: Random, name: str) -> Call:
-    x, how, fold = _of_rows(rng)
+    x, how, fold = of_rows(rng)
     rms, forward = name.startswith("rms"), name.endswith("forward")
     weight, bias = pair(rng, fold.parameter_shape)
     eps, number = _row_eps(rng, rms, x.dtype)
@@ -61,7 +61,7 @@ def row_norm(rng: Random, name: str) -> Call:
 
 
 def row_norm_backward(rng: Random, name: str) -> Call:
-    x, how, fold = _of_rows(rng)
+    x, how, fold = of_rows(rng)
     rms = name.startswith("rms")
     dy, weight = upstream(rng, x), draws.parameter(rng, fold.parameter_shape)
     found = oracle.forward(x, fold, None, None, draws.eps(rng), not rms)

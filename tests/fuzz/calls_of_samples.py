@@ -53,7 +53,7 @@ def instance_norm(rng: Random) -> Call:
     return Call("instance_norm", arguments, expect, one, ("x",), ("x",), changed, axis)
 
 
-def _of_samples(rng: Random, kind: str) -> tuple[Array, dict[str, Any], oracle.Fold]:
+def of_samples(rng: Random, kind: str) -> tuple[Array, dict[str, Any], oracle.Fold]:
     """An input of instance or group normalization, with the arguments that say its fold."""
     if kind == "instance":
         x, axis = draw_x(rng, first=1)
@@ -66,7 +66,7 @@ def _of_samples(rng: Random, kind: str) -> tuple[Array, dict[str, Any], oracle.F
 
 
 def group_norm(rng: Random, name: str) -> Call:
-    x, how, fold = _of_samples(rng, name.partition("_")[0])
+    x, how, fold = of_samples(rng, name.partition("_")[0])
     weight, bias = pair(rng, fold.parameter_shape)
     eps = draws.eps(rng)
     arguments: dict[str, Any] = {"x": x}
@@ -86,7 +86,7 @@ def group_norm(rng: Random, name: str) -> Call:
 
 
 def group_norm_backward(rng: Random, name: str) -> Call:
-    x, how, fold = _of_samples(rng, name.partition("_")[0])
+    x, how, fold = of_samples(rng, name.partition("_")[0])
     how.pop("num_groups", None)
     dy, weight = upstream(rng, x), draws.parameter(rng, fold.parameter_shape)
     found = oracle.forward(x, fold, None, None, draws.eps(rng))

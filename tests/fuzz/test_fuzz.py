@@ -1,6 +1,7 @@
 """A short part of the fuzzer's cases, the same in every run; and the fuzzer sees what is wrong."""
 
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -34,20 +35,15 @@ def test_nothing_is_wrong(kind, name):
         assert not outcome.complaints, run.report(number, outcome)
 
 
-# Not drawn: what has a window, which is no array, and arrays alone the fuzzer places in memory; and
-# what has no oracle in the fuzzer. Both have their own tests, and those of all public calls.
+# Not drawn: what has a window, which is no array, and arrays alone the fuzzer places in memory. It
+# has its own tests, and those of all public calls.
 NOT_DRAWN = "cross_iteration"
-FORMS_NOT_DRAWN = ("jvp", "double_backward")
 LAYERS_NOT_DRAWN = {"CrossIterationBatchNorm"}
 
 
 def test_the_cases_are_of_all_functions_and_layers():
     functions = {name for name in functional.__all__ if name[0].islower()}
-    assert set(CALLS) == {
-        name
-        for name in functions
-        if not name.startswith(NOT_DRAWN) and not name.endswith(FORMS_NOT_DRAWN)
-    }
+    assert set(CALLS) == {name for name in functions if not name.startswith(NOT_DRAWN)}
     layers = {name for name in bnfast.__all__ if hasattr(getattr(bnfast, name), "load_state_dict")}
     assert set(LAYERS) == layers - LAYERS_NOT_DRAWN
 
@@ -83,6 +79,22 @@ def test_a_wrong_gradient_is_reported(monkeypatch):
 
     replaced(monkeypatch, "group_norm_backward", change)
     assert "dweight" in complaints("values", "group_norm_backward")
+
+
+@pytest.mark.parametrize(
+    ("form", "place"), [("jvp", 0), *(("double_backward", n) for n in range(3))]
+)
+def test_a_wrong_derivative_is_reported(monkeypatch, form, place):
+    def change(right, *arguments, **keywords):
+        found = right(*arguments, **keywords)
+        for array in [found] if form == "jvp" else [found[place]]:
+            array *= 1 + 1e-4
+        return found
+
+    name = f"group_norm_{form}"
+    replaced(monkeypatch, name, change)
+    wrong = "dy" if form == "jvp" else ("ddy", "dx", "dweight")[place]
+    assert re.search(rf"^{wrong}\[.* allowed", complaints("values", name), re.MULTILINE)
 
 
 def test_other_bits_are_reported(monkeypatch):
