@@ -87,6 +87,7 @@ NEGATIVE_EPS = (
     "instance",
     "ghost",
     "conditional",
+    "cross",
     "weight",
     "scaled",
     "filter",
@@ -152,6 +153,8 @@ def wrong_values(call: Call, name: str) -> list[Any]:
         return ["mean", None, 3, b"whitening", ["whitening"], object()]
     if name == "saved":
         return [None, 3, "saved", (), tuple(good), {}]
+    if name == "window":
+        return [None, 3, "text", {1}, [None], [()], *_wrong_windows(good)]
     if name == "sigma":
         return [None, "1", 1j, [1.0, 2.0], object()]
     if name == "out":
@@ -161,6 +164,19 @@ def wrong_values(call: Call, name: str) -> list[Any]:
     if isinstance(good, np.ndarray):
         return _wrong_arrays(call, name, good)
     return []
+
+
+def _wrong_windows(good: list[Any]) -> list[Any]:
+    """Windows of which one array of one iteration is wrong, and one iteration by itself."""
+    if not good:
+        return []
+    *others, last = good
+    made = [
+        [*others, last._replace(**{field: wrong(array)})]
+        for field, array in last._asdict().items()
+        for wrong in (*OF_ARRAYS, *OF_SHAPES)
+    ]
+    return [*made, last]
 
 
 def _wrong_arrays(call: Call, name: str, good: np.ndarray) -> list[Any]:
@@ -190,6 +206,7 @@ PAIRS = {
     ),
     "axis": ("axis", "normalized_shape"),
     "normalized_shape": ("axis", "normalized_shape"),
+    "window": ("window", "filters"),  # a window needs filters, whatever is in it
     "mean": ("mean", "invstd", "num_groups"),  # the first says how many groups there are
 }
 

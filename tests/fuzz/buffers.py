@@ -208,4 +208,6 @@ def described(value: Any, buffer: Buffer | None = None) -> str:
         return f"<{view.dtype} {view.shape}, {buffer.kind}, strides {view.strides}>"
     if isinstance(value, np.ndarray):
         return f"<{value.dtype} {value.shape}>"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(described, value))}]"
     return repr(value)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from fuzz import calls_of_averages as averages
 from fuzz import calls_of_batches as batches
+from fuzz import calls_of_cross_iteration as cross_iteration
 from fuzz import calls_of_derivatives as derivatives
 from fuzz import calls_of_rows as rows
 from fuzz import calls_of_samples as samples
@@ -24,6 +25,9 @@ OF_SEVERAL: dict[Callable[[Random, str], Call], tuple[str, ...]] = {
     batches.batch_norm_halves: ("batch_norm_backward_sums", "batch_norm_backward_input"),
     batches.renorm: ("batch_renorm", "batch_renorm_forward"),
     averages.moving_average: ("moving_average_batch_norm", "moving_average_batch_norm_forward"),
+    cross_iteration.cross_iteration: (
+        *("cross_iteration_batch_norm", "cross_iteration_batch_norm_forward"),
+    ),
     derivatives.jvp: tuple(f"{stem}_jvp" for stem in _DIFFERENTIATED),
     derivatives.double_backward: tuple(f"{stem}_double_backward" for stem in _DIFFERENTIATED),
     samples.group_norm: ("group_norm", "group_norm_forward", "instance_norm_forward"),
@@ -58,6 +62,7 @@ CALLS: dict[str, Callable[[Random], Call]] = {
     "ghost_batch_norm_backward": batches.ghost_backward,
     "batch_renorm_backward": batches.renorm_backward,
     "moving_average_batch_norm_backward": averages.moving_average_backward,
+    "cross_iteration_batch_norm_backward": cross_iteration.cross_iteration_backward,
     "instance_norm": samples.instance_norm,
     "filter_response_norm_backward": samples.response_backward,
     "weight_norm_backward": weights.weight_norm_backward,

@@ -35,15 +35,14 @@ def test_nothing_is_wrong(kind, name):
         assert not outcome.complaints, run.report(number, outcome)
 
 
-# Not drawn: what has a window, which is no array, and arrays alone the fuzzer places in memory. It
-# has its own tests, and those of all public calls.
-NOT_DRAWN = "cross_iteration"
+# Not drawn: the layer whose calls need the filters and the inputs of the layer before it. It has
+# tests of its own; the functions that it calls are drawn.
 LAYERS_NOT_DRAWN = {"CrossIterationBatchNorm"}
 
 
 def test_the_cases_are_of_all_functions_and_layers():
     functions = {name for name in functional.__all__ if name[0].islower()}
-    assert set(CALLS) == {name for name in functions if not name.startswith(NOT_DRAWN)}
+    assert set(CALLS) == functions
     layers = {name for name in bnfast.__all__ if hasattr(getattr(bnfast, name), "load_state_dict")}
     assert set(LAYERS) == layers - LAYERS_NOT_DRAWN
 
@@ -95,6 +94,15 @@ def test_a_wrong_derivative_is_reported(monkeypatch, form, place):
     replaced(monkeypatch, name, change)
     wrong = "dy" if form == "jvp" else ("ddy", "dx", "dweight")[place]
     assert re.search(rf"^{wrong}\[.* allowed", complaints("values", name), re.MULTILINE)
+
+
+def test_wrong_statistics_of_a_window_are_reported(monkeypatch):
+    def change(right, *arguments, **keywords):
+        y, saved = right(*arguments, **keywords)
+        return y, saved._replace(invstd=saved.invstd * (1 + 1e-5 * (saved.iterations > 1)))
+
+    replaced(monkeypatch, "cross_iteration_batch_norm_forward", change)
+    assert "invstd[" in complaints("values", "cross_iteration_batch_norm_forward")
 
 
 def test_other_bits_are_reported(monkeypatch):
