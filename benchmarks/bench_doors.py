@@ -1,6 +1,6 @@
 """What bnfast gains within other libraries: the table of docs/README.md.
 
-``python benchmarks/make_doors.py`` measures and prints it, and writes it with ``--write``. Each
+``python benchmarks/bench_doors.py`` measures and prints it, and writes it with ``--write``. Each
 library is measured in a process of its own, with one thread, in CPU time where nothing else is said
 in its benchmark; pytest runs the quick measurements once.
 """
