@@ -375,6 +375,19 @@ def test_other_layers_are_those_of_keras(keras, rng, name):
         assert layer.bias_grad.sum() == pytest.approx(x.size)
 
 
+def test_an_accelerated_layer_of_keras_is_taken_and_a_patched_one_refused(keras, rng):
+    if keras.config.backend() != "numpy":
+        pytest.skip("bnfast accelerates Keras's NumPy backend alone")
+    from bnfast.integrations.keras import accelerate
+
+    layer = built(keras.layers.BatchNormalization(epsilon=1e-4), (2, 3), rng)
+    accelerate(layer)
+    assert bnfast.BatchNorm.from_keras(layer).eps == 1e-4
+    layer.call = lambda x: 2 * x
+    with pytest.raises(TypeError, match="BatchNormalization, which has a call of its own and may"):
+        bnfast.BatchNorm.from_keras(layer)
+
+
 def test_what_keras_computes_and_bnfast_does_not_is_refused(keras, rng):
     layers = keras.layers
     with pytest.warns(UserWarning, match="rms_scaling"):

@@ -73,10 +73,12 @@ class FrameworkLayer:
         ]
         why = f", for {' or '.join(takers)}" if takers else ""
         if own is not None:
-            computes = next(c for c in classes if kinds.method in vars(c))
-            # What bnfast.integrations makes of a class computes the same.
-            is_theirs = issubclass(own, computes) or computes.__module__.startswith("bnfast.")
-            if is_theirs and kinds.method not in vars(self._value):
+            of_class = next(c for c in classes if kinds.method in vars(c))
+            computes = vars(self._value).get(kinds.method, of_class)
+            is_theirs = computes is of_class and issubclass(own, of_class)
+            # What bnfast.integrations makes of a class or an object computes the same.
+            is_ours = str(getattr(computes, "__module__", "")).startswith("bnfast.")
+            if is_theirs or is_ours:
                 return
             why = f", which has a {kinds.method} of its own and may compute something else"
         raise TypeError(f"{self._argument} must be {self._wanted()}, got {self._described()}{why}")
