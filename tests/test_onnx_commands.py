@@ -361,11 +361,14 @@ def test_statistics_in_constants_of_numbers(recalibrate, command, rng):
     assert (layer["mean"], layer["computed"]) == ([0, 1, 2], None)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_statistics_that_a_caller_may_give_get_new_defaults(recalibrate, rng, shared):
+@pytest.mark.parametrize("more", ["y = Identity (b)", "y = Add (b, mean_n)", "behind Identity"])
+def test_statistics_that_a_caller_may_give_get_new_defaults(recalibrate, rng, more):
     """As exporters write them that keep initializers as inputs."""
-    node = "b = BatchNormalization (x, scale_n, bias_n, mean_n, var_n) y = Identity (b)"
-    model = of_one_layer(rng, node.replace("Identity (b)", "Add (b, mean_n)") if shared else node)
+    nodes = f"b = BatchNormalization (x, scale_n, bias_n, mean_n, var_n) {more}"
+    if more == "behind Identity":
+        nodes = """mean = Identity (mean_n) b = BatchNormalization (x, scale_n, bias_n, mean, var_n)
+                   y = Identity (b)"""
+    model = of_one_layer(rng, nodes)
     for tensor in model.graph.initializer:
         kind = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
         model.graph.input.append(kind)
@@ -374,9 +377,10 @@ def test_statistics_that_a_caller_may_give_get_new_defaults(recalibrate, rng, sh
     assert printed["left"] == []
     assert new.graph.input == model.graph.input
     found = initializers(new)
-    check_statistics(*(found[name] for name in new.graph.node[0].input[3:]), x)
+    (node,) = (node for node in new.graph.node if node.op_type == "BatchNormalization")
+    check_statistics(*(found[name] for name in node.input[3:]), x)
     np.testing.assert_array_equal(
-        found["mean_n"] == initializers(model)["mean_n"], np.full(3, shared)
+        found["mean_n"] == initializers(model)["mean_n"], np.full(3, more != "y = Identity (b)")
     )
     (b,) = values_of(new, ["b"], {"x": x})
     scale, bias = (initializers(model)[f"{name}_n"].astype(float) for name in ("scale", "bias"))

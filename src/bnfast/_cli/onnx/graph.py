@@ -194,6 +194,8 @@ class Graph:
         producer = self._producers.get(name)
         if producer is not None and is_operator(producer, "Constant", "Identity"):
             self.remove(producer)
+        if name in self._inputs and not self._is_fixed(name):
+            return  # which a caller may go on to give
         if self._initializers.pop(name, None) is not None:
             _remove_named(self._proto.initializer, name)
             _remove_named(self._proto.input, name)
