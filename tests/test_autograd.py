@@ -396,6 +396,11 @@ def test_parameters_of_another_dtype(member, rng):
     assert tangent.dtype == np.float32
 
 
+def test_a_gradient_through_a_cast_has_the_dtype_from_before():
+    vjp, _ = make_vjp(lambda w: integration._cast(w, np.float64))(np.ones(3, np.float32))
+    assert vjp(np.ones(3)).dtype == np.float32
+
+
 def test_any_strides(member, rng):
     arguments = member.arguments(rng)
     strided = [np.repeat(a, 2, axis=-1)[..., ::2] for a in arguments]

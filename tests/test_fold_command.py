@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 from bnfast._cli.onnx import model_file  # noqa: E402
+from bnfast._cli.onnx.folds import fold_all  # noqa: E402
 from bnfast.integrations.onnx import NORM_OPS  # noqa: E402
 
 CHANNELS = 4
@@ -408,6 +409,21 @@ def test_what_cannot_be_folded_stays_as_it_is_with_a_reason(fold, build):
     assert list(results(text).values()) == [f"stays: {STAYS[build]}"]
     assert "0 of 1 batch norms folded" in text and "differ by at most 0 of" in text
     assert onnx.load("out.onnx") == model
+
+
+def test_batch_norm_of_elements_in_old_opsets_stays(fold):
+    builder = Builder(shape=(2, 144)).node("Identity")
+    model = gemm(False, (3,))(builder).norm(3, spatial=0).model(opset=7)
+    assert results(fold(model))["bn"].startswith("stays: each element has statistics of its own")
+
+
+def test_batch_norm_in_training_in_old_opsets_stays(tmp_path):
+    """Its other outputs say so. onnxruntime refuses it, so it is looked at before that."""
+    builder = Builder().conv()
+    builder.norm(outputs=["bn_y", "mean", "var", "saved_mean", "saved_var"])
+    path = save(builder.model(opset=9), tmp_path / "model.onnx")
+    (verdict,) = fold_all(model_file.ModelFile(path))
+    assert (verdict.folded, verdict.text) == (False, "stays: it is in training mode")
 
 
 def test_what_does_not_stay_finite_stays(fold):

@@ -203,6 +203,7 @@ def test_data_in_folders_and_several_files(recalibrate, rng):
     Path("folder").mkdir()
     np.save("folder/1.npy", x[:5].astype(np.float64))  # rounded to what the model takes
     np.savez("folder/2.npz", whatever=x[5:20])
+    np.save("folder/3.npy", x[:0])
     Path("folder/notes.txt").touch()
     np.savez_compressed("rest.npz", x=x[20:], other=np.zeros(3))
     model = network(rng)
@@ -255,6 +256,21 @@ def test_inputs_have_their_names_and_those_that_lead_nowhere_are_not_asked_for(r
     np.testing.assert_allclose(
         initializers(new)["mean_n"], exact.mean(0), rtol=RECALIBRATED, atol=RECALIBRATED / 10
     )
+
+
+def test_inputs_have_as_many_samples_each(command, rng):
+    arrays = {"table": rng.normal(size=(9, 3)).astype(np.float32), "one": np.array([1])}
+    model = add(parser.parse_model(TWO_INPUTS), arrays | parameters(rng, "n", 3))
+    onnx.save(model, "model.onnx")
+    np.savez("data.npz", first=np.zeros((20, 3), np.float32), second=np.zeros((19, 2), np.int64))
+    arguments = ("recalibrate", "model.onnx", "--data", "data.npz", "-o", "new.onnx")
+    message = command(*arguments, fails=True)
+    assert "data.npz: expected as many samples of each input, got [19, 20]" in message
+    for number, value in enumerate(model.graph.input[:2]):
+        value.type.tensor_type.shape.dim[0].dim_value = 4 + number
+    onnx.save(model, "model.onnx")
+    message = command(*arguments, fails=True)
+    assert "inputs: expected the same number of samples in all, got 4 and 5" in message
 
 
 def of_one_layer(rng, node, kind="float[N, 3] x", more="", opset=15, ir=8, arrays=None):
@@ -820,6 +836,15 @@ def test_other_normalizations_and_inner_graphs(command):
         "function normalized",
     ]
     assert layers[7]["computed"] == "w is an input"
+
+
+def test_functions_have_operators_of_their_own_opset(command):
+    text = OTHERS.replace(
+        '<domain: "own", opset_import: ["": 23]>', '<domain: "own", opset_import: ["": 16]>'
+    )
+    arrays = {"four": np.ones(4, np.float32), "eight": np.ones(8, np.float32)}
+    onnx.save(add(parser.parse_model(text), arrays), "model.onnx")
+    assert [layer["opset"] for layer in inspected(command)[6:]] == [23, 16]
 
 
 def test_sparse_statistics_are_called_so(command, rng):
