@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from bnfast._cli.failure import Failure
 from bnfast._cli.onnx.folds import Verdict, fold_all
 from bnfast._cli.onnx.inference import Session, inputs_of
 from bnfast._cli.onnx.model_file import ModelFile
+from bnfast._cli.onnx.text_table import text_table
 
 
 def run(options: Namespace) -> int:
@@ -57,7 +54,7 @@ def _folded(path: Path, output: Path, data: Path | None, tolerance: float | None
         f"{folded} of {len(verdicts)} batch norms folded. Outputs differ by at most {difference}. "
         f"The model is in {output}."
     )
-    return f"{_table(verdicts)}\n{summary}" if verdicts else summary
+    return f"{_table(verdicts)}\n\n{summary}" if verdicts else summary
 
 
 def _check_outputs(outputs: dict[str, Any], run: str, hint: str) -> None:
@@ -122,14 +119,12 @@ def _allowed(dtype: np.dtype[Any]) -> float:
 
 
 def _table(verdicts: list[Verdict]) -> str:
-    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    table.add_column("batch norm", overflow="fold")
-    table.add_column("channels", justify="right")
-    table.add_column("result", overflow="fold")
-    for verdict in verdicts:
-        channels = "" if verdict.channels is None else f"{verdict.channels:,}"
-        table.add_row(Text(verdict.name), channels, Text(verdict.text))
-    console = Console(width=None if sys.stdout.isatty() else 10_000)  # elsewhere a row is a line
-    with console.capture() as captured:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines())
+    rows = [
+        (
+            verdict.name,
+            "" if verdict.channels is None else f"{verdict.channels:,}",
+            verdict.text,
+        )
+        for verdict in verdicts
+    ]
+    return text_table(("batch norm", "channels", "result"), rows, ("batch norm", "result"))

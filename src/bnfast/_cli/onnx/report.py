@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,24 +68,9 @@ def _finite(value: Any) -> Any:
 
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], end: str) -> str:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from bnfast._cli.onnx.text_table import text_table  # needs rich, which JSON does not
 
-    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for heading in headings:
-        is_text = heading in ("layer", "kind", "unusual", "can be folded")
-        table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    # Elsewhere than on a terminal, a row is a line.
-    console = Console(width=None if sys.stdout.isatty() else 10_000)
-    with console.capture() as captured:
-        for part in (Text(title), table, Text(end)):
-            console.print(part)
-    lines = (line.rstrip() for line in captured.get().splitlines())
-    return "\n".join(lines).strip("\n")
+    return text_table(headings, rows, ("layer", "kind", "unusual", "can be folded"), title, end)
 
 
 def _kind(operator: str) -> str:
