@@ -21,6 +21,9 @@ MACHINE = sysconfig.get_platform().rpartition("-")[2]  # honours cross builds
 # What each variant is compiled with. Every instruction set named here has its bit in
 # cpu_features.c: change both or neither.
 X86_64 = ["-march=x86-64"]  # undoes a user's CFLAGS=-march=native in every variant
+# GCC moves pairs of pointers by way of MMX registers, and so leaves the x87 unit in disorder, which
+# computes what is of long double.
+X86_64 += ["-mno-mmx"]
 AVX2 = [*X86_64, "-mavx2", "-mf16c"]
 AVX512 = [
     *AVX2,

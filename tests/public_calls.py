@@ -68,7 +68,8 @@ def public_calls(x, dy, weight, bias):
     def forward_and_tracked():
         running = bias.copy(), positive.copy()
         tracks = {"running_mean": running[0], "running_var": running[1]}
-        return [*f.batch_norm_forward(x, weight, bias, **tracks), *running]
+        y = f.batch_norm_forward(x, weight, bias, activation="relu6", residual=dy)[0]
+        return [*f.batch_norm_forward(x, weight, bias, **tracks), *running, y]
 
     def conditional():
         running = bias.copy(), positive.copy()
@@ -100,13 +101,15 @@ def public_calls(x, dy, weight, bias):
         return [y, *running, f.cross_iteration_batch_norm(x, *running, *given)]
 
     response = {"learned_eps": positive}
+    fused = {"activation": "silu", "residual": dy}
     two = {"num_groups": 2}
     return {
-        "batch_norm": lambda: tracked(f.batch_norm),
+        "batch_norm": lambda: [*tracked(f.batch_norm), *tracked(f.batch_norm, **fused)],
         "batch_norm_forward": forward_and_tracked,
         "batch_norm_backward": lambda: [
             *f.batch_norm_backward(dy, x, *saved["batch_norm"], weight),
             *f.batch_norm_backward(dy, x, *saved["batch_norm"], training=False),
+            *f.batch_norm_backward(dy, x, *saved["batch_norm"], weight, bias=bias, **fused),
         ],
         "batch_norm_backward_sums": lambda: f.batch_norm_backward_sums(dy, x, *saved["batch_norm"]),
         "batch_norm_backward_input": lambda: f.batch_norm_backward_input(
@@ -151,7 +154,10 @@ def public_calls(x, dy, weight, bias):
             dy, x, *saved["instance_norm"], weight
         ),
         "group_norm": lambda: f.group_norm(x, 2, weight, bias),
-        "group_norm_forward": lambda: f.group_norm_forward(x, 2, weight, bias),
+        "group_norm_forward": lambda: [
+            *f.group_norm_forward(x, 2, weight, bias),
+            *f.group_norm_forward(x, 2, weight, bias, activation="hardswish"),
+        ],
         "group_norm_jvp": lambda: f.group_norm_jvp(dy, x, *saved["group_norm"], weight),
         "group_norm_double_backward": lambda: f.group_norm_double_backward(
             x, weight, bias, dy, x, *saved["group_norm"], weight

@@ -11,7 +11,7 @@ import bnfast
 from bnfast import _primitives
 from bnfast._primitives import BATCH, GROUPS, PER_SAMPLE, Activation, Reduction
 
-CLAMP = Activation("clamp", "least")
+CLAMP = Activation("piecewise", "least", closed=True)
 RESPONSES = Reduction(per_sample=True, centred=False)
 EPS = 1e-5
 

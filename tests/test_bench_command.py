@@ -120,7 +120,8 @@ def test_all_arrays_begin_at_the_offset(normalization, offset, dtype):
         for choice, expected in (({"offset": offset}, offset), ({}, 16)):
             data = make_data(normalization, (4, 6, 5, 7), layout, dtype, **choice)
             large = [a for a in vars(data).values() if getattr(a, "size", 0) == data.x.size]
-            assert len(large) == (1 if normalization == "moments" else 3)
+            arrays = {"moments": 1, "batch-relu": 4, "batch-add-relu": 5}
+            assert len(large) == arrays.get(normalization, 3)
             assert begin(*large, data.empty((3, 5))) == {expected}
             assert data.empty((3, 5)).dtype == dtype
 
@@ -654,7 +655,7 @@ def test_every_normalization_measures_its_own_operations(run):
         normalizations=("batch", *FAMILY), operations=("training", "forward"), shapes="4x32x2x2"
     )
     assert {name: {ops for _, _, ops in selection.cells_of(name)} for name in NORMALIZATIONS} == {
-        "batch": {("training",)},
+        **{name: {("training",)} for name in ("batch", *rivals.ACTIVATED)},
         **{name: {("forward",)} for name in FAMILY},
         "moments": {()},
     }
@@ -827,7 +828,7 @@ def test_a_missing_rival_is_said_with_the_way_to_get_it(monkeypatch):
 
 
 def test_a_rival_that_is_there_for_one_of_them_is_not_chosen_for_the_others(monkeypatch):
-    missing = rivals.Peer("Absent", "absent", "Absent", ("no-such-package",), only="moments")
+    missing = rivals.Peer("Absent", "absent", "Absent", ("no-such-package",), only=("moments",))
     monkeypatch.setitem(rivals.PEERS, "absent", missing)
     assert "numpy-float64" not in rivals.choose(None, ("batch", "layer"))
     assert "numpy-float64" in rivals.choose(None, ("batch", "moments"))
@@ -1024,6 +1025,12 @@ def test_it_says_what_is_missing(tmp_path):
 
 def not_offered(peer, dtype, normalization, operation, layout):
     """What a rival has not, as it is installed here."""
+    activated = normalization in rivals.ACTIVATED
+    if rivals.PEERS[peer].only == rivals.ACTIVATED:
+        return not activated
+    if activated:
+        fuses = normalization == "batch-relu" and peer.startswith("onednn") and dtype == "float32"
+        return peer != "pytorch" and not fuses
     if rivals.PEERS[peer].only:
         return normalization != "moments" or (peer, dtype) == ("numpy-float64", "float64")
     if normalization == "moments":

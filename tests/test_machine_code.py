@@ -146,6 +146,13 @@ def test_no_fused_multiply_add():
             assert not bad, (name, bad)
 
 
+def test_nothing_uses_registers_that_x87_shares():
+    """What moves by way of MMX makes NaN of the next arithmetic in long double."""
+    for source, made in functions().items():
+        for name, code in made.values():
+            assert not [i for i in code if re.search(r"%mm[0-7]", i)], (source, name)
+
+
 def test_no_kernel_changes_the_float_mode():
     for source, made in functions().items():
         if source.startswith("variant_"):

@@ -78,6 +78,11 @@ FINITE_DIFFERENCES = 1e-7
 # each order multiplies the roundings of the one before by invstd and a few sums.
 HIGHER_DERIVATIVES = 1e-10
 
+# silu and hardswish, in ulps: a quotient of a sum of a power, which is rounded twice. Their
+# gradients: of dz, which has as many, and of sums of it, relative to the largest terms.
+CURVE_ULPS = 3
+CURVE_GRADIENT = 64
+
 # What `recalibrate` promises of statistics against NumPy's in float64.
 RECALIBRATED = 1e-6
 

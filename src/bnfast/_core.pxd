@@ -23,7 +23,15 @@ cdef extern from "kernels.h" nogil:
 
     ctypedef enum bn_activation:
         BN_no_activation
+        BN_activation_piecewise
         BN_ACTIVATIONS
+
+    ctypedef struct bn_activated:
+        bn_activation kind
+        double slope
+        double floor
+        double ceiling
+        int closed
 
     ctypedef enum bn_layout:
         BN_contiguous
@@ -73,8 +81,10 @@ cdef extern from "plan.h" nogil:
         BN_ELEMENT_WEIGHT
         BN_ELEMENT_BIAS
         BN_MASK
+        BN_RESIDUAL
         BN_Y
         BN_DX
+        BN_DRESIDUAL
         BN_MAX_AXES
 
     ctypedef struct bn_operand:
@@ -131,7 +141,7 @@ cdef class Plan:
 
 
 cdef class Activation:
-    cdef bn_activation c
+    cdef bn_activated c
     cdef readonly str parameter
 
 
@@ -159,16 +169,16 @@ cdef int summary(
 cdef int normalize(
     Plan plan, x, y, weight, bias, double eps, mean, invstd, m2, size_t per_group,
     bint centred, running_mean, running_var, double momentum, double correction,
-    Activation activation, activation_parameter, channel_eps, int threads
+    Activation activation, floors, channel_eps, int threads, residual=*
 ) except -1
 cdef int scale_shift(
     Plan plan, x, y, weight, bias, double eps, mean, variance, bint of_samples,
-    Evaluation evaluation, int threads
+    Evaluation evaluation, int threads, Activation activation=*, residual=*
 ) except -1
 cdef int gradient(
     Plan plan, x, dy, dx, weight, mean, invstd, dweight, dbias, size_t per_group,
-    bint constant_statistics, bias, Activation activation, activation_parameter,
-    dactivation_parameter, sum_activation, sum_dy, sum_dy_xhat, int threads
+    bint constant_statistics, bias, Activation activation, floors, dfloors, sum_activation, sum_dy,
+    sum_dy_xhat, int threads, residual=*, y=*, dresidual=*
 ) except -1
 cdef int parameter_gradient(sums, gradient) except -1
 cdef int gradient_of_samples(

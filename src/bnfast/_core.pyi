@@ -24,7 +24,18 @@ class Plan:
 
 class Activation:
     parameter: str
-    def __init__(self, kernels: str, parameter: str) -> None: ...
+    is_curve: bool
+    is_invertible: bool
+    def __init__(
+        self,
+        kind: str,
+        parameter: str = "parameter",
+        *,
+        slope: float = 1.0,
+        floor: float = 0.0,
+        ceiling: float = ...,
+        closed: bool = False,
+    ) -> None: ...
 
 class Evaluation:
     @property

@@ -32,7 +32,7 @@ _STORED = {
 _HALVES = {"f16": BN_f16, "bf16": BN_bf16}
 
 # Operands of the type that the data is stored in; others have that of the arithmetic, or a mask's.
-_DATA = (BN_X, BN_DY, BN_Y, BN_DX)
+_DATA = (BN_X, BN_DY, BN_RESIDUAL, BN_Y, BN_DX, BN_DRESIDUAL)
 
 
 _ACTIVATIONS = {
@@ -44,10 +44,28 @@ _ACTIVATIONS = {
 cdef class Activation:
     """What follows a normalization: immutable."""
 
-    def __init__(self, str kernels, str parameter):
-        """Of the activation of this name in kernel_list.h; users know its parameter by its own."""
-        self.c = <bn_activation><int>_ACTIVATIONS[kernels]
+    def __init__(
+        self, str kind, str parameter="parameter", *, double slope=1.0, double floor=0.0,
+        double ceiling=float("inf"), bint closed=False
+    ):
+        """Of a kind in kernels.h: a curve, or "piecewise" linear, as kernels.h says (bn_activated).
+
+        Channels may have a floor each, called `parameter` in messages; 0 without a floor of theirs.
+        """
+        self.c.kind = <bn_activation><int>_ACTIVATIONS[kind]
+        self.c.slope, self.c.floor, self.c.ceiling = slope, floor, ceiling
+        self.c.closed = closed
         self.parameter = parameter
+
+    @property
+    def is_curve(self):
+        """Whether the gradient needs more than the output."""
+        return self.c.kind != BN_activation_piecewise
+
+    @property
+    def is_invertible(self):
+        """Whether the output says on which side of its bounds the input was."""
+        return not self.is_curve and self.c.slope > 0.0
 
 
 cdef bn_plan _plan_in_c(plan, roles, stored, size_t stored_itemsize):
@@ -252,7 +270,7 @@ cdef int summary(
 cdef int normalize(
     Plan plan, x, y, weight, bias, double eps, mean, invstd, m2, size_t per_group,
     bint centred, running_mean, running_var, double momentum, double correction,
-    Activation activation, activation_parameter, channel_eps, int threads
+    Activation activation, floors, channel_eps, int threads, residual=None
 ) except -1:
     """Write y, mean and invstd (float64) from the statistics of x, and update the running ones.
 
@@ -262,7 +280,8 @@ cdef int normalize(
     Mean and invstd have one value for each channel of each repeat, or for each group of `per_group`
     neighbours; m2, which may be None as the mean of channels may, for each channel. The running
     variance takes m2 / (count - correction), averaged over the repeats as the mean is. Channels may
-    have a parameter of the activation (0 for None), and an eps of their own besides.
+    have a floor of the activation, and an eps of their own besides. A residual, which may be None,
+    is added before the activation.
     """
     cdef bn_plan *c = &plan.c
     cdef bn_job job = _new_job(c)
@@ -272,16 +291,20 @@ cdef int normalize(
     cdef int too_large = 0
     cdef size_t i
     job.operand[BN_X], job.operand[BN_Y] = _data(x), _data(y)
+    job.operand[BN_RESIDUAL] = _data_or_null(residual)
     job.weight = _widened(&workspace, weight, c.channels)
     job.bias = _widened(&workspace, bias, c.channels)
-    _set_activation(&workspace, &job, activation, activation_parameter)
+    _set_activation(&workspace, &job, activation, floors)
     job.eps, job.channel_eps = eps, _widened(&workspace, channel_eps, c.channels)
     if per_group == 1:
         job.statistic[BN_MEAN] = _doubles_or_null(mean)
         job.statistic[BN_INVSTD] = _doubles(invstd)
     job.statistic[BN_M2] = _doubles_or_null(m2)
     job.per_group, job.centred = per_group, centred
-    _choose_and_take(&workspace, &job, _OF_NORMALIZE, threads)
+    _choose_and_take(
+        &workspace, &job, _OF_NORMALIZE, threads,
+        made=activation is not None and activation.is_curve
+    )
     _do_all(&job, &workspace, bn_normalize_stages, threads)
     if per_group > 1:
         for i in range(_statistics(c) // per_group):
@@ -299,11 +322,15 @@ cdef int normalize(
 
 
 cdef void _set_activation(
-    _Workspace *workspace, bn_job *job, Activation activation, parameter
+    _Workspace *workspace, bn_job *job, Activation activation, floors
 ) noexcept:
     if activation is not None:
         job.activation = activation.c
-        job.activation_parameter = _widened(workspace, parameter, job.plan.channels)
+        job.floors = _widened(workspace, floors, job.plan.channels)
+
+
+cdef inline char *_data_or_null(array) noexcept:
+    return NULL if array is None else _data(array)
 
 
 cdef inline double *_doubles_or_null(array) noexcept:
@@ -411,12 +438,13 @@ cdef class Evaluation:
 
 cdef int scale_shift(
     Plan plan, x, y, weight, bias, double eps, mean, variance, bint of_samples,
-    Evaluation evaluation, int threads
+    Evaluation evaluation, int threads, Activation activation=None, residual=None
 ) except -1:
     """Write y from given statistics; `evaluation`, which may be None, keeps what is prepared.
 
     Where weight and bias are those `of_samples`, the repeats, these have the same statistics. Where
-    nothing is kept, mean and variance may be None: the mean is then 0, and invstd 1.
+    nothing is kept, mean and variance may be None: the mean is then 0, and invstd 1. A residual,
+    which may be None, is added before the activation.
     """
     cdef bn_plan *c = &plan.c
     cdef bn_job job = _new_job(c)
@@ -435,11 +463,16 @@ cdef int scale_shift(
                 prepared.weight, prepared.bias, prepared.mean, prepared.variance
             )
     job.operand[BN_X], job.operand[BN_Y] = _data(x), _data(y)
+    job.operand[BN_RESIDUAL] = _data_or_null(residual)
+    _set_activation(&workspace, &job, activation, None)
     job.eps = eps
     if prepared is not None:
         job.statistic[BN_INVSTD] = _doubles(prepared.invstd)
         job.coefficients = prepared.coefficients
-    _choose_and_take(&workspace, &job, 1 << BN_INVSTD, threads)
+    _choose_and_take(
+        &workspace, &job, 1 << BN_INVSTD, threads,
+        made=activation is not None and activation.is_curve
+    )
     if not job.prepared:
         if of_samples:
             job.parameters_of_repeat = c.channels
@@ -457,15 +490,16 @@ cdef int scale_shift(
 
 cdef int gradient(
     Plan plan, x, dy, dx, weight, mean, invstd, dweight, dbias, size_t per_group,
-    bint constant_statistics, bias, Activation activation, activation_parameter,
-    dactivation_parameter, sum_activation, sum_dy, sum_dy_xhat, int threads
+    bint constant_statistics, bias, Activation activation, floors, dfloors, sum_activation, sum_dy,
+    sum_dy_xhat, int threads, residual=None, y=None, dresidual=None
 ) except -1:
     """Write dx, dweight and dbias; mean and invstd are as `normalize` writes them, or mean is None.
 
-    With an activation, which needs the bias, dy is the gradient of what that made of y;
-    `dactivation_parameter` receives the gradient of its parameter. `sum_activation`, `sum_dy` and
-    `sum_dy_xhat` (float64, as large as invstd) receive that gradient for each repeat, sum(dy) and
-    sum(dy * (x - mean) * invstd). What is written but dx may be None.
+    With an activation dy is the gradient of what that made; it needs what it made, y, or else the
+    bias and the residual, if there was one, whose gradient `dresidual` receives. `dfloors` receives
+    the gradient of its floors; `sum_activation`, `sum_dy` and `sum_dy_xhat` (float64, as large as
+    invstd) receive that gradient for each repeat, sum(dy) and sum(dy * (x - mean) * invstd). What
+    is written but dx may be None.
     """
     cdef bn_plan *c = &plan.c
     cdef unsigned int wanted = _OF_GRADIENT
@@ -473,6 +507,11 @@ cdef int gradient(
     cdef bn_job job = _new_job(c)
     cdef char small[BN_SMALL_WORKSPACE]
     cdef _Workspace workspace = _begin(small, BN_SMALL_WORKSPACE)
+    # Else the kernels make of dy what goes through.
+    cdef bint made = activation is not None and (
+        activation.is_curve or residual is not None or y is not None or floors is not None
+        or per_group > 1 or constant_statistics or c.dtype == BN_f64
+    )
     job.operand[BN_X], job.operand[BN_DY], job.operand[BN_DX] = _data(x), _data(dy), _data(dx)
     job.weight = _widened(&workspace, weight, c.channels)
     job.statistic[BN_MEAN] = _statistic(&workspace, mean, c, per_group)
@@ -480,19 +519,22 @@ cdef int gradient(
     job.statistic[BN_SUM_DY] = _doubles_or_null(sum_dy)
     job.statistic[BN_SUM_DY_XHAT] = _doubles_or_null(sum_dy_xhat)
     if activation is not None:
-        _set_activation(&workspace, &job, activation, activation_parameter)
+        _set_activation(&workspace, &job, activation, floors)
         job.bias = _widened(&workspace, bias, c.channels)
+        job.operand[BN_RESIDUAL], job.operand[BN_Y] = _data_or_null(residual), _data_or_null(y)
+        job.operand[BN_DRESIDUAL] = _data_or_null(dresidual)
         job.statistic[BN_SUM_ACTIVATION] = _doubles_or_null(sum_activation)
-        wanted |= 1 << BN_SUM_ACTIVATION
+        if dfloors is not None:
+            wanted |= 1 << BN_SUM_ACTIVATION
     if c.dtype == BN_f64 and centred and not constant_statistics:
         wanted |= 1 << BN_MEAN_LOW
     job.constant_statistics = constant_statistics
     job.per_group, job.centred = per_group, centred
-    _choose_and_take(&workspace, &job, wanted, threads, activation is not None)
+    _choose_and_take(&workspace, &job, wanted, threads, made=made, of_rows=made)
     _do_all(&job, &workspace, bn_gradient_stages, threads)
     _parameter_gradient(c.repeats, job.statistic[BN_SUM_DY_XHAT], dweight)
     _parameter_gradient(c.repeats, job.statistic[BN_SUM_DY], dbias)
-    _parameter_gradient(c.repeats, job.statistic[BN_SUM_ACTIVATION], dactivation_parameter)
+    _parameter_gradient(c.repeats, job.statistic[BN_SUM_ACTIVATION], dfloors)
     _end(&workspace)
     return 0
 

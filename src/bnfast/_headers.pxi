@@ -18,6 +18,7 @@ cdef extern from "thresholds.h" nogil:
 cdef extern from "operands.h" nogil:
     enum:
         BN_SCRATCH_BYTES
+        BN_ROW_SCRATCH_BYTES
 
     size_t bn_scratch_bytes(const bn_plan *plan)
 
@@ -48,8 +49,8 @@ cdef extern from "job.h" nogil:
         char **operand
         const double *weight
         const double *bias
-        bn_activation activation
-        const double *activation_parameter
+        bn_activated activation
+        const double *floors
         double eps
         const double *channel_eps
         double **statistic

@@ -110,6 +110,7 @@ cdef enum:
     _KIND_PER_SAMPLE = 1
     _KIND_OF_SUMS = 2
     _KIND_OF_SUMMARY = 3
+    _KIND_OF_SUM = 4  # with a residual, and more for each set of operands
 
 # Of calls on so many arrays.
 cdef tuple _ROLES = ((), (BN_X,), (BN_X, BN_Y), (BN_X, BN_DY, BN_DX))
@@ -134,6 +135,54 @@ cdef Plan _plan(
 cdef Plan _plan_of_sums(Py_ssize_t axis, cnp.ndarray x, cnp.ndarray dy):
     """The plan of a call that makes the sums of a gradient, and writes no dx."""
     return _plan_of_channels(axis, _KIND_OF_SUMS, x, dy, None)
+
+
+cdef Plan _plan_of_sum(
+    Py_ssize_t axis, Reduction over, cnp.ndarray x, cnp.ndarray y, residual
+):
+    """The plan of a call with statistics of channels that may add a residual to its output."""
+    if residual is None:
+        return _plan_of_channels(axis, over.per_sample, x, y, None)
+    return _plan_of_more(axis, over, (x, y), (BN_X, BN_Y), (residual,), (BN_RESIDUAL,))
+
+
+cdef Plan _plan_of_activated(
+    Py_ssize_t axis, Reduction over, cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, residual, y,
+    dresidual
+):
+    """The plan of the gradient of an activated output: y is read in the place of the residual."""
+    role = BN_RESIDUAL
+    if y is not None:
+        residual, role = y, BN_Y
+    if residual is None and dresidual is None:
+        return _plan_of_channels(axis, over.per_sample, x, dy, dx)
+    more, roles = (residual, dresidual), (role, BN_DRESIDUAL)
+    if dresidual is None:
+        more, roles = (residual,), (role,)
+    return _plan_of_more(axis, over, (x, dy, dx), (BN_X, BN_DY, BN_DX), more, roles)
+
+
+cdef Plan _plan_of_more(
+    Py_ssize_t axis, Reduction over, tuple operands, tuple roles, tuple more, tuple more_roles
+):
+    """The plan of a call on more operands than a key has room for."""
+    cdef cnp.ndarray x = operands[0]
+    third = operands[2] if len(operands) > 2 else None
+    cdef tuple key = (
+        _key(x, axis, _KIND_OF_SUM + over.per_sample, operands[1], third),
+        _key(x, axis, 0, more[0], more[1] if len(more) > 1 else None), more_roles,
+    )
+    cdef Plan found = _plans.get(key)
+    if found is not None:
+        return found
+    itemsize, strides, directly = _layout_of(operands[1], third, x)
+    _, more_strides, more_directly = _layout_of(more[0], more[1] if len(more) > 1 else None, x)
+    repeated = (0,) if over.per_sample else ()
+    plan = plan_layout(
+        (<object>x).shape, (axis,), repeated, itemsize, strides + more_strides[1:],
+        directly + more_directly[1:], cnp.PyArray_ITEMSIZE(x)
+    )
+    return _stored(key, plan, roles + more_roles, x)
 
 
 cdef Plan _plan_of_channels(

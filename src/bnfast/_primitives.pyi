@@ -46,6 +46,7 @@ def normalize(
     parameter: object = None,
     channel_eps: Array | None = None,
     reads: Reads = None,
+    residual: object = None,
 ) -> tuple[Array, Array, Array]: ...
 def scale_shift(
     x: object,
@@ -58,6 +59,8 @@ def scale_shift(
     evaluation: Evaluation | None = None,
     out: object = None,
     reads: Reads = None,
+    activation: Activation | None = None,
+    residual: object = None,
 ) -> Array: ...
 def gradient(
     dy: object,
@@ -89,6 +92,24 @@ def activated_gradient(
     sums: Array | None = None,
     reads: Reads = None,
 ) -> tuple[Array, Array, Array, Array | None]: ...
+def fused_gradient(
+    dy: object,
+    x: object,
+    axis: object,
+    mean: object,
+    invstd: object,
+    weight: object,
+    constant_statistics: bool,
+    out: object,
+    over: Reduction,
+    grouped: bool,
+    bias: object,
+    activation: Activation | None,
+    residual: object,
+    y: object,
+    keeps: bool,
+    reads: Reads = None,
+) -> tuple[Array, Array, Array, Any]: ...
 def normalize_rows(
     x: object,
     normalized_shape: object,

@@ -16,12 +16,14 @@ from bnfast cimport _core
 from bnfast._core cimport Activation as _Activation
 from bnfast._core cimport Evaluation as _Evaluation
 from bnfast._core cimport (
+    BN_DRESIDUAL,
     BN_DX,
     BN_DY,
     BN_ELEMENT_BIAS,
     BN_ELEMENT_WEIGHT,
     BN_MASK,
     BN_MAX_AXES,
+    BN_RESIDUAL,
     BN_X,
     BN_Y,
     Plan,
@@ -111,7 +113,7 @@ include "_summaries.pxi"
 def normalize(
     x_, axis_, weight, bias, eps, running_mean=None, running_var=None, momentum=0.0,
     bint unbiased=True, out=None, Reduction over=BATCH, num_groups=None, m2=None,
-    _Activation activation=None, parameter=None, channel_eps=None, reads=None
+    _Activation activation=None, parameter=None, channel_eps=None, reads=None, residual=None
 ):
     """Return y, and the mean and invstd (float64) that made it.
 
@@ -119,7 +121,7 @@ def normalize(
     batch: of the average of its samples, where each has its own. `m2`, a float64 array of the shape
     of the mean, receives that of the batch. Channels may have a `parameter` of the activation, and
     a checked `channel_eps` of their own, which is added to eps. `reads` are more arguments that
-    `out` must share no memory with.
+    `out` must share no memory with. A `residual` like x is added before the activation.
     """
     cdef Py_ssize_t axis
     cdef cnp.ndarray x = _batch(x_, axis_, &axis, over)
@@ -133,20 +135,21 @@ def normalize(
     given = parameter
     parameter = _of_channels(called, given, channels)
     tracked = _tracked(running_mean, running_var, x, channels, _MEAN_AND_VAR)
+    added = None if residual is None else _upstream(residual, x, ("residual", "x"))
     y = _output(
-        out, x, ("x", "weight", "bias", "running_mean", "running_var", called),
-        (x, weight, bias, running_mean, running_var, given), reads, 1
+        out, x, ("residual", "x", "weight", "bias", "running_mean", "running_var", called),
+        (residual, x, weight, bias, running_mean, running_var, given), reads, 2
     )
     return _normalized(
         x, axis, y, scale, shift, epsilon, tracked, new, unbiased, over, per_group, m2, activation,
-        parameter, channel_eps
+        parameter, channel_eps, added
     )
 
 
 cdef tuple _normalized(
     cnp.ndarray x, Py_ssize_t axis, y, scale, shift, double epsilon, tuple tracked, double new,
     bint unbiased, Reduction over, Py_ssize_t per_group, m2, _Activation activation, parameter,
-    channel_eps
+    channel_eps, residual=None
 ):
     """What `normalize` returns, of checked arguments."""
     cdef cnp.ndarray mean, invstd
@@ -168,9 +171,9 @@ cdef tuple _normalized(
     if tracked is not None:
         written_mean, written_var = _contiguous_or_copy(tracked[0]), _contiguous_or_copy(tracked[1])
     too_large = _core.normalize(
-        _plan(axis, over, x, y, None), x, y, scale, shift, epsilon, mean, invstd, m2,
+        _plan_of_sum(axis, over, x, y, residual), x, y, scale, shift, epsilon, mean, invstd, m2,
         <size_t>per_group, over.centred, written_mean, written_var, new, 1.0 if unbiased else 0.0,
-        activation, parameter, channel_eps, _threads_for(x, 3)
+        activation, parameter, channel_eps, _threads_for(x, 3 if residual is None else 4), residual
     )
     if tracked is not None:
         too_large |= <int>core.MEAN_TOO_LARGE * _put_back(written_mean, tracked[0])
@@ -181,13 +184,15 @@ cdef tuple _normalized(
 
 
 def scale_shift(
-    x_, axis_, mean, variance, weight, bias, eps, _Evaluation evaluation=None, out=None, reads=None
+    x_, axis_, mean, variance, weight, bias, eps, _Evaluation evaluation=None, out=None, reads=None,
+    _Activation activation=None, residual=None
 ):
     """Return y from given statistics, called running_mean and running_var in messages.
 
     `evaluation`, which may be None, keeps what statistics and parameters are turned into for the
     next call, which uses it again where they are the same; an empty x needs none. `reads` are more
-    arguments that `out` must share no memory with.
+    arguments that `out` must share no memory with. A `residual` like x is added, and the activation
+    follows.
     """
     cdef Py_ssize_t axis
     cdef cnp.ndarray x = _batch(x_, axis_, &axis, BATCH)
@@ -196,14 +201,15 @@ def scale_shift(
     centre = _required("running_mean", mean, channels)
     spread = _required("running_var", variance, channels)
     scale, shift = _of_channels("weight", weight, channels), _of_channels("bias", bias, channels)
+    added = None if residual is None else _upstream(residual, x, ("residual", "x"))
     y = _output(
-        out, x, ("x", "weight", "bias", "running_mean", "running_var"),
-        (x, weight, bias, mean, variance), reads, 1
+        out, x, ("residual", "x", "weight", "bias", "running_mean", "running_var"),
+        (residual, x, weight, bias, mean, variance), reads, 2
     )
     if cnp.PyArray_SIZE(x) > 0:
         _core.scale_shift(
-            _plan(axis, BATCH, x, y, None), x, y, scale, shift, epsilon, centre, spread, False,
-            evaluation, _threads_for(x, 2)
+            _plan_of_sum(axis, BATCH, x, y, added), x, y, scale, shift, epsilon, centre, spread,
+            False, evaluation, _threads_for(x, 2 if added is None else 3), activation, added
         )
     return y
 
@@ -219,7 +225,7 @@ def gradient(
     """
     return _gradient(
         dy, x, axis, mean, invstd, weight, constant_statistics, out, over, grouped, None, None,
-        None, None, reads
+        None, None, reads, None, None, False
     )[:3]
 
 
@@ -234,8 +240,25 @@ def activated_gradient(
     """
     return _gradient(
         dy, x, axis, mean, invstd, weight, constant_statistics, out, over, grouped, bias,
-        activation, parameter, sums, reads
+        activation, parameter, sums, reads, None, None, False
+    )[:4]
+
+
+def fused_gradient(
+    dy, x, axis, mean, invstd, weight, bint constant_statistics, out, Reduction over, bint grouped,
+    bias, _Activation activation, residual, y, bint keeps, reads=None
+):
+    """Return dx, dweight, dbias and, where it `keeps` that, the gradient of the residual, or None.
+
+    What the activation was given is made again of x, the bias and the residual, None for none; or,
+    where `y` is given, and the activation is no curve, taken from that. Without an activation the
+    gradient of the residual is dy itself.
+    """
+    made = _gradient(
+        dy, x, axis, mean, invstd, weight, constant_statistics, out, over, grouped, bias,
+        activation, None, None, reads, residual, y, keeps
     )
+    return made[0], made[1], made[2], made[4]
 
 
 cdef inline str _parameter_name(_Activation activation):
@@ -244,7 +267,7 @@ cdef inline str _parameter_name(_Activation activation):
 
 cdef tuple _gradient(
     dy, x_, axis_, mean, invstd, weight, bint constant_statistics, out, Reduction over,
-    bint grouped, bias, _Activation activation, given, sums, reads
+    bint grouped, bias, _Activation activation, given, sums, reads, residual, y_, bint keeps
 ):
     cdef Py_ssize_t axis
     cdef cnp.ndarray x = _batch(x_, axis_, &axis, over)
@@ -262,10 +285,17 @@ cdef tuple _gradient(
     scale, shift = _of_channels("weight", weight, channels), _of_channels("bias", bias, channels)
     cdef str called = _parameter_name(activation)
     parameter = _of_channels(called, given, channels)
+    added = None if residual is None else _upstream(residual, x, ("residual", "x"))
+    y = None if y_ is None else _upstream(y_, x, ("y", "x"))
     dx = _output(
-        out, x, ("dy", "x", "weight", "mean", saved, "bias", called),
-        (upstream, x, weight, mean, invstd, bias, given), reads, 2
+        out, x, ("dy", "x", "weight", "mean", saved, "bias", called, "residual", "y"),
+        (upstream, x, weight, mean, invstd, bias, given, residual, y_), reads, 2
     )
+    dresidual = None
+    if keeps and activation is None:
+        dresidual = upstream if out is None or _are_disjoint(dx, upstream) else upstream.copy()
+    elif keeps:
+        dresidual = _core.empty_output(x)
     kind = _parameter_type(x) if scale is None else cnp.PyArray_TYPE(<cnp.ndarray>scale)
     dweight, dbias = _zeros(1, &channels, kind), _zeros(1, &channels, kind)
     dparameter = None
@@ -273,16 +303,18 @@ cdef tuple _gradient(
         dparameter = _zeros(1, &channels, cnp.PyArray_TYPE(<cnp.ndarray>parameter))
     if cnp.PyArray_SIZE(x) > 0:
         _core.gradient(
-            _plan(axis, over, x, upstream, dx), x, upstream, dx, scale,
-            centre, inverse, dweight, dbias, <size_t>per_group,
+            _plan(axis, over, x, upstream, dx) if activation is None
+            else _plan_of_activated(axis, over, x, upstream, dx, added, y, dresidual),
+            x, upstream, dx, scale, centre, inverse, dweight, dbias, <size_t>per_group,
             constant_statistics, shift, activation, parameter, dparameter,
             None if sums is None else sums[0], None, None if sums is None else sums[1],
-            _threads_for(x, 5)
+            _threads_for(x, 5), None if y is not None else added, y,
+            None if activation is None else dresidual
         )
     return (
         dx, _of_parameter("weight", weight, scale, dweight),
         _of_parameter("weight", weight, scale, dbias),
-        _of_parameter(called, given, parameter, dparameter)
+        _of_parameter(called, given, parameter, dparameter), dresidual
     )
 
 

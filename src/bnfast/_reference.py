@@ -7,6 +7,7 @@ statistics.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,56 @@ def update_running(
         _share(1 - momentum, running_mean) + _share(momentum, mean),
         _share(1 - momentum, running_var) + _share(momentum, var),
     )
+
+
+def activate(
+    y: ArrayLike,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    *,
+    residual: ArrayLike | None = None,
+    precision: Any = np.float64,
+) -> Array:
+    """activation(z), with z = y + residual."""
+    z = np.asarray(y, precision)
+    if residual is not None:
+        z = z + np.asarray(residual, precision)
+    if activation is None:
+        return z
+    with np.errstate(over="ignore"):
+        values: dict[str, Callable[[], Array]] = {
+            "relu": lambda: np.maximum(z, 0),
+            "leaky_relu": lambda: np.where(z < 0, precision(negative_slope) * z, z),
+            "relu6": lambda: np.minimum(np.maximum(z, 0), 6),
+            "silu": lambda: z / (1 + np.exp(-z)),
+            "hardswish": lambda: z * np.minimum(np.maximum(z + 3, 0), 6) / 6,
+        }
+        return values[activation]()
+
+
+def activate_backward(
+    dy: ArrayLike,
+    y: ArrayLike,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    *,
+    residual: ArrayLike | None = None,
+    precision: Any = np.float64,
+) -> Array:
+    """Dz = dy * activation'(z), the gradient of y and of the residual."""
+    dy, z = np.asarray(dy, precision), activate(y, residual=residual, precision=precision)
+    if activation is None:
+        return dy
+    with np.errstate(over="ignore"):
+        sigmoid = 1 / (1 + np.exp(-z))
+    slopes: dict[str, Callable[[], Array]] = {
+        "relu": lambda: np.where(z > 0, 1, 0),
+        "leaky_relu": lambda: np.where(z > 0, 1, precision(negative_slope)),
+        "relu6": lambda: np.where((z > 0) & (z < 6), 1, 0),
+        "silu": lambda: sigmoid * (1 + z * (1 - sigmoid)),
+        "hardswish": lambda: np.where(z <= -3, 0, np.where(z < 3, z / 3 + 0.5, 1)),
+    }
+    return dy * slopes[activation]()
 
 
 def batch_norm_backward(

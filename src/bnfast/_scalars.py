@@ -48,10 +48,10 @@ def text(name: str, value: object) -> str:
     return value
 
 
-def choice(name: str, value: object, choices: tuple[str, ...]) -> str:
-    """Return one of some words."""
+def choice(name: str, value: object, choices: tuple[str, ...], *, or_none: bool = False) -> str:
+    """Return one of some words; in the message, None will do as well where it is asked first."""
     if not isinstance(value, str) or value not in choices:
-        words = " or ".join(map(repr, choices))
+        words = " or ".join([*map(repr, choices), *["None"] * or_none])
         raise ValueError(f"{name} must be {words}, got {reprlib.repr(value)}")
     return value
 

@@ -67,11 +67,17 @@ cdef void *_take(_Workspace *workspace, size_t bytes_) noexcept:
 
 
 cdef void _take_scratch(
-    _Workspace *workspace, bn_job *job, int threads, bint made
+    _Workspace *workspace, bn_job *job, int threads, bint made, bint of_rows=False
 ) noexcept:
-    """Of all threads of a job: for staged operands, or where an input is `made`."""
+    """Of all threads of a job: for staged operands, or where an input is `made`.
+
+    Made `of_rows`, it is of whole ones in channels_last.
+    """
+    cdef size_t wanted = bn_scratch_bytes(job.plan)
+    if of_rows and job.plan.layout == BN_channels_last:
+        wanted = max(wanted, <size_t>BN_ROW_SCRATCH_BYTES)
     if made or job.plan.any_staged:
-        job.scratch_bytes = _padded(min(bn_scratch_bytes(job.plan), _bytes_of_repeat(job.plan)))
+        job.scratch_bytes = _padded(min(wanted, _bytes_of_repeat(job.plan)))
         job.scratch = <char *>_take(workspace, <size_t>threads * BN_BUFFERS * job.scratch_bytes)
 
 
@@ -165,7 +171,8 @@ cdef enum:
 
 
 cdef void _choose_and_take(
-    _Workspace *workspace, bn_job *job, unsigned int wanted, int threads, bint made=False
+    _Workspace *workspace, bn_job *job, unsigned int wanted, int threads, bint made=False,
+    bint of_rows=False
 ) noexcept:
     """Choose the method of a job that says all else, and take memory for what it needs.
 
@@ -175,7 +182,7 @@ cdef void _choose_and_take(
     cdef const bn_plan *c = job.plan
     cdef int i
     bn_choose_method(job)
-    _take_scratch(workspace, job, threads, made)
+    _take_scratch(workspace, job, threads, made, of_rows)
     for i in range(BN_STATISTICS):
         if wanted >> i & 1 and job.statistic[i] is NULL:
             job.statistic[i] = _take_doubles(workspace, _statistics(c))

@@ -24,11 +24,12 @@ extern const bn_kernels BN_TABLE;
 #define NARROW_NAME(stored, arithmetic) "narrow_" #stored,
 enum {
     BN_FOR_EACH_ELEMENT_OPERATION(ID) BN_FOR_EACH_COEFFICIENT_OPERATION(ID)
-        BN_FOR_EACH_CHANNEL_OPERATION(ID) BN_FOR_EACH_STORED_TYPE(WIDEN_ID)
+        BN_FOR_EACH_CURVE(BN_KERNELS_OF_CURVE, ID) BN_FOR_EACH_CHANNEL_OPERATION(ID) BN_FOR_EACH_STORED_TYPE(WIDEN_ID)
             BN_FOR_EACH_WRITTEN_TYPE(NARROW_ID) BN_FOR_EACH_MEMORY_PROBE(PROBE_ID) OPERATIONS
 };
 static const char *const names[] = {BN_FOR_EACH_ELEMENT_OPERATION(NAME)
                                         BN_FOR_EACH_COEFFICIENT_OPERATION(NAME)
+                                        BN_FOR_EACH_CURVE(BN_KERNELS_OF_CURVE, NAME)
                                             BN_FOR_EACH_CHANNEL_OPERATION(NAME)
                                                 BN_FOR_EACH_STORED_TYPE(WIDEN_NAME)
                                                     BN_FOR_EACH_WRITTEN_TYPE(NARROW_NAME)
@@ -231,8 +232,8 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     bn_coefficients *each[] = {&forward, &backward, &per_group, &activated, &activated_gradient, &of_rows};
     static const unsigned sets[] = {
         BN_OUTPUT_COEFFICIENTS,         BN_GRADIENT_COEFFICIENTS,
-        BN_GRADIENT_COEFFICIENTS | BN_SET(BN_WEIGHT), BN_OUTPUT_COEFFICIENTS | BN_SET(BN_ACTIVATION_PARAMETER),
-        BN_GRADIENT_COEFFICIENTS | BN_SET(BN_FORWARD_SHIFT) | BN_SET(BN_ACTIVATION_PARAMETER),
+        BN_GRADIENT_COEFFICIENTS | BN_SET(BN_WEIGHT), BN_OUTPUT_COEFFICIENTS | BN_SET(BN_FLOOR),
+        BN_GRADIENT_COEFFICIENTS | BN_SET(BN_FORWARD_SHIFT) | BN_SET(BN_KEPT_FROM) | BN_SET(BN_KEPT_TO),
         BN_GRADIENT_COEFFICIENTS | BN_SET(BN_FORWARD_SHIFT) | BN_OUTPUT_COEFFICIENTS,
     };
     for (size_t k = 0; k < sizeof sets / sizeof *sets; k++) {
@@ -291,24 +292,55 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     check_output(CALL(grouped_input_gradient)[layout][dtype], extent, both, per_group, dx_view,
                  &plan);
     CALL(scale_shift_coefficients)[dtype](c, 0, mean, mean_low, invstd, weight, bias, activated);
-    CALL(activation_coefficients)[dtype](c, other_mean, activated.array[BN_SHIFT],
-                                         activated.array[BN_ACTIVATION_PARAMETER]);
+    /* Leaky for some widths, with a ceiling for others. */
+    activated.slope = c % 2 ? 1.0 : 0.25;
+    activated.ceiling = c % 3 ? 0.75 : HUGE_VAL;
+    CALL(activation_coefficients)[dtype](c, c % 4 ? other_mean : NULL, -0.125, activated.array[BN_SHIFT],
+                                         activated.array[BN_FLOOR]);
+    const bn_view sum[] = {x_view, both[0]};
+    check_output(CALL(activated)[layout][dtype], extent, &x_view, activated, y_view, &plan);
+    check_output(CALL(activated_sum)[layout][dtype], extent, sum, activated, y_view, &plan);
     bn_coefficients again = activated_gradient;
     again.array[BN_SHIFT] = again.array[BN_FORWARD_SHIFT];
     CALL(scale_shift_coefficients)[dtype](c, 0, mean, NULL, invstd, weight, bias, again);
-    CALL(activation_coefficients)[dtype](c, other_mean, again.array[BN_SHIFT],
-                                         again.array[BN_ACTIVATION_PARAMETER]);
+    activated_gradient.slope = c % 2 ? 0.0 : 0.25;
+    for (int closed = 0; closed < 2; closed++) { /* bounds of z, and of x */
+        CALL(gate_coefficients)[dtype](c, NULL, 0.0, activated.ceiling, closed, NULL, NULL, NULL, activated_gradient);
+        add_elements(activated_gradient.array[BN_KEPT_FROM], c, dtype);
+        add_elements(activated_gradient.array[BN_KEPT_TO], c, dtype);
+        CALL(gate_coefficients)[dtype](c, closed ? other_mean : NULL, -0.125, activated.ceiling, closed,
+                                       again.array[BN_ROUNDED_MEAN], again.array[BN_SCALE], again.array[BN_SHIFT],
+                                       activated_gradient);
+        add_elements(activated_gradient.array[BN_KEPT_FROM], c, dtype);
+        add_elements(activated_gradient.array[BN_KEPT_TO], c, dtype);
+    }
     CALL(gradient_coefficients)[dtype](c, (double)n, mean, NULL, invstd, weight, sum_dy, sum_dy_xhat,
                                        activated_gradient);
-#define CHECK_ACTIVATION(unused, name)                                                                \
-    check_output(CALL(name##_scale_shift)[layout][dtype], extent, &x_view, activated, y_view, &plan); \
-    CALL(name##_upstream)[layout][dtype](extent, both, activated_gradient, dx_view, other_low);       \
-    add_elements(dx, all, dtype);                                                                     \
-    add_doubles(other_low, c);                                                                        \
-    check_output(CALL(name##_input_gradient)[layout][dtype], extent, both, activated_gradient,        \
-                 dx_view, &plan);
-    BN_FOR_EACH_ACTIVATION(CHECK_ACTIVATION, )
-#undef CHECK_ACTIVATION
+    CALL(upstream)[layout][dtype](extent, both, activated_gradient, dx_view, other_low);
+    add_elements(dx, all, dtype);
+    add_doubles(other_low, c);
+    /* Sums with bounds are those of what was made. */
+    double *of_made[] = {zeros(c), zeros(c)}, *with_bounds[] = {zeros(c), zeros(c)};
+    bn_coefficients without_bounds = activated_gradient;
+    without_bounds.array[BN_KEPT_FROM] = NULL;
+    CALL(gradient_sums)[layout][dtype](extent, dx, strides, x, strides, near, without_bounds, of_made[0], of_made[1]);
+    CALL(gradient_sums)[layout][dtype](extent, dy, strides, x, strides, far, activated_gradient, with_bounds[0],
+                                       with_bounds[1]);
+    for (size_t i = 0; i < 2; i++) {
+        expect_same(of_made[i], with_bounds[i], c, BN_f64);
+        free(of_made[i]);
+        free(with_bounds[i]);
+    }
+    check_output(CALL(gated_input_gradient)[layout][dtype], extent, both, activated_gradient, dx_view, &plan);
+#define CHECK_CURVE(unused, name)                                                                       \
+    CALL(name)[dtype](all, x, y, BN_stored);                                                            \
+    CALL(name)[dtype](all, x, dx, BN_streamed);                                                         \
+    expect_same(y, dx, all, dtype);                                                                     \
+    add_elements(y, all, dtype);                                                                        \
+    CALL(name##_gradient)[dtype](all, x, dy, dx);                                                       \
+    add_elements(dx, all, dtype);
+    BN_FOR_EACH_CURVE(CHECK_CURVE, )
+#undef CHECK_CURVE
     /* Parameters of elements: those of a run, the same for all, or one for each row of channels_last. */
     const int of_run = layout == BN_contiguous;
     void *weights = elements(of_run ? extent.inner : extent.outer, dtype, ORDINARY);
@@ -552,6 +584,8 @@ static void check_half(bn_layout layout, int type, bn_extent extent, int values)
         recur(&plan, array);
         coefficients.array[i] = array;
     }
+    bn_coefficients without_bounds = coefficients;
+    without_bounds.array[BN_KEPT_FROM] = NULL;
     for (size_t i = 0; i < 2; i++) { /* of float32, and of the type itself */
         const int element_type = i == 0 || !has_kernels ? BN_f32 : half;
         const void *x = element_type == BN_f32 ? (void *)wide[0] : narrow[0];
@@ -564,9 +598,9 @@ static void check_half(bn_layout layout, int type, bn_extent extent, int values)
         }
         BN_TABLE.moments[layout][element_type](extent, x, strides, near, 0, sums[i][0], sums[i][1], sums[i][2]);
         BN_TABLE.moments[layout][element_type](extent, dy, strides, far, n, sums[i][0], sums[i][1], sums[i][2]);
-        BN_TABLE.gradient_sums[layout][element_type](extent, dy, strides, x, strides, near, coefficients,
+        BN_TABLE.gradient_sums[layout][element_type](extent, dy, strides, x, strides, near, without_bounds,
                                                      products[i][0], products[i][1]);
-        BN_TABLE.gradient_sums[layout][element_type](extent, x, strides, dy, strides, far, coefficients,
+        BN_TABLE.gradient_sums[layout][element_type](extent, x, strides, dy, strides, far, without_bounds,
                                                      products[i][0], products[i][1]);
     }
     for (size_t k = 0; k < 3; k++) {

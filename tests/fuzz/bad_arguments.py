@@ -111,6 +111,7 @@ MAY_BE_NONE = {
     "tau",
     "learned_eps",
     "gain",
+    "residual",
     "running_mean",
     "running_var",
     "running_matrix",
@@ -149,6 +150,11 @@ def wrong_values(call: Call, name: str) -> list[Any]:
         return found
     if name == "normalized_shape":
         return [*OF_INTEGERS, None, (), -1, (1 << 40, 1 << 40), [1] * 70, (2.5,), 987654]
+    if name == "activation":
+        return ["gelu", "ReLU", b"relu", 3, True, ["relu"], object()]
+    if name == "negative_slope":
+        leaky = call.arguments["activation"] == "leaky_relu"
+        return [*OF_REALS, None, 1.5] if leaky else []
     if name == "averaged":
         return ["mean", None, 3, b"whitening", ["whitening"], object()]
     if name == "saved":

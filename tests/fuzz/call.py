@@ -86,6 +86,23 @@ def pair(rng: Random, shape: tuple[int, ...]) -> tuple[Array | None, Array | Non
     return draws.parameter(rng, shape), draws.parameter(rng, shape)
 
 
+def fused(rng: Random, x: Array) -> dict[str, Any]:
+    """An activation and a residual, either, or neither."""
+    arguments: dict[str, Any] = {}
+    if draws.chance(rng, 0.4):
+        names = ("relu", "leaky_relu", "relu6", "silu", "hardswish")
+        arguments["activation"] = draws.pick(rng, names)
+        arguments["negative_slope"] = draws.pick(rng, (0.01, 0.3, 1.0, -0.5))
+    if draws.chance(rng, 0.3):
+        arguments["residual"] = draws.values(rng, x.shape, x.dtype)
+    return arguments
+
+
+def like_output(fused: dict[str, Any]) -> tuple[str, ...]:
+    """The arguments that are like the output, x the last."""
+    return ("residual", "x") if "residual" in fused else ("x",)
+
+
 class Tracked(NamedTuple):
     """Running statistics after training."""
 

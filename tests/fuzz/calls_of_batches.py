@@ -16,6 +16,8 @@ from fuzz.call import (
     Tracked,
     carried,
     draw_x,
+    fused,
+    like_output,
     many,
     one,
     pair,
@@ -93,7 +95,9 @@ def batch_norm_forward(rng: Random, name: str) -> Call:
     fold = (oracle.of_conditions if conditional else oracle.of_channels)(x.shape, axis)
     weight, bias = pair(rng, fold.parameter_shape)
     eps = draws.eps(rng)
-    arguments = {"x": x, "weight": weight, "bias": bias, "eps": eps, "axis": axis}
+    after_it = {} if conditional else fused(rng, x)
+    inputs = like_output(after_it)
+    arguments = {"x": x, "weight": weight, "bias": bias, "eps": eps, "axis": axis, **after_it}
     running, momentum, unbiased = (), draws.momentum(rng), draws.chance(rng, 0.7)
     if not conditional and draws.chance(rng, 0.5):
         channels = (x.shape[axis],)
@@ -105,6 +109,7 @@ def batch_norm_forward(rng: Random, name: str) -> Call:
         if running and unbiased and fold.count == 1:
             return Refused(("x",), x.size > 0)
         y, mean, invstd, of = oracle.forward(x, fold, weight, bias, eps)
+        y = oracle.activated(y, after_it) if after_it else y
         returned = {"y": y, "mean": mean, "invstd": invstd} if fold.count else {"y": y}
         if not running:
             return Expected(returned)
@@ -114,7 +119,7 @@ def batch_norm_forward(rng: Random, name: str) -> Call:
         return Expected(returned, dict(zip(("running_mean", "running_var"), after, strict=True)))
 
     changed = ("running_mean", "running_var") if running else ()
-    return Call(name, arguments, expect, many, ("x",), ("x",), changed, axis)
+    return Call(name, arguments, expect, many, inputs, inputs, changed, axis)
 
 
 def batch_norm_backward(rng: Random, name: str) -> Call:

@@ -13,6 +13,8 @@ from fuzz.call import (
     Refused,
     Tracked,
     draw_x,
+    fused,
+    like_output,
     many,
     one,
     pair,
@@ -72,17 +74,20 @@ def group_norm(rng: Random, name: str) -> Call:
     arguments: dict[str, Any] = {"x": x}
     if "num_groups" in how:
         arguments["num_groups"] = how.pop("num_groups")
-    arguments |= {"weight": weight, "bias": bias, "eps": eps, **how}
+    after_it = fused(rng, x)
+    inputs = like_output(after_it)
+    arguments |= {"weight": weight, "bias": bias, "eps": eps, **how, **after_it}
     forward = name.endswith("forward")
 
     def expect() -> Expected:
         y, mean, invstd, _ = oracle.forward(x, fold, weight, bias, eps)
+        y = oracle.activated(y, after_it) if after_it else y
         if not forward or not fold.count:
             return Expected({"y": y})
         return Expected({"y": y, "mean": mean, "invstd": invstd})
 
     channels = None if name.startswith("group") else how["axis"]
-    return Call(name, arguments, expect, many if forward else one, ("x",), ("x",), (), channels)
+    return Call(name, arguments, expect, many if forward else one, inputs, inputs, (), channels)
 
 
 def group_norm_backward(rng: Random, name: str) -> Call:

@@ -261,6 +261,27 @@ def forward(
     )
 
 
+def activated(y: Quantity, fused: dict[str, Any]) -> Quantity:
+    """What a residual and an activation make of an output."""
+    residual, name, slope = (fused.get(k) for k in ("residual", "activation", "negative_slope"))
+    z = y.value if residual is None else y.value + np.asarray(residual).astype(WIDE)
+    terms = np.abs(y.value) + np.abs(z)
+    made = {
+        None: lambda: z,
+        "relu": lambda: np.where(z > 0, z, 0 * z),
+        "leaky_relu": lambda: np.where(z > 0, z, slope * z),
+        "relu6": lambda: np.clip(z, 0, 6),
+        "silu": lambda: z / (1 + np.exp(-z)),
+        "hardswish": lambda: z * np.clip(z + 3, 0, 6) / 6,
+    }[name]()
+    # No slope is larger than 1.5; sums and what curves are made of round a few times more.
+    sizes = {kind: 1.5 * size for kind, size in y.sizes.items()}
+    usable = terms < np.finfo(y.dtype).max / 8
+    sizes["rounding"] = unjudged(4 * terms, usable)
+    sizes["smallest"] = sizes.get("smallest", 0) + np.ones(z.shape, WIDE)
+    return y._replace(value=made, sizes=sizes)
+
+
 def evaluate(
     x: Array,
     fold: Fold,

@@ -133,7 +133,7 @@ static inline char *buffer_of(const bn_job *job, bn_role role)
 static inline int is_in_place(const bn_job *job, bn_role output)
 {
     const char *to = job->operand[output];
-    return to == job->operand[BN_X] || to == job->operand[BN_DY];
+    return to == job->operand[BN_X] || to == job->operand[BN_DY] || to == job->operand[BN_RESIDUAL];
 }
 
 /* A box of an operand to read. */

@@ -293,12 +293,28 @@ static void tile_coefficients(const bn_job *job, range channels)
     }
 }
 
-static void set_activation(const bn_job *job, range channels, bn_coefficient shift)
+/* Without an activation that has one, or where what it was given is made again, there is no floor. */
+void bn_set_floors(const bn_job *job, range channels, bn_coefficient shift)
 {
     const bn_coefficients coefficients = coefficients_from(job, channels.first);
-    job->kernels->activation_coefficients[job->plan->dtype](
-        channels.count, parameter_from(job->activation_parameter, channels.first), coefficients.array[shift],
-        coefficients.array[BN_ACTIVATION_PARAMETER]);
+    const int has_floor = job->activation.kind == BN_activation_piecewise && !job->method.again;
+    if (coefficients.array[BN_FLOOR]) {
+        job->kernels->activation_coefficients[job->plan->dtype](
+            channels.count, has_floor ? parameter_from(job->floors, channels.first) : NULL,
+            has_floor ? job->activation.floor : -INFINITY, coefficients.array[shift], coefficients.array[BN_FLOOR]);
+    }
+}
+
+/* Of a leaky one the edge is 0, where its slopes meet. */
+static void set_gates(const bn_job *job, range channels, bn_coefficients forward)
+{
+    const bn_activated activation = job->activation;
+    const int of_x = job->method.gate == BN_X;
+    const double edge = activation.slope == 1.0 ? activation.floor : 0.0;
+    job->kernels->gate_coefficients[job->plan->dtype](
+        channels.count, parameter_from(job->floors, channels.first), edge, activation.ceiling, activation.closed,
+        forward.array[BN_ROUNDED_MEAN], of_x ? forward.array[BN_SCALE] : NULL, forward.array[BN_SHIFT],
+        coefficients_from(job, channels.first));
 }
 
 void bn_prepare_scale_shift(const bn_job *job, range channels)
@@ -316,6 +332,7 @@ void bn_prepare_scale_shift(const bn_job *job, range channels)
         channels.count, 0, parameter_from(job->statistic[BN_MEAN], c), parameter_from(job->statistic[BN_MEAN_LOW], c),
         job->statistic[BN_INVSTD] + c, parameter_from(job->weight, c), parameter_from(job->bias, c),
         coefficients_from(job, c));
+    bn_set_floors(job, channels, BN_SHIFT);
     tile_coefficients(job, channels);
 }
 
@@ -326,11 +343,16 @@ void bn_round_mean(const bn_job *job, range channels)
                                                coefficients_from(job, c));
 }
 
-/* And what y, or xhat, is made of again. */
+/* And what y, or xhat, is made of again; where dy goes through an activation. */
 void bn_make_output_again(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
     bn_coefficients forward = coefficients_from(job, c);
+    if (!forward.array[BN_FORWARD_SHIFT]) {
+        bn_round_mean(job, channels);
+        set_gates(job, channels, forward);
+        return;
+    }
     forward.array[BN_SHIFT] = forward.array[BN_FORWARD_SHIFT];
     if (forward.array[BN_FORWARD_SCALE]) {
         forward.array[BN_SCALE] = forward.array[BN_FORWARD_SCALE];
@@ -339,8 +361,12 @@ void bn_make_output_again(const bn_job *job, range channels)
         channels.count, job->column_sums != NULL, job->statistic[BN_MEAN] + c,
         parameter_from(job->statistic[BN_MEAN_LOW], c), job->statistic[BN_INVSTD] + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), forward);
-    if (job->activation) {
-        set_activation(job, channels, BN_FORWARD_SHIFT);
+    if (forward.array[BN_KEPT_FROM]) {
+        set_gates(job, channels, forward);
+    }
+    bn_set_floors(job, channels, BN_FORWARD_SHIFT);
+    if (job->method.again) {
+        tile_coefficients(job, channels);
     }
 }
 
@@ -364,9 +390,7 @@ void bn_finish_normalize(const bn_job *job, range channels)
     job->kernels->scale_shift_coefficients[job->plan->dtype](
         channels.count, 0, job->statistic[BN_MEAN] + c, job->statistic[BN_MEAN_LOW] + c, job->statistic[BN_INVSTD] + c,
         parameter_from(job->weight, c), parameter_from(job->bias, c), coefficients_from(job, c));
-    if (job->activation) {
-        set_activation(job, channels, BN_SHIFT);
-    }
+    bn_set_floors(job, channels, BN_SHIFT);
     tile_coefficients(job, channels);
 }
 
@@ -378,12 +402,10 @@ void bn_constant_coefficients(const bn_job *job, range channels)
         coefficients_from(job, c));
 }
 
-/* No gradient passes through the statistics; the rest has been prepared with the output. */
+/* The same where the mean, the scale and the shift make z again: 0 stands elsewhere. */
 void bn_frozen_coefficients(const bn_job *job, range channels)
 {
-    const bn_coefficients coefficients = coefficients_from(job, channels.first);
-    memset(coefficients.array[BN_SLOPE], 0, channels.count * job->plan->itemsize);
-    memset(coefficients.array[BN_OFFSET], 0, channels.count * job->plan->itemsize);
+    memset(coefficients_from(job, channels.first).array[BN_OFFSET], 0, channels.count * job->plan->itemsize);
 }
 
 void bn_grouped_coefficients(const bn_job *job, range channels)

@@ -19,6 +19,7 @@ bn_do_channels bn_constant_coefficients, bn_frozen_coefficients, bn_grouped_coef
 
 /* Coefficients, before the sums and from them. */
 void bn_prepare_scale_shift(const bn_job *job, range channels);
+void bn_set_floors(const bn_job *job, range channels, bn_coefficient shift);
 void bn_prepare_gradient(const bn_job *job, range channels);
 void bn_finish_normalize(const bn_job *job, range channels);
 void bn_finish_gradient(const bn_job *job, range channels);

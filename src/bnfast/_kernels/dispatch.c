@@ -46,6 +46,7 @@ static const char *const names[] = {
 #undef NAMES
 #define NAMES(operation) #operation "_f32", #operation "_f64",
     BN_FOR_EACH_COEFFICIENT_OPERATION(NAMES)
+    BN_FOR_EACH_CURVE(BN_KERNELS_OF_CURVE, NAMES)
 #undef NAMES
 #define NAMES(operation) #operation,
     BN_FOR_EACH_CHANNEL_OPERATION(NAMES)
@@ -69,7 +70,7 @@ const char *bn_kernel_name(size_t index)
 const char *bn_activation_name(bn_activation activation)
 {
 #define NAMES(unused, name) [BN_activation_##name] = #name,
-    static const char *const activation_names[] = {BN_FOR_EACH_ACTIVATION(NAMES, )};
+    static const char *const activation_names[] = {NAMES(, piecewise) BN_FOR_EACH_CURVE(NAMES, )};
 #undef NAMES
     return activation_names[activation];
 }

@@ -37,13 +37,23 @@ typedef struct {
     bn_role reads[BN_MAX_INPUTS], writes;
 } bn_output;
 
+/* Where the pointers of a curve's kernels are in bn_kernels. */
+typedef struct {
+    size_t value, gradient;
+} bn_curve;
+
 /* How a job is done: see method.c. */
 typedef struct {
     bn_sum_box *moments;       /* of a box of x */
     bn_merge_block *merge;     /* of these */
     bn_sum_box *gradient_sums; /* of a box of dy and x */
-    const bn_output *upstream; /* makes what these sums read in the place of dy; NULL for dy itself */
-    int output_reads_upstream; /* and so does the output */
+    int has_upstream;          /* what goes through an activation is made, which these sums read in the place of dy */
+    bn_role gate;              /* of a piecewise linear one: the operand whose bounds are known; BN_NONE: of z */
+    const bn_output *again;    /* makes z again, which the activation was given; NULL where that is not needed */
+    int sums_have_gates;       /* these sums make it themselves, of x and its bounds */
+    int output_reads_upstream; /* as these sums do, made once more in scratch */
+    const bn_curve *curve;     /* of the output or, of a gradient, that dy goes through; NULL for none */
+    int output_in_scratch;     /* boxes of it are as small as scratch */
     bn_do_channels *prepare;   /* before these sums */
     bn_do_channels *finish;    /* from them to the coefficients of dx */
     int has_columns;           /* gradient_sums makes the sums of the columns in the same pass */
@@ -74,7 +84,7 @@ typedef enum {
     BN_MINIMUM,   /* of values that are not NaN; infinite where there is none */
     BN_MAXIMUM,
     BN_NONFINITE, /* how many values are NaN or infinite */
-    BN_SUM_ACTIVATION, /* of dy times the derivative of what is written by the activation's parameter */
+    BN_SUM_ACTIVATION, /* of dy where the activation wrote its floor */
     BN_STATISTICS
 } bn_statistic;
 
@@ -93,8 +103,8 @@ struct bn_job {
     const double *weight, *bias;
     size_t parameters_of_repeat; /* stride of weight and bias from repeat to repeat, in elements; 0 where all repeats
                                     have the same weight and bias */
-    bn_activation activation;           /* of y: y is what is activated */
-    const double *activation_parameter; /* float64 [channels]; NULL for 0 */
+    bn_activated activation;
+    const double *floors; /* of the activation, float64 [channels]; NULL for one of all channels */
     double eps;
     const double *channel_eps; /* float64 [channels]: of each channel, besides; NULL for none */
 

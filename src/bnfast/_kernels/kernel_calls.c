@@ -1,4 +1,5 @@
 /* From boxes to kernel calls: which kernel, with which operands, in which order. */
+#include "coefficients.h"
 #include "kernel_calls.h"
 
 #include <math.h>
@@ -84,7 +85,7 @@ void bn_moments_of_box(const bn_job *job, const bn_box *box, block_sums block)
 /* The mean of what is summed: 0 where that has been made xhat. */
 static bn_coefficients mean_to_sum(const bn_job *job, const bn_box *box)
 {
-    static double zeros[BN_SCRATCH_BYTES / sizeof(double)]; /* never written: as many as scratch has channels */
+    static double zeros[BN_ROW_SCRATCH_BYTES / sizeof(double)]; /* never written: as many as scratch has channels */
     bn_coefficients mean = coefficients_from(job, box->channel);
     if (job->scaled) {
         mean.array[BN_ROUNDED_MEAN] = zeros;
@@ -92,33 +93,131 @@ static bn_coefficients mean_to_sum(const bn_job *job, const bn_box *box)
     return mean;
 }
 
-/* dy, or the part of it that goes through an activation to y, made in scratch; what goes to the parameter is added
-   to the sums, unless these are NULL. */
-static bn_view upstream_view(const bn_job *job, const bn_box *box, double *sums_of_parameter)
+/* What an activation was given, made again in scratch as the forward pass made it. */
+static bn_view view_made_again(const bn_job *job, const bn_box *box)
 {
-    bn_view inputs[] = {input_view(job, BN_DY, box), {NULL, {0, 0}}};
-    bn_upstream_kernel *kernel;
-    if (!job->method.upstream) {
-        return inputs[0];
-    }
-    const bn_view to_y = bn_dense_view(box, buffer_of(job, BN_DY));
+    const bn_output *again = job->method.again;
+    const bn_view z = bn_dense_view(box, buffer_of(job, BN_Y));
     bn_coefficients coefficients = coefficients_from(job, box->channel);
+    bn_view inputs[BN_MAX_INPUTS];
+    bn_output_kernel *kernel;
+    for (size_t i = 0; i < again->inputs; i++) {
+        inputs[i] = input_view(job, again->reads[i], box);
+    }
+    coefficients.array[BN_SHIFT] = coefficients.array[BN_FORWARD_SHIFT];
     if (coefficients.array[BN_FORWARD_SCALE]) {
         coefficients.array[BN_SCALE] = coefficients.array[BN_FORWARD_SCALE];
     }
-    inputs[1] = input_view(job, BN_X, box);
-    find_kernel(job, job->method.upstream, &kernel, sizeof kernel);
-    kernel(box->extent, inputs, coefficients, to_y, sums_of_parameter);
-    return to_y;
+    coefficients.slope = 1.0;
+    coefficients.ceiling = INFINITY;
+    coefficients.period = period_of(job->plan, box->extent.channels);
+    find_kernel(job, again, &kernel, sizeof kernel);
+    kernel(box->extent, inputs, coefficients, z, (bn_store_hint){BN_stored, 0});
+    return z;
+}
+
+/* Runs of a box that are neighbours in all of some views: `runs` in each of `rows`. */
+typedef struct {
+    size_t rows, runs, length;
+} common_runs;
+
+static common_runs runs_in_common(const bn_job *job, const bn_box *box, const bn_view *views, size_t count)
+{
+    const bn_extent extent = box->extent;
+    common_runs common = {extent.outer, extent.channels, extent.inner};
+    int channels_follow = 1, rows_follow = 1;
+    for (size_t i = 0; i < count; i++) {
+        channels_follow &= job->plan->layout == BN_channels_last || views[i].strides.channel == (ptrdiff_t)extent.inner;
+        rows_follow &= views[i].strides.outer == (ptrdiff_t)(extent.channels * extent.inner);
+    }
+    if (channels_follow) {
+        common.length *= common.runs;
+        common.runs = 1;
+        if (rows_follow) {
+            common.length *= common.rows;
+            common.rows = 1;
+        }
+    }
+    return common;
+}
+
+static void *run_of(const bn_job *job, bn_view view, size_t row, size_t run)
+{
+    const ptrdiff_t elements = (ptrdiff_t)row * view.strides.outer + (ptrdiff_t)run * view.strides.channel;
+    return (char *)view.data + elements * (ptrdiff_t)job->plan->itemsize;
+}
+
+/* Copies the pointer to a curve's kernel out of the table. */
+static void find_curve(const bn_job *job, size_t place, void *kernel, size_t size)
+{
+    memcpy(kernel, (const char *)job->kernels + place + (size_t)job->plan->dtype * size, size);
+}
+
+static void write_curve(const bn_job *job, const bn_box *box, bn_view z, bn_view y)
+{
+    const bn_view views[] = {z, y};
+    const common_runs common = runs_in_common(job, box, views, 2);
+    bn_curve_kernel *curve;
+    find_curve(job, job->method.curve->value, &curve, sizeof curve);
+    for (size_t row = 0; row < common.rows; row++) {
+        for (size_t run = 0; run < common.runs; run++) {
+            curve(common.length, run_of(job, z, row, run), run_of(job, y, row, run), job->stores);
+        }
+    }
+}
+
+static void write_curve_gradient(const bn_job *job, const bn_box *box, bn_view z, bn_view dy, bn_view dz)
+{
+    const bn_view views[] = {z, dy, dz};
+    const common_runs common = runs_in_common(job, box, views, 3);
+    bn_curve_gradient_kernel *gradient;
+    find_curve(job, job->method.curve->gradient, &gradient, sizeof gradient);
+    for (size_t row = 0; row < common.rows; row++) {
+        for (size_t run = 0; run < common.runs; run++) {
+            gradient(common.length, run_of(job, z, row, run), run_of(job, dy, row, run), run_of(job, dz, row, run));
+        }
+    }
+}
+
+/* dy, or the part of it that goes through an activation: the gradient of the residual or, where there is none, made
+   in scratch. What goes to the floors is added to the sums, unless these are NULL. */
+static bn_view upstream_view(const bn_job *job, const bn_box *box, double *sums_of_floors)
+{
+    const bn_view dy = input_view(job, BN_DY, box);
+    if (!job->method.has_upstream) {
+        return dy;
+    }
+    char *kept = job->operand[BN_DRESIDUAL], *scratch = buffer_of(job, kept ? BN_DRESIDUAL : BN_DY);
+    const bn_view made = kept ? bn_view_to_write(job->plan, BN_DRESIDUAL, kept, box, scratch)
+                              : bn_dense_view(box, scratch);
+    const bn_role gate = job->method.gate;
+    const bn_view input = gate == BN_NONE ? view_made_again(job, box) : input_view(job, gate, box);
+    if (job->method.curve) {
+        write_curve_gradient(job, box, input, dy, made);
+    } else {
+        const bn_view inputs[] = {dy, input};
+        KERNEL_OF(job, upstream)(box->extent, inputs, coefficients_from(job, box->channel), made, sums_of_floors);
+    }
+    if (kept) {
+        bn_written(job->kernels, job->plan, BN_DRESIDUAL, kept, box, scratch, BN_stored);
+    }
+    return made;
 }
 
 void bn_gradient_sums_of_box(const bn_job *job, const bn_box *box, block_sums block)
 {
-    double *parameter_sums =
-        job->activation ? sums_of_block(job, BN_SUM_ACTIVATION, block.number, box->channel) : NULL;
-    const bn_view dy = upstream_view(job, box, parameter_sums), x = bn_x_to_sum(job, box);
+    double *sums_of_floors = job->statistic[BN_SUM_ACTIVATION]
+                                 ? sums_of_block(job, BN_SUM_ACTIVATION, block.number, box->channel)
+                                 : NULL;
+    const int gated = job->method.sums_have_gates;
+    const bn_view dy = gated ? input_view(job, BN_DY, box) : upstream_view(job, box, sums_of_floors);
+    const bn_view x = bn_x_to_sum(job, box);
+    bn_coefficients coefficients = mean_to_sum(job, box);
+    if (!gated) {
+        coefficients.array[BN_KEPT_FROM] = NULL;
+    }
     KERNEL_OF(job, gradient_sums)(
-        box->extent, dy.data, dy.strides, x.data, x.strides, bn_input_of(job, box), mean_to_sum(job, box),
+        box->extent, dy.data, dy.strides, x.data, x.strides, bn_input_of(job, box), coefficients,
         sums_of_block(job, BN_SUM_DY, block.number, box->channel),
         sums_of_block(job, BN_SUM_DY_XHAT, block.number, box->channel));
 }
@@ -171,12 +270,22 @@ static void write_part(const bn_job *job, const bn_box *box)
                         ? upstream_view(job, box, NULL)
                         : input_view(job, output->reads[i], box);
     }
+    const int curved = job->method.curve && output->writes == BN_Y;
     const bn_view view = bn_view_to_write(plan, output->writes, to, box, scratch);
+    const bn_view made = curved ? bn_dense_view(box, scratch) : view;
     bn_coefficients coefficients = coefficients_from(job, box->channel);
+    if (job->method.finish == bn_frozen_coefficients) { /* the mean is that of z, which is made again */
+        coefficients.array[BN_ROUNDED_MEAN] = coefficients.array[BN_SHIFT] = coefficients.array[BN_OFFSET];
+    }
     coefficients.period = period_of(plan, box->extent.channels);
     bn_output_kernel *kernel;
     find_kernel(job, output, &kernel, sizeof kernel);
-    kernel(box->extent, inputs, coefficients, view, store_hint_of(job, box));
+    bn_store_hint hint = store_hint_of(job, box);
+    hint.stores = curved ? BN_stored : hint.stores;
+    kernel(box->extent, inputs, coefficients, made, hint);
+    if (curved) {
+        write_curve(job, box, made, view);
+    }
     bn_written(job->kernels, plan, output->writes, to, box, scratch, job->stores);
 }
 
@@ -236,7 +345,7 @@ void bn_write_block(const bn_job *job, size_t block, range channels)
     const bn_plan *plan = job->plan;
     const range chunks = chunks_of_block(plan, block);
     const size_t bytes = plan->chunk_outer * plan->chunk_inner * channels.count * plan->itemsize;
-    const int in_scratch = plan->any_staged || job->method.output_reads_upstream;
+    const int in_scratch = plan->any_staged || job->method.output_in_scratch;
     const int chunk_by_chunk = in_scratch || plan->chunks_per_run > 1 ||
                                (job->prefetch_distance != 0 && job->prefetch_count < values_per_channel(plan));
     const size_t chunks_per_step = chunk_by_chunk ? 1 : MAX((size_t)1, BN_STEP_BYTES / bytes);
@@ -278,10 +387,11 @@ void bn_sum_gradient(const bn_job *job, size_t block, range channels)
 {
     clear(sums_of_block(job, BN_SUM_DY, block, 0), channels);
     clear(sums_of_block(job, BN_SUM_DY_XHAT, block, 0), channels);
-    if (job->activation) {
+    if (job->statistic[BN_SUM_ACTIVATION]) {
         clear(sums_of_block(job, BN_SUM_ACTIVATION, block, 0), channels);
     }
-    sum_block(job, block, channels, job->plan->any_staged || job->activation || job->scaled,
+    sum_block(job, block, channels,
+              job->plan->any_staged || (job->method.has_upstream && !job->method.sums_have_gates) || job->scaled,
               job->method.gradient_sums);
 }
 
@@ -310,7 +420,7 @@ void bn_write_piece(const bn_job *job, size_t number)
     const range channels = channel_part(plan, pieces.channels, number % pieces.channels);
     const range outer = part(plan->outer, pieces.outer, number / pieces.channels);
 
-    const int in_scratch = plan->any_staged || job->method.output_reads_upstream;
+    const int in_scratch = plan->any_staged || job->method.output_in_scratch;
     const size_t max_elements = (in_scratch ? BN_SCRATCH_BYTES : BN_STEP_BYTES) / plan->itemsize;
     const size_t inner_step = in_scratch ? MIN(inner.count, max_elements) : inner.count;
     const size_t channel_step =

@@ -28,7 +28,10 @@
     X(grouped_input_gradient, BN_DX, BN_DY, BN_X)                         \
     X(weighted_input_gradient, BN_DX, BN_DY, BN_X, BN_ELEMENT_WEIGHT)     \
     X(columns_and_gradient, BN_DX, BN_DY, BN_X, BN_ELEMENT_WEIGHT)        \
-    BN_FOR_EACH_ACTIVATION(BN_KERNELS_OF_ACTIVATION, X)
+    X(activated, BN_Y, BN_X)                                              \
+    X(activated_sum, BN_Y, BN_X, BN_RESIDUAL)                             \
+    X(upstream, BN_NONE, BN_DY, BN_X)                                     \
+    X(gated_input_gradient, BN_DX, BN_DY, BN_X)
 
 /* Those that exist for float16 and bfloat16 as well. */
 #define BN_FOR_EACH_HALF_OPERATION(X) \
@@ -37,13 +40,13 @@
     X(scale_shift)                    \
     X(input_gradient)
 
-/* Every activation of activations.inc, and its kernels. */
-#define BN_FOR_EACH_ACTIVATION(DO, X) DO(X, clamp)
+/* Activations that are curves, on neighbours that a kernel has just written; for every dtype, <name>_<dtype> and
+   <name>_gradient_<dtype>. */
+#define BN_FOR_EACH_CURVE(DO, X) \
+    DO(X, silu)                  \
+    DO(X, hardswish)
 
-#define BN_KERNELS_OF_ACTIVATION(X, name)    \
-    X(name##_scale_shift, BN_Y, BN_X)        \
-    X(name##_upstream, BN_NONE, BN_DY, BN_X) \
-    X(name##_input_gradient, BN_DX, BN_DY, BN_X)
+#define BN_KERNELS_OF_CURVE(X, name) X(name) X(name##_gradient)
 
 #define BN_FOR_EACH_COEFFICIENT_OPERATION(X) \
     X(scale_shift_coefficients)              \
@@ -52,6 +55,7 @@
     X(gradient_coefficients)                 \
     X(grouped_gradient_coefficients)         \
     X(activation_coefficients)               \
+    X(gate_coefficients)                     \
     X(parameter_gradient)                    \
     X(update_running)
 

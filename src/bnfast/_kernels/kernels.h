@@ -53,7 +53,9 @@ typedef enum {
     BN_WEIGHT,        /* of channels that share their statistics */
     BN_FORWARD_SHIFT, /* that of the output, in a gradient which makes y or xhat again */
     BN_FORWARD_SCALE, /* where the gradient's is another: y of channels that share their statistics */
-    BN_ACTIVATION_PARAMETER,
+    BN_FLOOR,         /* of an activated output */
+    BN_KEPT_FROM,     /* what of dy goes through an activation as it is: where x, or another input, is between */
+    BN_KEPT_TO,
     BN_COEFFICIENTS
 } bn_coefficient;
 
@@ -66,6 +68,7 @@ typedef enum {
 typedef struct {
     void *array[BN_COEFFICIENTS];
     size_t period;
+    double slope, ceiling; /* of an activation, for all channels; of a gradient, the slope where dy is not kept */
 } bn_coefficients;
 
 /* How an input is summed. interleave: rows of channels_last that are summed side by side, of at most BN_WIDE_ROW
@@ -136,34 +139,53 @@ typedef struct {
      affine, from x, weight, bias:  y = ((x - mean) * scale + shift) * weight + bias
      scaled, from x, weight:        y = (x * scale) * weight
      weighted_input_gradient, from dy, x, weight: as grouped_input_gradient
-   or where an activation follows, with a parameter of each channel:
-     <name>_scale_shift, <name>_input_gradient: see activated.inc */
+   or where a piecewise linear activation follows:
+     activated, from x:                  y = bend((x - mean) * scale + shift)
+     activated_sum, from x, residual:    y = bend(((x - mean) * scale + shift) + residual)
+     gated_input_gradient, from dy, x:   input_gradient of what of dy goes through; see activations.inc */
 #define BN_MAX_INPUTS 3
 
 typedef void bn_output_kernel(bn_extent extent, const bn_view *inputs,
                               bn_coefficients coefficients, bn_view output, bn_store_hint hint);
 typedef bn_output_kernel bn_scale_shift_kernel, bn_input_gradient_kernel,
     bn_grouped_input_gradient_kernel, bn_affine_kernel, bn_scaled_kernel,
-    bn_weighted_input_gradient_kernel;
+    bn_weighted_input_gradient_kernel, bn_activated_kernel, bn_activated_sum_kernel,
+    bn_gated_input_gradient_kernel;
 
-/* <name>_upstream: writes the part of dy that goes through the activation to y, and adds up, channel by channel,
-   what goes to its parameter, if there is where to. It may write dy itself. The inputs are dy and x, the
-   coefficients those of <name>_input_gradient. */
+/* upstream: writes the part of dy that goes through a piecewise linear activation, and adds up, channel by channel,
+   what goes to its floor, if there is where to. It may write dy itself. The inputs are dy, and what the bounds in
+   the coefficients are of: x, what the activation was given, or what it made of that. */
 typedef void bn_upstream_kernel(bn_extent extent, const bn_view *inputs, bn_coefficients coefficients,
                                 bn_view to_y, double *sum_to_parameter);
 
-#define BN_TYPES(unused, name)                                                                  \
-    typedef bn_output_kernel bn_##name##_scale_shift_kernel, bn_##name##_input_gradient_kernel; \
-    typedef bn_upstream_kernel bn_##name##_upstream_kernel;
-BN_FOR_EACH_ACTIVATION(BN_TYPES, )
+/* A curve: y of so many neighbouring z, which it may overwrite; and dz of these z and of dy, likewise. */
+typedef void bn_curve_kernel(size_t count, const void *z, void *y, bn_stores stores);
+typedef void bn_curve_gradient_kernel(size_t count, const void *z, const void *dy, void *dz);
+
+#define BN_TYPES(unused, name)                    \
+    typedef bn_curve_kernel bn_##name##_kernel; \
+    typedef bn_curve_gradient_kernel bn_##name##_gradient_kernel;
+BN_FOR_EACH_CURVE(BN_TYPES, )
 #undef BN_TYPES
 
 #define BN_MEMBER(unused, name) BN_activation_##name,
-typedef enum { BN_no_activation, BN_FOR_EACH_ACTIVATION(BN_MEMBER, ) BN_ACTIVATIONS } bn_activation;
+typedef enum {
+    BN_no_activation,
+    BN_activation_piecewise,
+    BN_FOR_EACH_CURVE(BN_MEMBER, ) BN_ACTIVATIONS
+} bn_activation;
 #undef BN_MEMBER
 
+/* What follows a normalization: y = max(z, slope * z), but not below the floor nor above the ceiling; or a curve. The
+   gradient at the bounds themselves goes on to z where they are `closed`. */
+typedef struct {
+    bn_activation kind;
+    double slope, floor, ceiling;
+    int closed;
+} bn_activated;
+
 /* gradient_sums: adds sum(dy) and sum(dy * (x - mean)) of the box to two arrays of [channels]; the mean is
-   the rounded one. */
+   the rounded one. With bounds of x among the coefficients, dy is what upstream makes of it, with the same bits. */
 typedef void bn_gradient_sums_kernel(bn_extent extent, const void *dy, bn_strides dy_strides,
                                      const void *x, bn_strides x_strides, bn_input input,
                                      bn_coefficients coefficients, double *sum_dy,
@@ -231,9 +253,16 @@ typedef void bn_grouped_gradient_coefficients_kernel(size_t groups, size_t per_g
                                                      const double *sum_dy_xhat,
                                                      bn_coefficients coefficients);
 
-/* The parameter of an activation, NULL for 0, in the type of the elements; the shift becomes NaN where that is. */
-typedef void bn_activation_coefficients_kernel(size_t channels, const double *parameter, void *shift,
+/* The floor of each channel, or one for all where `floors` is NULL, in the type of the elements; the shift becomes NaN
+   where that is. */
+typedef void bn_activation_coefficients_kernel(size_t channels, const double *floors, double floor, void *shift,
                                                void *rounded);
+
+/* Between which values an input is where dy is kept: where the output, (input - mean) * scale + shift in the type of
+   the elements, is between `edge` and `ceiling`; or, without a scale, the input itself. */
+typedef void bn_gate_coefficients_kernel(size_t channels, const double *edges, double edge, double ceiling, int closed,
+                                         const void *mean, const void *scale, const void *shift,
+                                         bn_coefficients coefficients);
 
 /* The gradient of a parameter, in the parameter's own type: its sums over all repeats. */
 typedef void bn_parameter_gradient_kernel(size_t channels, size_t repeats, const double *sums,
@@ -289,6 +318,7 @@ typedef struct {
 #undef BN_MEMBER
 #define BN_MEMBER(operation) bn_##operation##_kernel *operation[BN_DTYPES];
     BN_FOR_EACH_COEFFICIENT_OPERATION(BN_MEMBER)
+    BN_FOR_EACH_CURVE(BN_KERNELS_OF_CURVE, BN_MEMBER)
 #undef BN_MEMBER
 #define BN_MEMBER(operation) bn_##operation##_kernel *operation;
     BN_FOR_EACH_CHANNEL_OPERATION(BN_MEMBER)

@@ -2,6 +2,8 @@
 #include "coefficients.h"
 #include "kernel_calls.h"
 
+#include <math.h>
+
 /* Every kernel of elements, with its operands, as kernel_list.h says them. */
 #define ID(operation, ...) operation##_id,
 #define CALL(operation, to, ...)                                            \
@@ -11,19 +13,23 @@
 enum { BN_FOR_EACH_ELEMENT_OPERATION(ID) OPERATIONS };
 static const bn_output calls[] = {BN_FOR_EACH_ELEMENT_OPERATION(CALL)};
 
-/* With an activation, or none. */
-#define ROW(unused, name)                                                                      \
-    [BN_activation_##name] = {&calls[name##_scale_shift_id], &calls[name##_input_gradient_id], \
-                              &calls[name##_upstream_id]},
-static const struct {
-    const bn_output *output, *input_gradient, *upstream;
-} of_activation[] = {
-    [BN_no_activation] = {&calls[scale_shift_id], &calls[input_gradient_id], NULL},
-    BN_FOR_EACH_ACTIVATION(ROW, )
-};
+/* Activations that are curves. */
+#define ROW(unused, name) [BN_activation_##name] = {offsetof(bn_kernels, name), offsetof(bn_kernels, name##_gradient)},
+static const bn_curve curves[BN_ACTIVATIONS] = {BN_FOR_EACH_CURVE(ROW, )};
 
 /* dx = dy * weight * invstd, where the statistics did not come from x: a scale_shift that never reads x. */
 static const bn_output scaled_upstream = {offsetof(bn_kernels, scale_shift), 1, {BN_DY}, BN_DX};
+
+/* Gradients of what the sums have left in the place of the residual's gradient. */
+static const bn_output of_kept_upstream[] = {
+    {offsetof(bn_kernels, input_gradient), 2, {BN_DRESIDUAL, BN_X}, BN_DX},
+    {offsetof(bn_kernels, grouped_input_gradient), 2, {BN_DRESIDUAL, BN_X}, BN_DX},
+    {offsetof(bn_kernels, scale_shift), 1, {BN_DRESIDUAL}, BN_DX},
+};
+
+static int is_piecewise(const bn_job *job) { return job->activation.kind == BN_activation_piecewise; }
+
+static int is_curved(const bn_job *job) { return job->activation.kind > BN_activation_piecewise; }
 
 /* Elements are read once for the sums of rows and of columns where rows are neighbours. */
 static int has_columns(const bn_job *job)
@@ -35,42 +41,69 @@ static int has_columns(const bn_job *job)
 
 static void choose_output(bn_job *job)
 {
-    const int weighted = job->operand[BN_ELEMENT_WEIGHT] != NULL;
+    const int weighted = job->operand[BN_ELEMENT_WEIGHT] != NULL, residual = job->operand[BN_RESIDUAL] != NULL;
     job->method.output = job->operand[BN_ELEMENT_BIAS] ? &calls[affine_id]
                          : weighted                    ? &calls[scaled_id]
-                                                       : of_activation[job->activation].output;
-    job->method.coefficients = BN_OUTPUT_COEFFICIENTS;
+                         : residual                    ? &calls[activated_sum_id]
+                         : is_piecewise(job)           ? &calls[activated_id]
+                                                       : &calls[scale_shift_id];
+    job->method.output_in_scratch = is_curved(job);
+    job->method.coefficients = BN_OUTPUT_COEFFICIENTS | (residual || is_piecewise(job) ? BN_SET(BN_FLOOR) : 0);
+    job->coefficients.slope = is_piecewise(job) ? job->activation.slope : 1.0;
+    job->coefficients.ceiling = is_piecewise(job) ? job->activation.ceiling : INFINITY;
+}
+
+/* How the part of dy that goes through the activation is made; returns the set of coefficients for it. */
+static unsigned choose_upstream(bn_job *job)
+{
+    bn_method *method = &job->method;
+    const int residual = job->operand[BN_RESIDUAL] != NULL;
+    method->has_upstream = job->activation.kind != BN_no_activation;
+    if (!method->has_upstream) {
+        return 0;
+    }
+    job->coefficients.slope = job->activation.slope == 1.0 ? 0.0 : job->activation.slope;
+    method->gate = is_curved(job) ? BN_NONE : job->operand[BN_Y] ? BN_Y : residual ? BN_NONE : BN_X;
+    method->sums_have_gates = method->gate == BN_X && !job->floors && !job->scaled && !job->operand[BN_DRESIDUAL];
+    method->again = method->gate != BN_NONE ? NULL : residual ? &calls[activated_sum_id] : &calls[scale_shift_id];
+    return (method->gate != BN_Y ? BN_SET(BN_FORWARD_SHIFT) : 0) |
+           (method->again && job->per_group > 1 ? BN_SET(BN_FORWARD_SCALE) : 0) |
+           (method->again && residual ? BN_SET(BN_FLOOR) : 0) |
+           (is_piecewise(job) ? BN_SET(BN_KEPT_FROM) | BN_SET(BN_KEPT_TO) : 0);
 }
 
 static void choose_gradient(bn_job *job)
 {
     bn_method *method = &job->method;
     const int weighted = job->operand[BN_ELEMENT_WEIGHT] != NULL, grouped = job->per_group > 1;
-    const int made_again = job->activation || job->column_sums; /* y, or xhat */
+    const unsigned upstream_coefficients = choose_upstream(job);
+    const bn_output *of_kept = job->operand[BN_DRESIDUAL] ? of_kept_upstream : NULL;
+    const int gated = method->has_upstream && method->gate == BN_X && !grouped && !job->constant_statistics;
     method->has_columns = has_columns(job);
     method->gradient_sums = method->has_columns ? bn_weighted_sums_and_columns_of_box
                             : weighted          ? bn_weighted_gradient_sums_of_box
                                                 : bn_gradient_sums_of_box;
-    method->upstream = of_activation[job->activation].upstream;
-    method->output_reads_upstream = job->activation && grouped;
-    method->prepare = made_again ? bn_make_output_again : bn_round_mean;
+    method->output_reads_upstream = method->has_upstream && !of_kept && !gated;
+    method->output_in_scratch = method->output_reads_upstream;
+    method->prepare = method->has_upstream || job->column_sums ? bn_make_output_again : bn_round_mean;
     if (!job->operand[BN_DX]) {
         method->coefficients = BN_SET(BN_ROUNDED_MEAN);
-    } else if (job->constant_statistics && !job->activation) {
-        method->output = &scaled_upstream;
-        method->finish = bn_constant_coefficients;
-        method->coefficients = BN_OUTPUT_COEFFICIENTS;
+    } else if (job->constant_statistics) {
+        const int makes_z = !of_kept && method->again;
+        method->output = of_kept ? of_kept + 2 : &scaled_upstream;
+        method->finish = makes_z ? bn_frozen_coefficients : bn_constant_coefficients;
+        method->coefficients = makes_z ? BN_SET(BN_ROUNDED_MEAN) | BN_SET(BN_SCALE) | BN_SET(BN_OFFSET)
+                                       : BN_OUTPUT_COEFFICIENTS;
     } else {
         method->output = weighted  ? &calls[weighted_input_gradient_id]
+                         : of_kept ? of_kept + grouped
                          : grouped ? &calls[grouped_input_gradient_id]
-                                   : of_activation[job->activation].input_gradient;
-        method->finish = job->constant_statistics ? bn_frozen_coefficients
-                         : grouped                ? bn_grouped_coefficients
-                                                  : bn_gradient_coefficients;
+                         : gated   ? &calls[gated_input_gradient_id]
+                                   : &calls[input_gradient_id];
+        method->finish = grouped ? bn_grouped_coefficients : bn_gradient_coefficients;
         method->coefficients = BN_GRADIENT_COEFFICIENTS | (grouped ? BN_SET(BN_WEIGHT) : 0);
     }
-    method->coefficients |= (made_again ? BN_SET(BN_FORWARD_SHIFT) : 0) |
-                            (method->output_reads_upstream ? BN_SET(BN_FORWARD_SCALE) : 0);
+    method->coefficients |= upstream_coefficients | (job->column_sums ? BN_SET(BN_FORWARD_SHIFT) : 0);
 }
 
 /* Whether there are kernels for the stored type of 16 bits. */
@@ -80,7 +113,7 @@ static int reads_halves(const bn_job *job)
     const size_t layout = job->plan->layout, type = (size_t)job->plan->element_type;
     const int has_output = method->output == NULL || method->output->kernel == offsetof(bn_kernels, scale_shift) ||
                            method->output->kernel == offsetof(bn_kernels, input_gradient);
-    return job->kernels->moments[layout][type] && has_output && !job->activation &&
+    return job->kernels->moments[layout][type] && has_output && job->activation.kind == BN_no_activation &&
            (job->operand[BN_DY] ? method->gradient_sums == bn_gradient_sums_of_box
                                 : method->moments == bn_moments_of_box);
 }
@@ -100,8 +133,8 @@ void bn_choose_method(bn_job *job)
     } else if (job->operand[BN_Y]) {
         choose_output(job);
     }
-    if (job->activation) {
-        job->method.coefficients |= BN_SET(BN_ACTIVATION_PARAMETER);
+    if (is_curved(job)) {
+        job->method.curve = &curves[job->activation.kind];
     }
     if (job->plan->converted && !reads_halves(job)) {
         job->plan = job->plan->converted;

@@ -11,6 +11,8 @@
 /* ... but for whole rows of another storage type, which are converted in the order in which they lie: the second
    level of cache has room for so much. */
 #define BN_SCRATCH_OF_ROWS ((size_t)131072)
+/* Of what an activation lets through, whole rows are made: boxes of a few channels of each row took twice as long. */
+#define BN_ROW_SCRATCH_BYTES ((size_t)262144)
 
 /* Of a plan: rows that are summed side by side are not taken apart, so that what is read is one run. */
 static inline size_t bn_scratch_bytes(const bn_plan *plan)

@@ -16,8 +16,10 @@ typedef enum {
     BN_ELEMENT_WEIGHT,
     BN_ELEMENT_BIAS,
     BN_MASK, /* one byte for each element, 0 for those that do not count */
+    BN_RESIDUAL, /* added to the output before its activation */
     BN_Y,
     BN_DX,
+    BN_DRESIDUAL,
     BN_ROLES,
     BN_NONE = BN_ROLES
 } bn_role;

@@ -86,7 +86,8 @@ static void prefetch_next_slab(bn_job *job, size_t tensors)
     const size_t bytes = job->slab * plan->stored_itemsize * tensors;
     if (plan->layout == BN_contiguous && !plan->any_staged) {
         job->prefetch_distance = (ptrdiff_t)job->slab * plan->operand[BN_X].channel_stride;
-        job->prefetch_in_sums = plan->outer == 1 && !job->activation && sums_take_long(job, tensors);
+        job->prefetch_in_sums = plan->outer == 1 && (!job->method.has_upstream || job->method.sums_have_gates) &&
+                                sums_take_long(job, tensors);
         job->prefetch_count = values_per_channel(plan);
         if (bytes * job->prefetch_count <= bn_lost_slab_bytes(job->caches)) {
             job->prefetch_count = bn_slab_bytes(job->caches) / bytes;
@@ -137,9 +138,11 @@ size_t bn_moments_stages(bn_job *job, size_t threads, bn_stage *stages)
     return 2;
 }
 
+static size_t tensors_of_output(const bn_job *job) { return 2 + (job->operand[BN_RESIDUAL] != NULL); }
+
 size_t bn_normalize_stages(bn_job *job, size_t threads, bn_stage *stages)
 {
-    choose_stores(job, threads, BN_Y, 2);
+    choose_stores(job, threads, BN_Y, tensors_of_output(job));
     if (cut_into_slabs(job, threads, 1, 0)) {
         prefetch_next_slab(job, 1);
         stages[0] = fused_stage(job, bn_fused_normalize_task);
@@ -154,9 +157,11 @@ size_t bn_normalize_stages(bn_job *job, size_t threads, bn_stage *stages)
 size_t bn_scale_shift_stages(bn_job *job, size_t threads, bn_stage *stages)
 {
     size_t count = 0;
-    choose_stores(job, threads, BN_Y, 2);
+    choose_stores(job, threads, BN_Y, tensors_of_output(job));
     if (!job->prepared) {
         stages[count++] = channel_stage(job, bn_prepare_scale_shift_task);
+    } else {
+        bn_set_floors(job, (range){0, bn_coefficients_length(job->plan)}, BN_SHIFT); /* of the only repeat */
     }
     stages[count++] = piece_stage(job, threads, bn_output_task);
     return count;
@@ -166,11 +171,12 @@ size_t bn_gradient_stages(bn_job *job, size_t threads, bn_stage *stages)
 {
     const bn_plan *plan = job->plan;
     const int makes_sums = !job->given_sum_dy, writes = job->operand[BN_DX] != NULL;
+    const int reads_more = job->operand[BN_RESIDUAL] || job->operand[BN_Y], keeps = job->operand[BN_DRESIDUAL] != NULL;
     size_t count = 0;
     if (writes) {
-        choose_stores(job, threads, BN_DX, 3);
+        choose_stores(job, threads, BN_DX, (size_t)(3 + reads_more + keeps));
     }
-    if (cut_into_slabs(job, threads, 2, !writes) && makes_sums && writes) {
+    if (cut_into_slabs(job, threads, (size_t)(2 + keeps), !writes) && makes_sums && writes) {
         prefetch_next_slab(job, 2);
         stages[0] = fused_stage(job, bn_fused_gradient_task);
         return 1;

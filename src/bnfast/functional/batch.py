@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
+from bnfast._activations import activation_of, gradients
 from bnfast._float_mode import in_default_float_mode
 from bnfast._typing import Float, Parameter
 
@@ -23,6 +24,9 @@ def batch_norm(
     *,
     axis: int = 1,
     unbiased: bool = True,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: NDArray[Float] | None = None,
     out: NDArray[Float] | None = None,
 ) -> NDArray[Float]:
     """Normalize every channel of a batch, as ``torch.nn.functional.batch_norm`` does.
@@ -52,8 +56,14 @@ def batch_norm(
     unbiased : bool
         Give running_var the variance divided by M - 1, as PyTorch does, rather than by M, as Keras,
         Flax and ONNX do. The normalization itself always divides by M.
+    activation : str, optional
+        What follows, in the same pass: "relu", "leaky_relu", "relu6", "silu" or "hardswish".
+    negative_slope : float
+        The slope of leaky_relu below 0; at most 1.
+    residual : array like `x`, optional
+        What is added before the activation: `x` itself, `out` itself, or any other.
     out : array like `x`, optional
-        Where to write: `x` itself, or an array that shares no element with it.
+        Where to write: `x` or `residual` itself, or an array that shares no element with either.
 
     Returns
     -------
@@ -82,7 +92,16 @@ def batch_norm(
         running_mean = (1 - momentum) * running_mean + momentum * mu
         running_var  = (1 - momentum) * running_var  + momentum * var * M / (M - 1)
 
-    in evaluation, mu = running_mean and var = running_var.
+    in evaluation, mu = running_mean and var = running_var. Where they are asked for::
+
+        y = activation(y + residual)
+
+        relu(z) = max(z, 0)              leaky_relu(z) = max(z, negative_slope * z)
+        relu6(z) = min(max(z, 0), 6)     hardswish(z) = z * min(max(z + 3, 0), 6) / 6
+        silu(z) = z / (1 + exp(-z))
+
+    The result has the bits of the two or three operations one after the other (those of silu and
+    hardswish within 2 ulps of the exact ones): only the passes over memory are saved.
 
     What has no weight leaves nothing in the running statistics: a momentum of 0 does not touch
     them, one of 1 forgets what they were, NaN and infinity too. One value per channel has the
@@ -91,7 +110,8 @@ def batch_norm(
     References
     ----------
     S. Ioffe, C. Szegedy, 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing
-    Internal Covariate Shift", arXiv:1502.03167.
+    Internal Covariate Shift", arXiv:1502.03167. S. Elfwing, E. Uchibe, K. Doya, 2017,
+    arXiv:1702.03118 (SiLU). A. Howard et al., 2019, arXiv:1905.02244 (hardswish).
 
     Examples
     --------
@@ -106,14 +126,38 @@ def batch_norm(
     """
     if unbiased is not True:
         unbiased = _validation.flag("unbiased", unbiased)
+    chosen = None if activation is None else activation_of(activation, negative_slope)
     if training is not False and _validation.flag("training", training):
         y, _, _ = _primitives.normalize(
-            x, axis, weight, bias, eps, running_mean, running_var, momentum, unbiased, out
+            x,
+            axis,
+            weight,
+            bias,
+            eps,
+            running_mean,
+            running_var,
+            momentum,
+            unbiased,
+            out,
+            activation=chosen,
+            residual=residual,
         )
         return y
     if type(momentum) is not float or momentum - momentum != 0.0:
         _validation.real("momentum", momentum)
-    return _primitives.scale_shift(x, axis, running_mean, running_var, weight, bias, eps, None, out)
+    return _primitives.scale_shift(
+        x,
+        axis,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        eps,
+        None,
+        out,
+        activation=chosen,
+        residual=residual,
+    )
 
 
 @in_default_float_mode
@@ -128,6 +172,9 @@ def batch_norm_forward(
     running_var: Parameter | None = None,
     momentum: float = 0.1,
     unbiased: bool = True,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: NDArray[Float] | None = None,
     out: NDArray[Float] | None = None,
 ) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
     """Normalize with the statistics of the batch and return them for the backward pass.
@@ -136,7 +183,7 @@ def batch_norm_forward(
 
     Parameters
     ----------
-    x, weight, bias, eps, axis, out
+    x, weight, bias, eps, axis, activation, negative_slope, residual, out
         As in `batch_norm` with ``training=True``.
     running_mean, running_var : array (C,) of float32 or float64, optional
         Both or neither: updated in place.
@@ -170,7 +217,7 @@ def batch_norm_forward(
         var = mean((x - mu)**2)
         y   = weight * (x - mu) / sqrt(var + eps) + bias
 
-    and the running statistics as in `batch_norm`.
+    and the running statistics, the residual and the activation as in `batch_norm`.
 
     For float32 x, mu and var are within 6e-7 of the exact ones, relative to the standard deviation
     and to var, whatever the mean (1e-6 where a few outliers make up the variance); what is left of
@@ -196,8 +243,20 @@ def batch_norm_forward(
     """
     if unbiased is not True:
         unbiased = _validation.flag("unbiased", unbiased)
+    chosen = None if activation is None else activation_of(activation, negative_slope)
     return _primitives.normalize(
-        x, axis, weight, bias, eps, running_mean, running_var, momentum, unbiased, out
+        x,
+        axis,
+        weight,
+        bias,
+        eps,
+        running_mean,
+        running_var,
+        momentum,
+        unbiased,
+        out,
+        activation=chosen,
+        residual=residual,
     )
 
 
@@ -211,8 +270,13 @@ def batch_norm_backward(
     *,
     axis: int = 1,
     training: bool = True,
+    bias: Parameter | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: NDArray[Float] | bool | None = None,
+    y: NDArray[Float] | None = None,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], Parameter, Parameter]:
+) -> tuple[NDArray[Float], ...]:
     """Return the gradients of batch normalization: of its input, weight and bias.
 
     Parameters
@@ -231,6 +295,16 @@ def batch_norm_backward(
     training : bool
         Whether mean and invstd came from `x`. If not they are constants, and the gradient does not
         pass through them.
+    bias : array (C,) of float32 or float64, optional
+        beta, which only an activation needs, and no `y`.
+    activation, negative_slope
+        As in the forward pass.
+    residual : array like `x`, or True, optional
+        What was added in the forward pass; with `y`, or without an activation, True will do.
+    y : array like `x`, optional
+        The output of the forward pass, with relu, leaky_relu or relu6: it tells what goes through,
+        so that neither `bias` nor `residual` need be kept. Without it their output is made again,
+        from what is given, in the same pass.
     out : array like `x`, optional
         Where to write dx: `dy` or `x` itself, or an array that shares no element with either.
 
@@ -240,6 +314,8 @@ def batch_norm_backward(
         The gradient of the input.
     dweight, dbias : array (C,)
         The gradients of weight and bias, of the dtype of `weight`, or of `x` where it is None.
+    dresidual : array like `x`
+        Only where there was a residual: its gradient; without an activation `dy` itself.
 
     Raises
     ------
@@ -254,6 +330,12 @@ def batch_norm_backward(
         dweight = sum(dy * xmu) * invstd
         dx      = weight * invstd * (dy - dbias / M - xmu * invstd * dweight / M)    in training
         dx      = weight * invstd * dy                                               in evaluation
+
+    With an activation, of z, dz = dy * activation'(z) takes the place of dy in all of these, and is
+    the gradient of the residual. The derivatives are PyTorch's: at 0 that of relu is 0 and that of
+    leaky_relu its slope, at 0 and 6 that of relu6 is 0, at -3 and 3 that of hardswish 0 and 1. z is
+    made again as the forward pass made it, to the bit, for float32 `x`; of float64 `x` with the
+    mean rounded to float64.
 
     Of float64 `x`, what rounding left of a mean of more than 4 standard deviations is found again,
     which reads `x` once more, to a rounding of the standard deviation; a mean that is further off
@@ -278,7 +360,8 @@ def batch_norm_backward(
     True
     """
     constant_statistics = not _validation.flag("training", training)
-    return _primitives.gradient(dy, x, axis, mean, invstd, weight, constant_statistics, out)
+    given = dy, x, axis, mean, invstd, weight, constant_statistics
+    return gradients(given, out, _primitives.BATCH, activation, negative_slope, bias, residual, y)
 
 
 @in_default_float_mode

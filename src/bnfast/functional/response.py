@@ -11,7 +11,7 @@ from bnfast._primitives import Activation, Reduction
 from bnfast._typing import Float, Parameter
 
 _RESPONSES = Reduction(per_sample=True, centred=False, any_eps=False)
-_THRESHOLD = Activation("clamp", "tau")
+_THRESHOLD = Activation("piecewise", "tau", closed=True)
 
 
 @in_default_float_mode

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
+from bnfast._activations import activation_of, gradients
 from bnfast._float_mode import in_default_float_mode
 from bnfast._primitives import GROUPS, PER_SAMPLE
 from bnfast._typing import Float, Parameter
@@ -23,6 +24,9 @@ def instance_norm(
     eps: float = 1e-5,
     *,
     axis: int = 1,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: NDArray[Float] | None = None,
     out: NDArray[Float] | None = None,
 ) -> NDArray[Float]:
     """Normalize every channel of every sample, as ``torch.nn.functional.instance_norm`` does.
@@ -44,8 +48,10 @@ def instance_norm(
         Added to the variance: positive with `use_input_stats`, else not negative.
     axis : int
         The channel axis: 1 for NCHW, -1 for NHWC; not 0.
+    activation, negative_slope, residual
+        As in `batch_norm`.
     out : array like `x`, optional
-        Where to write: `x` itself, or an array that shares no element with it.
+        Where to write: `x` or `residual` itself, or an array that shares no element with either.
 
     Returns
     -------
@@ -73,6 +79,8 @@ def instance_norm(
         running_mean = (1 - momentum) * running_mean + momentum * mean_n(mu[n])
         running_var  = (1 - momentum) * running_var  + momentum * mean_n(var[n]) * P / (P - 1)
 
+    and, where they are asked for, y[n] = activation(y[n] + residual[n]).
+
     The running variance knows nothing of how the samples differ from each other. Without
     `use_input_stats` this is `batch_norm` in evaluation.
 
@@ -90,14 +98,27 @@ def instance_norm(
     <BLANKLINE>
            [[-1.,  1.]]], dtype=float32)
     """
+    chosen = None if activation is None else activation_of(activation, negative_slope)
     if not _validation.flag("use_input_stats", use_input_stats):
         _validation.channel_axis_of_samples(x, axis)
         _validation.real("momentum", momentum)
         return _primitives.scale_shift(
-            x, axis, running_mean, running_var, weight, bias, eps, None, out
+            x,
+            axis,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            eps,
+            None,
+            out,
+            activation=chosen,
+            residual=residual,
         )
     y, _, _ = _primitives.normalize(
-        *(x, axis, weight, bias, eps, running_mean, running_var, momentum, True, out, PER_SAMPLE)
+        *(x, axis, weight, bias, eps, running_mean, running_var, momentum, True, out, PER_SAMPLE),
+        activation=chosen,
+        residual=residual,
     )
     return y
 
@@ -110,13 +131,16 @@ def instance_norm_forward(
     eps: float = 1e-5,
     *,
     axis: int = 1,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: NDArray[Float] | None = None,
     out: NDArray[Float] | None = None,
 ) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
     """Normalize every channel of every sample and return the statistics for the backward pass.
 
     Parameters
     ----------
-    x, weight, bias, eps, axis, out
+    x, weight, bias, eps, axis, activation, negative_slope, residual, out
         As in `instance_norm`.
 
     Returns
@@ -149,7 +173,10 @@ def instance_norm_forward(
     array([[ 2.],
            [20.]])
     """
-    return _primitives.normalize(x, axis, weight, bias, eps, out=out, over=PER_SAMPLE)
+    chosen = None if activation is None else activation_of(activation, negative_slope)
+    return _primitives.normalize(
+        x, axis, weight, bias, eps, out=out, over=PER_SAMPLE, activation=chosen, residual=residual
+    )
 
 
 @in_default_float_mode
@@ -161,8 +188,13 @@ def instance_norm_backward(
     weight: Parameter | None = None,
     *,
     axis: int = 1,
+    bias: Parameter | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: NDArray[Float] | bool | None = None,
+    y: NDArray[Float] | None = None,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], Parameter, Parameter]:
+) -> tuple[NDArray[Float], ...]:
     """Return the gradients of instance normalization: of its input, weight and bias.
 
     Parameters
@@ -177,6 +209,8 @@ def instance_norm_backward(
         gamma; 1 where None.
     axis : int
         The channel axis.
+    bias, activation, negative_slope, residual, y
+        As in `batch_norm_backward`.
     out : array like `x`, optional
         Where to write dx: `dy` or `x` itself, or an array that shares no element with either.
 
@@ -186,6 +220,8 @@ def instance_norm_backward(
         The gradient of the input.
     dweight, dbias : array (C,)
         The gradients of weight and bias, of the dtype of `weight`, or of `x` where it is None.
+    dresidual : array like `x`
+        Only where there was a residual: its gradient.
 
     Raises
     ------
@@ -202,6 +238,8 @@ def instance_norm_backward(
         dweight = sum_n(p[n])
         dbias   = sum_n(s[n])
 
+    with an activation of dz, as in `batch_norm_backward`, in the place of dy.
+
     References
     ----------
     D. Ulyanov, A. Vedaldi, V. Lempitsky, 2016, arXiv:1607.08022.
@@ -215,7 +253,8 @@ def instance_norm_backward(
     >>> dbias
     array([3.])
     """
-    return _primitives.gradient(dy, x, axis, mean, invstd, weight, False, out, PER_SAMPLE)
+    given = dy, x, axis, mean, invstd, weight, False
+    return gradients(given, out, PER_SAMPLE, activation, negative_slope, bias, residual, y)
 
 
 @in_default_float_mode
@@ -228,6 +267,9 @@ def group_norm(
     *,
     axis: int = 1,
     per_group: bool = False,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: NDArray[Float] | None = None,
     out: NDArray[Float] | None = None,
 ) -> NDArray[Float]:
     """Normalize groups of channels of every sample, as ``torch.nn.functional.group_norm`` does.
@@ -246,8 +288,10 @@ def group_norm(
         The channel axis: 1 for NCHW, -1 for NHWC; not 0.
     per_group : bool
         Take one weight and bias for each group, of shape (G,), as ONNX did in opset 18.
+    activation, negative_slope, residual
+        As in `batch_norm`.
     out : array like `x`, optional
-        Where to write: `x` itself, or an array that shares no element with it.
+        Where to write: `x` or `residual` itself, or an array that shares no element with either.
 
     Returns
     -------
@@ -267,6 +311,8 @@ def group_norm(
         var = mean((x - mu)**2)
         y   = weight * (x - mu) / sqrt(var + eps) + bias
 
+    and, where they are asked for, y = activation(y + residual).
+
     References
     ----------
     Y. Wu, K. He, 2018, "Group Normalization", arXiv:1803.08494.
@@ -279,7 +325,17 @@ def group_norm(
     array([[-1.,  1., -1.,  1.]], dtype=float32)
     """
     y, _, _ = group_norm_forward(
-        x, num_groups, weight, bias, eps, axis=axis, per_group=per_group, out=out
+        x,
+        num_groups,
+        weight,
+        bias,
+        eps,
+        axis=axis,
+        per_group=per_group,
+        activation=activation,
+        negative_slope=negative_slope,
+        residual=residual,
+        out=out,
     )
     return y
 
@@ -294,13 +350,16 @@ def group_norm_forward(
     *,
     axis: int = 1,
     per_group: bool = False,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: NDArray[Float] | None = None,
     out: NDArray[Float] | None = None,
 ) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
     """Normalize groups of channels of every sample; return the statistics for the backward pass.
 
     Parameters
     ----------
-    x, num_groups, weight, bias, eps, axis, per_group, out
+    x, num_groups, weight, bias, eps, axis, per_group, activation, negative_slope, residual, out
         As in `group_norm`.
 
     Returns
@@ -338,8 +397,17 @@ def group_norm_forward(
         reads = {"weight": weight, "bias": bias}
         weight = _validation.of_each_channel("weight", weight, channels, together)
         bias = _validation.of_each_channel("bias", bias, channels, together)
+    chosen = None if activation is None else activation_of(activation, negative_slope)
     given = x, axis, weight, bias, eps
-    return _primitives.normalize(*given, out=out, over=GROUPS, num_groups=num_groups, reads=reads)
+    return _primitives.normalize(
+        *given,
+        out=out,
+        over=GROUPS,
+        num_groups=num_groups,
+        reads=reads,
+        activation=chosen,
+        residual=residual,
+    )
 
 
 @in_default_float_mode
@@ -352,8 +420,13 @@ def group_norm_backward(
     *,
     axis: int = 1,
     per_group: bool = False,
+    bias: Parameter | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: NDArray[Float] | bool | None = None,
+    y: NDArray[Float] | None = None,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], Parameter, Parameter]:
+) -> tuple[NDArray[Float], ...]:
     """Return the gradients of group normalization: of its input, weight and bias.
 
     Parameters
@@ -370,6 +443,8 @@ def group_norm_backward(
         The channel axis.
     per_group : bool
         As in the forward pass: weight, dweight and dbias have the shape (G,).
+    bias, activation, negative_slope, residual, y
+        As in `batch_norm_backward`.
     out : array like `x`, optional
         Where to write dx: `dy` or `x` itself, or an array that shares no element with either.
 
@@ -379,6 +454,8 @@ def group_norm_backward(
         The gradient of the input.
     dweight, dbias : array (C,)
         The gradients of weight and bias, of the dtype of `weight`, or of `x` where it is None.
+    dresidual : array like `x`
+        Only where there was a residual: its gradient.
 
     Raises
     ------
@@ -392,6 +469,8 @@ def group_norm_backward(
 
         dx      = invstd * (g - mean(g) - xhat * mean(g * xhat))
         dweight = sum(dy * xhat), dbias = sum(dy) over all axes but `axis`
+
+    with an activation of dz, as in `batch_norm_backward`, in the place of dy.
 
     References
     ----------
@@ -407,8 +486,9 @@ def group_norm_backward(
     array([1., 1., 1., 1.])
     """
     if not _validation.flag("per_group", per_group):
-        return _primitives.gradient(
-            dy, x, axis, mean, invstd, weight, False, out, GROUPS, grouped=True
+        given = dy, x, axis, mean, invstd, weight, False
+        return gradients(
+            given, out, GROUPS, activation, negative_slope, bias, residual, y, grouped=True
         )
     array, channels = _validation.channel_axis_of_samples(x, axis)
     groups = _validation.groups_of_statistics("mean", mean, channels) if channels else 1
@@ -416,11 +496,14 @@ def group_norm_backward(
     own = _validation.of_each_channel("weight", weight, channels, together)
     # Float64, so that the gradients of channels are not rounded before they are added up.
     wide = np.ones(channels) if own is None else own.astype(np.float64)
-    reads = {"weight": weight}
-    dx, *gradients = _primitives.gradient(
-        dy, array, axis, mean, invstd, wide, False, out, GROUPS, grouped=True, reads=reads
+    shift = _validation.of_each_channel("bias", bias, channels, together)
+    dx, *of_channels = gradients(
+        (dy, array, axis, mean, invstd, wide, False),
+        *(out, GROUPS, activation, negative_slope, shift, residual, y),
+        grouped=True,
+        reads={"weight": weight, "bias": bias},
     )
     dtype = array.dtype if own is None else own.dtype
     with np.errstate(all="ignore"):
-        dweight, dbias = (g.reshape(-1, together).sum(1).astype(dtype) for g in gradients)
-    return dx, dweight, dbias
+        dweight, dbias = (g.reshape(-1, together).sum(1).astype(dtype) for g in of_channels[:2])
+    return dx, dweight, dbias, *of_channels[2:]

@@ -15,7 +15,8 @@ from bnfast._conventions import KERAS, KERAS_LAYERS, PYTORCH_LAYERS
 from bnfast._float_mode import in_default_float_mode
 from bnfast._typing import Array
 from bnfast.layers._framework import FrameworkLayer, of_channels
-from bnfast.layers._tracking import PROPAGATE, TrackingLayer
+from bnfast.layers._fused import FusedTrackingLayer
+from bnfast.layers._tracking import PROPAGATE
 from bnfast.running_averages import Momentum
 
 # Below this the statistics of a batch are mostly noise: the standard error of the variance of 8
@@ -23,7 +24,7 @@ from bnfast.running_averages import Momentum
 FEW_VALUES = 8
 
 
-class BatchNorm(TrackingLayer):
+class BatchNorm(FusedTrackingLayer):
     """Batch normalization with its parameters, running statistics and gradients.
 
     ``torch.nn.BatchNorm1d``, ``2d`` and ``3d`` in one, for NumPy arrays of any rank.
@@ -56,6 +57,11 @@ class BatchNorm(TrackingLayer):
         What training does with a batch whose statistics are NaN or infinite: "propagate" them into
         the running statistics, "skip" the batch there, or "raise" before anything is written. The
         latter two read the batch once more.
+    activation : str, optional
+        What follows, in the same pass: "relu", "leaky_relu", "relu6", "silu" or "hardswish". An
+        attribute that may be changed at any time, as `negative_slope` may.
+    negative_slope : float
+        The slope of leaky_relu below 0; at most 1.
 
     Attributes
     ----------
@@ -81,9 +87,11 @@ class BatchNorm(TrackingLayer):
     -----
     The formulas stand in `bnfast.batch_norm` and `bnfast.batch_norm_backward`.
 
-    The layer keeps a reference to its last input until `backward` or the next call, in evaluation
-    too, and does not copy it: change the input in between and the gradients are those of something
-    else. Copies and pickles of the layer leave it out.
+    Until `backward` or the next call the layer keeps, without copying them, a reference to its last
+    input, in evaluation too, and after a call with a residual one to its output, which tells what
+    goes through the activation (with silu and hardswish one to the residual instead): of float32 4
+    bytes an element of an array that networks keep anyway. Change one of these in between and the
+    gradients are those of something else. Copies and pickles of the layer leave them out.
 
     Two threads that train one layer at once race for its running statistics.
 
@@ -124,11 +132,14 @@ class BatchNorm(TrackingLayer):
         dtype: DTypeLike = np.float32,
         frozen: bool = False,
         nonfinite: str = PROPAGATE,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
     ) -> None:
         super().__init__(
             *(num_features, eps, momentum, affine, track_running_stats, axis, unbiased, dtype),
             *(frozen, nonfinite),
         )
+        self._set_activation(activation, negative_slope)
         self._warned = False
 
     @classmethod

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from bnfast import _validation, functional
+from bnfast import _primitives, _validation
+from bnfast._activations import activation_of
 from bnfast._conventions import KERAS_LAYERS, PYTORCH_LAYERS
 from bnfast._float_mode import in_default_float_mode
-from bnfast._primitives import PER_SAMPLE
+from bnfast._primitives import GROUPS, PER_SAMPLE
 from bnfast._typing import Array
 from bnfast.layers._framework import FrameworkLayer, of_channels, of_groups
-from bnfast.layers._layer import Flag, Gradients, Layer
-from bnfast.layers._tracking import PROPAGATE, TrackingLayer
+from bnfast.layers._fused import SHOWN_IF_NOT, FusedLayer, FusedTrackingLayer
+from bnfast.layers._layer import Flag, Gradients
+from bnfast.layers._tracking import PROPAGATE
 from bnfast.running_averages import Momentum
 
 
-class InstanceNorm(TrackingLayer):
+class InstanceNorm(FusedTrackingLayer):
     """Instance normalization: every channel of every sample by its own statistics.
 
     ``torch.nn.InstanceNorm1d``, ``2d`` and ``3d`` in one, for batches of any rank.
@@ -40,7 +43,7 @@ class InstanceNorm(TrackingLayer):
         The channel axis: 1 for NCHW, -1 for NHWC; samples are along axis 0.
     dtype : dtype
         Of the parameters and running statistics: float32 or float64. The input may be either.
-    frozen, nonfinite
+    frozen, nonfinite, activation, negative_slope
         As in `BatchNorm`.
 
     Attributes
@@ -65,7 +68,7 @@ class InstanceNorm(TrackingLayer):
     Notes
     -----
     The formulas stand in `bnfast.instance_norm` and `bnfast.instance_norm_backward`. The layer
-    keeps a reference to its last input until `backward` or the next call, and does not copy it.
+    keeps references until `backward` or the next call as `BatchNorm` does.
 
     References
     ----------
@@ -99,11 +102,14 @@ class InstanceNorm(TrackingLayer):
         dtype: DTypeLike = np.float32,
         frozen: bool = False,
         nonfinite: str = PROPAGATE,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
     ) -> None:
         super().__init__(
             *(num_features, eps, momentum, affine, track_running_stats, axis, True, dtype),
             *(frozen, nonfinite),
         )
+        self._set_activation(activation, negative_slope)
 
     @classmethod
     @in_default_float_mode
@@ -194,7 +200,7 @@ class InstanceNorm(TrackingLayer):
             super()._count()
 
 
-class GroupNorm(Layer):
+class GroupNorm(FusedLayer):
     """Group normalization: groups of neighbouring channels of every sample.
 
     As ``torch.nn.GroupNorm``.
@@ -213,6 +219,8 @@ class GroupNorm(Layer):
         The channel axis: 1 for NCHW, -1 for NHWC; samples are along axis 0.
     dtype : dtype
         Of the parameters: float32 or float64. The input may be either.
+    activation, negative_slope
+        As in `BatchNorm`.
 
     Attributes
     ----------
@@ -229,8 +237,8 @@ class GroupNorm(Layer):
     Notes
     -----
     The formulas stand in `bnfast.group_norm` and `bnfast.group_norm_backward`. Training and
-    evaluation are the same. The layer keeps a reference to its last input until `backward` or the
-    next call, and does not copy it.
+    evaluation are the same. The layer keeps references until `backward` or the next call as
+    `BatchNorm` does.
 
     References
     ----------
@@ -249,6 +257,7 @@ class GroupNorm(Layer):
     affine = Flag(fixed=True)
 
     _shown = ("num_groups", "num_channels", "eps", "affine", "axis", "dtype")
+    _shown_if_not: ClassVar[Mapping[str, Any]] = SHOWN_IF_NOT
 
     def __init__(
         self,
@@ -259,7 +268,10 @@ class GroupNorm(Layer):
         *,
         axis: int = 1,
         dtype: DTypeLike = np.float32,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
     ) -> None:
+        self._set_activation(activation, negative_slope)
         self.num_channels = _validation.size("num_channels", num_channels)
         _validation.channels_of_group(num_groups, self.num_channels)
         self.num_groups = int(num_groups)
@@ -337,15 +349,22 @@ class GroupNorm(Layer):
         return of_groups(cls, source, *source.groups())
 
     @in_default_float_mode
-    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
+    def __call__(
+        self, x: Array, residual: Array | None = None, *, out: Array | None = None
+    ) -> Array:
         """Normalize a batch.
 
         Parameters
         ----------
         x : array of float32 or float64
-            With `num_channels` channels along `axis`. Keep its values for `backward`.
+            With `num_channels` channels along `axis`. Keep its values for `backward`, and those of
+            the output where there is a residual.
+        residual : array like `x`, optional
+            What is added before the activation, of any strides; `backward` then returns its
+            gradient as well.
         out : array like `x`, optional
-            Where to write. In place, where it is `x` itself, there can be no `backward`.
+            Where to write. In place, where it is `x` itself, there can be no `backward`; nor where
+            it is the residual itself, if the activation is silu or hardswish.
 
         Returns
         -------
@@ -358,15 +377,20 @@ class GroupNorm(Layer):
         """
         array, axis, _ = _validation.batch("x", x, self.axis)
         _validation.same_channels("x", array, axis, self.num_channels)
-        y, mean, invstd = functional.group_norm_forward(
-            array, self.num_groups, self.weight, self.bias, self.eps, axis=axis, out=out
+        chosen = activation_of(self.activation, self.negative_slope)
+        y, mean, invstd = _primitives.normalize(
+            *(array, axis, self.weight, self.bias, self.eps),
+            out=out,
+            over=GROUPS,
+            num_groups=self.num_groups,
+            activation=chosen,
+            residual=residual,
         )
-        self._save(array, y, mean, invstd, self._kept_weight())
+        self._save_fused(array, y, (mean, invstd, self._kept_weight()), chosen, residual)
         return y
 
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        mean, invstd, weight = saved
-        dx, dweight, dbias = functional.group_norm_backward(
-            dy, x, mean, invstd, weight, axis=self.axis, out=out
-        )
+        mean, invstd, weight, fused = saved
+        given = dy, x, self.axis, mean, invstd, weight, False
+        dx, dweight, dbias = self._fused_gradients(given, out, GROUPS, True, fused)
         return dx, None if weight is None else dweight, dbias

@@ -132,6 +132,14 @@ class Batch(Operands):
 
 
 @dataclass(frozen=True)
+class Activated(Batch):
+    """A batch whose normalization goes through ReLU, after a residual where there is one."""
+
+    residual: Array | None
+    y: Array  # what comes out in training
+
+
+@dataclass(frozen=True)
 class Filters(Operands):
     """Weights, of which each filter along the first axis is given a length."""
 
@@ -168,8 +176,14 @@ class Cell(Generic[TheirData]):
 
     @property
     def traffic(self) -> int:
-        """Bytes that must be moved: each input read once, the output written once."""
-        return ARRAYS_MOVED[self.operation] * self.data.x.nbytes
+        """Bytes that must be moved: each input read once, the output written once.
+
+        Of a residual one array more; in its gradient two, y and that gradient.
+        """
+        more = 0
+        if isinstance(self.data, Activated) and self.data.residual is not None:
+            more = 2 if self.operation == "backward" else 1
+        return (ARRAYS_MOVED[self.operation] + more) * self.data.x.nbytes
 
 
 def mean_and_std(mean: Any, var: Any) -> Array:

@@ -18,6 +18,7 @@ from bnfast._cli.bench.cell import (
     EPS,
     LEAST_LENGTH,
     OFFSET,
+    Activated,
     AnyData,
     Batch,
     Cell,
@@ -92,7 +93,11 @@ def _piece(batch: Batch, of_x: Any, of_statistics: Any, of_parameters: Any) -> B
         **dict.fromkeys(("mean", "var", "invstd"), of_statistics),
         **dict.fromkeys(("exact_mean", "exact_var", "exact_invstd"), of_statistics),
     }
-    return replace(batch, **{name: getattr(batch, name)[part] for name, part in parts.items()})
+    if isinstance(batch, Activated):
+        parts |= dict.fromkeys(("y", "residual"), of_x)
+    arrays = {name: getattr(batch, name) for name in parts}
+    pieces: dict[str, Any] = {n: None if a is None else a[parts[n]] for n, a in arrays.items()}
+    return replace(batch, **pieces)
 
 
 class _OfBatches(Normalization[Batch]):
@@ -207,6 +212,50 @@ class BatchNorm(_OfChannels):
             return partial(forward, axis=b.axis, out=out)
         saved = b.dy, b.x, b.exact_mean, b.exact_invstd, b.weight
         return partial(bnfast.batch_norm_backward, *saved, axis=b.axis, out=out)
+
+
+class ActivatedBatchNorm(BatchNorm):
+    """Batch norm and ReLU, and between them the sum with a residual."""
+
+    shapes = "resnet50"
+
+    def __init__(self, *, adds: bool) -> None:
+        self.adds = adds
+
+    def make(self, shape: Shape, layout: str, dtype: Any, mean: float, offset: int) -> Activated:
+        """Return a batch; dy is 0 where rounding decides on which side of 0 an output lies."""
+        batch = super().make(shape, layout, dtype, mean, offset)
+        y = aligned_empty(batch.x.shape, dtype, offset)
+        residual = None
+        if self.adds:
+            residual = aligned_empty(batch.x.shape, dtype, offset)
+            np.random.default_rng(1).standard_normal(dtype=dtype.type, out=residual)
+        made = Activated(**vars(batch), residual=residual, y=y)
+        for cut in self.pieces(made):
+            piece: Any = cut
+            z = self._before_activation("training", piece)
+            piece.y[...] = np.maximum(z, 0)
+            piece.dy[np.abs(z) < 1e-4] = 0
+        return made
+
+    def _before_activation(self, operation: str, b: Any) -> Array:
+        z = super().exact_piece(operation, b)
+        return reference.activate(z, residual=b.residual)
+
+    def exact_piece(self, operation: str, b: Any) -> Array:
+        """Return y or dx."""
+        if operation != "backward":
+            return reference.activate(self._before_activation(operation, b), "relu")
+        return super().exact_piece(operation, replace(b, dy=np.where(b.y > 0, b.dy, 0)))
+
+    def ours(self, operation: str, b: Any, out: Array | None) -> Callable[[], Any]:
+        """Return bnfast's call: the gradient is given y where there is a residual."""
+        call: Any = super().ours(operation, b, out)
+        if operation != "backward":
+            return partial(call, activation="relu", residual=b.residual)
+        if b.residual is None:
+            return partial(call, activation="relu", bias=b.bias)
+        return partial(call, activation="relu", y=b.y, residual=True)
 
 
 class GroupNorm(_OfChannels):
@@ -453,6 +502,8 @@ class TableMoments(Normalization[Table]):
 
 NORMALIZATIONS: dict[str, Normalization[Any]] = {
     "batch": BatchNorm(),
+    "batch-relu": ActivatedBatchNorm(adds=False),
+    "batch-add-relu": ActivatedBatchNorm(adds=True),
     "layer": LayerNorm(),
     "rms": RMSNorm(),
     "group": GroupNorm(),

@@ -75,11 +75,11 @@ class Peer(NamedTuple):
     module: str
     rival: str  # the class
     distributions: tuple[str, ...]  # on PyPI
-    only: str = ""  # the one normalization that it is there for
+    only: tuple[str, ...] = ()  # the normalizations that it is there for
 
     def is_for(self, normalizations: Iterable[str]) -> bool:
         """Return whether it is there for one of them."""
-        return not self.only or self.only in normalizations
+        return not self.only or not set(self.only).isdisjoint(normalizations)
 
     def missing(self) -> list[str]:
         """Return what is not installed."""
@@ -100,19 +100,26 @@ def _installed(distribution: str) -> bool:
     return True
 
 
+# What others do in two or three operations.
+ACTIVATED = ("batch-relu", "batch-add-relu")
+
 PEERS = {
     "numpy": Peer("NumPy", "numpy_formulas", "NumPyFormulas", ("numpy",)),
     "pytorch": Peer("PyTorch", "pytorch", "PyTorch", ("torch",)),
+    "pytorch-compiled": Peer(
+        "PyTorch compiled", "pytorch_compiled", "PyTorchCompiled", ("torch",), only=ACTIVATED
+    ),
+    "unfused": Peer("bnfast unfused", "bnfast_unfused", "Unfused", ("bnfast",), only=ACTIVATED),
     "onednn": Peer("oneDNN", "onednn", "OneDnn", ("onednn-cpu-gomp",)),
     "onednn-blocked": Peer("oneDNN blocked", "onednn", "OneDnnBlocked", ("onednn-cpu-gomp",)),
     "onnxruntime": Peer("ONNX Runtime", "onnx_runtime", "OnnxRuntime", ("onnxruntime", "onnx")),
     "jax": Peer("JAX", "jax_xla", "JaxXla", ("jax", "jaxlib")),
     "numba": Peer("Numba", "numba_kernels", "NumbaKernels", ("numba",)),
     "numpy-float64": Peer(
-        "NumPy float64", "numpy_formulas", "NumPyInFloat64", ("numpy",), only="moments"
+        "NumPy float64", "numpy_formulas", "NumPyInFloat64", ("numpy",), only=("moments",)
     ),
-    "onedal": Peer("oneDAL", "onedal", "OneDal", ("scikit-learn-intelex",), only="moments"),
-    "polars": Peer("polars", "polars_frames", "PolarsFrames", ("polars",), only="moments"),
+    "onedal": Peer("oneDAL", "onedal", "OneDal", ("scikit-learn-intelex",), only=("moments",)),
+    "polars": Peer("polars", "polars_frames", "PolarsFrames", ("polars",), only=("moments",)),
 }
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnfast._cli.bench.cell import EPS, LEAST_LENGTH, Batch, Cell, Filters, Matrix, Table
-from bnfast._cli.bench.rivals import Contender, Rival, first, read_moments
+from bnfast._cli.bench.rivals import Contender, NotOffered, Rival, first, read_moments
 
 Formula = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -213,6 +213,8 @@ class JaxXla(Rival):
         call gives away the output of the one before.
         """
         jax.config.update("jax_enable_x64", cell.data.dtype == np.float64)
+        if cell.normalization not in FORMULAS:
+            raise NotOffered("no formula of it is written")
         function, arguments = FORMULAS[cell.normalization](cell)
         arrays = jax.device_put(arguments)
         # It shares NumPy's memory where that begins at a cache line, and copies it otherwise.

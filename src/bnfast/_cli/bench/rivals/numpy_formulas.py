@@ -347,6 +347,8 @@ class NumPyFormulas(Rival):
 
     def prepare(self, cell: Cell[Any], fresh: bool) -> Contender:
         """Return the formula of the cell."""
+        if cell.normalization not in FORMULAS:
+            raise NotOffered("no formula of it is written")
         formula, out = FORMULAS[cell.normalization](cell), cell.data.output()
         if out is None:
             return Contender(formula, read_moments)

@@ -20,8 +20,10 @@ from bnfast._cli.bench.rivals.onednn_library import (
     DST,
     FORWARD_INFERENCE,
     FORWARD_TRAINING,
+    FUSE_RELU,
     MEAN,
     QUERY_IMPLEMENTATION,
+    QUERY_WORKSPACE,
     SCALE,
     SHIFT,
     SRC,
@@ -29,6 +31,7 @@ from bnfast._cli.bench.rivals.onednn_library import (
     USE_SCALE,
     USE_SHIFT,
     VARIANCE,
+    WORKSPACE,
     Work,
     arguments_of,
     library,
@@ -49,6 +52,7 @@ class Kind(NamedTuple):
 # The primitives of the normalizations.
 PRIMITIVES = {
     "batch": "batch_normalization",
+    "batch-relu": "batch_normalization",
     "layer": "layer_normalization",
     "rms": "layer_normalization",
     "group": "group_normalization",
@@ -73,8 +77,9 @@ def _kind(cell: Cell[Batch], work: Work) -> Kind:
     if len(plane) > 2:
         raise NotOffered("only NCHW and NHWC are driven here")
     shape, last = (n, c, *(*plane, 1, 1)[:2]), None if b.axis == 1 else 1
-    if cell.normalization == "batch":
-        return Kind(name, shape, last)
+    if name == "batch_normalization":
+        fuses = FUSE_RELU if cell.normalization == "batch-relu" else 0
+        return Kind(name, shape, last, flags=USE_SCALE | USE_SHIFT | fuses)
     if "group" not in library().normalizations:
         raise NotOffered("group norm came with 3.3")
     return Kind(name, shape, last, (b.num_groups,))
@@ -101,7 +106,7 @@ class OneDnn(Rival):
         b: Batch = cell.data
         if b.dtype != np.float32:
             raise NotOffered("no float64")
-        if self.blocked and cell.normalization != "batch":
+        if self.blocked and PRIMITIVES[cell.normalization] != "batch_normalization":
             raise NotOffered("batch norm alone is driven in blocks")
         work = Work()
         kind = _kind(cell, work)
@@ -134,6 +139,28 @@ class OneDnn(Rival):
             f"{kind.name}_forward", engine, direction, layout, layout, *rest, None
         )
         data, output = {SRC: x}, DST
+        told = []  # which outputs were 0: forward says it to backward
+        if flags & FUSE_RELU and direction == FORWARD_TRAINING:
+            query = library().c.dnnl_primitive_desc_query_md
+            zeros = ctypes.c_void_p(query(description, QUERY_WORKSPACE, 0))
+            of_zeros = np.zeros(library().c.dnnl_memory_desc_get_size(zeros), np.uint8)
+            told = [(WORKSPACE, work.memory(zeros, of_zeros))]
+            if cell.operation == "backward":
+                statistics = {MEAN: np.empty_like(b.mean), VARIANCE: np.empty_like(b.var)}
+                before = {SCALE: b.weight, SHIFT: b.bias, **statistics}
+                work.run(
+                    primitive,
+                    arguments_of(
+                        (
+                            *((i, work.memory(layout, a)) for i, a in ((SRC, x), (DST, out))),
+                            *(
+                                (i, work.memory(work.described(a.shape, None), a))
+                                for i, a in before.items()
+                            ),
+                            *told,
+                        )
+                    ),
+                )
         if cell.operation in ("training", "forward"):
             used |= {MEAN: np.empty_like(b.mean), VARIANCE: np.empty_like(b.var)}
         elif cell.operation == "backward":
@@ -157,10 +184,11 @@ class OneDnn(Rival):
                     for index, array in used.items()
                 ),
                 (output, target),
+                *told,
             )
         )
         set_handle = library().c.dnnl_memory_set_data_handle
-        kept = data, used  # by the call, as long as it may be made
+        kept = data, used, told and of_zeros  # by the call, as long as it may be made
 
         def call(kept: Any = kept) -> Array:
             y = out

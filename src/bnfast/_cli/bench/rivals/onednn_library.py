@@ -16,9 +16,10 @@ from bnfast._typing import Array
 CPU, IN_ORDER, FLOAT32 = 1, 1, 3
 FORWARD_TRAINING, FORWARD_INFERENCE, BACKWARD = 64, 96, 128
 USE_GLOBAL_STATS, USE_SCALE, USE_SHIFT, AROUND_ZERO = 1, 2, 4, 0x20  # the last: dnnl_rms_norm
+FUSE_RELU = 0x8
 SRC, DST, MEAN, VARIANCE, SCALE, SHIFT = 1, 17, 49, 50, 51, 52
 DIFF_SRC, DIFF_DST, DIFF_SCALE, DIFF_SHIFT = 129, 145, 255, 256
-QUERY_IMPLEMENTATION = 8
+QUERY_IMPLEMENTATION, QUERY_WORKSPACE, WORKSPACE = 8, 135, 64
 ISA_AVX512 = 0x27
 BLOCKS_OF_16, BLOCKS_OF_8 = 78, 102  # dnnl_aBcd16b, dnnl_aBcd8b
 
@@ -92,6 +93,8 @@ class Library:
             function.restype = c_int
         self.c.dnnl_memory_desc_get_size.argtypes = (descriptor,)
         self.c.dnnl_memory_desc_get_size.restype = c_size_t
+        self.c.dnnl_primitive_desc_query_md.argtypes = (c_void_p, c_int, c_int)
+        self.c.dnnl_primitive_desc_query_md.restype = c_void_p
         self.c.dnnl_version.restype = POINTER(Version)
         self.engine = self.create("engine", CPU, 0)
         self.stream = self.create("stream", self.engine, IN_ORDER)

@@ -11,7 +11,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bnfast._cli.bench.cell import EPS, LEAST_LENGTH, Batch, Cell, Data, Filters, Matrix, Table
+from bnfast._cli.bench.cell import (
+    EPS,
+    LEAST_LENGTH,
+    Activated,
+    Batch,
+    Cell,
+    Data,
+    Filters,
+    Matrix,
+    Table,
+)
 from bnfast._cli.bench.rivals import Contender, Rival, first, read_moments
 
 ALL = [True, True, True]  # gradients of x, weight and bias
@@ -78,6 +88,29 @@ def _batch_norm(cell: Cell[Batch], fresh: bool) -> Contender:
     }
     native_out = aten.native_batch_norm.out
     return Contender(lambda: native_out(*forward, **outputs), read)
+
+
+def _activated_batch_norm(cell: Cell[Activated], fresh: bool) -> Contender:
+    """Batch norm, the sum and ReLU in place, as networks have them; backward, from y."""
+    b = cell.data
+    normalized = _batch_norm(cell, fresh)
+    if cell.operation == "backward":
+        dy, y, x = (_tensor(b, array) for array in (b.dy, b.y, b.x))
+        saved = shared(b.weight), None, None, shared(b.mean), shared(b.invstd), True, EPS, ALL
+        through, backward = aten.threshold_backward.default, aten.native_batch_norm_backward.default
+
+        def gradient() -> Any:
+            dz = through(dy, y, 0)
+            return *backward(dz, x, *saved), dz
+
+        return Contender(gradient, _reader(b), fresh=not fresh)
+    residual = None if b.residual is None else _tensor(b, b.residual)
+
+    def call() -> Any:
+        y = first(normalized.call())
+        return (y if residual is None else y.add_(residual)).relu_()
+
+    return Contender(call, _reader(b))
 
 
 # Of the others no function writes to given memory: every .out overload makes a new tensor as well,
@@ -239,6 +272,8 @@ def _moments(cell: Cell[Table], fresh: bool) -> Contender:
 
 CALLS: dict[str, Callable[[Cell[Any], bool], Contender]] = {
     "batch": _batch_norm,
+    "batch-relu": _activated_batch_norm,
+    "batch-add-relu": _activated_batch_norm,
     "layer": _layer_norm,
     "rms": _rms_norm,
     "group": _group_norm,

@@ -1,0 +1,182 @@
+"""What layers share that add a residual and apply an activation in the same pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from bnfast import _primitives, _validation
+from bnfast._activations import activation_of
+from bnfast._float_mode import in_default_float_mode
+from bnfast._primitives import Activation, Reduction
+from bnfast._typing import Array
+from bnfast.layers._layer import Gradients, Layer
+from bnfast.layers._tracking import TrackingLayer
+from bnfast.running_averages import LearnableMomentum
+
+# What a backward pass needs besides, of a call with an activation or a residual: the bias, the
+# activation, the residual where z is made again of it, y where that says enough, and whether there
+# was a residual.
+SHOWN_IF_NOT: Mapping[str, Any] = {"activation": None, "negative_slope": 0.01}
+
+Fused = tuple[Array | None, Activation | None, Array | None, Array | None, bool]
+
+
+class FusedLayer(Layer):
+    """A layer with an activation of its own, whose calls may add a residual before it."""
+
+    activation: str | None = None  # pickles of 0.1 have none
+    negative_slope: float = 0.01
+
+    def _set_activation(self, activation: str | None, negative_slope: float) -> None:
+        activation_of(activation, negative_slope)
+        self.activation, self.negative_slope = activation, negative_slope
+
+    def _save_fused(
+        self, x: Array, y: Array, saved: tuple[Any, ...], chosen: Activation | None, residual: Any
+    ) -> None:
+        """Keep y for the backward pass rather than the residual: the network keeps it anyway."""
+        adds = residual is not None
+        from_y = adds and chosen is not None and chosen.is_invertible
+        again = adds and chosen is not None and not from_y
+        if again and _validation.shares_memory(residual, y):
+            self._save(y, y)  # which says that the input was overwritten
+            return
+        bias = None if self.bias is None or chosen is None else self.bias.copy()
+        fused: Fused = bias, chosen, residual if again else None, y if from_y else None, adds
+        self._save(x, y, *saved, fused)
+
+    def _fused_gradients(
+        self,
+        given: tuple[Any, Any, Any, Any, Any, Any, bool],
+        out: Array | None,
+        over: Reduction,
+        grouped: bool,
+        fused: Fused,
+    ) -> Gradients:
+        bias, chosen, residual, y, adds = fused
+        dx, dweight, dbias, dresidual = _primitives.fused_gradient(
+            *given, out, over, grouped, bias, chosen, residual, y, adds
+        )
+        return (dx, dresidual) if adds else dx, dweight, dbias
+
+
+class FusedTrackingLayer(FusedLayer, TrackingLayer):
+    """Such a layer of channels, with running statistics or without."""
+
+    _shown_if_not: ClassVar[Mapping[str, Any]] = {
+        **TrackingLayer._shown_if_not,
+        **SHOWN_IF_NOT,
+    }
+
+    @in_default_float_mode
+    def __call__(
+        self, x: Array, residual: Array | None = None, *, out: Array | None = None
+    ) -> Array:
+        """Normalize a batch.
+
+        Parameters
+        ----------
+        x : array of float32 or float64
+            With `num_features` channels along `axis`. Keep its values for `backward`, and those of
+            the output where there is a residual.
+        residual : array like `x`, optional
+            What is added before the activation, of any strides; `backward` then returns its
+            gradient as well.
+        out : array like `x`, optional
+            Where to write. In place, where it is `x` itself, there can be no `backward`; nor where
+            it is the residual itself, if the activation is silu or hardswish.
+
+        Returns
+        -------
+        array like `x`
+
+        Raises
+        ------
+        TypeError, ValueError
+            As the function of the same name; the layer is left as it was.
+
+        Warns
+        -----
+        UserWarning
+            `BatchNorm`, once per layer, for a training batch with fewer than 8 values per channel:
+            their statistics are mostly noise.
+        RuntimeWarning
+            Where a running statistic of float32 becomes infinite, though that of the batch is
+            finite: the layer needs ``dtype=numpy.float64``.
+        """
+        array = self._batch(x)
+        if self._observer is not None:
+            self._observer(array)
+        training = self.training and not self.frozen
+        if training:
+            self._before_training(array)
+        running_mean, running_var = (None, None) if training else self._running_statistics()
+        if self.activation is None and residual is None:
+            if running_mean is None or running_var is None:
+                return self._normalize(array, out, training)
+            return self._evaluate(array, out, running_mean, running_var, self.eps)
+        chosen = activation_of(self.activation, self.negative_slope)
+        if running_mean is None or running_var is None:
+            return self._normalize_fused(array, out, training, chosen, residual)
+        return self._evaluate_fused(array, out, running_mean, running_var, chosen, residual)
+
+    def _normalize_fused(
+        self,
+        x: Array,
+        out: Array | None,
+        training: bool,
+        chosen: Activation | None,
+        residual: Array | None,
+    ) -> Array:
+        tracks = training and self.track_running_stats and self._takes(x, self.axis)
+        if tracks and type(self.momentum) is LearnableMomentum:
+            raise ValueError(
+                "momentum must be no LearnableMomentum with a residual or an activation"
+            )
+        tracked: dict[str, Any] = {}
+        if tracks:
+            tracked = dict(zip(self._running, self._running_statistics(), strict=True))
+            tracked |= {"momentum": self._weight_of_new_batch(), "unbiased": self.unbiased}
+        y, mean, invstd = _primitives.normalize(
+            *(x, self.axis, self.weight, self.bias, self.eps),
+            **tracked,
+            out=out,
+            over=self._over,
+            activation=chosen,
+            residual=residual,
+        )
+        if tracks and x.size > 0:
+            self._count()
+        self._save_fused(x, y, (mean, invstd, self._kept_weight(), False), chosen, residual)
+        return y
+
+    def _evaluate_fused(
+        self,
+        x: Array,
+        out: Array | None,
+        mean: Array,
+        variance: Array,
+        chosen: Activation | None,
+        residual: Array | None,
+    ) -> Array:
+        y = _primitives.scale_shift(
+            *(x, self.axis, mean, variance, self.weight, self.bias, self.eps),
+            *(self._evaluation, out),
+            activation=chosen,
+            residual=residual,
+        )
+        statistics = self._evaluation.saved
+        if statistics is None:  # x is empty: nothing was prepared, and there is no gradient
+            statistics = mean, variance, self.weight
+        self._save_fused(x, y, (*statistics, True), chosen, residual)
+        return y
+
+    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
+        if len(saved) < 5:
+            return super()._gradients(dy, out, x, *saved)
+        mean, invstd, weight, constant, fused = saved
+        over = _primitives.BATCH if constant else self._over
+        given = dy, x, self.axis, mean, invstd, weight, constant
+        dx, dweight, dbias = self._fused_gradients(given, out, over, False, fused)
+        return dx, None if weight is None else dweight, dbias

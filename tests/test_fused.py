@@ -1,0 +1,550 @@
+"""Activations and residuals in the same pass as a normalization, of functions and layers.
+
+What is piecewise linear has the bits of the operations one after the other, forward and backward.
+"""
+
+import pickle
+
+import numpy as np
+import pytest
+
+import bnfast
+from bnfast import _reference as reference
+from bnfast import functional
+from tolerances import CURVE_GRADIENT, CURVE_ULPS, FINITE_DIFFERENCES, eps_of
+
+EPS = 1e-5
+PIECEWISE = ("relu", "leaky_relu", "relu6")
+CURVES = ("silu", "hardswish")
+NAMES = (*PIECEWISE, *CURVES)
+SLOPE = 0.3
+
+# Of each member: its arguments between x and weight, and the name of its functions.
+MEMBERS = {
+    "batch_norm": (),
+    "instance_norm": (),
+    "group_norm": (3,),
+}
+# More than a chunk, small planes, and a batch without planes.
+SHAPES = {"large": (3, 6, 40, 100), "planes": (5, 12, 4, 5), "rows": (70, 6)}
+
+
+def laid_out(array, layout):
+    """The same values, elsewhere in memory."""
+    if layout == "nchw":
+        return array
+    if layout == "nhwc":
+        return np.moveaxis(np.ascontiguousarray(np.moveaxis(array, 1, -1)), -1, 1)
+    view = np.zeros((*array.shape[:-1], 2 * array.shape[-1]), array.dtype)[..., ::2]
+    view[...] = array
+    return view
+
+
+@pytest.fixture(params=[np.float32, np.float64])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=SHAPES)
+def data(request, rng, dtype):
+    """x, dy and a residual, and weight and bias."""
+    shape = SHAPES[request.param]
+    arrays = rng.normal(1, 3, (3, *shape)).astype(dtype)
+    return *arrays, *rng.normal(size=(2, shape[1])).astype(dtype)
+
+
+def forward(member, x, weight, bias, **fused):
+    function = getattr(functional, f"{member}_forward")
+    return function(x, *MEMBERS[member], weight, bias, EPS, **fused)
+
+
+def backward(member, dy, x, saved, weight, **fused):
+    function = getattr(functional, f"{member}_backward")
+    return function(dy, x, *saved, weight, **fused)
+
+
+def activated(z, name):
+    """In the dtype of z, as its definition says."""
+    if name in CURVES:
+        return reference.activate(z, name, precision=np.longdouble).astype(z.dtype)
+    if name == "leaky_relu":
+        return np.where(z < 0, z.dtype.type(SLOPE) * z, z)
+    return np.clip(z, 0, 6 if name == "relu6" else None).astype(z.dtype)
+
+
+def through(dy, z, name):
+    """What of dy goes through the activation, in its dtype."""
+    wide = reference.activate_backward(dy, z, name, SLOPE, precision=np.longdouble)
+    if name == "leaky_relu":
+        return np.where(z > 0, dy, dy * dy.dtype.type(SLOPE))
+    return wide.astype(dy.dtype)
+
+
+def ulps(found, expected):
+    return np.abs(found - expected) / np.spacing(np.abs(expected))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layouts", [("nchw", "nhwc"), ("nhwc", "nhwc"), ("strided", "nchw")])
+@pytest.mark.parametrize("member", MEMBERS)
+def test_forward_is_the_activated_sum(isa, data, member, layouts, name):
+    x, _, residual, weight, bias = data
+    x, residual = laid_out(x, layouts[0]), laid_out(residual, layouts[1])
+    y, *saved = forward(member, x, weight, bias)
+    for added in (None, residual):
+        z = y if added is None else y + added
+        fused = {"activation": name, "negative_slope": SLOPE, "residual": added}
+        found, *statistics = forward(member, x, weight, bias, **fused)
+        np.testing.assert_array_equal(statistics[0], saved[0])
+        np.testing.assert_array_equal(statistics[1], saved[1])
+        if name in PIECEWISE:
+            np.testing.assert_array_equal(found, activated(z, name))
+        else:
+            assert ulps(found, activated(z, name)).max() <= CURVE_ULPS
+
+
+def test_a_residual_alone_is_added(isa, data):
+    x, dy, residual, weight, bias = data
+    y, *saved = forward("batch_norm", x, weight, bias)
+    found, *_ = forward("batch_norm", x, weight, bias, residual=residual)
+    np.testing.assert_array_equal(found, y + residual)
+    *gradients, dresidual = backward("batch_norm", dy, x, saved, weight, residual=residual)
+    assert dresidual is dy
+    for a, b in zip(gradients, backward("batch_norm", dy, x, saved, weight), strict=True):
+        np.testing.assert_array_equal(a, b)
+    out = dy.copy()
+    *_, dresidual = backward("batch_norm", out, x, saved, weight, residual=residual, out=out)
+    np.testing.assert_array_equal(dresidual, dy)
+    np.testing.assert_array_equal(out, gradients[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layouts", [("nchw", "nhwc"), ("nhwc", "nhwc"), ("strided", "nchw")])
+@pytest.mark.parametrize("member", MEMBERS)
+def test_backward_is_that_of_what_goes_through(isa, data, member, layouts, name):
+    x, dy, residual, weight, bias = data
+    x, dy = (laid_out(a, layouts[0]) for a in (x, dy))
+    residual = laid_out(residual, layouts[1])
+    y, *saved = forward(member, x, weight, bias)
+    for added in (None, residual):
+        fused = {"activation": name, "negative_slope": SLOPE}
+        z = y if added is None else y + added
+        dz = through(dy, z, name)
+        expected = [*backward(member, dz, x, saved, weight), *[dz] * (added is not None)]
+        of_y = forward(member, x, weight, bias, **fused, residual=added)[0]
+        ways = [{"bias": bias, "residual": added}]
+        if name in PIECEWISE:
+            ways.append({"y": of_y, "residual": added is not None})
+        for way in ways:
+            found = backward(member, dy, x, saved, weight, **fused, **way)
+            for a, b in zip(found, expected, strict=True):
+                if name in PIECEWISE:
+                    np.testing.assert_array_equal(a, b)
+                else:
+                    largest = max(np.abs(b).max(), np.abs(dz).max() * saved[1].max())
+                    assert np.abs(a - b).max() <= CURVE_GRADIENT * eps_of(dy.dtype) * largest
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_gradient_passes_through_constant_statistics(isa, data, name, adds):
+    x, dy, residual, weight, bias = data
+    y, *saved = forward("batch_norm", x, weight, bias)
+    added = residual if adds else None
+    z = y + residual if adds else y
+    expected = backward("batch_norm", through(dy, z, name), x, saved, weight, training=False)
+    fused = {"activation": name, "negative_slope": SLOPE, "training": False}
+    found = backward("batch_norm", dy, x, saved, weight, bias=bias, residual=added, **fused)
+    for a, b in zip(found[:3], expected, strict=True):
+        if name in PIECEWISE:
+            np.testing.assert_array_equal(a, b)
+        else:
+            largest = max(np.abs(b).max(), np.abs(dy).max() * saved[1].max())
+            assert np.abs(a - b).max() <= CURVE_GRADIENT * eps_of(dy.dtype) * largest
+
+
+def everything(x, dy, residual, name):
+    """All results, with a residual and without."""
+    y, *saved = functional.batch_norm_forward(x)
+    made = [y, *saved]
+    for added in (None, residual):
+        fused = {"activation": name, "negative_slope": SLOPE, "residual": added}
+        made.append(functional.batch_norm_forward(x, **fused)[0])
+        made.append(functional.batch_norm(x, *saved, **fused))
+        made += functional.batch_norm_backward(dy, x, *saved, **fused)
+        made += functional.batch_norm_backward(dy, x, *saved, training=False, **fused)
+    return made
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("name", NAMES)
+def test_neither_isa_nor_threads_nor_caches_change_a_bit(
+    rng, dtype, use_isa, use_threads, use_caches, name, layout
+):
+    arrays = rng.normal(size=(3, 9, 5, 30, 31)).astype(dtype)
+    x, dy, residual = (laid_out(a, layout) for a in arrays)
+    use_threads(1)
+    use_isa("baseline")
+    expected = everything(x, dy, residual, name)
+    for isa in bnfast.available_isas():
+        use_isa(isa)
+        for threads, caches in (
+            (1, (1 << 20, 1 << 25)),
+            (2, (4096, 4096)),
+            (3, (1 << 16, 1 << 18)),
+        ):
+            use_threads(threads)
+            use_caches(*caches)
+            for a, b in zip(everything(x, dy, residual, name), expected, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("where", ["x", "residual", "twice"])
+def test_the_output_may_take_the_place_of_an_input(data, where):
+    x, _, residual, weight, bias = data
+    residual = x if where == "twice" else residual
+    fused = {"activation": "relu"}
+    expected = forward("batch_norm", x, weight, bias, residual=residual.copy(), **fused)[0]
+    x, residual = x.copy(), residual.copy()
+    if where == "twice":
+        residual = x
+    out = residual if where == "residual" else x
+    found = forward("batch_norm", x, weight, bias, residual=residual, out=out, **fused)[0]
+    assert found is out
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("place", ["dy", "x"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gradient_may_take_the_place_of_an_input(data, name, place):
+    x, dy, residual, weight, bias = data
+    _, *saved = forward("batch_norm", x, weight, bias)
+    for added in (None, residual):
+        fused = {"activation": name, "bias": bias, "residual": added}
+        expected = backward("batch_norm", dy, x, saved, weight, **fused)
+        given = {"dy": dy.copy(), "x": x.copy()}
+        found = backward("batch_norm", *given.values(), saved, weight, out=given[place], **fused)
+        assert found[0] is given[place]
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_central_differences(rng, name):
+    x, residual, dy = rng.normal(size=(3, 6, 2, 3))
+    weight, bias = rng.normal(1, 0.3, (2, 2))
+    step = 1e-6
+
+    def loss(x, weight, bias, residual):
+        fused = {"activation": name, "residual": residual}
+        return np.sum(functional.batch_norm_forward(x, weight, bias, EPS, **fused)[0] * dy)
+
+    _, *saved = functional.batch_norm_forward(x, weight, bias, EPS)
+    found = functional.batch_norm_backward(
+        dy, x, *saved, weight, bias=bias, activation=name, residual=residual
+    )
+    given = [x, weight, bias, residual]
+    for k, gradient in enumerate(found):
+        differences = np.empty_like(gradient)
+        for index in np.ndindex(gradient.shape):
+            moved = [[a.copy() for a in given] for _ in range(2)]
+            moved[0][k][index] += step
+            moved[1][k][index] -= step
+            differences[index] = (loss(*moved[0]) - loss(*moved[1])) / (2 * step)
+        np.testing.assert_allclose(gradient, differences, atol=10 * FINITE_DIFFERENCES)
+
+
+def applied(name, z, dtype):
+    """An activation of these values: of a channel whose mean is 0 and variance 1, in evaluation."""
+    x = np.array(z, dtype).reshape(-1, 1)
+    zeros, ones = np.zeros(1, dtype), np.ones(1, dtype)
+    y = functional.batch_norm(x, zeros, ones, eps=0.0, activation=name, negative_slope=SLOPE)
+    dx, *_ = functional.batch_norm_backward(
+        np.ones_like(x), x, zeros, ones, training=False, activation=name, negative_slope=SLOPE
+    )
+    return y.ravel(), dx.ravel()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_ends_of_the_range(isa, dtype, name):
+    largest, least = np.finfo(dtype).max, np.finfo(dtype).smallest_subnormal
+    z = [-np.inf, -largest, -least, -0.0, 0.0, least, largest, np.inf, np.nan]
+    y, dx = applied(name, z, dtype)
+    ceiling = 6 if name == "relu6" else largest
+    below = [-np.inf, -dtype(SLOPE) * largest] if name == "leaky_relu" else [0, 0]
+    half = 0 if name in CURVES else least  # of the least number, rounded to even
+    expected = [*below, y[2], 0, 0, half, ceiling, np.inf if ceiling == largest else 6, np.nan]
+    np.testing.assert_array_equal(y, np.array(expected, dtype))
+    assert abs(y[2]) <= least
+    outside, middle = {"leaky_relu": (SLOPE, SLOPE)}.get(name, (0, 0.5 if name in CURVES else 0))
+    inside = 0 if name == "relu6" else 1
+    slopes = [
+        outside,
+        outside,
+        middle,
+        middle,
+        middle,
+        0.5 if name in CURVES else 1,
+        inside,
+        inside,
+    ]
+    np.testing.assert_array_equal(dx[:8], np.array(slopes, dtype))
+
+
+def test_silu_is_within_ulps_of_the_exact_one(isa, rng, dtype):
+    low = -104 if dtype == np.float32 else -751
+    z = np.concatenate(
+        [np.linspace(low, 40, 20001), rng.normal(size=5000), -np.geomspace(1e-30, 1)]
+    )
+    z = z.astype(dtype)
+    wide = z.astype(np.longdouble)
+    exact = wide / (1 + np.exp(-wide))
+    y, dx = applied("silu", z, dtype)
+    spacing = np.spacing(np.abs(exact.astype(dtype))).astype(np.longdouble)
+    assert np.max(np.abs(y - exact) / spacing) <= CURVE_ULPS
+    sigmoid = 1 / (1 + np.exp(-wide))
+    slope = sigmoid * (1 + wide * (1 - sigmoid))
+    assert np.max(np.abs(dx - slope)) <= 2 * np.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_a_nan_stays_in_its_channel(isa, data, name, layout):
+    x, dy, residual, weight, bias = data
+    x, fused = laid_out(x, layout), {"activation": name, "residual": residual}
+    spoiled = x.copy(order="K")
+    spoiled[1, 2] = np.nan
+    made = []
+    for array in (x, spoiled):
+        y, *saved = forward("batch_norm", array, weight, bias, **fused)
+        made.append([y, *backward("batch_norm", dy, array, saved, weight, bias=bias, **fused)])
+    assert np.isnan(made[1][0][:, 2]).all()
+    for clean, other in zip(*made, strict=True):
+        axis = 1 if clean.ndim > 1 else 0
+        np.testing.assert_array_equal(np.delete(clean, 2, axis), np.delete(other, 2, axis))
+
+
+def test_an_infinite_gradient_does_not_go_through_a_closed_gate(isa, dtype):
+    x, dy = np.array([[-1.0], [2.0]], dtype), np.array([[np.inf], [1.0]], dtype)
+    zeros, ones = np.zeros(1, dtype), np.ones(1, dtype)
+    for way in ({}, {"y": np.maximum(x, 0)}, {"residual": np.zeros_like(x)}):
+        found = functional.batch_norm_backward(
+            dy, x, zeros, ones, training=False, activation="relu", **way
+        )
+        np.testing.assert_array_equal(found[0], [[0], [1]])
+        np.testing.assert_array_equal(found[2], [1])
+
+
+@pytest.mark.parametrize("scale", [1.7, -1.7, 1e-30, -1e-30, 3e4, 0.0])
+@pytest.mark.parametrize("mean", [0.0, 0.3, -1e4, 1e-30])
+@pytest.mark.parametrize("name", PIECEWISE)
+def test_gates_of_x_are_those_of_the_output(isa, dtype, name, mean, scale):
+    """Around the place where the output passes 0 or 6, number by number."""
+    mean, weight = np.array([mean], dtype), np.array([scale], dtype)
+    bias, ones = np.array([0.7], dtype), np.ones(1, dtype)
+    edges = [mean[0]]
+    if scale:
+        edges += [dtype((edge - 0.7) / scale + mean[0]) for edge in (0, 6)]
+    steps = np.arange(-300, 300)
+    x = np.concatenate([e + steps * np.spacing(dtype(e)) for e in edges]).astype(dtype)[:, None]
+    fused = {"activation": name, "negative_slope": SLOPE}
+    z = functional.batch_norm(x, mean, ones, weight, bias, eps=0.0)
+    y = functional.batch_norm(x, mean, ones, weight, bias, eps=0.0, **fused)
+    np.testing.assert_array_equal(y, activated(z, name))
+    dy = np.ones_like(x)
+    given = dy, x, mean, ones, weight
+    # Statistics that count as those of x, so that the kernel with the bounds writes dx.
+    sums = functional.batch_norm_backward(*given, bias=bias, **fused)
+    expected = functional.batch_norm_backward(through(dy, z, name), *given[1:])
+    for a, b in zip(sums, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# refused
+
+
+@pytest.mark.parametrize(
+    ("fused", "message"),
+    [
+        ({"activation": "gelu"}, "activation must be 'relu' or .* or None, got 'gelu'"),
+        ({"activation": 3}, "activation must be 'relu' or .* or None, got 3"),
+        ({"activation": "leaky_relu", "negative_slope": 1.5}, "negative_slope must be at most 1"),
+        (
+            {"activation": "leaky_relu", "negative_slope": "a"},
+            "negative_slope must be a real number",
+        ),
+        ({"residual": np.zeros((4, 3, 2))}, "residual must have the shape and dtype of x"),
+        ({"residual": np.zeros((4, 3, 5), np.float32)}, "residual must have the shape and dtype"),
+        ({"residual": "overlapping"}, "out must be residual itself or share no element with it"),
+    ],
+)
+@pytest.mark.parametrize("member", MEMBERS)
+def test_wrong_arguments_are_refused_before_anything_is_written(member, fused, message):
+    memory = np.full((5, 3, 5), 7.0)
+    out, fused = memory[:4], dict(fused)
+    if isinstance(fused.get("residual"), str):
+        fused["residual"] = memory[1:]
+    running = (
+        {"running_mean": np.zeros(3), "running_var": np.ones(3)} if member == "batch_norm" else {}
+    )
+    x = np.random.default_rng(0).normal(size=(4, 3, 5))
+    with pytest.raises((ValueError, TypeError), match=message):
+        forward(member, x, None, None, out=out, **running, **fused)
+    assert (memory == 7.0).all()
+    assert not running or (running["running_mean"] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("fused", "message"),
+    [
+        ({"activation": "gelu"}, "activation must be"),
+        ({"activation": "silu", "y": np.zeros((4, 3, 5))}, "y does not tell what silu"),
+        (
+            {"activation": "leaky_relu", "negative_slope": -0.1, "y": np.zeros((4, 3, 5))},
+            "y does not tell the gradient of leaky_relu",
+        ),
+        ({"activation": "relu", "residual": True}, "residual must be the array that was added"),
+        ({"activation": "relu", "residual": np.zeros((4, 3))}, "residual must have the shape"),
+        ({"activation": "relu", "y": np.zeros((4, 3))}, "y must have the shape and dtype of x"),
+        ({"activation": "relu", "y": "out"}, "out must not share memory with y"),
+        ({"activation": "relu", "residual": "out"}, "out must not share memory with residual"),
+        ({"activation": "relu", "bias": np.zeros(2)}, "bias must have one value for each"),
+    ],
+)
+@pytest.mark.parametrize("member", MEMBERS)
+def test_wrong_arguments_of_a_gradient_are_refused(member, fused, message):
+    out = np.full((4, 3, 5), 7.0)
+    fused = {
+        name: out if type(value) is str and value == "out" else value
+        for name, value in fused.items()
+    }
+    x, dy = np.random.default_rng(0).normal(size=(2, 4, 3, 5))
+    _, *saved = forward(member, x, None, None)
+    with pytest.raises((ValueError, TypeError), match=message):
+        backward(member, dy, x, saved, None, out=out, **fused)
+    assert (out == 7.0).all()
+
+
+def test_empty_batches_have_empty_gradients():
+    x = np.zeros((0, 3, 4), np.float32)
+    y, *saved = functional.batch_norm_forward(x, activation="relu", residual=x)
+    dx, dweight, dbias, dresidual = functional.batch_norm_backward(
+        x, x, *saved, activation="relu", residual=x
+    )
+    assert y.shape == dx.shape == dresidual.shape == x.shape
+    np.testing.assert_array_equal([dweight, dbias], np.zeros((2, 3)))
+
+
+# layers
+
+
+def layers(activation, **more):
+    fused = {"activation": activation, "negative_slope": SLOPE, **more}
+    return [
+        bnfast.BatchNorm(6, **fused),
+        bnfast.BatchNorm(6, **fused).eval(),
+        bnfast.BatchNorm(6, frozen=True, **fused),
+        bnfast.InstanceNorm(6, affine=True, **fused),
+        bnfast.InstanceNorm(6, affine=True, track_running_stats=True, **fused).eval(),
+        bnfast.GroupNorm(3, 6, **fused),
+    ]
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("name", [None, *NAMES])
+def test_layers_pass_it_on(rng, name, adds):
+    x, dy, residual = rng.normal(size=(3, 4, 6, 5, 5)).astype(np.float32)
+    added = residual if adds else None
+    for layer, plain in zip(layers(name), layers(None), strict=True):
+        for each in (layer, plain):
+            each.weight[...] = np.linspace(-1, 1, 6)
+            each.bias[...] = np.linspace(-0.5, 0.5, 6)
+        y = plain(x)
+        found = layer(x, added)
+        z = y + residual if adds else y
+        expected = z if name is None else activated(z, name)
+        if name in CURVES:
+            assert ulps(found, expected).max() <= CURVE_ULPS
+        else:
+            np.testing.assert_array_equal(found, expected)
+        layer.bias[...] = 3.0  # backward has the bias of the call
+        dz = dy if name is None else through(dy, z, name)
+        gradients = layer.backward(dy)
+        dx, dresidual = gradients if adds else (gradients, dz)
+        tolerance = 1e-4 if name in CURVES else 0
+        np.testing.assert_allclose(dx, plain.backward(dz), rtol=0, atol=tolerance)
+        np.testing.assert_allclose(dresidual, dz, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(layer.weight_grad, plain.weight_grad, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(layer.bias_grad, plain.bias_grad, rtol=0, atol=tolerance)
+        if layer.running_mean is not None:
+            np.testing.assert_array_equal(layer.running_mean, plain.running_mean)
+            np.testing.assert_array_equal(layer.running_var, plain.running_var)
+
+
+def test_a_layer_keeps_no_copy_as_large_as_its_input(rng):
+    x, residual = rng.normal(size=(2, 4, 6, 5, 5)).astype(np.float32)
+    for name in NAMES:
+        for layer in layers(name):
+            for added in (None, residual):
+                y = layer(x, added)
+                kept = [
+                    a for a in flat(layer._saved) if isinstance(a, np.ndarray) and a.size >= x.size
+                ]
+                assert all(any(a is b for b in (x, y, residual)) for a in kept)
+                assert len(kept) == (1 if added is None else 2)
+
+
+def flat(saved):
+    return [a for part in saved for a in (flat(part) if isinstance(part, tuple) else [part])]
+
+
+def test_a_curve_over_its_residual_has_no_backward(rng):
+    x, residual = rng.normal(size=(2, 9, 6)).astype(np.float32)
+    layer = bnfast.BatchNorm(6, activation="silu")
+    y = layer(x, residual, out=residual)
+    with pytest.raises(RuntimeError, match="wrote over its input"):
+        layer.backward(np.ones_like(y))
+    layer.activation = "relu"
+    y = layer(x, residual, out=residual)
+    assert len(layer.backward(np.ones_like(y))) == 2
+
+
+def test_layers_show_and_pickle_their_activation():
+    layer = bnfast.BatchNorm(2, activation="leaky_relu", negative_slope=0.2)
+    assert "activation=leaky_relu, negative_slope=0.2" in repr(layer)
+    assert "activation" not in repr(bnfast.GroupNorm(1, 2))
+    again = pickle.loads(pickle.dumps(layer))
+    assert (again.activation, again.negative_slope) == ("leaky_relu", 0.2)
+    with pytest.raises(ValueError, match="activation must be"):
+        bnfast.GroupNorm(1, 2, activation="tanh")
+    layer.activation = "tanh"
+    with pytest.raises(ValueError, match="activation must be"):
+        layer(np.ones((9, 2), np.float32))
+
+
+def test_a_learned_momentum_is_refused(rng):
+    x = rng.normal(size=(9, 2)).astype(np.float32)
+    layer = bnfast.BatchNorm(2, momentum=bnfast.LearnableMomentum(0.1), activation="relu")
+    with pytest.raises(ValueError, match="momentum must be no LearnableMomentum"):
+        layer(x)
+    assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("adds", [False, True])
+def test_torch_agrees(rng, name, adds):
+    torch = pytest.importorskip("torch")
+    x, dy, residual = rng.normal(size=(3, 4, 6, 5, 5))
+    weight, bias = rng.normal(size=(2, 6))
+    given = [torch.tensor(a, requires_grad=True) for a in (x, weight, bias, residual)]
+    z = torch.nn.functional.batch_norm(given[0], None, None, *given[1:3], training=True)
+    z = z + given[3] if adds else z
+    function = getattr(torch.nn.functional, name)
+    y = function(z, SLOPE) if name == "leaky_relu" else function(z)
+    y.backward(torch.tensor(dy))
+    fused = {"activation": name, "negative_slope": SLOPE, "residual": residual if adds else None}
+    found, *saved = functional.batch_norm_forward(x, weight, bias, **fused)
+    np.testing.assert_allclose(found, y.detach().numpy(), atol=1e-13)
+    gradients = functional.batch_norm_backward(dy, x, *saved, weight, bias=bias, **fused)
+    for a, b in zip(gradients, given if adds else given[:3], strict=True):
+        np.testing.assert_allclose(a, b.grad.numpy(), atol=1e-12)
