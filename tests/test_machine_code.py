@@ -71,6 +71,9 @@ def reached_from(variant, kernel):
 # Eight float64 at a time, and their eight float32, which fill half of the widest vectors.
 EIGHTS = ("scale_shift_coefficients", "gradient_coefficients", "standardize", "invstd")
 
+# SSE2 compares no integers of 64 bits.
+SCALAR = {("baseline", "gate_coefficients_f64")}
+
 # They convert and choose.
 NO_ARITHMETIC = ("round_mean", "widen", "narrow", "activation_coefficients")
 
@@ -78,6 +81,8 @@ NO_ARITHMETIC = ("round_mean", "widen", "narrow", "activation_coefficients")
 @pytest.mark.parametrize("variant", REGISTER)
 @pytest.mark.parametrize("kernel", [k for k in _core.kernel_names() if k[:6] != "probe_"])
 def test_every_kernel_has_arithmetic_at_full_width(variant, kernel):
+    if (variant, kernel) in SCALAR:
+        pytest.skip("the instruction set has no vectors for it")
     if variant == "baseline" and kernel.endswith("_f16") and not kernel.startswith(NO_ARITHMETIC):
         pytest.skip("without instructions that convert float16, it is converted in scratch")
     code = reached_from(variant, kernel)

@@ -8,7 +8,7 @@ import numpy as np
 
 import bnfast
 from bnfast._cli.bench.cell import EPS, Activated, Cell
-from bnfast._cli.bench.rivals import Contender, Rival
+from bnfast._cli.bench.rivals import ACTIVATED, Contender, NotOffered, Rival
 
 
 class Unfused(Rival):
@@ -21,6 +21,8 @@ class Unfused(Rival):
 
     def prepare(self, cell: Cell[Any], fresh: bool) -> Contender:
         """Return the calls one after the other."""
+        if cell.normalization not in ACTIVATED:
+            raise NotOffered("nothing follows it")
         b: Activated = cell.data
         out = None if fresh else b.out
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bnfast._cli.bench.cell import EPS, Activated, Cell
-from bnfast._cli.bench.rivals import Contender, NotOffered
+from bnfast._cli.bench.rivals import ACTIVATED, Contender, NotOffered
 from bnfast._cli.bench.rivals.pytorch import ALL, PyTorch, _reader, _tensor, aten, shared
 
 
@@ -17,6 +17,8 @@ class PyTorchCompiled(PyTorch):
 
     def prepare(self, cell: Cell[Any], fresh: bool) -> Contender:
         """Return a compiled call on tensors that share the memory of the cell's arrays."""
+        if cell.normalization not in ACTIVATED:
+            raise NotOffered("nothing follows it")
         if not any(map(shutil.which, ("c++", "g++", "clang++"))):
             raise NotOffered("no C++ compiler was found")
         b: Activated = cell.data
