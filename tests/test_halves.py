@@ -203,6 +203,85 @@ def test_parameters_of_the_same_type_have_gradients_of_it(rng, half, name):
     assert got[5] is None or got[5].dtype == half
 
 
+@pytest.mark.parametrize("axis", [(1,), (-1,), (0, 2)], ids=str)
+@pytest.mark.parametrize("member", ["layer_norm", "rms_norm"])
+def test_rows_without_a_weight_have_the_gradients_of_float32_data(isa, rng, half, member, axis):
+    x, dy = (rng.normal(3, 2, (3, 4, 40)).astype(half) for _ in range(2))
+    forward, backward = (getattr(bnfast, f"{member}_{way}") for way in ("forward", "backward"))
+    sizes = tuple(x.shape[d] for d in axis)
+    results = []
+    for dtype in (half, np.dtype(np.float32)):
+        wide_x, wide_dy = x.astype(dtype), dy.astype(dtype)
+        _, *saved = forward(wide_x, sizes, axis=axis)
+        results.append(backward(wide_dy, wide_x, sizes, *saved, axis=axis))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b.astype(a.dtype))
+
+
+def gradients_of_parameters(weight):
+    """Of what refuses data of 16 bits, and of parameters that few normalizations have."""
+    channels = weight.size
+    x = np.random.default_rng(4).normal(size=(8, channels, 5)).astype(np.float32)
+    of_samples = np.broadcast_to(weight, (8, channels))
+    _, mean, invstd = bnfast.conditional_batch_norm_forward(x, None, None)
+    yield bnfast.conditional_batch_norm_backward(x, x, mean, invstd, of_samples)[1:]
+    nothing = x[:0]
+    yield bnfast.conditional_batch_norm_backward(nothing, nothing, mean, invstd, of_samples[:0])[1:]
+    buffers = np.ones((2, channels))
+    _, saved = bnfast.moving_average_batch_norm_forward(x, np.ones(channels), buffers)
+    yield bnfast.moving_average_batch_norm_backward(x, x, saved, buffers, weight)[1:]
+    _, saved = bnfast.decorrelated_batch_norm_forward(x)
+    yield bnfast.decorrelated_batch_norm_backward(x, x, saved, weight)[1:]
+    yield bnfast.decorrelated_batch_norm_backward(nothing, nothing, saved, weight)[1:]
+    _, invrms = bnfast.filter_response_norm_forward(x, learned_eps=weight)
+    found = bnfast.filter_response_norm_backward(x, x, invrms, learned_eps=weight)
+    yield found[-1:]
+    _, mean, invstd = bnfast.group_norm_forward(x, channels, weight, per_group=True)
+    yield bnfast.group_norm_backward(x, x, mean, invstd, weight, per_group=True)[1:]
+    filters = x[:channels]
+    _, *saved = bnfast.weight_standardization_forward(filters, weight)
+    yield bnfast.weight_standardization_backward(filters, filters, *saved, weight)[1:]
+    _, norm = bnfast.weight_norm_forward(filters, weight)
+    yield bnfast.weight_norm_backward(filters, filters, weight, norm)[1:]
+    zeros, ones = np.zeros(channels), np.ones(channels)
+    yield bnfast.batch_norm_double_backward(x, None, None, x, x, zeros, ones, weight)[2:]
+    zeros, ones = np.zeros((8, channels)), np.ones((8, channels))
+    yield bnfast.rms_norm_double_backward(
+        filters, None, filters, filters, channels, ones[:channels, :5], weight, axis=1
+    )[2:]
+
+
+def test_parameters_of_16_bits_have_gradients_of_their_type(half):
+    weight = np.linspace(0.5, 2, 4).astype(half)
+    narrow, wide = (gradients_of_parameters(w) for w in (weight, weight.astype(np.float32)))
+    for got, expected in zip(narrow, wide, strict=True):
+        for a, b in zip(got, expected, strict=True):
+            assert (a.dtype, b.dtype) == (half, np.float32)
+            np.testing.assert_array_equal(a, b.astype(half))
+
+
+@pytest.mark.parametrize("name", HALF_MEMBERS)
+def test_without_a_weight_gradients_of_parameters_are_float32(rng, half, name):
+    x, dy = (rng.normal(size=(6, 4, 5, 3)).astype(half) for _ in range(2))
+    for got in run(HALF_MEMBERS[name], x, dy, None, None, 1, None)[4:]:
+        assert got is None or got.dtype == np.float32
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("value", [-0.28, 0.0, 2.0**-14])
+def test_constant_channels_have_the_bits_of_float32_data(isa, rng, half, axis, value):
+    """Where products of gradients are 0, sums of float32 data are made again in float64."""
+    x = np.full((64, 17, 8) if axis == 1 else (64, 8, 17), value, half)
+    dy = rng.normal(size=x.shape).astype(half)
+    mean, invstd = np.full(17, x.flat[0], np.float64), np.ones(17)
+    got = bnfast.batch_norm_backward_sums(dy, x, mean, invstd, axis=axis)
+    wide = (a.astype(np.float32) for a in (dy, x))
+    for a, b in zip(
+        got, bnfast.batch_norm_backward_sums(*wide, mean, invstd, axis=axis), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_running_statistics_of_the_type_are_updated_in_place(rng, half):
     x = rng.normal(3, 2, (6, 4, 5)).astype(half)
     mean, var = rng.uniform(0.5, 2, (2, 4)).astype(half)
@@ -225,10 +304,14 @@ def test_a_running_variance_beyond_float16_warns():
     assert np.isinf(var).all()
 
 
-def test_rms_norm_without_eps_takes_the_step_of_the_type_as_pytorch_does(half):
+def test_rms_norm_without_eps_takes_that_of_float32_as_pytorch_does(half):
     x = np.array([[1e-3, 2e-3, -1e-3, 0]]).astype(half)
-    step = {"float16": 2.0**-10, "bfloat16": 2.0**-7}[half.name]
-    np.testing.assert_array_equal(bnfast.rms_norm(x, 4), bnfast.rms_norm(x, 4, eps=step))
+    got = bnfast.rms_norm(x, 4)
+    np.testing.assert_array_equal(got, bnfast.rms_norm(x, 4, eps=2.0**-23))
+    torch = pytest.importorskip("torch")
+    tensor = torch.tensor(x.astype(np.float32)).to(getattr(torch, half.name))
+    theirs = torch.nn.functional.rms_norm(tensor, (4,)).float().numpy()
+    np.testing.assert_array_equal(got.astype(np.float32), theirs)
 
 
 @pytest.mark.parametrize("axis", [None, 0, 1])

@@ -87,7 +87,8 @@ def conditional_gradient(
         kind = cnp.PyArray_TYPE(<cnp.ndarray>scale)
     shape[0], shape[1] = cnp.PyArray_DIM(x, 0), channels
     if cnp.PyArray_SIZE(x) == 0:
-        return dx, _zeros(2, shape, kind), _zeros(2, shape, kind)
+        dbias = _of_parameter("weight", weight, scale, _zeros(2, shape, kind))
+        return dx, dbias.copy(), dbias
     power = _empty(1, &channels, cnp.NPY_FLOAT64)
     factor = _empty(2, shape, cnp.NPY_FLOAT64)
     sum_dy = _empty(2, shape, cnp.NPY_FLOAT64)
@@ -104,8 +105,10 @@ def conditional_gradient(
             None, None, None, None, None, None, None, _threads_for(x, 5)
         )
     return (
-        dx, _rounded(_doubles(sum_dy_xhat), 2, shape, kind),
-        _rounded(_doubles(sum_dy), 2, shape, kind)
+        dx, _of_parameter(
+            "weight", weight, scale, _rounded(_doubles(sum_dy_xhat), 2, shape, kind)
+        ),
+        _of_parameter("weight", weight, scale, _rounded(_doubles(sum_dy), 2, shape, kind))
     )
 
 

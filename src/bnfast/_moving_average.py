@@ -126,11 +126,12 @@ def gradient(
     )
     if array.size > 0 and tracks:
         _primitives.blend(products[position], 1.0, product, "gradient_buffer")
-    dtype = array.dtype if gamma is None else gamma.dtype
     with np.errstate(all="ignore"):
         for channel, own in of_small.items():
             np.moveaxis(dx, channel_axis, 0)[channel] = own
-        return dx, (factor * sum_dy_z).astype(dtype), sum_dy.astype(dtype)
+        sums = factor * sum_dy_z, sum_dy
+    dweight, dbias = (_validation.rounded_gradient("weight", weight, s, array) for s in sums)
+    return dx, dweight, dbias
 
 
 def _least_scale(dtype: np.dtype[Any], psi: Array) -> Array:

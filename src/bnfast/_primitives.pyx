@@ -319,17 +319,15 @@ cdef tuple _gradient(
 
 
 cdef double _step_at_one(cnp.ndarray x) noexcept:
-    """From 1 to the next number of the dtype of x."""
-    if not _is_half(x):
-        return 2.0**-23 if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32 else 2.0**-52
-    return 2.0**-7 if _is_bfloat16(x) else 2.0**-10
+    """From 1 to the next number of the dtype in which x is computed."""
+    return 2.0**-23 if _arithmetic(x) == cnp.NPY_FLOAT32 else 2.0**-52
 
 
 def normalize_rows(x_, normalized_shape, axis, weight, bias, eps, bint centred, out=None):
     """Return y, and the mean and invstd (float64) of every row: over the last axes, or `axis`.
 
     `weight` and `bias` have their sizes. Around 0 where they are not `centred`, and then the mean
-    is None, and an eps of None the step of the dtype at 1.
+    is None, and an eps of None the step at 1 of the dtype that is computed in.
     """
     cdef cnp.ndarray x = _data_of("x", x_)
     cdef _Rows rows

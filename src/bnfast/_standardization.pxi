@@ -115,7 +115,7 @@ def standardize_gradient(dy, w_, mean, std, gain, Divisor divisor not None, axis
         if extreme is not None:
             _gradient_of_filters_again(dy_of_copies, extreme, axis, factors, divisor, dw, dgain)
     kind = _parameter_type(w) if gains is None else cnp.PyArray_TYPE(<cnp.ndarray>gains)
-    return dw, _rounded(_doubles(dgain), 1, &filters, kind)
+    return dw, _of_parameter("gain", gain, gains, _rounded(_doubles(dgain), 1, &filters, kind))
 
 
 # arguments

@@ -323,6 +323,14 @@ def gradient_of(name: str, parameter: object, gradient: Array) -> Array:
         return gradient.astype(dtype)
 
 
+def rounded_gradient(name: str, parameter: object, sums: Array, x: Array) -> Array:
+    """Return float64 sums in the dtype of a parameter; without one, in that of the arithmetic."""
+    dtype = x.dtype if parameter is None else data_array(name, parameter).dtype
+    with np.errstate(all="ignore"):
+        gradient = sums.astype(np.float64 if dtype == np.float64 else np.float32)
+    return gradient if parameter is None else gradient_of(name, parameter, gradient)
+
+
 def state(name: str, value: object, shape: tuple[int, ...]) -> Array:
     """Return an array of a layer's state, to be copied."""
     value = None if value is None else floats_to_copy(name, value)

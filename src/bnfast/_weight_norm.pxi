@@ -53,9 +53,9 @@ def weight_norm_gradient(dw, v_, g_, norm_, dim, eps, out):
             _gradient_of_lengths_again(
                 dw_of_copies, special, axis, lengths, norm, least, written, dlengths
             )
-    return dv, _rounded(
+    return dv, _of_parameter("g", g_, g, _rounded(
         _doubles(dlengths), cnp.PyArray_NDIM(g), cnp.PyArray_DIMS(g), cnp.PyArray_TYPE(g)
-    )
+    ))
 
 
 # arguments

@@ -169,9 +169,9 @@ def gradient(
     scale = _validation.channel_parameter("weight", weight, channels)
     reads = {"dy": upstream, "x": array, "weight": weight, "mean": mean, "matrix": matrix}
     dx = _output(out, array, reads)
-    dtype = array.dtype if scale is None else scale.dtype
     if array.size == 0:
-        return dx, np.zeros(channels, dtype), np.zeros(channels, dtype)
+        nothing = _validation.rounded_gradient("weight", weight, np.zeros(channels), array)
+        return dx, nothing, nothing.copy()
     with np.errstate(all="ignore"):
         centre, whitening = centre.astype(np.float64), whitening.astype(np.float64)
         products, sums = _products(array, axis, centre, whitening.shape, upstream)
@@ -184,9 +184,10 @@ def gradient(
             pull = of_covariance(gamma[..., None] * products) / count
             operands.append(Operand(array, pull + pull.swapaxes(1, 2), centre))
             shift = -(backwards @ (sums / count)[..., None])[..., 0]
-        dweight = (products * whitening).sum(2).reshape(-1).astype(dtype)
-        dbias = sums.reshape(-1).astype(dtype)
+        of_weight = (products * whitening).sum(2)
         _multiply(operands, axis, shift, dx)
+    each = of_weight.reshape(-1), sums.reshape(-1)
+    dweight, dbias = (_validation.rounded_gradient("weight", weight, s, array) for s in each)
     return dx, dweight, dbias
 
 

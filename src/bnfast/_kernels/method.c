@@ -106,7 +106,7 @@ static void choose_gradient(bn_job *job)
     method->coefficients |= upstream_coefficients | (job->column_sums ? BN_SET(BN_FORWARD_SHIFT) : 0);
 }
 
-/* Whether there are kernels for the stored type of 16 bits. */
+/* Whether there are kernels for the stored type of 16 bits: none adds the columns of rows. */
 static int reads_halves(const bn_job *job)
 {
     const bn_method *method = &job->method;
@@ -114,6 +114,7 @@ static int reads_halves(const bn_job *job)
     const int has_output = method->output == NULL || method->output->kernel == offsetof(bn_kernels, scale_shift) ||
                            method->output->kernel == offsetof(bn_kernels, input_gradient);
     return job->kernels->moments[layout][type] && has_output && job->activation.kind == BN_no_activation &&
+           !job->column_sums &&
            (job->operand[BN_DY] ? method->gradient_sums == bn_gradient_sums_of_box
                                 : method->moments == bn_moments_of_box);
 }

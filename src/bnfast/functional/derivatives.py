@@ -363,7 +363,7 @@ def batch_norm_double_backward(
         _wide(own, (channels,), 1.0),
         _validation.flag("training", training),
     )
-    return ddy, dx, _rounded(dweight, own, array)
+    return ddy, dx, _validation.rounded_gradient("weight", weight, dweight, array)
 
 
 @in_default_float_mode
@@ -708,8 +708,8 @@ def _of_rows(
         statistic("invstd" if centred else "invrms", invstd),
         _wide(own, outside + shape, 1.0),
     )
-    kind = _validation.floating_array("weight", weight) if own is not None else None
-    return ddy, by_x, _rounded(by_weight.reshape(shape), kind, array)
+    dweight = _validation.rounded_gradient("weight", weight, by_weight.reshape(shape), array)
+    return ddy, by_x, dweight
 
 
 def _of_samples(
@@ -760,7 +760,8 @@ def _of_samples(
         statistic("invstd", invstd),
         _wide(own, broadcast, 1.0),
     )
-    return ddy, by_x, _rounded(by_weight.reshape(parameters), own, x)
+    dweight = _validation.rounded_gradient("weight", weight, by_weight.reshape(parameters), x)
+    return ddy, by_x, dweight
 
 
 def _tangent(name: str, value: object, x: Array) -> Array:
@@ -773,8 +774,3 @@ def _tangent(name: str, value: object, x: Array) -> Array:
 def _wide(array: Array | None, shape: tuple[int, ...], default: float = 0.0) -> Array:
     """Return float64 of this shape."""
     return np.full(shape, default) if array is None else array.astype(np.float64).reshape(shape)
-
-
-def _rounded(gradient: Array, own: Array | None, x: Array) -> Array:
-    with np.errstate(all="ignore"):
-        return gradient.astype(x.dtype if own is None else own.dtype)

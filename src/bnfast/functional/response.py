@@ -240,7 +240,9 @@ def filter_response_norm_backward(
     with np.errstate(all="ignore"):
         deps = -0.5 * gamma * (wide**2 * sums[1]).sum(0)
         own = deps if len(learned) == channels else deps.sum(keepdims=True)
-        return dx, dweight, dbias, dtau, (np.sign(learned) * own).astype(learned.dtype)
+        own = np.sign(learned) * own
+    dlearned = _validation.rounded_gradient("learned_eps", learned_eps, own, array)
+    return dx, dweight, dbias, dtau, dlearned
 
 
 def _learned_eps(value: object, channels: int) -> Parameter:

@@ -223,7 +223,7 @@ def rms_norm(
         gamma of each element of a row; 1 where None. Rounded to the dtype of `x`.
     eps : float or None
         Added to the mean square; a sum below 0 gives NaN. None, as in PyTorch, for the machine
-        epsilon of the dtype of `x`: 1.19e-7 or 2.22e-16.
+        epsilon of what is computed in: 2.22e-16 for float64, and 1.19e-7 for the other dtypes.
 
     Returns
     -------

@@ -503,7 +503,7 @@ def group_norm_backward(
         grouped=True,
         reads={"weight": weight, "bias": bias},
     )
-    dtype = array.dtype if own is None else own.dtype
     with np.errstate(all="ignore"):
-        dweight, dbias = (g.reshape(-1, together).sum(1).astype(dtype) for g in of_channels[:2])
+        sums = [g.reshape(-1, together).sum(1) for g in of_channels[:2]]
+    dweight, dbias = (_validation.rounded_gradient("weight", weight, s, array) for s in sums)
     return dx, dweight, dbias, *of_channels[2:]

@@ -242,7 +242,7 @@ class RMSNorm(_RowLayer):
     normalized_shape, elementwise_affine, axis, dtype
         As in `LayerNorm`.
     eps : float or None
-        Added to the mean square; None for the machine epsilon of the dtype of the input.
+        Added to the mean square; None for that of `bnfast.rms_norm`.
 
     Attributes
     ----------
