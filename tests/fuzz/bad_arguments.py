@@ -11,8 +11,9 @@ import numpy as np
 import bnfast
 from fuzz import buffers, case, draws
 from fuzz.buffers import Buffer
-from fuzz.call import Call, Refused
+from fuzz.call import Call, Refused, takes_halves
 from fuzz.calls import CALLS
+from fuzz.judge import HALVES
 
 Wrong = Callable[[Any], Any]  # from a good value to a bad one
 
@@ -49,7 +50,7 @@ OF_ARRAYS: tuple[Wrong, ...] = (
     lambda good: np.zeros(good.shape, "U3"),
     lambda good: np.zeros(good.shape, "M8[s]"),
     lambda good: np.zeros(good.shape, [("a", np.float32)]),
-    lambda good: good.astype(good.dtype.newbyteorder()),
+    lambda good: np.zeros(good.shape, good.dtype.newbyteorder()),
     _masked,
 )
 
@@ -60,9 +61,15 @@ OF_SHAPES: tuple[Wrong, ...] = (_longer, _nested, lambda good: 1.5)
 OF_WRITTEN: tuple[Wrong, ...] = (
     lambda good: good.tolist(),
     lambda good: tuple(good.tolist()) if good.ndim else (1.0,),
-    lambda good: memoryview(np.ascontiguousarray(good)),
+    lambda good: memoryview(np.ascontiguousarray(good).view(np.uint8)),
     lambda good: _read_only(good),
 )
+
+
+def _of_other_dtypes(good: np.ndarray) -> list[np.ndarray]:
+    """Which must be that of x."""
+    with np.errstate(all="ignore"):
+        return [good.astype(d) for d in (*draws.DTYPES, *HALVES) if d != good.dtype]
 
 
 def _read_only(good: np.ndarray) -> np.ndarray:
@@ -166,6 +173,7 @@ def wrong_values(call: Call, name: str) -> list[Any]:
     if name == "out":
         x = call.arguments[call.inputs[-1]]
         made = [wrong(x) for wrong in (*OF_ARRAYS, *OF_SHAPES, *OF_WRITTEN)]
+        made += _of_other_dtypes(x)
         return [*made, *([_overlapping(x)] if x.size > 1 else [])]
     if isinstance(good, np.ndarray):
         return _wrong_arrays(call, name, good)
@@ -200,7 +208,10 @@ def _wrong_arrays(call: Call, name: str, good: np.ndarray) -> list[Any]:
     if name not in MAY_BE_NONE or name in call.updated:
         found.append(None)
     if name in ("dy", "dx", "ddx") and name != call.inputs[-1]:
-        found.append(good.astype(np.float32 if good.dtype == np.float64 else np.float64))
+        found += _of_other_dtypes(good)
+    if name in call.inputs and not takes_halves(call.name):
+        with np.errstate(all="ignore"):
+            found += [good.astype(half) for half in HALVES]
     return found
 
 

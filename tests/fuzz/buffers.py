@@ -109,7 +109,7 @@ def _read_only(view: np.ndarray) -> np.ndarray:
 
 # What only reads may be given, made of a view; None where that cannot be.
 def _memoryview(view: np.ndarray) -> Any:
-    return memoryview(view) if view.flags.aligned else None
+    return memoryview(view) if view.flags.aligned and view.dtype.kind == "f" else None
 
 
 def _list(view: np.ndarray) -> Any:
@@ -117,7 +117,8 @@ def _list(view: np.ndarray) -> Any:
 
 
 def _array(view: np.ndarray) -> Any:
-    return array.array(view.dtype.char, view.tolist()) if view.ndim == 1 else None
+    has_type = view.dtype.char in array.typecodes
+    return array.array(view.dtype.char, view.tolist()) if view.ndim == 1 and has_type else None
 
 
 READ = {
@@ -167,6 +168,17 @@ def to_write(values: np.ndarray, rng: np.random.Generator, plain: bool) -> Buffe
     if not plain and rng.random() < 0.1:
         return Buffer(view.view(Tagged), view, memory, f"{name} subclass")
     return Buffer(view, view, memory, name)
+
+
+def widened(view: np.ndarray) -> np.ndarray:
+    """A float32 copy of values of 16 bits, with the same strides in elements."""
+    strides = [2 * stride for stride in view.strides]
+    ends = [(n - 1) * s for n, s in zip(view.shape, strides, strict=True) if n > 1]
+    low, high = (sum(f(e, 0) for e in ends) for f in (min, max))
+    memory = np.zeros(high - low + 4, np.uint8)
+    wide = np.ndarray(view.shape, np.float32, memory, -low, strides)
+    wide[...] = view
+    return wide
 
 
 def shifted(buffer: Buffer, rng: np.random.Generator) -> np.ndarray | None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fuzz import draws, oracle
-from fuzz.judge import DOUBLE, Quantity
+from fuzz.judge import DOUBLE, HALVES, Quantity
 
 Array = np.ndarray
 Random = np.random.Generator
@@ -65,12 +65,26 @@ def wide(*quantities: Quantity) -> list[Array]:
         return [np.asarray(quantity.value, DOUBLE) for quantity in quantities]
 
 
-def draw_x(rng: Random, multiple: int = 1, first: int = 0) -> tuple[Array, int]:
-    """An input and its channel axis, which is not before `first`."""
+# What takes data of 16 bits; the others refuse it, and so do derivatives.
+OF_HALVES = (
+    *("batch_norm", "ghost_batch_norm", "batch_renorm", "instance_norm", "group_norm"),
+    *("layer_norm", "rms_norm", "filter_response_norm", "moments", "summary"),
+)
+
+
+def takes_halves(name: str) -> bool:
+    return name.startswith(OF_HALVES) and not name.endswith(("jvp", "double_backward"))
+
+
+def draw_x(
+    rng: Random, multiple: int = 1, first: int = 0, *, full: bool = False
+) -> tuple[Array, int]:
+    """An input and its channel axis, which is not before `first`; a `full` one has no 16 bits."""
     ndim = int(rng.integers(2, 7))
     axis = draws.axis(rng, ndim, first)
     shape = draws.shape(rng, ndim, ndim, (axis, multiple))
-    return draws.values(rng, shape, draws.dtype(rng)), axis
+    dtype = draws.dtype(rng) if full else draws.data_dtype(rng)
+    return draws.values(rng, shape, dtype), axis
 
 
 def upstream(rng: Random, x: Array) -> Array:
@@ -79,7 +93,8 @@ def upstream(rng: Random, x: Array) -> Array:
         return rng.normal(size=x.shape).astype(x.dtype)
     if kind < 0.8:
         return np.full(x.shape, rng.normal(), x.dtype)
-    return (rng.normal(size=x.shape) * 2.0 ** rng.uniform(-30, 30)).astype(x.dtype)
+    exponent = 10 if x.dtype in HALVES else 30
+    return (rng.normal(size=x.shape) * 2.0 ** rng.uniform(-exponent, exponent)).astype(x.dtype)
 
 
 def pair(rng: Random, shape: tuple[int, ...]) -> tuple[Array | None, Array | None]:

@@ -15,7 +15,7 @@ from fuzz.judge import Quantity
 def _buffer(rng: Random, channels: int, positive: bool) -> tuple[Array, int]:
     """Rows of statistics, and the row of the next batch."""
     rows = int(rng.integers(1, 5))
-    return draws.running(rng, (rows, channels), positive), int(rng.integers(rows))
+    return draws.running(rng, (rows, channels), positive, full=True), int(rng.integers(rows))
 
 
 def _channels(x: Array, axis: int, buffer: Array) -> int | None:
@@ -24,10 +24,10 @@ def _channels(x: Array, axis: int, buffer: Array) -> int | None:
 
 
 def moving_average(rng: Random, name: str) -> Call:
-    x, axis = draw_x(rng)
+    x, axis = draw_x(rng, full=True)
     fold, channels = oracle.of_channels(x.shape, axis), x.shape[axis]
     weight, bias = pair(rng, (channels,))
-    var = draws.running(rng, (channels,), positive=True)
+    var = draws.running(rng, (channels,), positive=True, full=True)
     buffer, row = _buffer(rng, channels, True)
     forward = name.endswith("forward")
     training = forward or draws.chance(rng, 0.6)
@@ -63,7 +63,7 @@ def moving_average(rng: Random, name: str) -> Call:
 
 
 def moving_average_backward(rng: Random) -> Call:
-    x, axis = draw_x(rng)
+    x, axis = draw_x(rng, full=True)
     fold, channels = oracle.of_channels(x.shape, axis), x.shape[axis]
     dy, weight = upstream(rng, x), draws.parameter(rng, (channels,))
     buffer, row = _buffer(rng, channels, False)

@@ -27,12 +27,12 @@ from fuzz.call import (
     wide,
     with_saved,
 )
-from fuzz.judge import DOUBLE, Quantity
+from fuzz.judge import DOUBLE, Quantity, arithmetic
 
 
 def batch_norm(rng: Random, name: str) -> Call:
     conditional, ghost = name.startswith("conditional"), name.startswith("ghost")
-    x, axis = draw_x(rng, first=1 if conditional or ghost else 0)
+    x, axis = draw_x(rng, first=1 if conditional or ghost else 0, full=conditional)
     shape, fold = x.shape, oracle.of_channels(x.shape, axis)
     channels = (shape[axis],)
     if conditional:
@@ -91,7 +91,7 @@ def batch_norm(rng: Random, name: str) -> Call:
 
 def batch_norm_forward(rng: Random, name: str) -> Call:
     conditional = name.startswith("conditional")
-    x, axis = draw_x(rng, first=1 if conditional else 0)
+    x, axis = draw_x(rng, first=1 if conditional else 0, full=conditional)
     fold = (oracle.of_conditions if conditional else oracle.of_channels)(x.shape, axis)
     weight, bias = pair(rng, fold.parameter_shape)
     eps = draws.eps(rng)
@@ -124,7 +124,7 @@ def batch_norm_forward(rng: Random, name: str) -> Call:
 
 def batch_norm_backward(rng: Random, name: str) -> Call:
     conditional = name.startswith("conditional")
-    x, axis = draw_x(rng, first=1 if conditional else 0)
+    x, axis = draw_x(rng, first=1 if conditional else 0, full=conditional)
     fold = (oracle.of_conditions if conditional else oracle.of_channels)(x.shape, axis)
     dy, training = upstream(rng, x), draws.chance(rng, 0.7)
     weight = draws.parameter(rng, fold.parameter_shape)
@@ -211,10 +211,11 @@ def summary(rng: Random) -> Call:
     others = tuple(d for d in range(x.ndim) if d != axis % x.ndim)
 
     def expect() -> Expected:
+        wide = x.astype(DOUBLE)
         with np.errstate(invalid="ignore"):
             extremes = {
-                "minimum": np.fmin.reduce(x, others, initial=np.nan),
-                "maximum": np.fmax.reduce(x, others, initial=np.nan),
+                "minimum": np.fmin.reduce(wide, others, initial=np.nan),
+                "maximum": np.fmax.reduce(wide, others, initial=np.nan),
                 "nonfinite": (~np.isfinite(x)).sum(others),
             }
         exact = {
@@ -275,7 +276,7 @@ def ghost_backward(rng: Random) -> Call:
     arguments |= {"weight": weight, "axis": axis}
 
     def expect() -> Expected:
-        result = x.dtype if weight is None else weight.dtype
+        result = arithmetic(x.dtype) if weight is None else weight.dtype
         found = [
             oracle.backward(dy[part], x[part], fold, mean[k], invstd[k], weight)
             for k, (part, fold) in enumerate(zip(parts, folds, strict=True))

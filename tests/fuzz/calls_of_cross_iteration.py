@@ -46,7 +46,7 @@ def _window(rng: Random, channels: int) -> tuple[Array | None, list[bnfast.Itera
 
 
 def cross_iteration(rng: Random, name: str) -> Call:
-    x, axis = draw_x(rng)
+    x, axis = draw_x(rng, full=True)
     fold, channels = oracle.of_channels(x.shape, axis), (x.shape[axis],)
     filters, window = _window(rng, x.shape[axis])
     weight, bias = pair(rng, channels)
@@ -96,7 +96,7 @@ def cross_iteration(rng: Random, name: str) -> Call:
 
 
 def cross_iteration_backward(rng: Random) -> Call:
-    x, axis = draw_x(rng)
+    x, axis = draw_x(rng, full=True)
     fold, channels = oracle.of_channels(x.shape, axis), (x.shape[axis],)
     dy, weight = upstream(rng, x), draws.parameter(rng, channels)
     found = oracle.forward(x, fold, None, None, draws.eps(rng))

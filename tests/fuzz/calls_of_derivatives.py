@@ -51,15 +51,15 @@ def _saved(rng: Random, x: Array, fold: oracle.Fold, rms: bool = False) -> dict[
 def _draw(rng: Random, name: str) -> _Saved:
     kind = name.partition("_")[0]
     if kind in ("layer", "rms"):
-        x, how, fold = of_rows(rng)
+        x, how, fold = of_rows(rng, full=True)
         before = {"normalized_shape": how.pop("normalized_shape")}
         return _Saved(x, fold, _saved(rng, x, fold, kind == "rms"), before, how)
     if kind in ("instance", "group"):
-        x, how, fold = of_samples(rng, kind)
+        x, how, fold = of_samples(rng, kind, full=True)
         how.pop("num_groups", None)
         channels = None if kind == "group" else how["axis"]
         return _Saved(x, fold, _saved(rng, x, fold), {}, how, channels=channels)
-    x, axis = draw_x(rng)
+    x, axis = draw_x(rng, full=True)
     fold, training = oracle.of_channels(x.shape, axis), draws.chance(rng, 0.7)
     statistics = _saved(rng, x, fold)
     if not training:

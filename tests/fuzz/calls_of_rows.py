@@ -8,12 +8,14 @@ import numpy as np
 
 from fuzz import draws, oracle
 from fuzz.call import Array, Call, Expected, Random, many, one, pair, upstream, wide
+from fuzz.judge import arithmetic
 
 
-def of_rows(rng: Random) -> tuple[Array, dict[str, Any], oracle.Fold]:
-    """An input, with the arguments that say which axes make a row."""
+def of_rows(rng: Random, *, full: bool = False) -> tuple[Array, dict[str, Any], oracle.Fold]:
+    """An input, with the arguments that say which axes make a row; a `full` one has no 16 bits."""
     ndim = int(rng.integers(1, 7))
-    x = draws.values(rng, draws.shape(rng, ndim, ndim, (ndim - 1, 1)), draws.dtype(rng))
+    dtype = draws.dtype(rng) if full else draws.data_dtype(rng)
+    x = draws.values(rng, draws.shape(rng, ndim, ndim, (ndim - 1, 1)), dtype)
     if draws.chance(rng, 0.5):
         number = int(rng.integers(1, ndim + 1))
         axes, given = tuple(range(ndim - number, ndim)), None
@@ -32,7 +34,7 @@ def of_rows(rng: Random) -> tuple[Array, dict[str, Any], oracle.Fold]:
 def _row_eps(rng: Random, rms: bool, dtype: np.dtype) -> tuple[Any, float]:
     """As given, and as a number."""
     if rms and draws.chance(rng, 0.5):
-        return None, float(np.finfo(dtype).eps)
+        return None, float(np.finfo(arithmetic(dtype)).eps)
     eps = draws.eps(rng)
     return eps, eps
 
@@ -50,7 +52,7 @@ def row_norm(rng: Random, name: str) -> Call:
     arguments |= {"eps": eps, "axis": how["axis"]}
 
     def expect() -> Expected:
-        rounded = [p if p is None else p.astype(x.dtype) for p in (weight, bias)]
+        rounded = [p if p is None else p.astype(arithmetic(x.dtype)) for p in (weight, bias)]
         y, mean, invstd, _ = oracle.forward(x, fold, *rounded, number, not rms)
         if not forward or not fold.count:
             return Expected({"y": y})
@@ -76,8 +78,9 @@ def row_norm_backward(rng: Random, name: str) -> Call:
     arguments |= {"weight": weight, "axis": how["axis"], "parameters": parameters}
 
     def expect() -> Expected:
-        result = x.dtype if weight is None else weight.dtype
-        rounded = weight if weight is None else weight.astype(x.dtype)
+        computed = arithmetic(x.dtype)
+        result = computed if weight is None else weight.dtype
+        rounded = weight if weight is None else weight.astype(computed)
         gradients = oracle.backward(
             dy,
             x,

@@ -55,13 +55,15 @@ def instance_norm(rng: Random) -> Call:
     return Call("instance_norm", arguments, expect, one, ("x",), ("x",), changed, axis)
 
 
-def of_samples(rng: Random, kind: str) -> tuple[Array, dict[str, Any], oracle.Fold]:
+def of_samples(
+    rng: Random, kind: str, *, full: bool = False
+) -> tuple[Array, dict[str, Any], oracle.Fold]:
     """An input of instance or group normalization, with the arguments that say its fold."""
     if kind == "instance":
-        x, axis = draw_x(rng, first=1)
+        x, axis = draw_x(rng, first=1, full=full)
         return x, {"axis": axis}, oracle.of_planes(x.shape, axis)
     groups = draws.pick(rng, (1, 2, 3, 4, 8))
-    x, axis = draw_x(rng, groups, first=1)
+    x, axis = draw_x(rng, groups, first=1, full=full)
     per_group = draws.chance(rng, 0.2)
     fold = oracle.of_groups(x.shape, axis, groups if x.shape[axis] else 0, per_group)
     return x, {"num_groups": groups, "axis": axis, "per_group": per_group}, fold

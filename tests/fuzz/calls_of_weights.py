@@ -12,7 +12,7 @@ from fuzz.judge import Quantity
 
 
 def _draw_filters(rng: Random) -> tuple[Array, int]:
-    x, axis = draw_x(rng)
+    x, axis = draw_x(rng, full=True)
     return x, draws.pick(rng, (0, axis))
 
 
@@ -126,7 +126,9 @@ def centralization(rng: Random, name: str) -> Call:
 
 
 def _vectors(rng: Random, w: Array, dim: int) -> tuple[Array, Array]:
-    return tuple(draws.running(rng, (n,)) for n in oracle_of_members.matrix(w, dim).shape)
+    return tuple(
+        draws.running(rng, (n,), full=True) for n in oracle_of_members.matrix(w, dim).shape
+    )
 
 
 def _draw_matrix(rng: Random) -> tuple[Array, int]:

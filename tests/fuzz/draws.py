@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+from fuzz.judge import DOUBLE, HALVES, SINGLE, limits_of
+
+DTYPES = (SINGLE, DOUBLE)
 
 # Around 1, lanes (8, 16, 64), short planes, and what a line has.
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 49, 63, 64, 65, 97, 127, 128, 129)
@@ -32,6 +34,15 @@ def pick(rng: np.random.Generator, these: Sequence[Any]) -> Any:
 
 def dtype(rng: np.random.Generator) -> np.dtype:
     return pick(rng, DTYPES)
+
+
+def data_dtype(rng: np.random.Generator) -> np.dtype:
+    """Of what is normalized, unless it must have more than 16 bits."""
+    return pick(rng, HALVES) if chance(rng, 0.3) else dtype(rng)
+
+
+def parameter_dtype(rng: np.random.Generator) -> np.dtype:
+    return pick(rng, HALVES) if chance(rng, 0.15) else dtype(rng)
 
 
 def shape(
@@ -70,8 +81,21 @@ def momentum(rng: np.random.Generator) -> float:
 # Values
 
 
+def _within(rng: np.random.Generator, found: np.ndarray, half: np.dtype) -> np.ndarray:
+    """Values of 16 bits: where they leave the range, most are brought back to somewhere in it."""
+    limits, largest = limits_of(half), float(np.abs(found).max(initial=0))
+    low, high = float(limits.smallest_subnormal), float(limits.max)
+    with np.errstate(all="ignore"):
+        if largest > 0 and not low < largest < high and chance(rng, 0.8):
+            wanted = 2.0 ** rng.uniform(math.log2(low), math.log2(high))
+            found = found * (wanted / largest)
+        return found.astype(half)
+
+
 def values(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An input: normal, or what breaks sums."""
+    if dtype in HALVES:
+        return _within(rng, values(rng, shape, SINGLE), dtype)
     kind = pick(rng, tuple(KINDS))
     with np.errstate(all="ignore"):
         return np.ascontiguousarray(KINDS[kind](rng, shape, dtype), dtype)
@@ -152,17 +176,20 @@ def mild_values(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtyp
 def parameter(
     rng: np.random.Generator, shape: tuple[int, ...], share: float = 0.7
 ) -> np.ndarray | None:
-    """A weight or a bias of either dtype, or None."""
+    """A weight or a bias of any dtype, or None."""
     if not chance(rng, share):
         return None
     scale = pick(rng, (1, 1, 1, 0, 1e-3, 1e3, 1e-9))
-    return np.ascontiguousarray(rng.normal(size=shape) * scale, dtype(rng))
+    return np.ascontiguousarray(rng.normal(size=shape) * scale, parameter_dtype(rng))
 
 
-def running(rng: np.random.Generator, shape: tuple[int, ...], positive: bool = False) -> np.ndarray:
-    """A running statistic of either dtype."""
+def running(
+    rng: np.random.Generator, shape: tuple[int, ...], positive: bool = False, *, full: bool = False
+) -> np.ndarray:
+    """A running statistic of any dtype; a `full` one has no 16 bits."""
     found = rng.normal(size=shape)
-    return np.ascontiguousarray(np.abs(found) + 0.01 if positive else found, dtype(rng))
+    kind = dtype(rng) if full else parameter_dtype(rng)
+    return np.ascontiguousarray(np.abs(found) + 0.01 if positive else found, kind)
 
 
 def saved(rng: np.random.Generator, exact: np.ndarray) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import importlib.util
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,24 @@ from tolerances import (
 )
 
 SINGLE, DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
+
+# Of 16 bits: computed in float32, and rounded once.
+HALVES = (np.dtype(np.float16),)
+if importlib.util.find_spec("ml_dtypes"):
+    import ml_dtypes
+
+    HALVES += (np.dtype(ml_dtypes.bfloat16),)
+
+
+def arithmetic(dtype: np.dtype) -> np.dtype:
+    """What data of a dtype are computed in."""
+    return SINGLE if dtype in HALVES else dtype
+
+
+def limits_of(dtype: np.dtype) -> Any:
+    """NumPy has none of bfloat16."""
+    return np.finfo(dtype) if dtype.kind == "f" else ml_dtypes.finfo(dtype)
+
 
 # Of float32 data. Data with outliers have these promises; search_for_worst.py tells others apart.
 PROMISED = {
@@ -50,29 +69,31 @@ class Quantity(NamedTuple):
 def promised(kind: str, quantity: Quantity) -> float:
     """How large an error of this kind may be, relative to its size."""
     if kind == "running":
-        return RUNNING * eps_of(quantity.dtype)
+        return RUNNING * float(limits_of(quantity.dtype).eps)
     if kind == "matrices":
         return OF_MATRICES * eps_of(DOUBLE)
     if kind == "known":  # an error that may be there
         return 2.0
-    if kind == "rounding":  # of a factor to the dtype of the data, before it is multiplied
-        return eps_of(quantity.precision)
+    precision = arithmetic(quantity.precision)
+    if kind == "rounding":  # of a factor to the dtype of the arithmetic, before it is multiplied
+        return eps_of(precision)
     if kind == "smallest":
-        return SMALLEST * float(np.finfo(quantity.precision).smallest_subnormal)
+        return SMALLEST * float(np.finfo(precision).smallest_subnormal)
     in_single = PROMISED[kind]
-    if quantity.precision == SINGLE:
+    if precision == SINGLE:
         return in_single
     return FLOAT64_OF_ANY_DATA * in_single * eps_of(DOUBLE) / eps_of(SINGLE)
 
 
 def allowed(quantity: Quantity) -> np.ndarray:
     """The largest error of each value: what is promised, and a rounding to the dtype."""
-    limits = np.finfo(quantity.dtype)
-    total = np.abs(quantity.value) * (eps_of(quantity.dtype) / 2) + limits.smallest_subnormal
+    limits = limits_of(quantity.dtype)
+    rounding = np.abs(quantity.value) * (float(limits.eps) / 2)
+    total = rounding + float(limits.smallest_subnormal)
     for kind, size in quantity.sizes.items():
         total = total + size * promised(kind, quantity)
     # What is beyond the range is infinite, or nearly.
-    beyond = ~(np.abs(quantity.value) < limits.max / 8)
+    beyond = ~(np.abs(quantity.value) < float(limits.max) / 8)
     return np.where(beyond, np.inf, np.where(np.isnan(total), np.inf, total))
 
 

@@ -11,7 +11,7 @@ import bnfast
 from fuzz import call, draws, oracle, oracle_of_averages, oracle_of_members, oracle_of_whitening
 from fuzz.call import Array, Random
 from fuzz.case import text_of
-from fuzz.judge import DOUBLE, Quantity
+from fuzz.judge import DOUBLE, Quantity, arithmetic
 
 # Gradients of layers have the rounding of the statistics that the layer made, besides their own.
 OF_OWN_STATISTICS = 4
@@ -182,16 +182,25 @@ def _of_classes(found: Any, layer: Any, conditions: Array | None) -> Any:
 
 
 def _channel_inputs(
-    channels: int, axis: int, ndim: int, draw: Callable[..., Array] = draws.values
+    channels: int,
+    axis: int,
+    ndim: int,
+    draw: Callable[..., Array] = draws.values,
+    dtype: Callable[[Random], np.dtype] = draws.dtype,
 ) -> Callable[[Random], tuple[Any, ...]]:
     def inputs(rng: Random) -> tuple[Any, ...]:
         sizes = [int(rng.integers(1, 7)) for _ in range(ndim)]
         if draws.chance(rng, 0.03):
             sizes[(axis + 1) % ndim] = 0
         sizes[axis] = channels
-        return (draw(rng, tuple(sizes), draws.dtype(rng)),)
+        return (draw(rng, tuple(sizes), dtype(rng)),)
 
     return inputs
+
+
+def _data_inputs(channels: int, axis: int, ndim: int) -> Callable[[Random], tuple[Any, ...]]:
+    """Of layers that take 16 bits."""
+    return _channel_inputs(channels, axis, ndim, dtype=draws.data_dtype)
 
 
 def _sometimes_nonfinite(inputs: Callable[[Random], tuple[Any, ...]]) -> Any:
@@ -239,7 +248,7 @@ def _batch_norm(rng: Random) -> Plan:
         folds = [(slice(None), oracle.of_channels(x.shape, axis))]
         return _of_statistics(layer, x, folds, layer.unbiased)
 
-    inputs = _sometimes_nonfinite(_channel_inputs(channels, axis, ndim))
+    inputs = _sometimes_nonfinite(_data_inputs(channels, axis, ndim))
     return Plan(make, inputs, step, text)
 
 
@@ -253,7 +262,7 @@ def _instance_norm(rng: Random) -> Plan:
     def step(layer: Any, x: Array) -> Step | None:
         return _of_statistics(layer, x, [(slice(None), oracle.of_planes(x.shape, axis))], True)
 
-    inputs = _sometimes_nonfinite(_channel_inputs(channels, axis, ndim))
+    inputs = _sometimes_nonfinite(_data_inputs(channels, axis, ndim))
     return Plan(make, inputs, step, text)
 
 
@@ -277,7 +286,7 @@ def _ghost(rng: Random) -> Plan:
         ]
         return _of_statistics(layer, x, folds, layer.unbiased)
 
-    inputs = _sometimes_nonfinite(_not_empty(_channel_inputs(channels, axis, ndim)))
+    inputs = _sometimes_nonfinite(_not_empty(_data_inputs(channels, axis, ndim)))
     return Plan(make, inputs, step, text)
 
 
@@ -386,7 +395,7 @@ def _renorm(rng: Random) -> Plan:
 
         return Step(found.y, updated if takes else {}, int(takes), gradients)
 
-    inputs = _sometimes_nonfinite(_not_empty(_channel_inputs(channels, axis, ndim)))
+    inputs = _sometimes_nonfinite(_not_empty(_data_inputs(channels, axis, ndim)))
     return Plan(make, inputs, step, text)
 
 
@@ -482,7 +491,7 @@ def _group_norm(rng: Random) -> Plan:
         fold = oracle.of_groups(x.shape, axis, groups)
         return _plain(layer, x, fold, *_copies(layer.weight, layer.bias), layer.eps)
 
-    return Plan(make, _channel_inputs(channels, axis, ndim), step, text)
+    return Plan(make, _data_inputs(channels, axis, ndim), step, text)
 
 
 def _plain(
@@ -528,13 +537,13 @@ def _rows(rng: Random, name: str) -> Plan:
 
     def inputs(rng: Random) -> tuple[Any, ...]:
         shape = [n if d in axes else int(rng.integers(1, 7)) for d, n in enumerate(sizes)]
-        return (draws.values(rng, tuple(shape), draws.dtype(rng)),)
+        return (draws.values(rng, tuple(shape), draws.data_dtype(rng)),)
 
     def step(layer: Any, x: Array) -> Step:
         weight, bias = (
-            None if p is None else p.astype(x.dtype) for p in (layer.weight, layer.bias)
+            None if p is None else p.astype(arithmetic(x.dtype)) for p in (layer.weight, layer.bias)
         )
-        eps = float(np.finfo(x.dtype).eps) if layer.eps is None else layer.eps
+        eps = float(np.finfo(arithmetic(x.dtype)).eps) if layer.eps is None else layer.eps
         return _plain(layer, x, oracle.of_rows(x.shape, axes), weight, bias, eps, not rms)
 
     return Plan(make, inputs, step, text)
@@ -566,7 +575,7 @@ def _response(rng: Random) -> Plan:
 
         return Step(y, {}, 0, gradients)
 
-    return Plan(make, _channel_inputs(channels, axis, ndim), step, text)
+    return Plan(make, _data_inputs(channels, axis, ndim), step, text)
 
 
 def _whitening(rng: Random, name: str) -> Plan:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fuzz import buffers, case, draws
-from fuzz.judge import complaint
+from fuzz.judge import HALVES, complaint, same_bits
 from fuzz.layer_models import LAYERS, Plan, Step
 
 LONGEST = 12
@@ -21,7 +21,7 @@ WARNED = ("values per channel", "value per channel", "infinite from now on")
 
 WRONG_INPUTS: tuple[Any, ...] = (
     *(None, "text", {1.0}, 1.5, np.zeros((2, 3), np.int64), np.zeros((2, 3), ">f4")),
-    *(np.zeros((29, 31), np.float32), np.zeros((23, 29, 31)), np.zeros(0, np.float16), object()),
+    *(np.zeros((29, 31), np.float32), np.zeros((23, 29, 31)), np.zeros(0, ">f2"), object()),
 )
 
 
@@ -32,17 +32,19 @@ class Sequence:
         self.plan, self.rng, self.outcome = plan, rng, outcome
         self.layer = plan.make()
         self.last: Step | None = None  # whose backward may come
+        self.twin: Any = None  # a copy that was called with float32 copies, where x had 16 bits
 
     def complain(self, what: str | None) -> None:
         if what is not None:
             self.outcome.complain(what)
 
-    def state(self) -> dict[str, Any]:
-        """All that is public and may change."""
+    def state(self, layer: Any = None) -> dict[str, Any]:
+        """All that is public and may change, of the layer or another one."""
+        layer = layer or self.layer
         return {
-            **self.layer.state_dict(),
+            **layer.state_dict(),
             "training": self.layer.training,
-            **{name: value for name, value in vars(self.layer).items() if name.endswith("_grad")},
+            **{name: value for name, value in vars(layer).items() if name.endswith("_grad")},
         }
 
     def complain_of_state(self, before: dict[str, Any], when: str) -> None:
@@ -63,12 +65,14 @@ class Sequence:
         with np.errstate(all="ignore"):
             step = self.plan.step(self.layer, *arguments)
         given = list(arguments)
-        out, in_place = {}, False
+        out, in_place, twin, wide = {}, False, None, None
         if arguments:
             in_place = draws.chance(self.rng, 0.1)
             make = buffers.to_write if in_place else buffers.to_read
             kept = make(arguments[0], self.rng, draws.chance(self.rng, 0.5))
             given[0] = kept.given
+            if kept.view.dtype in HALVES:
+                twin, wide = copy.deepcopy(self.layer), buffers.widened(kept.view)
             if in_place:
                 out = {"out": kept.given}
         try:
@@ -95,7 +99,15 @@ class Sequence:
                     value, self.state()[name], equal_nan=isinstance(value, np.ndarray)
                 ):
                     self.complain(f"{name} was changed by a call")
-        self.last = None if in_place and y.size else step
+        self.last, self.twin = None if in_place and y.size else step, twin
+        if twin is not None:
+            self.compare("y", y, twin(wide, *given[1:]))
+            self.complain_of_state(self.state(twin), "otherwise than by float32 copies")
+
+    def compare(self, name: str, found: Any, of_float32: Any) -> None:
+        """With what came of float32 copies."""
+        if not same_bits(found, of_float32.astype(found.dtype)):
+            self.complain(f"{name} is not that of float32 copies, rounded once")
 
     def backward(self) -> None:
         if self.last is None:
@@ -119,7 +131,10 @@ class Sequence:
                     self.complain(f"{name} is {found!r}")
             else:
                 self.complain(complaint(name, found, quantity))
-        self.last = None
+        if self.twin is not None:
+            self.compare("dx", dx, self.twin.backward(dy.astype(np.float32)))
+            self.complain_of_state(self.state(self.twin), "otherwise than by float32 copies")
+        self.last = self.twin = None
 
     def train(self) -> None:
         mode = draws.chance(self.rng, 0.5)
@@ -158,6 +173,7 @@ class Sequence:
         elif draws.chance(self.rng, 0.1):
             self.refused(lambda: self.layer.load_state_dict([("weight", 1)]), ("state_dict",))
         else:
+            self.twin = None
             self.layer.load_state_dict(other)
             for name, value in self.layer.state_dict().items():
                 if not np.array_equal(value, other[name]):
@@ -169,12 +185,13 @@ class Sequence:
         """Copies have the same state, and no last call."""
         before = self.state()
         make = draws.pick(self.rng, (copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))))
-        self.layer, self.last = make(self.layer), None
+        self.layer, self.last, self.twin = make(self.layer), None, None
         self.complain_of_state(before, "by a copy")
 
     def reset(self) -> None:
         if not hasattr(self.layer, "reset_running_stats"):
             return
+        self.twin = None
         self.layer.reset_running_stats()
         first = self.plan.make().state_dict()
         for name, value in self.layer.state_dict().items():

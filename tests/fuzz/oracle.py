@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fuzz.judge import DOUBLE, SINGLE, Quantity
+from fuzz.judge import DOUBLE, SINGLE, Quantity, arithmetic
 
 Array = np.ndarray
 WIDE = np.longdouble
@@ -153,7 +153,7 @@ class Statistics(NamedTuple):
 
 def statistics(x: Array, fold: Fold, centred: bool = True) -> Statistics:
     """Two passes around the first value, the second of which takes what rounding left."""
-    wide, dtype = fold.fold(x), x.dtype
+    wide, dtype = fold.fold(x), arithmetic(x.dtype)
     first = tuple(slice(0, 1) if d in fold.over else slice(None) for d in range(wide.ndim))
     start = np.zeros_like(wide.sum(fold.over, keepdims=True))
     if centred and fold.count:
@@ -189,7 +189,7 @@ def is_rounded(mean: Array, given: Array) -> Array:
 
 def moderate(factor: Array, dtype: np.dtype) -> Array:
     """Whether what is multiplied by this keeps its bits."""
-    size, largest = np.abs(factor), LARGEST_FACTOR[dtype]
+    size, largest = np.abs(factor), LARGEST_FACTOR[arithmetic(dtype)]
     return (size <= largest) & ((size >= 1 / largest) | (size == 0))
 
 
@@ -244,7 +244,8 @@ def forward(
     y, sizes = scaled(fold, of.deviation, invstd, *placed, of.usable, x.dtype)
     if centred:  # a constant channel gives exactly its bias, rounded
         exact = of.constant & of.usable & moderate(invstd, x.dtype)
-        rounded = np.broadcast_to(placed[1], y.shape).astype(x.dtype).astype(WIDE)
+        rounded = np.broadcast_to(placed[1], y.shape).astype(arithmetic(x.dtype))
+        rounded = rounded.astype(x.dtype).astype(WIDE)
         y = np.where(exact, rounded, y)
         sizes = {kind: np.where(exact, 0, size) for kind, size in sizes.items()}
     unfolded = {kind: fold.unfold(size) for kind, size in sizes.items()}
@@ -292,7 +293,7 @@ def evaluate(
     eps: float,
 ) -> Quantity:
     """Normalize with given statistics."""
-    wide, largest = fold.fold(x), np.finfo(x.dtype).max / 4
+    wide, largest = fold.fold(x), np.finfo(arithmetic(x.dtype)).max / 4
     invstd = 1 / np.sqrt(fold.keep(variance) + WIDE(eps))
     deviation = wide - fold.keep(mean)
     usable = (np.abs(wide) <= largest) & (np.abs(fold.keep(mean)) <= largest)
@@ -342,7 +343,7 @@ def backward(
 
     `kept` says where dy counts. Without `mean_is_whole`, dweight has what one float64 holds of it.
     """
-    precision = x.dtype
+    precision = arithmetic(x.dtype)
     result = dtype or (precision if weight is None else weight.dtype)
     wide, upstream, inverse = fold.fold(x), fold.fold(dy), fold.keep(invstd)
     center = np.zeros_like(inverse) if mean is None else fold.keep(mean)
@@ -402,7 +403,7 @@ def backward(
                 "known": fold.unfold(off),
             },
             precision,
-            precision,
+            x.dtype,
         ),
         Quantity(fold.gather(upstream * xhat), of_weight, precision, result),
         Quantity(fold.gather(upstream), sums, precision, result),

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fuzz.judge import DOUBLE, Quantity
+from fuzz.judge import DOUBLE, Quantity, arithmetic
 from fuzz.oracle import (
     LARGE_MEAN,
     WIDE,
@@ -67,7 +67,7 @@ def response_backward(
     learned_eps: Array | None,
 ) -> tuple[Quantity, Quantity, Quantity, Quantity | None, Quantity | None]:
     fold = of_planes(x.shape, axis)
-    result = x.dtype if weight is None else weight.dtype
+    result = arithmetic(x.dtype) if weight is None else weight.dtype
     wide, inverse = fold.fold(x), fold.keep(invrms)
     xhat, factor = wide * inverse, fold.place(weight, 1)
     shift, kept, doubtful = fold.place(bias, 0), None, np.zeros(x.shape, bool)
@@ -75,7 +75,7 @@ def response_backward(
         y, floor = factor * xhat + shift, fold.place(tau, 0)
         kept = y >= floor
         size = np.abs(factor) * np.maximum(1, np.abs(xhat)) + np.abs(shift) + np.abs(floor)
-        precision = NEAR if x.dtype == np.float32 else NEAR * 1e-8
+        precision = NEAR if arithmetic(x.dtype) == np.float32 else NEAR * 1e-8
         doubtful = ~(np.abs(y - floor) > precision * size)
         doubtful = doubtful | ~moderate(factor * inverse, x.dtype)
     found = backward(dy, x, fold, None, invrms, weight, dtype=result, kept=kept)
@@ -169,7 +169,7 @@ def corrected_backward(
     weight: Array | None,
 ) -> Gradients:
     """Of constants r and d: as batch normalization with the weight r * weight."""
-    result = x.dtype if weight is None else weight.dtype
+    result = arithmetic(x.dtype) if weight is None else weight.dtype
     both = r.astype(WIDE) * (1 if weight is None else weight.astype(WIDE))
     dx, _, _ = backward(dy, x, fold, mean, invstd, both)
     _, plain, dbias = backward(dy, x, fold, mean, invstd, None, dtype=result)

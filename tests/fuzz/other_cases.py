@@ -32,7 +32,7 @@ def refused(
 
 def _merge(rng: Random, outcome: case.Outcome) -> None:
     """Moments of parts, joined in any order, are those of the whole."""
-    dtype, channels = draws.dtype(rng), int(rng.integers(1, 9))
+    dtype, channels = draws.data_dtype(rng), int(rng.integers(1, 9))
     x = draws.values(rng, (int(rng.integers(1, 400)), channels), dtype)
     cuts = np.sort(rng.integers(0, len(x) + 1, int(rng.integers(1, 5))))
     parts = [bnfast.moments(part) for part in np.split(x, cuts)]

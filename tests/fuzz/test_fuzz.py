@@ -71,6 +71,17 @@ def test_a_wrong_value_is_reported(monkeypatch):
     assert "allowed" in complaints("values", "rms_norm")
 
 
+def test_a_result_of_16_bits_that_is_rounded_otherwise_is_reported(monkeypatch):
+    def change(right, *arguments, **keywords):
+        y = right(*arguments, **keywords)
+        if y.dtype == np.float16:
+            y[...] = np.nextafter(y, np.float16(1))
+        return y
+
+    replaced(monkeypatch, "rms_norm", change)
+    assert "not that of float32 copies" in complaints("values", "rms_norm")
+
+
 def test_a_wrong_gradient_is_reported(monkeypatch):
     def change(right, *arguments, **keywords):
         dx, dweight, dbias = right(*arguments, **keywords)

@@ -13,7 +13,7 @@ from fuzz import buffers, case, draws, machines
 from fuzz.buffers import Buffer
 from fuzz.call import Call, Expected, Refused
 from fuzz.calls import CALLS
-from fuzz.judge import complaint, same_bits
+from fuzz.judge import HALVES, arithmetic, complaint, same_bits
 
 # What a BLAS has a part in, which may choose another order for other memory.
 OF_MATRICES = ("decorrelated", "iterative", "spectral")
@@ -161,6 +161,8 @@ def run(name: str, rng: np.random.Generator) -> case.Outcome:
     if done.error is not None or outcome.complaints:
         return outcome
     first = bits_of(call, prepared, done)
+    if any(buffer.view.dtype in HALVES for buffer in prepared.buffers.values()):
+        _widen(outcome, call, prepare(call, seed, plain), first)
     if not name.startswith(OF_MATRICES):
         _repeat(outcome, call, seed, plain, first, rng)
     if call.channels is not None and draws.chance(rng, 0.3):
@@ -226,6 +228,36 @@ def _judge_memory(
         for name, buffer in prepared.buffers.items():
             if isinstance(array, np.ndarray) and np.may_share_memory(array, buffer.memory):
                 outcome.complain(f"a result shares memory with {name}")
+
+
+def _widen(outcome: case.Outcome, call: Call, prepared: Prepared, first: list[np.ndarray]) -> None:
+    """Of float32 copies of what has 16 bits: the same results, but for one rounding."""
+    wide = {
+        id(buffer.given): buffers.widened(buffer.view)
+        for buffer in prepared.buffers.values()
+        if buffer.view.dtype in HALVES
+    }
+    kept = {
+        name: buffer._replace(view=wide.get(id(buffer.given), buffer.view))
+        for name, buffer in prepared.buffers.items()
+    }
+    copied = prepared._replace(
+        positional=[wide.get(id(value), value) for value in prepared.positional],
+        keywords={name: wide.get(id(value), value) for name, value in prepared.keywords.items()},
+        buffers=kept,
+    )
+    with machines.running_on(machines.usual()):
+        done = carry_out(call, copied, outcome)
+    if done.error is not None:
+        outcome.complain(f"raised {done.error!r} with float32 copies")
+        return
+    for k, (a, b) in enumerate(zip(first, bits_of(call, copied, done), strict=True)):
+        if b.dtype != arithmetic(a.dtype):
+            outcome.complain(f"result {k} is {a.dtype}, and {b.dtype} of float32 copies")
+        with np.errstate(all="ignore"):
+            rounded = b.astype(a.dtype)
+        if not same_bits(a, rounded):
+            outcome.complain(f"result {k} is not that of float32 copies, rounded once")
 
 
 def _repeat(
