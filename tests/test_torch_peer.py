@@ -1,5 +1,6 @@
 """PyTorch as a second oracle, where it is installed: its samples, its modules, its gradients."""
 
+import inspect
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 import bnfast
+from bnfast._arrays import as_array
 from tolerances import CLOSE_F32, PEER_GRADIENT, PEER_OUTPUT, PEER_PARAMETER_GRADIENT, ROUNDED_F32
 
 torch = pytest.importorskip("torch")
@@ -67,6 +69,71 @@ def test_all_samples_of_pytorch(name, fewest):
                 torch.testing.assert_close(
                     torch.from_numpy(a), b.detach(), equal_nan=True, msg=message
                 )
+
+
+def terms_of_channels(name, x, *arguments, **keywords):
+    """The sizes of scale * x, scale * mean and bias, which PyTorch adds up, together.
+
+    It folds batch and instance norm into a scale and a shift, and rounds statistics and both.
+    """
+    given = inspect.signature(getattr(functional, name)).bind(x, *arguments, **keywords).arguments
+    wide = {k: v.double().numpy() if torch.is_tensor(v) else v for k, v in given.items()}
+    x, dims = wide["input"], tuple(range(2, x.ndim))
+    if name == "batch_norm":
+        own, dims = wide.get("training", False), (0, *dims)
+    else:
+        own = wide.get("use_input_stats", True)
+
+    def spread(key, default):
+        value = wide.get(key)
+        return default if value is None else value.reshape(-1, *[1] * (x.ndim - 2))
+
+    mean, var = spread("running_mean", 0.0), spread("running_var", 1.0)
+    if own and x.size:
+        mean, var = x.mean(dims, keepdims=True), x.var(dims, keepdims=True)
+    scale = np.abs(spread("weight", 1.0)) / np.sqrt(var + wide.get("eps", 1e-5))
+    return scale * (np.abs(x) + np.abs(mean)) + np.abs(spread("bias", 0.0))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "fewest"),
+    [
+        *(("batch_norm", 24), ("group_norm", 54), ("instance_norm", 18), ("layer_norm", 12)),
+        ("rms_norm", 12),
+    ],
+)
+def test_all_samples_of_pytorch_in_16_bits(name, fewest, dtype):
+    finfo = pytest.importorskip("ml_dtypes").finfo(dtype)
+    op, half = opinfo(name), getattr(torch, dtype)
+    samples = [*op.sample_inputs("cpu", half), *op.reference_inputs("cpu", half)]
+    assert len(samples) >= fewest
+    for sample in samples:
+        given = (sample.input, *sample.args)
+        theirs = [a.clone() if torch.is_tensor(a) else a for a in given]
+        ours = [as_array(a).copy() if torch.is_tensor(a) else a for a in theirs]
+        their_keywords = {
+            k: a.clone() if torch.is_tensor(a) else a for k, a in sample.kwargs.items()
+        }
+        keywords = {
+            k: as_array(a).copy() if torch.is_tensor(a) else a for k, a in their_keywords.items()
+        }
+        expected = getattr(functional, name)(*theirs, **their_keywords)
+        got = getattr(bnfast, name)(*ours, **keywords)
+        of_terms = 0.0
+        if name in ("batch_norm", "instance_norm"):
+            of_terms = float(finfo.eps) * terms_of_channels(name, *given, **sample.kwargs)
+        pairs = [(got, expected, of_terms)]
+        pairs += [(a, b, 0.0) for a, b in zip(ours, theirs, strict=True)]
+        pairs += [(keywords[k], their_keywords[k], 0.0) for k in keywords]
+        for a, b, more in pairs:
+            if torch.is_tensor(b):
+                b = as_array(b)
+                assert a.dtype == b.dtype
+                # Each side rounds once, and not to the same side of a value in the middle.
+                step = np.spacing(np.maximum(np.abs(a), np.abs(b))).astype(np.float64)
+                error = np.abs(a.astype(np.float64) - b.astype(np.float64))
+                assert (error <= step + more).all(), (sample, a, b)
 
 
 @pytest.mark.parametrize("name", ["group_norm", "rms_norm"])  # the others list none
