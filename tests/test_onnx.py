@@ -237,6 +237,45 @@ def test_their_node_cases_to_float32(calls):
     assert tried >= 53
 
 
+def of_type(model, number):
+    """A copy of a model whose float32 inputs and outputs are of another type."""
+    copy = onnx.ModelProto.FromString(model.SerializeToString())
+    for value in (*copy.graph.input, *copy.graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = number
+    return copy
+
+
+@pytest.mark.parametrize("half", ["FLOAT16", "BFLOAT16"])
+def test_their_node_cases_in_16_bits(half):
+    """Of inputs that are rounded: within one step of what ONNX's evaluator makes in float64."""
+    number = getattr(TensorProto, half)
+    dtype, tried = helper.tensor_dtype_to_np_dtype(number), 0
+    for name, model, inputs, _ in cases_of_onnx():
+        operators = [node.op_type for node in model.graph.node]
+        if len(operators) > 1 or not NAMES.issuperset(operators) or model.graph.initializer:
+            continue
+        if not ZERO_IS_DEFINED and name.startswith("test_l2"):
+            continue
+        if operators == ["MeanVarianceNormalization"]:  # theirs adds a float32 constant to float64
+            continue
+        rounded = [x.astype(dtype) for x in inputs]
+        names = [value.name for value in model.graph.input]
+        ours = ReferenceEvaluator(of_type(model, number), new_ops=NORM_OPS)
+        theirs = ReferenceEvaluator(of_type(model, TensorProto.DOUBLE))
+        got = ours.run(None, dict(zip(names, rounded, strict=True)))
+        with np.errstate(invalid="ignore"):  # theirs divides zeros by 0, and leaves the result out
+            exact = theirs.run(None, dict(zip(names, wide(*rounded), strict=True)))
+        for one, expected in zip(got, exact, strict=True):
+            with np.errstate(all="ignore"):
+                step = np.spacing(np.abs(np.asarray(expected).astype(one.dtype)))
+            error = np.abs(one.astype(np.float64) - expected)
+            assert (error <= step.astype(np.float64) + ROUNDED_F32).all(), name
+        assert got[0].dtype == dtype
+        tried += 1
+    assert tried >= 40
+
+
 # onnxruntime
 
 

@@ -65,7 +65,7 @@ _STASH_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, Tens
 
 
 def _wide(array: Array) -> Array:
-    """Return what bnfast computes with: float32 for float16 and bfloat16."""
+    """Return float32 for float16 and bfloat16, where more than one step follows before rounding."""
     return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
 
 
@@ -83,7 +83,7 @@ def _for_rows(parameter: Array, x: Array, first: int) -> Array | None:
     before = max(0, parameter.ndim - (x.ndim - first))
     if any(size != 1 for size in parameter.shape[:before]):
         return None
-    of_rows = _wide(parameter).reshape(parameter.shape[before:])
+    of_rows = parameter.reshape(parameter.shape[before:])
     return np.array(np.broadcast_to(of_rows, x.shape[first:]))
 
 
@@ -148,11 +148,11 @@ class BatchNormalization(_Norm):
         consumed_inputs: Sequence[int] = (),
     ) -> tuple[Array, ...]:
         # A single axis is that of the samples; without `spatial` all elements are channels.
-        batch = _wide(x).reshape(len(x), scale.size) if x.ndim == 1 or not spatial else _wide(x)
-        weight, shift, old_mean, old_var = (_wide(a).ravel() for a in (scale, bias, mean, var))
+        batch = x.reshape(len(x), scale.size) if x.ndim == 1 or not spatial else x
+        weight, shift, old_mean, old_var = (a.ravel() for a in (scale, bias, mean, var))
         if not is_training(self._opset, self.output, training_mode, is_test):
             y = bnfast.batch_norm(batch, old_mean, old_var, weight, shift, eps=float(epsilon))
-            return (_rounded(y.reshape(x.shape), x.dtype),)
+            return (y.reshape(x.shape),)
         new = old_mean.astype(np.float64), old_var.astype(np.float64)
         y, _, _ = bnfast.batch_norm_forward(
             batch,
@@ -166,14 +166,14 @@ class BatchNormalization(_Norm):
         )
         old_share = float(momentum)
         blended = (
-            old_share * old + (1.0 - old_share) * batch_statistic
+            old_share * _wide(old) + (1.0 - old_share) * batch_statistic
             for old, batch_statistic in zip((old_mean, old_var), new, strict=True)
         )
         statistics = (
             _rounded(statistic.reshape(like.shape), like.dtype)
             for statistic, like in zip((*blended, *new), (mean, var, mean, var), strict=True)
         )
-        return (_rounded(y.reshape(x.shape), x.dtype), *statistics)
+        return (y.reshape(x.shape), *statistics)
 
 
 class InstanceNormalization(_Norm):
@@ -186,8 +186,7 @@ class InstanceNormalization(_Norm):
         consumed_inputs: Sequence[int] = (),
     ) -> tuple[Array, ...]:
         eps = max(float(epsilon), _SMALLEST)
-        y = bnfast.instance_norm(_wide(x), None, None, _wide(scale), _wide(bias), eps=eps)
-        return (_rounded(y, x.dtype),)
+        return (bnfast.instance_norm(x, None, None, scale, bias, eps=eps),)
 
 
 class GroupNormalization(_Norm):
@@ -200,15 +199,8 @@ class GroupNormalization(_Norm):
         num_groups: int = 1,
         stash_type: int = 1,
     ) -> tuple[Array, ...]:
-        y = bnfast.group_norm(
-            _wide(x),
-            num_groups,
-            _wide(scale),
-            _wide(bias),
-            max(float(epsilon), _SMALLEST),
-            per_group=self._opset < 21,
-        )
-        return (_rounded(y, x.dtype),)
+        eps, per_group = max(float(epsilon), _SMALLEST), self._opset < 21
+        return (bnfast.group_norm(x, num_groups, scale, bias, eps, per_group=per_group),)
 
 
 class LayerNormalization(_Norm):
@@ -230,7 +222,8 @@ class LayerNormalization(_Norm):
         shift = None if bias is None else _for_rows(bias, x, first)
         by_rows = weight is not None and (bias is None or shift is not None)
         affine = (weight, shift) if by_rows else (None, None)
-        y, mean, invstd = bnfast.layer_norm_forward(_wide(x), shape, *affine, eps)
+        rows = x if by_rows else _wide(x)
+        y, mean, invstd = bnfast.layer_norm_forward(rows, shape, *affine, eps)
         if not by_rows:
             y *= _wide(scale)
             y += 0.0 if bias is None else _wide(bias)
