@@ -382,6 +382,20 @@ def test_gradients_of_another_dtype_are_converted(member, rng):
         np.testing.assert_array_equal(got, expected)
 
 
+def test_float16_has_values_and_gradients_but_no_other_derivatives(member, rng):
+    arguments = member.arguments(rng, np.float16)
+    everything = tuple(range(len(arguments)))
+    results = []
+    for dtype in (np.float16, np.float32):
+        vjp, y = make_vjp(member.function, everything)(*(a.astype(dtype) for a in arguments))
+        results.append((y, *vjp(np.ones_like(y))))
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == np.float16
+        np.testing.assert_array_equal(a, b.astype(np.float16))
+    with pytest.raises(TypeError, match=r"must be float32 or float64.*float16"):
+        make_jvp(member.function)(*arguments)(arguments[0])
+
+
 def test_parameters_of_another_dtype(member, rng):
     x, *parameters = member.arguments(rng)
     x = x.astype(np.float32)

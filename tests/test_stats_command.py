@@ -61,7 +61,8 @@ def small_blocks(monkeypatch):
 
 def check(got, x, axis):
     want = bnfast.summary(x, axis)
-    close = 2 * STATISTICS_OF_ANY_DATA[1] if x.dtype == np.float32 else CLOSE_F64
+    in_single = x.dtype in (np.float16, np.float32)
+    close = 2 * STATISTICS_OF_ANY_DATA[1] if in_single else CLOSE_F64
     for name in ("mean", "var", "std"):
         value = getattr(want, name)
         near = close * np.max(want.std) + 1e-300
@@ -73,18 +74,32 @@ def check(got, x, axis):
 
 @pytest.mark.parametrize("order", "CF")
 @pytest.mark.parametrize("shape", [(), (9,), (500, 3), (3, 500), (7, 5, 90), (4, 3, 20, 20)])
-@pytest.mark.parametrize("code", ["f4", "f8", "u1", ">i2", ">f4", "f2", "?"])
+@pytest.mark.parametrize("code", ["f4", "f8", "u1", ">i2", ">f4", "f2", ">f2", "?"])
 def test_any_array_in_blocks_has_the_statistics_of_the_whole(
     numbers, small_blocks, rng, order, shape, code
 ):
     x = np.asarray(rng.normal(60, 9, shape) if code != "?" else rng.random(shape) < 0.5)
     x = x.astype(code)
     np.save("x.npy", np.asarray(x, order=order))
-    native = x.astype(np.float32 if code == "f2" else x.dtype.newbyteorder("="))
+    native = x.astype(x.dtype.newbyteorder("="))
     axes = [None, *((d,) for d in range(x.ndim)), (-1, 0), tuple(range(x.ndim))]
     for axis in axes if x.ndim > 1 else axes[: 1 + x.ndim]:
         text = "none" if axis is None else ",".join(map(str, axis))
         check(numbers("x.npy", "--axis", text), native, axis)
+
+
+def test_float16_is_summed_as_it_is_stored(numbers, small_blocks, monkeypatch, rng):
+    summed = []
+
+    def counting(values, *arguments, **keywords):
+        summed.append(values.dtype)
+        return bnfast.summary(values, *arguments, **keywords)
+
+    monkeypatch.setattr(source, "summary", counting)
+    x = rng.normal(1000, 1, (500, 3)).astype(np.float16)
+    np.save("x.npy", x)
+    check(numbers("x.npy"), x, 1)
+    assert len(summed) > 1 and set(summed) == {x.dtype}
 
 
 def test_channels_are_axis_1_unless_there_is_but_one_axis(numbers, rng):

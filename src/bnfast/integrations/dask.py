@@ -51,8 +51,8 @@ def moments(
     Parameters
     ----------
     x : dask.array.Array
-        Of float32, float64, integers or booleans; chunks of any sizes along any axes, unknown
-        ones too.
+        Of floats of at most 64 bits, integers or booleans; chunks of any sizes along any axes,
+        unknown ones too.
     axis : int, tuple of int, or None
         The axes that are kept, as in `bnfast.moments`.
     where : array of bool, optional
@@ -136,7 +136,7 @@ def normalize(
     Parameters
     ----------
     x : dask.array.Array
-        Of float32, float64, integers or booleans; chunks of known sizes along `axis`.
+        Of floats of at most 64 bits, integers or booleans; chunks of known sizes along `axis`.
     moments : Moments, optional
         Of the channels: those of `x`, of a part of it, or of other data. By default those of `x`,
         which are computed at once: in a pass of its own, so that chunks need not stay in memory
@@ -149,8 +149,8 @@ def normalize(
     Returns
     -------
     dask.array.Array
-        Not computed yet, of the chunks of `x`; float32 for float32, booleans and integers of at
-        most 16 bits, else float64. ``to_zarr`` writes it chunk by chunk.
+        Not computed yet, of the chunks of `x`; float32 for floats of 16 and 32 bits, booleans and
+        integers of at most 16 bits, else float64. ``to_zarr`` writes it chunk by chunk.
 
     Raises
     ------

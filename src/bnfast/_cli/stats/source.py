@@ -111,10 +111,8 @@ class Saved(Source):
 
 def readable(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Return the type that values are summed as, or refuse those of another kind."""
-    if dtype.kind in "biu" or dtype.char in "fd":
+    if dtype.kind in "biu" or dtype.char in "efd":
         return dtype.newbyteorder("=")
-    if dtype.char == "e":
-        return np.dtype(np.float32)
     got = "Python objects" if dtype.hasobject else str(dtype)
     raise Failure(f"{name}: expected integers or floats of at most 64 bits, got {got}")
 
