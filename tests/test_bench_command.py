@@ -20,6 +20,8 @@ from bnfast._cli.bench.rivals import numpy_formulas
 from tolerances import CLOSE_F32, CLOSE_F64, RIVAL, ROUNDED_F32
 
 NEEDED = ("matplotlib", "rich", "threadpoolctl")
+HALVES = ("float16", "bfloat16")
+HALF = ("batch", "layer", "rms", "group", "instance")
 FAMILY = tuple(name for name, norm in NORMALIZATIONS.items() if "forward" in norm.operations)
 
 
@@ -994,7 +996,7 @@ def test_nothing_to_measure_is_said_before_anything_is_loaded(tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        *(("--op", "nonsense"), ("--layout", "chwn"), ("--dtype", "float16")),
+        *(("--op", "nonsense"), ("--layout", "chwn"), ("--dtype", "int8")),
         ("--norm", "weights"),
         ("--regime", "idle"),
         *(("--shapes", "3"), ("--threads", "0"), ("--threads", "1000000")),
@@ -1002,6 +1004,7 @@ def test_nothing_to_measure_is_said_before_anything_is_loaded(tmp_path):
         ("--markdown", "no/such/folder/f"),
         *(("--offset", "-4"), ("--offset", "2"), ("--offset", "4096"), ("--offset", "line")),
         ("--offset", "4", "--dtype", "float64"),
+        ("--offset", "1", "--dtype", "float16"),
     ],
 )
 def test_bad_arguments_show_the_usage(arguments, capsys):
@@ -1012,6 +1015,28 @@ def test_bad_arguments_show_the_usage(arguments, capsys):
     assert "usage: python -m bnfast bench" in said
     if arguments[0] == "--peers":
         assert "'nobody' is none of: numpy, pytorch, onednn" in said
+
+
+@pytest.mark.parametrize("command", ["bench", "demo"])
+def test_bfloat16_says_what_is_missing(command, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    assert _cli.main([command, "--dtype", "bfloat16"]) == 1
+    assert "python -m pip install ml_dtypes" in capsys.readouterr().err
+
+
+def test_weights_of_16_bits_are_not_measured(run, capsys):
+    assert _cli.main(["bench", "--norm", "weight", "--dtype", "float16"]) == 1
+    assert capsys.readouterr().err == "weight norm takes no float16, but more bits\n"
+
+
+@pytest.mark.parametrize("normalization", [n for n in NORMALIZATIONS if n in HALF])
+def test_data_of_16_bits_have_parameters_of_32_that_they_could_have(normalization):
+    b = make_data(normalization, (4, 6, 5, 7), "nchw", np.float16, mean=3)
+    assert (b.x.dtype, b.out.dtype) == (np.float16, np.float16)
+    assert 2 < b.x.mean() < 4
+    for name in ("weight", "bias", "mean", "var", "invstd"):
+        assert getattr(b, name).dtype == np.float32
+    np.testing.assert_array_equal(b.weight, b.weight.astype(np.float16))
 
 
 def test_it_says_what_is_missing(tmp_path):
@@ -1025,6 +1050,8 @@ def test_it_says_what_is_missing(tmp_path):
 
 def not_offered(peer, dtype, normalization, operation, layout):
     """What a rival has not, as it is installed here."""
+    if dtype in HALVES and peer in ("onnxruntime", "numba", "onedal", "polars"):
+        return True
     activated = normalization in rivals.ACTIVATED
     if rivals.PEERS[peer].only == rivals.ACTIVATED:
         return not activated
@@ -1052,6 +1079,12 @@ def not_offered(peer, dtype, normalization, operation, layout):
     return library().version < came.get(normalization, (3,))
 
 
+def has_no_kernel(peer, dtype, outcome):
+    """Whether oneDNN has types of 16 bits on some processors alone."""
+    reason = outcome.get("not offered", "")
+    return dtype in HALVES and peer.startswith("onednn") and "on this machine" in reason
+
+
 MEASURE = """
 import json, sys
 from bnfast._cli.bench import run, timing
@@ -1070,20 +1103,29 @@ print(run.report.markdown(run.measure(selection, run.ready(selection), budget=1e
 
 
 # In processes of their own: JAX and PyTorch leave threads behind, which other tests fork.
-@pytest.mark.parametrize("regime, dtype", [("out", "float32"), ("fresh", "float64")])
+@pytest.mark.parametrize(
+    "regime, dtype",
+    [("out", "float32"), ("fresh", "float64"), ("out", "bfloat16"), ("fresh", "float16")],
+)
 @pytest.mark.parametrize("peer", rivals.PEERS)
 def test_every_rival_is_right(run, peer, regime, dtype):
     if rivals.PEERS[peer].missing():
         pytest.skip(f"{peer} is not installed")
-    choice = {"normalizations": list(NORMALIZATIONS), "shapes": "16x20,9x24x1x1,6x19x5x7,3x66x2x6"}
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    norms = [n for n, norm in NORMALIZATIONS.items() if norm.takes_halves or dtype not in HALVES]
+    choice = {"normalizations": norms, "shapes": "16x20,9x24x1x1,6x19x5x7,3x66x2x6"}
     choice |= {"peers": [peer], "regime": regime, "dtype": dtype}
     child = [sys.executable, "-c", MEASURE, json.dumps(choice)]
     done = subprocess.run(child, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
-    assert {row["normalization"] for row in rows} == set(NORMALIZATIONS)
+    assert {row["normalization"] for row in rows} == set(choice["normalizations"])
     for row in rows:
         (outcome,) = row["rivals"].values()
+        assert row["bnfast"]["error"] < RIVAL[dtype]
+        if has_no_kernel(peer, dtype, outcome):
+            continue
         cell = row["normalization"], row["operation"], row["layout"]
         missing = not_offered(peer, dtype, *cell)
         assert ("not offered" in outcome) == missing, (cell, row["shape"], outcome)

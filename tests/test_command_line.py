@@ -5,10 +5,11 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import bnfast
-from bnfast import _cli
+from bnfast import _cli, _dtypes
 
 
 def run(*arguments, **keywords):
@@ -37,6 +38,7 @@ def test_version():
     [
         *((), ("nonsense",), ("demo", "--epochs", "many"), ("demo", "--epochs", "0")),
         *(("demo", "--seed", "-1"), ("demo", "--learning-rate", "0")),
+        ("demo", "--dtype", "float64"),
         *(("demo", "--output", "plot.xyz"), ("demo", "--output", "not/a/folder/plot.png")),
     ],
 )
@@ -67,6 +69,50 @@ def test_a_reader_that_has_left_is_no_error(arguments):
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_the_network_of_the_demo_is_as_accurate_with_activations_of_16_bits(half):
+    for package in ("sklearn", "ml_dtypes"):
+        pytest.importorskip(package)
+    from bnfast._cli import digits
+
+    class Watched(digits.Normalization):
+        def forward(self, x):
+            y = super().forward(x)
+            seen.update((x.dtype, y.dtype))
+            return y
+
+        def backward(self, dy):
+            dx = super().backward(dy)
+            seen.update((dy.dtype, dx.dtype))
+            return dx
+
+    def normalize(channels):
+        return Watched(bnfast.BatchNorm(channels, axis=-1))
+
+    data = digits.load()
+    accuracies = []
+    for dtype in (np.dtype(np.float32), _dtypes.named(half)):
+        seen = set()
+        network = digits.Network(0, normalize, dtype=dtype)
+        list(network.train(data, epochs=5, batch_size=64, learning_rate=0.5, seed=0))
+        assert seen == {dtype}
+        parameters = [pair for stage in network.stages for pair in stage.parameters()]
+        assert {array.dtype for pair in parameters for array in pair} == {np.dtype(np.float32)}
+        accuracies.append(network.accuracy(data))
+    assert accuracies[0] > 0.95
+    assert abs(accuracies[1] - accuracies[0]) <= 0.01
+
+
+def test_the_demo_says_which_type_its_activations_have(tmp_path):
+    for package in ("sklearn", "matplotlib", "rich", "ml_dtypes"):
+        pytest.importorskip(package)
+    done = run("demo", "--dtype", "bfloat16", "--epochs", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "activations of bfloat16" in " ".join(done.stdout.split())
+    difference = float(re.search(r"at most\s+([\d.e-]+)\s+of the largest", done.stdout)[1])
+    assert 1e-4 < difference <= 2.0**-7  # a step of the type
 
 
 def test_demo_trains_prints_and_plots(tmp_path):

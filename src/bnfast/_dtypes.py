@@ -7,6 +7,7 @@ conversions in ``conversions.inc``.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,3 +70,13 @@ def is_bfloat16(dtype: np.dtype[Any]) -> bool:
 def is_half(dtype: np.dtype[Any]) -> bool:
     """Return whether this is a float type of 16 bits, in native byte order."""
     return (dtype.char == "e" or is_bfloat16(dtype)) and dtype.isnative
+
+
+def computed_in(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype in which floats of this dtype are computed: float32 for 16 bits."""
+    return _F32 if is_half(dtype) else dtype
+
+
+def named(name: str) -> np.dtype[Any]:
+    """Return the dtype of this name; for bfloat16, ml_dtypes must be installed."""
+    return np.dtype(importlib.import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name)

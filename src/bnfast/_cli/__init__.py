@@ -10,12 +10,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from bnfast import __version__, show_config
+from bnfast import __version__, _dtypes, show_config
 from bnfast._cli.bench import rivals, workloads
 from bnfast._cli.bench.cell import OFFSET, OPERATIONS, PAGE
 from bnfast._cli.bench.normalizations import NORMALIZATIONS
 from bnfast._cli.bench.regime import REGIMES
 from bnfast._threads import allowed_threads
+
+HALVES = ("float16", "bfloat16")
 
 
 def _positive(kind: type[int] | type[float], *, or_zero: bool = False) -> Callable[[str], float]:
@@ -91,6 +93,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive(int, or_zero=True),
         default=0,
         help="of weights and order of batches",
+    )
+    demo.add_argument(
+        "--dtype",
+        choices=(*HALVES, "float32"),
+        default="float32",
+        help="of the activations and their gradients; parameters are float32",
     )
     demo.add_argument(
         "--output", type=_new_png, default="bnfast_demo.png", metavar="FILE", help="the plot"
@@ -291,7 +299,12 @@ def _add_bench(commands: Any) -> None:
         help=f"of {', '.join(workloads.LAYOUTS)} (default: both); rows, weights and "
         "tables have but one",
     )
-    bench.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    bench.add_argument(
+        "--dtype",
+        choices=(*HALVES, "float32", "float64"),
+        default="float32",
+        help="of the data; parameters of data of 16 bits are float32 (default: float32)",
+    )
     bench.add_argument(
         "--shapes",
         type=_shapes,
@@ -349,6 +362,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "info":
         show_config()
         return 0
+    if getattr(options, "dtype", None) == "bfloat16":
+        try:
+            _dtypes.named("bfloat16")
+        except ImportError as error:
+            print(
+                f"--dtype bfloat16 needs ml_dtypes ({error}).\n"
+                "Install it with: python -m pip install ml_dtypes",
+                file=sys.stderr,
+            )
+            return 1
     if options.command == "bench":
         return _bench(options)
     if options.command == "stats":
@@ -366,7 +389,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    return demo.run(options.epochs, options.learning_rate, options.seed, options.output)
+    return demo.run(
+        options.epochs, options.learning_rate, options.seed, options.output, options.dtype
+    )
 
 
 def _onnx(options: argparse.Namespace) -> int:
@@ -388,7 +413,7 @@ def _onnx(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    step = 8 if options.dtype == "float64" else 4
+    step = _dtypes.named(options.dtype).itemsize
     if options.offset not in range(0, PAGE, step):
         options.refuse(
             f"argument --offset: {options.offset} is no multiple of {step}, the bytes of a "

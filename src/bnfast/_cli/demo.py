@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bnfast import BatchNorm
+from bnfast import BatchNorm, _dtypes
 from bnfast._cli import digits
 from bnfast._cli.bench.rivals import numpy_formulas
-from bnfast._cli.digits import Network, Normalization
+from bnfast._cli.digits import Network, Normalization, float32
 from bnfast._typing import Array
 
 BATCH = 64
@@ -52,8 +52,9 @@ class ComparedNormalization(Normalization):
         y = self.layer(x)
         middle = perf_counter()
         plain, mean, invstd = numpy_formulas.batch_norm_forward(
-            x, self.layer.weight, self.layer.bias, self.layer.eps, axis=-1
+            float32(x), self.layer.weight, self.layer.bias, self.layer.eps, axis=-1
         )
+        plain = plain.astype(x.dtype, copy=False)
         count = x.size // x.shape[-1]
         unbiased = (1 / invstd**2 - self.layer.eps) * np.float32(count / (count - 1))
         numpy_formulas.update_running(self.running_mean, self.running_var, mean, unbiased, 0.1)
@@ -67,8 +68,9 @@ class ComparedNormalization(Normalization):
         dx = self.layer.backward(dy)
         middle = perf_counter()
         plain, _, _ = numpy_formulas.batch_norm_backward(
-            dy, self.before, *self.saved, self.layer.weight, axis=-1
+            float32(dy), float32(self.before), *self.saved, self.layer.weight, axis=-1
         )
+        plain = plain.astype(dy.dtype, copy=False)
         self._note(middle - start, perf_counter() - middle, dx, plain)
         return dx
 
@@ -76,6 +78,7 @@ class ComparedNormalization(Normalization):
         self.stopwatch.bnfast += ours
         self.stopwatch.numpy += theirs
         self.stopwatch.calls += 1
+        result, plain = float32(result), float32(plain)
         size = float(np.abs(plain).max()) or 1.0
         difference = float(np.abs(result - plain).max()) / size
         self.stopwatch.difference = max(self.stopwatch.difference, difference)
@@ -89,7 +92,10 @@ def _plot(path: Path, losses: dict[str, list[float]], first: ComparedNormalizati
         left.plot(curve, label=name, linewidth=1)
     left.set(xlabel="step", ylabel="cross entropy", title="Training loss", yscale="log")
     left.legend()
-    both = {"before batch norm": first.before, "after batch norm": first.after}
+    both = {
+        "before batch norm": float32(first.before),
+        "after batch norm": float32(first.after),
+    }
     limits = np.percentile(np.concatenate([a.ravel() for a in both.values()]), (0.5, 99.5))
     for name, values in both.items():
         right.hist(values.ravel(), 100, tuple(limits), density=True, alpha=0.6, label=name)
@@ -98,7 +104,7 @@ def _plot(path: Path, losses: dict[str, list[float]], first: ComparedNormalizati
     figure.savefig(path, dpi=120)
 
 
-def run(epochs: int, learning_rate: float, seed: int, output: Path) -> int:
+def run(epochs: int, learning_rate: float, seed: int, output: Path, dtype: str) -> int:
     """Train both networks, print the table, write the plot; return the exit status."""
     console = Console()
     data = digits.load()
@@ -109,7 +115,11 @@ def run(epochs: int, learning_rate: float, seed: int, output: Path) -> int:
         compared.append(ComparedNormalization(channels, stopwatch))
         return compared[-1]
 
-    networks = {"with batch norm": Network(seed, normalize), "without": Network(seed)}
+    activations = _dtypes.named(dtype)
+    networks = {
+        "with batch norm": Network(seed, normalize, dtype=activations),
+        "without": Network(seed, dtype=activations),
+    }
     losses: dict[str, list[float]] = {}
     steps = len(networks) * epochs * (len(data.images) // BATCH)
     columns = (
@@ -135,7 +145,7 @@ def run(epochs: int, learning_rate: float, seed: int, output: Path) -> int:
         calls, difference = stopwatch.calls, stopwatch.difference
         table = Table(
             title=f"{len(data.images)} training and {len(data.test_images)} test images, "
-            f"SGD at {learning_rate:g}"
+            f"SGD at {learning_rate:g}, activations of {dtype}"
         )
         table.add_column("network")
         for heading in ("last loss", "test accuracy (evaluation)", "test accuracy (training mode)"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -40,8 +40,13 @@ def load() -> Digits:
     return Digits(x, labels, x_test, labels_test)
 
 
+def float32(array: Array) -> Array:
+    """Return activations of 16 bits as float32, in which parameters are and products are made."""
+    return array.astype(np.float32, copy=False)
+
+
 class Stage(Protocol):
-    """What the network is made of."""
+    """What the network is made of; stages take activations of any float type."""
 
     def forward(self, x: Array) -> Array: ...
     def backward(self, dy: Array) -> Array: ...
@@ -63,15 +68,15 @@ class Convolution:
         padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))
         self.patches = windows.transpose(0, 1, 2, 4, 5, 3).reshape(n * h * w, 9 * c)
-        y = self.patches @ self.weight
+        y = float32(self.patches) @ self.weight
         if self.bias is not None:
             y += self.bias
         return y.reshape(n, h, w, -1)
 
     def backward(self, dy: Array) -> Array:
         n, h, w, c = self.shape
-        flat = dy.reshape(n * h * w, -1)
-        self.weight_grad = self.patches.T @ flat
+        flat = float32(dy.reshape(n * h * w, -1))
+        self.weight_grad = float32(self.patches.T) @ flat
         self.bias_grad = flat.sum(0)
         patches = (flat @ self.weight.T).reshape(n, h, w, 3, 3, c)
         padded = np.zeros((n, h + 2, w + 2, c), np.float32)
@@ -111,12 +116,12 @@ class MeanPooling:
         n, h, w, c = self.shape = x.shape
         self.window = (h, w) if self.whole else (2, 2)
         kh, kw = self.window
-        y: Array = x.reshape(n, h // kh, kh, w // kw, kw, c).mean((2, 4))
+        y: Array = x.reshape(n, h // kh, kh, w // kw, kw, c).mean((2, 4), np.float32)
         return y
 
     def backward(self, dy: Array) -> Array:
         kh, kw = self.window
-        return (dy / np.float32(kh * kw)).repeat(kh, 1).repeat(kw, 2)
+        return (float32(dy) / np.float32(kh * kw)).repeat(kh, 1).repeat(kw, 2)
 
     def parameters(self) -> list[tuple[Array, Array]]:
         return []
@@ -133,11 +138,12 @@ class Linear:
         self.bias = np.zeros(outputs, np.float32)
 
     def forward(self, x: Array) -> Array:
-        self.x = x.reshape(len(x), -1)
+        self.x = float32(x.reshape(len(x), -1))
         y: Array = self.x @ self.weight + self.bias
         return y
 
     def backward(self, dy: Array) -> Array:
+        dy = float32(dy)
         self.weight_grad, self.bias_grad = self.x.T @ dy, dy.sum(0)
         return (dy @ self.weight.T).reshape(len(dy), 1, 1, -1)
 
@@ -167,7 +173,8 @@ class Network:
     """Three convolutions and a linear classifier.
 
     `normalize` makes the normalization of so many channels, which comes before the activation or
-    after it.
+    after it. What goes from stage to stage, in both directions, is of `dtype`; parameters, their
+    gradients and the logits are float32.
     """
 
     def __init__(
@@ -177,8 +184,10 @@ class Network:
         *,
         after_activation: bool = False,
         weight_scale: float = 1.0,
+        dtype: np.dtype[Any] | type = np.float32,
     ) -> None:
         rng = np.random.default_rng(seed)
+        self.dtype = np.dtype(dtype)
         self.stages: list[Stage] = []
         self.normalizations: list[Normalization] = []
         inputs = 1
@@ -199,7 +208,7 @@ class Network:
     def forward(self, x: Array) -> Array:
         """Return the logits."""
         for stage in self.stages:
-            x = stage.forward(x)
+            x = stage.forward(x.astype(self.dtype, copy=False))
         return x
 
     def train_on(self, x: Array, labels: Array, learning_rate: float) -> float:
@@ -214,7 +223,7 @@ class Network:
         gradient[rows, labels] -= 1
         gradient /= np.float32(len(labels))
         for stage in reversed(self.stages):
-            gradient = stage.backward(gradient)
+            gradient = stage.backward(gradient.astype(self.dtype, copy=False))
             for parameter, its_gradient in stage.parameters():
                 parameter -= np.float32(learning_rate) * its_gradient
         return loss

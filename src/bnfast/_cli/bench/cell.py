@@ -9,6 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from bnfast import _dtypes
 from bnfast._cli.bench.workloads import Shape
 from bnfast._typing import Array
 
@@ -60,8 +61,13 @@ class Data:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The dtype of everything but what is exact."""
+        """The dtype of all that is as large as x."""
         return self.x.dtype
+
+    @property
+    def computed_in(self) -> np.dtype[Any]:
+        """The dtype of parameters and statistics: that of x, float32 where x has 16 bits."""
+        return _dtypes.computed_in(self.dtype)
 
     def empty(self, shape: Shape) -> Array:
         """Return new memory that begins as far past a page as x does."""
@@ -105,7 +111,7 @@ class Batch(Operands):
     axis: int  # of the parameters: of channels, or of the elements of a row
     weight: Array
     bias: Array
-    mean: Array  # of x, in its dtype, as is what follows
+    mean: Array  # of x
     var: Array
     invstd: Array
     exact_mean: Array  # in float64

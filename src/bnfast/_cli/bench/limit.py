@@ -24,7 +24,7 @@ class Probes:
     """What moves memory and does nothing else, for one cell."""
 
     def __init__(self, cell: Cell[Data], threads: int) -> None:
-        dtype = cell.data.dtype
+        dtype = cell.data.computed_in  # for bytes are moved, whatever they stand for
         line = 64 // dtype.itemsize
         half = max(line, min(cell.traffic, MOST_BYTES) // (2 * dtype.itemsize) // line * line)
         memory = aligned_empty((2 * half,), dtype)

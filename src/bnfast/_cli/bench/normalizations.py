@@ -12,6 +12,7 @@ from typing import Any, Generic
 import numpy as np
 
 import bnfast
+from bnfast import _dtypes
 from bnfast import _reference as reference
 from bnfast._cli.bench import workloads
 from bnfast._cli.bench.cell import (
@@ -44,6 +45,7 @@ class Normalization(ABC, Generic[AnyData]):
     quick_shapes: str
     tracked_shapes: str
     parts: tuple[str, ...] = ()  # of a result, where each has an error of its own
+    takes_halves = True  # data of 16 bits
 
     @abstractmethod
     def operations_on(self, shape: Shape) -> tuple[str, ...]:
@@ -79,10 +81,19 @@ def _normal_arrays(
 ) -> tuple[Array, Array, Array]:
     """Return x around `mean` and dy around 0, of standard deviation 1, and memory for an output."""
     x, dy, out = (aligned_empty(shape, dtype, offset) for _ in range(3))
-    rng.standard_normal(dtype=dtype.type, out=x)
-    x += dtype.type(mean)
-    rng.standard_normal(dtype=dtype.type, out=dy)
+    _draw(rng, x, mean)
+    _draw(rng, dy, 0.0)
     return x, dy, out
+
+
+def _draw(rng: np.random.Generator, x: Array, mean: float) -> None:
+    """Fill an array with normal values, which are rounded where it has 16 bits."""
+    dtype = _dtypes.computed_in(x.dtype)
+    wide = x if dtype == x.dtype else np.empty(x.shape, dtype)
+    rng.standard_normal(dtype=dtype.type, out=wide)
+    wide += dtype.type(mean)
+    if wide is not x:
+        x[...] = wide
 
 
 def _piece(batch: Batch, of_x: Any, of_statistics: Any, of_parameters: Any) -> Batch:
@@ -124,7 +135,9 @@ class _OfBatches(Normalization[Batch]):
         in_memory, axis = workloads.in_layout(shape, layout)
         rng = np.random.default_rng(0)
         arrays = _normal_arrays(rng, in_memory, dtype, mean, offset)
-        weight, bias = rng.uniform(0.5, 1, (2, in_memory[axis])).astype(dtype)
+        computed_in = _dtypes.computed_in(dtype)
+        # Values that x could have: whoever wants parameters of the type of x gets the same ones.
+        weight, bias = rng.uniform(0.5, 1, (2, in_memory[axis])).astype(dtype).astype(computed_in)
         statistics = exact_mean, exact_var, exact_invstd = np.empty(
             (3, *self.shape_of_statistics(shape))
         )
@@ -134,9 +147,9 @@ class _OfBatches(Normalization[Batch]):
         np.divide(1, np.sqrt(exact_var + EPS), out=exact_invstd)
         return replace(
             batch,
-            mean=exact_mean.astype(dtype),
-            var=exact_var.astype(dtype),
-            invstd=exact_invstd.astype(dtype),
+            mean=exact_mean.astype(computed_in),
+            var=exact_var.astype(computed_in),
+            invstd=exact_invstd.astype(computed_in),
         )
 
     def exact(self, operation: str, data: Batch) -> Array:
@@ -392,6 +405,7 @@ class _OfWeights(Normalization[AnyData]):
     """Of weights rather than data: filters along the first axis, one after the other."""
 
     shapes, quick_shapes, tracked_shapes = "weights", "quick-weights", "tracked-weights"
+    takes_halves = False
 
     def operations_on(self, shape: Shape) -> tuple[str, ...]:
         """Return both: a filter may be a single value."""
@@ -475,8 +489,7 @@ class TableMoments(Normalization[Table]):
     def make(self, shape: Shape, layout: str, dtype: Any, mean: float, offset: int) -> Table:
         """Return values."""
         x = aligned_empty(shape, dtype, offset)
-        np.random.default_rng(0).standard_normal(dtype=dtype.type, out=x)
-        x += dtype.type(mean)
+        _draw(np.random.default_rng(0), x, mean)
         return Table(shape, layout, x)
 
     def exact(self, operation: str, data: Table) -> Array:
@@ -485,7 +498,10 @@ class TableMoments(Normalization[Table]):
         In long double, for the statistics of float64 data may be as exact as float64 sums are.
         """
         rows = data.rows
-        pieces = [rows[part] for part in slices(len(rows), 2 * rows.size)]
+        pieces = [
+            rows[part].astype(_dtypes.computed_in(data.dtype), copy=False)
+            for part in slices(len(rows), 2 * rows.size)
+        ]
         totals = [piece.sum(0, np.longdouble) for piece in pieces]
         mean = np.sum(totals, 0) / len(rows)
         squares = [np.square(piece - mean).sum(0) for piece in pieces]

@@ -15,6 +15,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 import bnfast
+from bnfast import _dtypes
 from bnfast._cli.bench import figure, limit, report
 from bnfast._cli.bench.cell import OFFSET, OPERATIONS, Cell, Data, largest_error
 from bnfast._cli.bench.normalizations import NORMALIZATIONS, called, exact_result, make_data
@@ -25,6 +26,7 @@ from bnfast._cli.bench.rivals import (
     NotOffered,
     Rival,
     choose,
+    enter,
     missing,
 )
 from bnfast._cli.bench.timing import Timing, take_turns
@@ -91,6 +93,9 @@ class Selection:
             if not set(offered) & set(self.operations):
                 asked = " or ".join(self.operations)
                 raise NothingToMeasure(f"{called([name])} has no {asked}, but {', '.join(offered)}")
+            half = _dtypes.is_half(_dtypes.named(self.dtype))
+            if half and not NORMALIZATIONS[name].takes_halves:
+                raise NothingToMeasure(f"{called([name])} takes no {self.dtype}, but more bits")
             of_it = sum(len(operations) for _, _, operations in self.cells_of(name))
             if not of_it:
                 raise NothingToMeasure(
@@ -179,12 +184,13 @@ def measure(
 
 def cells(selection: Selection) -> Iterator[Cell[Data]]:
     """Make the data of one shape and layout after the other, and yield its operations."""
+    dtype = _dtypes.named(selection.dtype)
     for name in selection.normalizations:
         for shape, layout, operations in selection.cells_of(name):
             data: Data | None = None
             for operation in operations:
                 data = data or make_data(
-                    name, shape, layout, selection.dtype, selection.mean, selection.offset
+                    name, shape, layout, dtype, selection.mean, selection.offset
                 )
                 yield Cell(name, operation, data)
 
@@ -202,7 +208,7 @@ def _enter_all(
             outcomes[name] = {"failed": rival}
             continue
         try:
-            contender = ours(cell, fresh) if rival is None else rival.prepare(cell, fresh)
+            contender = ours(cell, fresh) if rival is None else enter(rival, cell, fresh)
             if output is not None:
                 output.fill(np.nan)  # whoever writes nothing is found out
             result = contender.read(contender.call())

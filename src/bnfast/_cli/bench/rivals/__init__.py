@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bnfast import _dtypes
 from bnfast._cli.bench.cell import Cell, mean_and_std
 from bnfast._typing import Array
 
@@ -50,6 +51,8 @@ class Contender:
 class Rival(ABC):
     """One opponent, at its best setting for a number of threads that is fixed for the run."""
 
+    takes_halves = True  # data of 16 bits, with parameters of float32
+
     def __init__(self, threads: int) -> None:
         self.threads = threads
 
@@ -66,6 +69,13 @@ class Rival(ABC):
         to ``cell.data.out`` where the layout is the same. Memory that is made for the rival comes
         from ``cell.data.empty``.
         """
+
+
+def enter(rival: Rival, cell: Cell[Any], fresh: bool) -> Contender:
+    """Return what a rival prepares; raise NotOffered for data of 16 bits that it does not take."""
+    if _dtypes.is_half(cell.data.dtype) and not rival.takes_halves:
+        raise NotOffered(f"no {cell.data.dtype} is driven here")
+    return rival.prepare(cell, fresh)
 
 
 class Peer(NamedTuple):

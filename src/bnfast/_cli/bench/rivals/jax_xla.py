@@ -190,6 +190,18 @@ FORMULAS: dict[str, Callable[[Cell[Any]], Formula]] = {
 }
 
 
+def _in_float32(function: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
+    """Return the formula of data of 16 bits: y, dx and the rest computed in float32."""
+
+    def computed(*arguments: Any) -> Any:
+        results = function(*(values.astype(jnp.float32) for values in arguments))
+        if isinstance(results, tuple):
+            return results[0].astype(dtype), *results[1:]
+        return results.astype(dtype)
+
+    return computed
+
+
 class JaxXla(Rival):
     """The formulas above, compiled."""
 
@@ -216,11 +228,13 @@ class JaxXla(Rival):
         if cell.normalization not in FORMULAS:
             raise NotOffered("no formula of it is written")
         function, arguments = FORMULAS[cell.normalization](cell)
+        statistics = cell.data.output() is None
+        if cell.data.computed_in != cell.data.dtype:
+            function = _in_float32(function, jnp.float32 if statistics else cell.data.dtype)
         arrays = jax.device_put(arguments)
         # It shares NumPy's memory where that begins at a cache line, and copies it otherwise.
         copies = arrays[0].unsafe_buffer_pointer() != arguments[0].ctypes.data
 
-        statistics = cell.data.output() is None
         if fresh or statistics:
             compiled = jax.jit(function)
             return Contender(

@@ -215,6 +215,8 @@ def compiled(loop: Callable[..., None], parallel: bool) -> Callable[..., None]:
 class NumbaKernels(Rival):
     """The loops above."""
 
+    takes_halves = False
+
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
         numba.set_num_threads(threads)

@@ -17,6 +17,8 @@ from bnfast._cli.bench.rivals import Contender, NotOffered, Rival
 class OneDal(Rival):
     """Its mean and variance of the columns of the table itself."""
 
+    takes_halves = False
+
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
         daal4py.daalinit(threads)

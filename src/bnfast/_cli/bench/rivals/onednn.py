@@ -32,6 +32,7 @@ from bnfast._cli.bench.rivals.onednn_library import (
     USE_SHIFT,
     VARIANCE,
     WORKSPACE,
+    Unimplemented,
     Work,
     arguments_of,
     library,
@@ -101,10 +102,16 @@ class OneDnn(Rival):
 
     def prepare(self, cell: Cell[Any], fresh: bool) -> Contender:
         """Return the execution of a primitive."""
+        try:
+            return self._prepare(cell, fresh)
+        except Unimplemented as error:
+            raise NotOffered(f"{error}: no {cell.data.dtype} on this machine") from None
+
+    def _prepare(self, cell: Cell[Any], fresh: bool) -> Contender:
         if cell.normalization not in PRIMITIVES:
             raise NotOffered("it has no such primitive")
         b: Batch = cell.data
-        if b.dtype != np.float32:
+        if b.dtype == np.float64:
             raise NotOffered("no float64")
         if self.blocked and PRIMITIVES[cell.normalization] != "batch_normalization":
             raise NotOffered("batch norm alone is driven in blocks")
@@ -113,9 +120,9 @@ class OneDnn(Rival):
         shape = kind.shape
         if kind.name == "batch_normalization" and shape[2:] == (1, 1) and not self.blocked:
             shape = shape[:2]  # as NCHW this would get the kernels for planes, 30 times as slow
-        plain = work.described(shape, kind.last)
-        layout = work.blocked(shape) if self.blocked else plain
-        size = library().c.dnnl_memory_desc_get_size(layout) // 4
+        plain = work.described(shape, kind.last, b.dtype.name)
+        layout = work.blocked(shape, b.dtype.name) if self.blocked else plain
+        size = library().c.dnnl_memory_desc_get_size(layout) // b.dtype.itemsize
 
         def own(array: Array) -> Array:
             """Return the array in the layout of the primitive."""

@@ -13,7 +13,8 @@ from typing import Any
 from bnfast._typing import Array
 
 # Values of dnnl_types.h and dnnl_common_types.h, version 3.
-CPU, IN_ORDER, FLOAT32 = 1, 1, 3
+CPU, IN_ORDER, UNIMPLEMENTED = 1, 1, 3
+TYPES = {"float16": 1, "bfloat16": 2, "float32": 3}
 FORWARD_TRAINING, FORWARD_INFERENCE, BACKWARD = 64, 96, 128
 USE_GLOBAL_STATS, USE_SCALE, USE_SHIFT, AROUND_ZERO = 1, 2, 4, 0x20  # the last: dnnl_rms_norm
 FUSE_RELU = 0x8
@@ -28,6 +29,10 @@ class Argument(Structure):
     """dnnl_exec_arg_t."""
 
     _fields_ = (("index", c_int), ("memory", c_void_p))
+
+
+class Unimplemented(Exception):
+    """The library has no such primitive on this machine."""
 
 
 class Version(Structure):
@@ -102,6 +107,8 @@ class Library:
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function, and raise what it reports."""
         status = getattr(self.c, f"dnnl_{name}")(*arguments)
+        if status == UNIMPLEMENTED:
+            raise Unimplemented(f"dnnl_{name}")
         if status:
             raise RuntimeError(f"dnnl_{name} returned status {status}")
 
@@ -138,7 +145,9 @@ class Work:
         self._owned.append((getattr(self.library.c, f"dnnl_{kind}_destroy"), handle))
         return handle
 
-    def described(self, shape: tuple[int, ...], last: int | None) -> c_void_p:
+    def described(
+        self, shape: tuple[int, ...], last: int | None, dtype: str = "float32"
+    ) -> c_void_p:
         """Describe an array by its strides, where the elements along axis `last` are neighbours."""
         order = [d for d in range(len(shape)) if d != last] + ([] if last is None else [last])
         strides, stride = [0] * len(shape), 1
@@ -146,19 +155,19 @@ class Work:
             strides[d] = stride
             stride *= shape[d]
         sizes = c_int64 * len(shape)
-        arguments = len(shape), sizes(*shape), FLOAT32, sizes(*strides)
+        arguments = len(shape), sizes(*shape), TYPES[dtype], sizes(*strides)
         handle = c_void_p()
         self.library.call("memory_desc_create_with_strides", byref(handle), *arguments)
         return self.own("memory_desc", handle)
 
-    def blocked(self, shape: tuple[int, ...]) -> c_void_p:
+    def blocked(self, shape: tuple[int, ...], dtype: str) -> c_void_p:
         """Describe (N, C, H, W) in blocks of as many channels as a vector of this machine holds."""
         isa = self.library.c.dnnl_get_effective_cpu_isa()
         tag = BLOCKS_OF_16 if isa & ISA_AVX512 == ISA_AVX512 else BLOCKS_OF_8
         handle = c_void_p()
         sizes = (c_int64 * len(shape))(*shape)
         self.library.call(
-            "memory_desc_create_with_tag", byref(handle), len(shape), sizes, FLOAT32, tag
+            "memory_desc_create_with_tag", byref(handle), len(shape), sizes, TYPES[dtype], tag
         )
         return self.own("memory_desc", handle)
 

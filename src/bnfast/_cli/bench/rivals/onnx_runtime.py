@@ -33,6 +33,8 @@ NODES = {
 class OnnxRuntime(Rival):
     """A graph of one node, its parameters constants; batch norm is serial whatever the threads."""
 
+    takes_halves = False
+
     @property
     def version(self) -> str:
         """What is measured."""

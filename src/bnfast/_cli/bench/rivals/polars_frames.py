@@ -15,6 +15,8 @@ from bnfast._cli.bench.rivals import Contender, NotOffered, Rival
 class PolarsFrames(Rival):
     """Its mean and variance; nothing is said of the way of a table into columns."""
 
+    takes_halves = False
+
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
         # It has no setting for it, but reads this when it is imported.

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bnfast import _dtypes
 from bnfast._cli.bench.cell import (
     EPS,
     LEAST_LENGTH,
@@ -27,7 +28,20 @@ from bnfast._cli.bench.rivals import Contender, Rival, first, read_moments
 ALL = [True, True, True]  # gradients of x, weight and bias
 
 aten = torch.ops.aten
-shared = torch.from_numpy
+
+
+def shared(array: NDArray[Any]) -> Any:
+    """Return a tensor that shares the memory of an array."""
+    if _dtypes.is_bfloat16(array.dtype):  # which PyTorch takes from nobody
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _array(tensor: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return the array of this dtype that shares the memory of a tensor."""
+    words = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    array: NDArray[Any] = words.numpy()
+    return array.view(dtype)
 
 
 class PyTorch(Rival):
@@ -58,8 +72,7 @@ def _reader(b: Data) -> Callable[[Any], NDArray[Any]]:
 
     def read(results: Any) -> NDArray[Any]:
         y = first(results).view(b.shape)
-        array: NDArray[Any] = (y if b.layout != "nhwc" else y.movedim(1, -1)).numpy()
-        return array
+        return _array(y if b.layout != "nhwc" else y.movedim(1, -1), b.dtype)
 
     return read
 
@@ -80,7 +93,7 @@ def _batch_norm(cell: Cell[Batch], fresh: bool) -> Contender:
     if fresh:
         native = aten.native_batch_norm.default
         return Contender(lambda: native(*forward), read)
-    saved = np.empty((2, b.mean.size if training else 0), b.dtype)
+    saved = np.empty((2, b.mean.size if training else 0), b.computed_in)
     outputs = {
         "out": _tensor(b, b.out),
         "save_mean": shared(saved[0]),
@@ -132,7 +145,8 @@ def _layer_norm(cell: Cell[Batch], fresh: bool) -> Contender:
 def _rms_norm(cell: Cell[Batch], fresh: bool) -> Contender:
     """For CPUs it is made of others, and has no gradient but autograd's."""
     b = cell.data
-    x, row, weight = shared(b.x), b.x.shape[-1:], shared(b.weight)
+    x, row = shared(b.x), b.x.shape[-1:]
+    weight = shared(b.weight).to(x.dtype)  # another type is slower
     if cell.operation == "forward":
         forward = aten.rms_norm.default
         return Contender(lambda: forward(x, row, weight, EPS), _reader(b), fresh=not fresh)
@@ -267,7 +281,10 @@ def _moments(cell: Cell[Table], fresh: bool) -> Contender:
         var, mean = var_mean(x, [0], correction=0)
         return mean, var
 
-    return Contender(call, read_moments)
+    def read(results: Any) -> NDArray[Any]:
+        return read_moments([values.double() for values in results])  # NumPy has no bfloat16
+
+    return Contender(call, read)
 
 
 CALLS: dict[str, Callable[[Cell[Any], bool], Contender]] = {
