@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-Float = TypeVar("Float", np.float32, np.float64)  # of an input, and so of its output
-Parameter = NDArray[np.float32] | NDArray[np.float64]  # of either type, whatever the input's
+Float = TypeVar("Float", np.float16, np.float32, np.float64)  # of an input, and so of its output
+# Of any of these types, whatever the input's.
+Parameter = NDArray[np.float16] | NDArray[np.float32] | NDArray[np.float64]
 Function = TypeVar("Function", bound=Callable[..., Any])  # what a decorator gives back

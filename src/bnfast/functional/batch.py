@@ -36,13 +36,13 @@ def batch_norm(
 
     Parameters
     ----------
-    x : array of float32 or float64, at least 2-d
+    x : array of float16, bfloat16, float32 or float64, at least 2-d
         The batch: whatever ``np.asarray`` makes such an array of. Any strides, those of the layouts
         being the fastest; C channels along `axis`, M values in each.
-    running_mean, running_var : array (C,) of float32 or float64, or None
+    running_mean, running_var : array (C,) of float16, bfloat16, float32 or float64, or None
         In training they are updated in place, or both None; in evaluation they are what `x` is
         normalized with, and required.
-    weight, bias : array (C,) of float32 or float64, optional
+    weight, bias : array (C,) of float16, bfloat16, float32 or float64, optional
         gamma and beta; 1 and 0 where None.
     training : bool
         Normalize with the statistics of `x` itself rather than the running ones.
@@ -185,7 +185,7 @@ def batch_norm_forward(
     ----------
     x, weight, bias, eps, axis, activation, negative_slope, residual, out
         As in `batch_norm` with ``training=True``.
-    running_mean, running_var : array (C,) of float32 or float64, optional
+    running_mean, running_var : array (C,) of float16, bfloat16, float32 or float64, optional
         Both or neither: updated in place.
     momentum, unbiased
         As in `batch_norm`: the weight of the NEW batch in the running statistics, and whether
@@ -283,12 +283,12 @@ def batch_norm_backward(
     ----------
     dy : array like `x`
         The gradient of the output.
-    x : array of float32 or float64, at least 2-d
+    x : array of float16, bfloat16, float32 or float64, at least 2-d
         The input of the forward pass.
     mean, invstd : array (C,) of float32 or float64
         What the forward pass returned; in evaluation, running_mean and
         1 / sqrt(running_var + eps).
-    weight : array (C,) of float32 or float64, optional
+    weight : array (C,) of float16, bfloat16, float32 or float64, optional
         gamma; 1 where None.
     axis : int
         The channel axis.

@@ -30,7 +30,7 @@ def ghost_batch_norm(
 
     Parameters
     ----------
-    x : array (N, C, ...) of float32 or float64, at least 2-d
+    x : array (N, C, ...) of float16, bfloat16, float32 or float64, at least 2-d
         N samples along axis 0, C channels along `axis`. Any strides.
     ghost_size : int
         How many samples make a part: neighbouring ones; the last part may have fewer.

@@ -25,7 +25,7 @@ def moments(
 
     Parameters
     ----------
-    x : array of float32, float64, integers or booleans
+    x : array of float16, bfloat16, float32, float64, integers or booleans
         Any shape and strides; whatever ``np.asarray`` makes such an array of.
     axis : int, tuple of int, or None
         The axes that are KEPT, each of whose indices has statistics of its own, unlike NumPy's,

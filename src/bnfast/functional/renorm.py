@@ -85,12 +85,12 @@ def batch_renorm(
 
     Parameters
     ----------
-    x : array of float32 or float64, at least 2-d
+    x : array of float16, bfloat16, float32 or float64, at least 2-d
         The batch. Any strides; C channels along `axis`, M values in each.
-    running_mean, running_std : array (C,) of float32 or float64
+    running_mean, running_std : array (C,) of float16, bfloat16, float32 or float64
         Of all batches: updated in place in training, used as they are in evaluation. It is the
         standard deviation that is kept, not the variance.
-    weight, bias : array (C,) of float32 or float64, optional
+    weight, bias : array (C,) of float16, bfloat16, float32 or float64, optional
         gamma and beta; 1 and 0 where None.
     training : bool
         Normalize with the statistics of `x` itself rather than the running ones.
@@ -241,11 +241,11 @@ def batch_renorm_backward(
     ----------
     dy : array like `x`
         The gradient of the output.
-    x : array of float32 or float64, at least 2-d
+    x : array of float16, bfloat16, float32 or float64, at least 2-d
         The input of the forward pass.
     saved : Renormalized
         What the forward pass returned; r and d are constants to the gradient.
-    weight : array (C,) of float32 or float64, optional
+    weight : array (C,) of float16, bfloat16, float32 or float64, optional
         gamma; 1 where None.
     axis : int
         The channel axis.

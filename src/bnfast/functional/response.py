@@ -30,16 +30,16 @@ def filter_response_norm(
 
     Parameters
     ----------
-    x : array (N, C, ...) of float32 or float64, at least 2-d
+    x : array (N, C, ...) of float16, bfloat16, float32 or float64, at least 2-d
         N samples along axis 0, C channels along `axis`. Any strides.
-    weight, bias : array (C,) of float32 or float64, optional
+    weight, bias : array (C,) of float16, bfloat16, float32 or float64, optional
         gamma and beta; 1 and 0 where None.
-    tau : array (C,) of float32 or float64, optional
+    tau : array (C,) of float16, bfloat16, float32 or float64, optional
         The threshold of the linear unit, below which no output goes; zeros make it ReLU, None for
         no threshold.
     eps : float
         Added to the mean square; positive.
-    learned_eps : array (C,) or (1,) of float32 or float64, optional
+    learned_eps : array (C,) or (1,) of float16, bfloat16, float32 or float64, optional
         Its absolute value is added to `eps`: for channels of one value in each sample, which are
         only signs without it. One for each channel, or one for all.
     axis : int
@@ -172,7 +172,7 @@ def filter_response_norm_backward(
     ----------
     dy : array like `x`
         The gradient of the output.
-    x : array of float32 or float64
+    x : array of float16, bfloat16, float32 or float64
         The input of the forward pass.
     invrms : array (N, C) of float32 or float64
         What the forward pass returned. In float32 an output next to its threshold may be taken for

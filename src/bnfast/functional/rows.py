@@ -27,11 +27,11 @@ def layer_norm(
 
     Parameters
     ----------
-    x : array of float32 or float64
+    x : array of float16, bfloat16, float32 or float64
         Any strides.
     normalized_shape : int or sequence of int
         The sizes of the axes that make a row: the last ones, unless `axis` says which.
-    weight, bias : array of `normalized_shape`, of float32 or float64, optional
+    weight, bias : array of `normalized_shape`, of float16, bfloat16, float32 or float64, optional
         gamma and beta of each element of a row; 1 and 0 where None. They are rounded to the dtype
         of `x`.
     eps : float
@@ -144,7 +144,7 @@ def layer_norm_backward(
     ----------
     dy : array like `x`
         The gradient of the output.
-    x : array of float32 or float64
+    x : array of float16, bfloat16, float32 or float64
         The input of the forward pass.
     normalized_shape, axis
         As in the forward pass.
@@ -219,7 +219,7 @@ def rms_norm(
     ----------
     x, normalized_shape, axis, out
         As in `layer_norm`.
-    weight : array of `normalized_shape`, of float32 or float64, optional
+    weight : array of `normalized_shape`, of float16, bfloat16, float32 or float64, optional
         gamma of each element of a row; 1 where None. Rounded to the dtype of `x`.
     eps : float or None
         Added to the mean square; a sum below 0 gives NaN. None, as in PyTorch, for the machine

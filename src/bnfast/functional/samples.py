@@ -33,12 +33,12 @@ def instance_norm(
 
     Parameters
     ----------
-    x : array (N, C, ...) of float32 or float64, at least 2-d
+    x : array (N, C, ...) of float16, bfloat16, float32 or float64, at least 2-d
         N samples along axis 0, C channels along `axis`, P values in each. Any strides.
-    running_mean, running_var : array (C,) of float32 or float64, or None
+    running_mean, running_var : array (C,) of float16, bfloat16, float32 or float64, or None
         With `use_input_stats` they are updated in place, or both None; without it they are what `x`
         is normalized with, and required.
-    weight, bias : array (C,) of float32 or float64, optional
+    weight, bias : array (C,) of float16, bfloat16, float32 or float64, optional
         gamma and beta; 1 and 0 where None.
     use_input_stats : bool
         Normalize with the statistics of `x` itself rather than the running ones.
@@ -201,11 +201,11 @@ def instance_norm_backward(
     ----------
     dy : array like `x`
         The gradient of the output.
-    x : array of float32 or float64
+    x : array of float16, bfloat16, float32 or float64
         The input of the forward pass.
     mean, invstd : array (N, C) of float32 or float64
         What the forward pass returned.
-    weight : array (C,) of float32 or float64, optional
+    weight : array (C,) of float16, bfloat16, float32 or float64, optional
         gamma; 1 where None.
     axis : int
         The channel axis.
@@ -276,11 +276,11 @@ def group_norm(
 
     Parameters
     ----------
-    x : array (N, C, ...) of float32 or float64, at least 2-d
+    x : array (N, C, ...) of float16, bfloat16, float32 or float64, at least 2-d
         N samples along axis 0, C channels along `axis`. Any strides.
     num_groups : int
         G, which divides C: each group has C / G neighbouring channels.
-    weight, bias : array (C,) of float32 or float64, optional
+    weight, bias : array (C,) of float16, bfloat16, float32 or float64, optional
         gamma and beta; 1 and 0 where None.
     eps : float
         Added to the variance. As in PyTorch any number will do; a sum below 0 gives NaN.
@@ -433,11 +433,11 @@ def group_norm_backward(
     ----------
     dy : array like `x`
         The gradient of the output.
-    x : array of float32 or float64
+    x : array of float16, bfloat16, float32 or float64
         The input of the forward pass.
     mean, invstd : array (N, G) of float32 or float64
         What the forward pass returned.
-    weight : array (C,) of float32 or float64, optional
+    weight : array (C,) of float16, bfloat16, float32 or float64, optional
         gamma; 1 where None.
     axis : int
         The channel axis.

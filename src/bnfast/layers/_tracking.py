@@ -219,7 +219,7 @@ class TrackingLayer(ChannelLayer, Tracking):
 
         Parameters
         ----------
-        x : array of float32 or float64
+        x : array of float16, bfloat16, float32 or float64
             With `num_features` channels along `axis`. Keep its values for `backward`.
         out : array like `x`, optional
             Where to write. In place, where it is `x` itself, there can be no `backward`.

@@ -49,7 +49,7 @@ class BatchNorm(FusedTrackingLayer):
     unbiased : bool
         Divide by M - 1 for running_var, as PyTorch does, rather than by M (Keras, Flax, ONNX).
     dtype : dtype
-        Of the parameters and running statistics: float32 or float64. The input may be either.
+        Of the parameters and running statistics: float32 or float64, whatever the input's.
     frozen : bool
         Normalize with the running statistics in training, too, and leave them as they are; weight
         and bias are still trained. An attribute that may be changed at any time.

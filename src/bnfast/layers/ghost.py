@@ -41,7 +41,7 @@ class GhostBatchNorm(TrackingLayer):
         Divide by M - 1 for running_var, as PyTorch does, rather than by M, the values that a part
         has of a channel.
     dtype : dtype
-        Of the parameters and running statistics: float32 or float64. The input may be either.
+        Of the parameters and running statistics: float32 or float64, whatever the input's.
     frozen, nonfinite
         As in `BatchNorm`. Single parts are skipped; with a `LearnableMomentum`, all of them.
 

@@ -37,7 +37,7 @@ class BatchRenorm(ChannelLayer, Averaging):
     axis : int
         The channel axis: 1 for NCHW, -1 for NHWC.
     dtype : dtype
-        Of the parameters and running statistics: float32 or float64. The input may be either.
+        Of the parameters and running statistics: float32 or float64, whatever the input's.
     frozen, nonfinite
         As in `BatchNorm`.
 
@@ -119,7 +119,7 @@ class BatchRenorm(ChannelLayer, Averaging):
 
         Parameters
         ----------
-        x : array of float32 or float64
+        x : array of float16, bfloat16, float32 or float64
             With `num_features` channels along `axis`. Keep its values for `backward`.
         out : array like `x`, optional
             Where to write. In place, where it is `x` itself, there can be no `backward`.

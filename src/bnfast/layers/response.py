@@ -35,7 +35,7 @@ class FilterResponseNorm(Layer):
     axis : int
         The channel axis: 1 for NCHW, -1 for NHWC; samples are along axis 0.
     dtype : dtype
-        Of the parameters: float32 or float64. The input may be either.
+        Of the parameters: float32 or float64, whatever the input's.
 
     Attributes
     ----------
@@ -118,7 +118,7 @@ class FilterResponseNorm(Layer):
 
         Parameters
         ----------
-        x : array of float32 or float64
+        x : array of float16, bfloat16, float32 or float64
             With `num_features` channels along `axis`. Keep its values for `backward`.
         out : array like `x`, optional
             Where to write. In place, where it is `x` itself, there can be no `backward`.

@@ -44,7 +44,7 @@ class _RowLayer(Layer):
 
         Parameters
         ----------
-        x : array of float32 or float64
+        x : array of float16, bfloat16, float32 or float64
             Keep its values for `backward`.
         out : array like `x`, optional
             Where to write. In place, where it is `x` itself, there can be no `backward`.
@@ -86,7 +86,7 @@ class LayerNorm(_RowLayer):
     axis : int or sequence of int, optional
         Which axes make a row, in the order of `normalized_shape`.
     dtype : dtype
-        Of the parameters: float32 or float64. The input may be either.
+        Of the parameters: float32 or float64, whatever the input's.
 
     Attributes
     ----------

@@ -42,7 +42,7 @@ class InstanceNorm(FusedTrackingLayer):
     axis : int
         The channel axis: 1 for NCHW, -1 for NHWC; samples are along axis 0.
     dtype : dtype
-        Of the parameters and running statistics: float32 or float64. The input may be either.
+        Of the parameters and running statistics: float32 or float64, whatever the input's.
     frozen, nonfinite, activation, negative_slope
         As in `BatchNorm`.
 
@@ -218,7 +218,7 @@ class GroupNorm(FusedLayer):
     axis : int
         The channel axis: 1 for NCHW, -1 for NHWC; samples are along axis 0.
     dtype : dtype
-        Of the parameters: float32 or float64. The input may be either.
+        Of the parameters: float32 or float64, whatever the input's.
     activation, negative_slope
         As in `BatchNorm`.
 
@@ -356,7 +356,7 @@ class GroupNorm(FusedLayer):
 
         Parameters
         ----------
-        x : array of float32 or float64
+        x : array of float16, bfloat16, float32 or float64
             With `num_channels` channels along `axis`. Keep its values for `backward`, and those of
             the output where there is a residual.
         residual : array like `x`, optional
