@@ -73,12 +73,14 @@ def test_all_names_are_there_and_documented():
         (
             bnfast.batch_norm,
             "x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, "
-            "eps=1e-05, *, axis=1, unbiased=True, out=None",
+            "eps=1e-05, *, axis=1, unbiased=True, activation=None, negative_slope=0.01, "
+            "residual=None, out=None",
         ),
         (
             bnfast.batch_norm_forward,
             "x, weight=None, bias=None, eps=1e-05, *, axis=1, running_mean=None, running_var=None, "
-            "momentum=0.1, unbiased=True, out=None",
+            "momentum=0.1, unbiased=True, activation=None, negative_slope=0.01, residual=None, "
+            "out=None",
         ),
         (bnfast.batch_norm_backward_sums, "dy, x, mean, invstd, *, axis=1"),
         (
@@ -87,7 +89,8 @@ def test_all_names_are_there_and_documented():
         ),
         (
             bnfast.batch_norm_backward,
-            "dy, x, mean, invstd, weight=None, *, axis=1, training=True, out=None",
+            "dy, x, mean, invstd, weight=None, *, axis=1, training=True, bias=None, "
+            "activation=None, negative_slope=0.01, residual=None, y=None, out=None",
         ),
         (bnfast.batch_norm_jvp, "dx, x, mean, invstd, weight=None, *, axis=1, training=True"),
         (
@@ -104,12 +107,13 @@ def test_all_names_are_there_and_documented():
         (
             bnfast.instance_norm,
             "x, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, "
-            "momentum=0.1, eps=1e-05, *, axis=1, out=None",
+            "momentum=0.1, eps=1e-05, *, axis=1, activation=None, negative_slope=0.01, "
+            "residual=None, out=None",
         ),
         (
             bnfast.group_norm,
             "x, num_groups, weight=None, bias=None, eps=1e-05, *, axis=1, per_group=False, "
-            "out=None",
+            "activation=None, negative_slope=0.01, residual=None, out=None",
         ),
         (
             bnfast.layer_norm,
@@ -119,7 +123,8 @@ def test_all_names_are_there_and_documented():
         (
             bnfast.BatchNorm,
             "num_features, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, *, "
-            f"axis=1, unbiased=True, dtype={np.float32!r}, frozen=False, nonfinite='propagate'",
+            f"axis=1, unbiased=True, dtype={np.float32!r}, frozen=False, nonfinite='propagate', "
+            "activation=None, negative_slope=0.01",
         ),
         (
             bnfast.conditional_batch_norm,

@@ -12,7 +12,7 @@ cdef extern from *:
         return posix_memalign(&block, 64, 64 + bytes) == 0 ? block : NULL;
     }
     #else
-    #define BN_SMALL_WORKSPACE 16384
+    #define BN_SMALL_WORKSPACE 12288
     static void *bn_new_block(size_t bytes) { return malloc(bytes + sizeof(void *) + 63); }
     #endif
     """

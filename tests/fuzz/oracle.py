@@ -277,7 +277,7 @@ def activated(y: Quantity, fused: dict[str, Any]) -> Quantity:
     }[name]()
     # No slope is larger than 1.5; sums and what curves are made of round a few times more.
     sizes = {kind: 1.5 * size for kind, size in y.sizes.items()}
-    usable = terms < np.finfo(y.dtype).max / 8
+    usable = terms < np.finfo(arithmetic(y.dtype)).max / 8
     sizes["rounding"] = unjudged(4 * terms, usable)
     sizes["smallest"] = sizes.get("smallest", 0) + np.ones(z.shape, WIDE)
     return y._replace(value=made, sizes=sizes)

@@ -135,7 +135,7 @@ class SpectralNorm(Trainable):
         TypeError, ValueError
             As `bnfast.spectral_norm`; the layer is left as it was.
         """
-        array = _validation.shaped("w", w, self.shape)
+        array = _validation.shaped("w", _validation.data_array("w", w, half=False), self.shape)
         y, sigma, u, v = self._divide(array, self.n_power_iterations * self.training, out)
         if self.training:
             keep_singular_vectors((self.u, self.v), (u, v))

@@ -15,7 +15,7 @@ from bnfast.layers._layer import Gradients, Trainable
 
 def _lengths_of_filters(weight: Array, dim: int | None) -> Array:
     """Return them in PyTorch's shape, and in the dtype of the weight."""
-    array = _validation.floating_array("weight", weight)
+    array = _validation.data_array("weight", weight, half=False)
     kept = []
     if dim is not None:
         axis = _validation.axis_of_filters("weight", array, dim)
