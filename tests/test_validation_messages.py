@@ -532,7 +532,7 @@ def test_messages_say_what_is_likely_meant():
         ValueError, match=r"along axis 1, got shape .*; of channels last it is axis=-1$"
     ):
         bnfast.BatchNorm(3)(np.zeros((4, 5, 5, 3), np.float32))
-    for x in (np.zeros((4, 3), np.uint8), [[1, 2], [3, 4]], np.zeros((4, 3), np.float16)):
+    for x in (np.zeros((4, 3), np.uint8), [[1, 2], [3, 4]]):
         with pytest.raises(TypeError, match=r"; numpy.asarray\(x, numpy.float32\) is such$"):
             bnfast.batch_norm_forward(x)
     with pytest.raises(TypeError, match=r"got complex128 array of shape \(4, 3\)$"):
