@@ -1014,7 +1014,7 @@ def test_bad_arguments_show_the_usage(arguments, capsys):
     said = capsys.readouterr().err
     assert "usage: python -m bnfast bench" in said
     if arguments[0] == "--peers":
-        assert "'nobody' is none of: numpy, pytorch, onednn" in said
+        assert "'nobody' is none of: numpy, pytorch, pytorch-compiled" in said
 
 
 @pytest.mark.parametrize("command", ["bench", "demo"])
