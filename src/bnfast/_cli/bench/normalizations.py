@@ -242,7 +242,7 @@ class ActivatedBatchNorm(BatchNorm):
         residual = None
         if self.adds:
             residual = aligned_empty(batch.x.shape, dtype, offset)
-            np.random.default_rng(1).standard_normal(dtype=dtype.type, out=residual)
+        residual[...] = np.random.default_rng(1).standard_normal(residual.shape)
         made = Activated(**vars(batch), residual=residual, y=y)
         for cut in self.pieces(made):
             piece: Any = cut
