@@ -231,6 +231,7 @@ class ActivatedBatchNorm(BatchNorm):
     """Batch norm and ReLU, and between them the sum with a residual."""
 
     shapes = "resnet50"
+    takes_halves = False
 
     def __init__(self, *, adds: bool) -> None:
         self.adds = adds
