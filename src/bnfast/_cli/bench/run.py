@@ -95,7 +95,7 @@ class Selection:
                 raise NothingToMeasure(f"{called([name])} has no {asked}, but {', '.join(offered)}")
             half = _dtypes.is_half(_dtypes.named(self.dtype))
             if half and not NORMALIZATIONS[name].takes_halves:
-                raise NothingToMeasure(f"{called([name])} takes no {self.dtype}, but more bits")
+                raise NothingToMeasure(f"{called([name])} is not measured in {self.dtype}")
             of_it = sum(len(operations) for _, _, operations in self.cells_of(name))
             if not of_it:
                 raise NothingToMeasure(
