@@ -20,6 +20,7 @@ from bnfast._cli.bench.cell import ARRAYS_MOVED, Cell, slices
 from bnfast._cli.bench.normalizations import NORMALIZATIONS, exact_result, make_data
 from bnfast._cli.bench.rivals import PEERS, NotOffered, enter, first
 from bnfast._cli.bench.run import machine
+from bnfast._cli.bench.timing import SETTLE
 from bnfast._cli.bench.workloads import name_of
 from make_tables import DOCS, write_between
 from statistics_of_arrays import table
@@ -74,10 +75,11 @@ def contenders(operation, data, rivals):
     return entered
 
 
-def medians(calls, budget, clock):
+def medians(calls, budget, clock, settle):
     """Return the seconds of each call, in turn, each until it has taken its share of the budget.
 
-    A turn of a short call begins with calls that are not timed.
+    A turn of a short call begins with calls that are not timed. With `settle` it waits until the
+    idle threads of the turn before are asleep.
     """
     estimates, turns = {}, {name: [] for name in calls}
     for name, call in calls.items():
@@ -91,6 +93,7 @@ def medians(calls, budget, clock):
         for name in names:
             call, many = calls[name], max(1, round(TURN / estimates[name]))
             started = time.perf_counter()
+            time.sleep(SETTLE if settle else 0)
             for _ in range(many if estimates[name] < LONG else 0):
                 call()
             began = clock()
@@ -120,7 +123,9 @@ def speeds(shapes, threads, budget):
         for operation in OPERATIONS:
             print(f"{operation} {layout} {name_of(shape)}, {threads} threads", file=sys.stderr)
             entered = contenders(operation, data, rivals)
-            seconds = medians({key: call for key, (call, _) in entered.items()}, budget, clock)
+            seconds = medians(
+                {key: call for key, (call, _) in entered.items()}, budget, clock, threads > 1
+            )
             full = seconds["bnfast", "float32"]
             ours = {dtype: seconds["bnfast", dtype] for dtype in HALVES}
             line = [operation, layout.upper(), name_of(shape), str(threads), f"{full * 1e3:.3g}"]
@@ -155,7 +160,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small arrays, short turns")
     parser.add_argument("--write", action="store_true", help="write docs/half_precision.md")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="default: 1 2")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="default: 1")
     options = parser.parse_args()
     shapes = (IN_CACHE,) if options.quick else (IN_CACHE, PAST_CACHES)
     budget = 0.05 if options.quick else 8.0

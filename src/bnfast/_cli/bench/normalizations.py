@@ -243,7 +243,7 @@ class ActivatedBatchNorm(BatchNorm):
         residual = None
         if self.adds:
             residual = aligned_empty(batch.x.shape, dtype, offset)
-        residual[...] = np.random.default_rng(1).standard_normal(residual.shape)
+            _draw(np.random.default_rng(1), residual, 0.0)
         made = Activated(**vars(batch), residual=residual, y=y)
         for cut in self.pieces(made):
             piece: Any = cut
