@@ -245,10 +245,8 @@ def gradients_of_parameters(weight):
     yield bnfast.weight_norm_backward(filters, filters, weight, norm)[1:]
     zeros, ones = np.zeros(channels), np.ones(channels)
     yield bnfast.batch_norm_double_backward(x, None, None, x, x, zeros, ones, weight)[2:]
-    zeros, ones = np.zeros((8, channels)), np.ones((8, channels))
-    yield bnfast.rms_norm_double_backward(
-        filters, None, filters, filters, channels, np.ones((channels, 5)), weight, axis=1
-    )[2:]
+    given = filters, None, filters, filters, channels, np.ones((channels, 5)), weight
+    yield bnfast.rms_norm_double_backward(*given, axis=1)[2:]
 
 
 def test_parameters_of_16_bits_have_gradients_of_their_type(half):
