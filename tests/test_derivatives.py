@@ -259,6 +259,13 @@ def test_empty_batches(stem, shape):
     np.testing.assert_array_equal(dweight, np.zeros(of.shape))
 
 
+def test_empty_batches_of_an_infinite_invstd():
+    x = np.zeros((0, 3), np.float32)
+    mean, invstd = np.zeros(3), np.full(3, np.inf)
+    _, _, dweight = bnfast.batch_norm_double_backward(x, None, None, x, x, mean, invstd)
+    np.testing.assert_array_equal(dweight, np.zeros(3, np.float32))
+
+
 @pytest.mark.parametrize("per_group", [True, False])
 def test_no_channels_have_no_groups(per_group):
     x, none = np.zeros((3, 0, 2)), np.zeros(0)

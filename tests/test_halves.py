@@ -31,6 +31,7 @@ LAYOUTS = {
     "nc of many": ((33, 130), 1, (0, 1)),
     "long runs": ((2, 4, 5000), 1, (0, 1, 2)),
     "axes mixed": ((4, 6, 10, 9), 1, (3, 1, 0, 2)),
+    "groups beyond scratch": ((2, 24, 23, 29), 1, (0, 1, 2, 3)),
     "single values": ((1, 4, 3), 1, (0, 1, 2)),
 }
 
@@ -227,6 +228,8 @@ def gradients_of_parameters(weight):
     yield bnfast.conditional_batch_norm_backward(x, x, mean, invstd, of_samples)[1:]
     nothing = x[:0]
     yield bnfast.conditional_batch_norm_backward(nothing, nothing, mean, invstd, of_samples[:0])[1:]
+    none = np.ones((0, channels))  # of no ghosts
+    yield bnfast.ghost_batch_norm_backward(nothing, nothing, 2, none, none, weight)[1:]
     buffers = np.ones((2, channels))
     _, saved = bnfast.moving_average_batch_norm_forward(x, np.ones(channels), buffers)
     yield bnfast.moving_average_batch_norm_backward(x, x, saved, buffers, weight)[1:]

@@ -92,7 +92,10 @@ def ghost_gradient(dy, x_, axis_, ghost_size, mean, invstd, weight, out=None):
     kind = _parameter_type(x) if scale is None else cnp.PyArray_TYPE(<cnp.ndarray>scale)
     dweight, dbias = _zeros(1, &channels, kind), _zeros(1, &channels, kind)
     if cnp.PyArray_SIZE(x) == 0:
-        return dx, dweight, dbias
+        return (
+            dx, _of_parameter("weight", weight, scale, dweight),
+            _of_parameter("weight", weight, scale, dbias)
+        )
     sum_dy = _empty(2, shape, cnp.NPY_FLOAT64)
     sum_dy_xhat = _empty(2, shape, cnp.NPY_FLOAT64)
     for piece in range(_pieces(samples, size)):

@@ -60,8 +60,10 @@ def of_channels(
     Where these did not come from x, J is a multiplication by invstd, and dx = J(dy * ddweight).
     """
     ddx, ddweight, ddbias = upstream
-    count = x.size // x.shape[axis] if x.size else 1
     zeros, ones = np.zeros(x.shape[axis]), np.ones(x.shape[axis])
+    if x.size == 0:
+        return np.empty_like(x), np.empty_like(x), zeros
+    count: int = x.size // x.shape[axis]
 
     def means(u: Array) -> Array:
         """Return the means of u and of u * xhat."""

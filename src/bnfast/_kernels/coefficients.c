@@ -17,7 +17,7 @@ void bn_merge_moments(const bn_job *job, block_sums block, range channels)
 
 void bn_merge_blocks(const bn_job *job, range channels)
 {
-    block_sums block = {1, values_of_block(job->plan, 0)};
+    block_sums block = {1, values_of_block(job->plan, 0), channels.first};
     for (; block.number < job->plan->blocks; block.number++) {
         job->method.merge(job, block, channels);
         block.count += values_of_block(job->plan, block.number);

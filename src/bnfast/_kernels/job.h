@@ -19,9 +19,9 @@ typedef struct {
 } range;
 
 /* A block of sums, and how many values of each channel have been summed before: in this block, or, where blocks are
-   merged, in all blocks before it. */
+   merged, in all blocks before it. `first` is the first channel that is summed. */
 typedef struct {
-    size_t number, count;
+    size_t number, count, first;
 } block_sums;
 
 typedef void bn_sum_box(const bn_job *job, const bn_box *box, block_sums block);

@@ -66,15 +66,17 @@ void bn_squares_of_box(const bn_job *job, const bn_box *box, block_sums block)
 void bn_add_moments(const bn_job *job, const bn_box *box, block_sums block, bn_view x)
 {
     bn_extent extent = box->extent;
+    size_t place = box->channel;
     if (groups_are_runs(job)) {
         extent.channels /= job->per_group;
         extent.inner *= job->per_group;
         x.strides.channel *= (ptrdiff_t)job->per_group;
+        place = block.first + (box->channel - block.first) / job->per_group;
     }
     KERNEL_OF(job, moments)(extent, x.data, x.strides, bn_input_of(job, box), block.count,
-                            sums_of_block(job, BN_MEAN, block.number, box->channel),
-                            sums_of_block(job, BN_MEAN_LOW, block.number, box->channel),
-                            sums_of_block(job, BN_M2, block.number, box->channel));
+                            sums_of_block(job, BN_MEAN, block.number, place),
+                            sums_of_block(job, BN_MEAN_LOW, block.number, place),
+                            sums_of_block(job, BN_M2, block.number, place));
 }
 
 void bn_moments_of_box(const bn_job *job, const bn_box *box, block_sums block)
@@ -320,7 +322,7 @@ static void sum_block(const bn_job *job, size_t number, range channels, int in_s
 {
     const range chunks = chunks_of_block(job->plan, number);
     const size_t end = channels.first + channels.count;
-    block_sums block = {number, 0};
+    block_sums block = {number, 0, channels.first};
     for (size_t i = 0; i < chunks.count; i++) {
         bn_box box = box_of_chunk(job->plan, chunks.first + i, channels);
         const size_t rows = box.extent.outer, max_rows = rows_at_once(job, &box);
