@@ -171,12 +171,13 @@ def to_write(values: np.ndarray, rng: np.random.Generator, plain: bool) -> Buffe
 
 
 def widened(view: np.ndarray) -> np.ndarray:
-    """A float32 copy of values of 16 bits, with the same strides in elements."""
+    """A float32 copy of values of 16 bits: with the same strides in elements, aligned or not."""
     strides = [2 * stride for stride in view.strides]
     ends = [(n - 1) * s for n, s in zip(view.shape, strides, strict=True) if n > 1]
     low, high = (sum(f(e, 0) for e in ends) for f in (min, max))
-    memory = np.zeros(high - low + 4, np.uint8)
-    wide = np.ndarray(view.shape, np.float32, memory, -low, strides)
+    shift = 0 if view.flags.aligned else 1
+    memory = np.zeros(shift + high - low + 4, np.uint8)
+    wide = np.ndarray(view.shape, np.float32, memory, shift - low, strides)
     wide[...] = view
     return wide
 

@@ -92,8 +92,8 @@ def allowed(quantity: Quantity) -> np.ndarray:
     total = rounding + float(limits.smallest_subnormal)
     for kind, size in quantity.sizes.items():
         total = total + size * promised(kind, quantity)
-    # What is beyond the range is infinite, or nearly.
-    beyond = ~(np.abs(quantity.value) < float(limits.max) / 8)
+    # What is beyond the range, or may be, is infinite, or nearly.
+    beyond = ~(np.abs(quantity.value) + total < float(limits.max) / 8)
     return np.where(beyond, np.inf, np.where(np.isnan(total), np.inf, total))
 
 

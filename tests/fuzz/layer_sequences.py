@@ -123,6 +123,7 @@ class Sequence:
         with np.errstate(all="ignore"):
             expected = self.last.gradients(dy)
         out = buffers.to_write(dy, self.rng, False) if draws.chance(self.rng, 0.3) else None
+        wide = None if self.twin is None else buffers.widened(dy if out is None else out.view)
         dx = self.layer.backward(
             dy if out is None else out.given, **({} if out is None else {"out": out.given})
         )
@@ -134,7 +135,7 @@ class Sequence:
             else:
                 self.complain(complaint(name, found, quantity))
         if self.twin is not None:
-            self.compare("dx", dx, self.twin.backward(dy.astype(np.float32)))
+            self.compare("dx", dx, self.twin.backward(wide))
             self.complain_of_state(self.state(self.twin), "otherwise than by float32 copies")
         self.last = self.twin = None
 

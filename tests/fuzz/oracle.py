@@ -242,10 +242,9 @@ def forward(
     invstd = 1 / np.sqrt(variance)
     placed = fold.place(weight, 1), fold.place(bias, 0)
     y, sizes = scaled(fold, of.deviation, invstd, *placed, of.usable, x.dtype)
-    if centred:  # a constant channel gives exactly its bias, rounded
+    if centred:  # a constant channel gives exactly its bias, in the type of the arithmetic
         exact = of.constant & of.usable & moderate(invstd, x.dtype)
-        rounded = np.broadcast_to(placed[1], y.shape).astype(arithmetic(x.dtype))
-        rounded = rounded.astype(x.dtype).astype(WIDE)
+        rounded = np.broadcast_to(placed[1], y.shape).astype(arithmetic(x.dtype)).astype(WIDE)
         y = np.where(exact, rounded, y)
         sizes = {kind: np.where(exact, 0, size) for kind, size in sizes.items()}
     unfolded = {kind: fold.unfold(size) for kind, size in sizes.items()}
