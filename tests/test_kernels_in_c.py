@@ -29,9 +29,9 @@ def build_and_run(folder, isa, flags, compiler="gcc", more=(), runner=()):
         *(f"-I{KERNELS}", f"-DBN_TABLE=bn_kernels_{isa}", '-DBN_FLAGS="checked"'),
         *(str(KERNELS / f"variant_{isa}.c"), str(CHECK), "-lm", "-o", str(program)),
     ]
-    built = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    built = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert built.returncode == 0, built.stderr
-    done = subprocess.run([*runner, str(program)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*runner, str(program)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 74
     return done.stdout
@@ -52,7 +52,7 @@ def build_by_clang(folder, isa):
 
 
 def build_for_neon(folder):
-    flags = [f for f in _core.built_isas()["baseline"].split() if not f.startswith("-march")]
+    flags = [f for f in _core.built_isas()["baseline"].split() if not f.startswith("-m")]
     return build_and_run(
         *(folder, "baseline", [*flags, "-static"]),
         compiler="aarch64-linux-gnu-gcc",

@@ -288,16 +288,20 @@ from public_calls import public_calls
 bnfast.set_num_threads(1)
 of_blas = "decorrelated", "iterative", "spectral"
 
+rng = np.random.default_rng(0)
+calls = []
+for dtype, size in ((np.float32, 1), (np.float64, 1), (np.float64, 1e200)):
+    for axes in ((0, 1, 2, 3), (0, 2, 3, 1)):  # dense, and neighbouring channels
+        x, dy = (rng.normal(size=(2, 8, 64, 40, 30)) * size).astype(dtype)
+        x, dy = (a.transpose(np.argsort(axes))[:, :, :, ::2] for a in (x, dy / size))
+        weight, bias = rng.normal(size=(2, x.shape[1])).astype(dtype)
+        for name, call in public_calls(x, dy, weight, bias).items():
+            if not name.startswith(of_blas):
+                calls.append(call)
+
 def do_all():
-    rng = np.random.default_rng(0)
-    for dtype, size in ((np.float32, 1), (np.float64, 1), (np.float64, 1e200)):
-        for axes in ((0, 1, 2, 3), (0, 2, 3, 1)):  # dense, and neighbouring channels
-            x, dy = (rng.normal(size=(2, 8, 64, 40, 30)) * size).astype(dtype)
-            x, dy = (a.transpose(np.argsort(axes))[:, :, :, ::2] for a in (x, dy / size))
-            weight, bias = rng.normal(size=(2, x.shape[1])).astype(dtype)
-            for name, call in public_calls(x, dy, weight, bias).items():
-                if not name.startswith(of_blas):
-                    call()
+    for call in calls:
+        call()
     print("done")
 
 do_all()  # what is imported and planned needs more, and needs it once

@@ -93,6 +93,8 @@ class SyncBatchNorm(RankLayer):
     `bnfast.recalibrating` takes the joined batches, on all ranks at once, and `bnfast.monitoring`
     the data of each rank; both say what they exchange.
 
+    What `bnfast.BatchNorm` does besides, an activation and a residual, is left to other layers.
+
     States are those of `bnfast.BatchNorm`.
 
     References
