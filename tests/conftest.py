@@ -12,6 +12,30 @@ from bnfast import _core, _threads
 # Before anything imports Keras, which reads it once; programs that tests start inherit it.
 os.environ["KERAS_BACKEND"] = "numpy"
 
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--each", type=int, metavar="N", help="of the cases of each test N, spread over all of them"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # of those that -k and -m have left
+def pytest_collection_modifyitems(config, items):
+    most = config.getoption("--each")
+    if most is None:
+        return
+    cases = {}
+    for item in items:
+        cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    chosen = {
+        item
+        for of_test in cases.values()
+        for item in of_test[:: -(-len(of_test) // most)]  # rounded up
+    }
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]
+
+
 # BNFAST_ISA narrows the run to one instruction set; without it every one that runs here is tested.
 FORCED = os.environ.get("BNFAST_ISA", "").lower()
 
