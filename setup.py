@@ -145,6 +145,8 @@ core = Extension(
                 "coefficients",
                 "method",
                 "kernel_calls",
+                "mask",
+                "masked",
                 "summaries",
                 "operands",
                 "dispatch",

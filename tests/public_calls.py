@@ -25,6 +25,8 @@ def public_calls(x, dy, weight, bias):
     f = bnfast
     samples, channels, *inner = x.shape
     positive, selected = np.abs(weight), np.arange(x.size).reshape(x.shape) % 3 > 0
+    of_positions = samples, 1, *inner
+    counted = {"mask": np.arange(np.prod(of_positions)).reshape(of_positions) % 3 != 1}
     of_samples = np.outer(np.ones(samples, x.dtype), weight)
     of_filters = np.resize(positive, samples)
     of_elements = np.resize(weight, inner), np.resize(bias, inner)
@@ -69,7 +71,8 @@ def public_calls(x, dy, weight, bias):
         running = bias.copy(), positive.copy()
         tracks = {"running_mean": running[0], "running_var": running[1]}
         y = f.batch_norm_forward(x, weight, bias, activation="relu6", residual=dy)[0]
-        return [*f.batch_norm_forward(x, weight, bias, **tracks), *running, y]
+        masked = f.batch_norm_forward(x, weight, bias, **counted, padding="input")
+        return [*f.batch_norm_forward(x, weight, bias, **tracks), *running, y, *masked]
 
     def conditional():
         running = bias.copy(), positive.copy()
@@ -110,6 +113,7 @@ def public_calls(x, dy, weight, bias):
             *f.batch_norm_backward(dy, x, *saved["batch_norm"], weight),
             *f.batch_norm_backward(dy, x, *saved["batch_norm"], training=False),
             *f.batch_norm_backward(dy, x, *saved["batch_norm"], weight, bias=bias, **fused),
+            *f.batch_norm_backward(dy, x, *saved["batch_norm"], weight, **counted),
         ],
         "batch_norm_backward_sums": lambda: f.batch_norm_backward_sums(dy, x, *saved["batch_norm"]),
         "batch_norm_backward_input": lambda: f.batch_norm_backward_input(
@@ -145,18 +149,23 @@ def public_calls(x, dy, weight, bias):
         "instance_norm": lambda: f.instance_norm(
             x, bias.copy(), positive.copy(), weight, bias, True
         ),
-        "instance_norm_forward": lambda: f.instance_norm_forward(x, weight, bias),
+        "instance_norm_forward": lambda: [
+            *f.instance_norm_forward(x, weight, bias),
+            *f.instance_norm_forward(x, weight, bias, **counted),
+        ],
         "instance_norm_jvp": lambda: f.instance_norm_jvp(dy, x, *saved["instance_norm"], weight),
         "instance_norm_double_backward": lambda: f.instance_norm_double_backward(
             x, weight, bias, dy, x, *saved["instance_norm"], weight
         ),
-        "instance_norm_backward": lambda: f.instance_norm_backward(
-            dy, x, *saved["instance_norm"], weight
-        ),
+        "instance_norm_backward": lambda: [
+            *f.instance_norm_backward(dy, x, *saved["instance_norm"], weight),
+            *f.instance_norm_backward(dy, x, *saved["instance_norm"], weight, **counted),
+        ],
         "group_norm": lambda: f.group_norm(x, 2, weight, bias),
         "group_norm_forward": lambda: [
             *f.group_norm_forward(x, 2, weight, bias),
             *f.group_norm_forward(x, 2, weight, bias, activation="hardswish"),
+            *f.group_norm_forward(x, 2, weight, bias, **counted),
         ],
         "group_norm_jvp": lambda: f.group_norm_jvp(dy, x, *saved["group_norm"], weight),
         "group_norm_double_backward": lambda: f.group_norm_double_backward(
@@ -164,6 +173,7 @@ def public_calls(x, dy, weight, bias):
         ),
         "group_norm_backward": lambda: [
             *f.group_norm_backward(dy, x, *saved["group_norm"], weight),
+            *f.group_norm_backward(dy, x, *saved["group_norm"], weight, **counted),
             *f.group_norm_backward(dy, x, *saved["group_norm"], weight[:2], per_group=True),
         ],
         "layer_norm": lambda: f.layer_norm(x, channels, weight, bias, axis=1),

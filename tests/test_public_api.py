@@ -74,13 +74,13 @@ def test_all_names_are_there_and_documented():
             bnfast.batch_norm,
             "x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, "
             "eps=1e-05, *, axis=1, unbiased=True, activation=None, negative_slope=0.01, "
-            "residual=None, out=None",
+            "residual=None, mask=None, lengths=None, padding='zeros', out=None",
         ),
         (
             bnfast.batch_norm_forward,
             "x, weight=None, bias=None, eps=1e-05, *, axis=1, running_mean=None, running_var=None, "
             "momentum=0.1, unbiased=True, activation=None, negative_slope=0.01, residual=None, "
-            "out=None",
+            "mask=None, lengths=None, padding='zeros', out=None",
         ),
         (bnfast.batch_norm_backward_sums, "dy, x, mean, invstd, *, axis=1"),
         (
@@ -90,7 +90,8 @@ def test_all_names_are_there_and_documented():
         (
             bnfast.batch_norm_backward,
             "dy, x, mean, invstd, weight=None, *, axis=1, training=True, bias=None, "
-            "activation=None, negative_slope=0.01, residual=None, y=None, out=None",
+            "activation=None, negative_slope=0.01, residual=None, y=None, mask=None, "
+            "lengths=None, padding='zeros', out=None",
         ),
         (bnfast.batch_norm_jvp, "dx, x, mean, invstd, weight=None, *, axis=1, training=True"),
         (
@@ -108,12 +109,13 @@ def test_all_names_are_there_and_documented():
             bnfast.instance_norm,
             "x, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, "
             "momentum=0.1, eps=1e-05, *, axis=1, activation=None, negative_slope=0.01, "
-            "residual=None, out=None",
+            "residual=None, mask=None, lengths=None, padding='zeros', out=None",
         ),
         (
             bnfast.group_norm,
             "x, num_groups, weight=None, bias=None, eps=1e-05, *, axis=1, per_group=False, "
-            "activation=None, negative_slope=0.01, residual=None, out=None",
+            "activation=None, negative_slope=0.01, residual=None, mask=None, lengths=None, "
+            "padding='zeros', out=None",
         ),
         (
             bnfast.layer_norm,

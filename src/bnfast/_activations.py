@@ -70,16 +70,18 @@ def gradients(
     *,
     grouped: bool = False,
     reads: Mapping[str, object] | None = None,
+    masked: _primitives.Masked = None,
 ) -> tuple[Array, ...]:
     """Return dx, dweight, dbias and, where there was a residual, its gradient.
 
-    Of dy, x, axis, mean, invstd, weight and whether the statistics are constant.
+    Of dy, x, axis, mean, invstd, weight and whether the statistics are constant; `masked` says
+    which values count.
     """
     if activation is None and residual is None:
-        return _primitives.gradient(*given, out, over, grouped, reads)
+        return _primitives.gradient(*given, out, over, grouped, reads, masked)
     chosen = activation_of(activation, negative_slope)
     added, output, keeps = upstream_of(chosen, residual, y)
     made = _primitives.fused_gradient(
-        *given, out, over, grouped, bias, chosen, added, output, keeps, reads
+        *given, out, over, grouped, bias, chosen, added, output, keeps, reads, masked
     )
     return made if keeps else made[:3]

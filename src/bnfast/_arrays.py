@@ -162,11 +162,17 @@ def kept_axes(x: Array, axis: object) -> tuple[int, ...]:
     return tuple(kept)
 
 
-def mask(name: str, value: object, x: Array) -> Array:
-    """Return a boolean array of the shape of x."""
+def booleans(name: str, value: object) -> Array:
+    """Return a boolean array, without a copy where possible."""
     array = _array(name, value, "boolean")
     if array.dtype != bool:
         raise TypeError(f"{name} must be a boolean array, got {describe(array)}")
+    return array
+
+
+def mask(name: str, value: object, x: Array) -> Array:
+    """Return a boolean array of the shape of x."""
+    array = booleans(name, value)
     try:
         return np.broadcast_to(array, x.shape)
     except ValueError:

@@ -133,11 +133,35 @@ cdef extern from "plan.h" nogil:
     size_t bn_row_blocks(const bn_plan *plan)
 
 
+cdef extern from "mask.h" nogil:
+    ctypedef struct bn_given_mask:
+        const unsigned char *data
+        ptrdiff_t repeat_stride
+        size_t axes
+        size_t *sizes
+        ptrdiff_t *strides
+
+    ctypedef struct bn_mask:
+        const unsigned char *counts
+        const size_t *total
+        int keeps_input
+
+
 cdef class Plan:
     cdef bn_plan c
     cdef Plan converted
     cdef readonly tuple walked
     cdef readonly bint in_order
+
+
+cdef class Mask:
+    cdef bn_mask c
+    cdef readonly size_t count  # values that count of each channel, over all repeats
+    cdef void *memory
+    cdef void *stretches
+
+
+cdef Mask new_mask(Plan plan, const bn_given_mask *given, bint keeps_input)
 
 
 cdef class Activation:
@@ -169,16 +193,17 @@ cdef int summary(
 cdef int normalize(
     Plan plan, x, y, weight, bias, double eps, mean, invstd, m2, size_t per_group,
     bint centred, running_mean, running_var, double momentum, double correction,
-    Activation activation, floors, channel_eps, int threads, residual=*
+    Activation activation, floors, channel_eps, int threads, residual=*, Mask mask=*
 ) except -1
 cdef int scale_shift(
     Plan plan, x, y, weight, bias, double eps, mean, variance, bint of_samples,
-    Evaluation evaluation, int threads, Activation activation=*, residual=*
+    Evaluation evaluation, int threads, Activation activation=*, residual=*,
+    Mask mask=*
 ) except -1
 cdef int gradient(
     Plan plan, x, dy, dx, weight, mean, invstd, dweight, dbias, size_t per_group,
     bint constant_statistics, bias, Activation activation, floors, dfloors, sum_activation, sum_dy,
-    sum_dy_xhat, int threads, residual=*, y=*, dresidual=*
+    sum_dy_xhat, int threads, residual=*, y=*, dresidual=*, Mask mask=*
 ) except -1
 cdef int parameter_gradient(sums, gradient) except -1
 cdef int gradient_of_samples(

@@ -22,6 +22,9 @@ class Plan:
     @property
     def row_blocks(self) -> int: ...
 
+class Mask:
+    count: int
+
 class Activation:
     parameter: str
     is_curve: bool

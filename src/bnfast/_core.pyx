@@ -11,7 +11,7 @@ from cpython.ref cimport Py_INCREF
 from cython.parallel cimport prange
 from libc.stddef cimport ptrdiff_t, size_t
 from libc.stdint cimport uintptr_t
-from libc.stdlib cimport free
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset, strcpy
 
 import numpy
@@ -160,6 +160,7 @@ cdef class Plan:
         return bn_row_blocks(&self.c)
 
 
+include "_mask.pxi"
 include "_workspace.pxi"
 
 
@@ -270,7 +271,7 @@ cdef int summary(
 cdef int normalize(
     Plan plan, x, y, weight, bias, double eps, mean, invstd, m2, size_t per_group,
     bint centred, running_mean, running_var, double momentum, double correction,
-    Activation activation, floors, channel_eps, int threads, residual=None
+    Activation activation, floors, channel_eps, int threads, residual=None, Mask mask=None
 ) except -1:
     """Write y, mean and invstd (float64) from the statistics of x, and update the running ones.
 
@@ -279,9 +280,9 @@ cdef int normalize(
 
     Mean and invstd have one value for each channel of each repeat, or for each group of `per_group`
     neighbours; m2, which may be None as the mean of channels may, for each channel. The running
-    variance takes m2 / (count - correction), averaged over the repeats as the mean is. Channels may
-    have a floor of the activation, and an eps of their own besides. A residual, which may be None,
-    is added before the activation.
+    variance takes m2 / (count - correction), averaged over the repeats as the mean is: over those
+    of which a mask leaves something. Channels may have a floor of the activation, and an eps of
+    their own besides. A residual, which may be None, is added before the activation.
     """
     cdef bn_plan *c = &plan.c
     cdef bn_job job = _new_job(c)
@@ -290,6 +291,7 @@ cdef int normalize(
     cdef double divisor
     cdef int too_large = 0
     cdef size_t i
+    _set_mask(&job, mask)
     job.operand[BN_X], job.operand[BN_Y] = _data(x), _data(y)
     job.operand[BN_RESIDUAL] = _data_or_null(residual)
     job.weight = _widened(&workspace, weight, c.channels)
@@ -310,6 +312,12 @@ cdef int normalize(
         for i in range(_statistics(c) // per_group):
             _doubles(mean)[i] = job.statistic[BN_MEAN][i * per_group]
             _doubles(invstd)[i] = job.statistic[BN_INVSTD][i * per_group]
+    if mask is not None and running_mean is not None:
+        too_large = _update_masked(
+            &workspace, &job, running_mean, running_var, momentum, correction
+        )
+        _end(&workspace)
+        return too_large
     if running_mean is not None:
         if _update_running(running_mean, c.repeats, momentum, job.statistic[BN_MEAN], 1.0):
             too_large |= _MEAN_TOO_LARGE
@@ -438,7 +446,7 @@ cdef class Evaluation:
 
 cdef int scale_shift(
     Plan plan, x, y, weight, bias, double eps, mean, variance, bint of_samples,
-    Evaluation evaluation, int threads, Activation activation=None, residual=None
+    Evaluation evaluation, int threads, Activation activation=None, residual=None, Mask mask=None
 ) except -1:
     """Write y from given statistics; `evaluation`, which may be None, keeps what is prepared.
 
@@ -462,6 +470,7 @@ cdef int scale_shift(
             weight, bias, mean, variance = (
                 prepared.weight, prepared.bias, prepared.mean, prepared.variance
             )
+    _set_mask(&job, mask)
     job.operand[BN_X], job.operand[BN_Y] = _data(x), _data(y)
     job.operand[BN_RESIDUAL] = _data_or_null(residual)
     _set_activation(&workspace, &job, activation, None)
@@ -491,7 +500,7 @@ cdef int scale_shift(
 cdef int gradient(
     Plan plan, x, dy, dx, weight, mean, invstd, dweight, dbias, size_t per_group,
     bint constant_statistics, bias, Activation activation, floors, dfloors, sum_activation, sum_dy,
-    sum_dy_xhat, int threads, residual=None, y=None, dresidual=None
+    sum_dy_xhat, int threads, residual=None, y=None, dresidual=None, Mask mask=None
 ) except -1:
     """Write dx, dweight and dbias; mean and invstd are as `normalize` writes them, or mean is None.
 
@@ -512,6 +521,7 @@ cdef int gradient(
         activation.is_curve or residual is not None or y is not None or floors is not None
         or per_group > 1 or constant_statistics or c.dtype == BN_f64
     )
+    _set_mask(&job, mask)
     job.operand[BN_X], job.operand[BN_DY], job.operand[BN_DX] = _data(x), _data(dy), _data(dx)
     job.weight = _widened(&workspace, weight, c.channels)
     job.statistic[BN_MEAN] = _statistic(&workspace, mean, c, per_group)

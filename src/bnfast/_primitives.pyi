@@ -9,6 +9,7 @@ from bnfast._core import empty_output as empty_output
 from bnfast._typing import Array
 
 Reads = Mapping[str, object] | None
+Masked = tuple[object, object, object] | None  # mask, lengths, padding
 
 class Reduction:
     per_sample: bool
@@ -47,6 +48,7 @@ def normalize(
     channel_eps: Array | None = None,
     reads: Reads = None,
     residual: object = None,
+    masked: Masked = None,
 ) -> tuple[Array, Array, Array]: ...
 def scale_shift(
     x: object,
@@ -61,6 +63,7 @@ def scale_shift(
     reads: Reads = None,
     activation: Activation | None = None,
     residual: object = None,
+    masked: Masked = None,
 ) -> Array: ...
 def gradient(
     dy: object,
@@ -74,6 +77,7 @@ def gradient(
     over: Reduction = ...,
     grouped: bool = False,
     reads: Reads = None,
+    masked: Masked = None,
 ) -> tuple[Array, Array, Array]: ...
 def activated_gradient(
     dy: object,
@@ -109,6 +113,7 @@ def fused_gradient(
     y: object,
     keeps: bool,
     reads: Reads = None,
+    masked: Masked = None,
 ) -> tuple[Array, Array, Array, Any]: ...
 def normalize_rows(
     x: object,

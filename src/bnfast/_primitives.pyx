@@ -27,6 +27,7 @@ from bnfast._core cimport (
     BN_X,
     BN_Y,
     Plan,
+    bn_given_mask,
 )
 
 import numpy
@@ -108,12 +109,16 @@ include "_channels.pxi"
 include "_summaries.pxi"
 
 
+include "_masks.pxi"
+
+
 # the primitives
 
 def normalize(
     x_, axis_, weight, bias, eps, running_mean=None, running_var=None, momentum=0.0,
     bint unbiased=True, out=None, Reduction over=BATCH, num_groups=None, m2=None,
-    _Activation activation=None, parameter=None, channel_eps=None, reads=None, residual=None
+    _Activation activation=None, parameter=None, channel_eps=None, reads=None, residual=None,
+    masked=None
 ):
     """Return y, and the mean and invstd (float64) that made it.
 
@@ -121,7 +126,8 @@ def normalize(
     batch: of the average of its samples, where each has its own. `m2`, a float64 array of the shape
     of the mean, receives that of the batch. Channels may have a `parameter` of the activation, and
     a checked `channel_eps` of their own, which is added to eps. `reads` are more arguments that
-    `out` must share no memory with. A `residual` like x is added before the activation.
+    `out` must share no memory with. A `residual` like x is added before the activation. `masked`
+    says which values count: see _masks.pxi.
     """
     cdef Py_ssize_t axis
     cdef cnp.ndarray x = _batch(x_, axis_, &axis, over)
@@ -130,6 +136,7 @@ def normalize(
     if over is GROUPS:
         per_group = _channels_per_group(num_groups, channels)
     cdef double epsilon = _eps(eps, over.any_eps, True), new = _real("momentum", momentum)
+    cdef _Counted counted = _counted(masked, x, axis)
     scale, shift = _of_channels("weight", weight, channels), _of_channels("bias", bias, channels)
     cdef str called = _parameter_name(activation)
     given = parameter
@@ -138,18 +145,19 @@ def normalize(
     added = None if residual is None else _upstream(residual, x, ("residual", "x"))
     y = _output(
         out, x, ("residual", "x", "weight", "bias", "running_mean", "running_var", called),
-        (residual, x, weight, bias, running_mean, running_var, given), reads, 2
+        (residual, x, weight, bias, running_mean, running_var, given),
+        _also_read(reads, masked, counted), 2
     )
     return _normalized(
         x, axis, y, scale, shift, epsilon, tracked, new, unbiased, over, per_group, m2, activation,
-        parameter, channel_eps, added
+        parameter, channel_eps, added, counted
     )
 
 
 cdef tuple _normalized(
     cnp.ndarray x, Py_ssize_t axis, y, scale, shift, double epsilon, tuple tracked, double new,
     bint unbiased, Reduction over, Py_ssize_t per_group, m2, _Activation activation, parameter,
-    channel_eps, residual=None
+    channel_eps, residual=None, _Counted counted=None
 ):
     """What `normalize` returns, of checked arguments."""
     cdef cnp.ndarray mean, invstd
@@ -165,15 +173,19 @@ cdef tuple _normalized(
             y, _zeros(ndim, shape, cnp.NPY_FLOAT64),
             numpy.full([shape[d] for d in range(ndim)], invstd_of_nothing(epsilon))
         )
+    cdef Plan plan = _plan_of_sum(axis, over, x, y, residual)
+    cdef _core.Mask mask = _mask_of(counted, x, axis, over, plan, True)
+    if mask is not None and tracked is not None:
+        _enough_masked_values(x, over, plan, mask, per_group, unbiased)
     mean = _empty(ndim, shape, cnp.NPY_FLOAT64)
     invstd = _empty(ndim, shape, cnp.NPY_FLOAT64)
     written_mean = written_var = None
     if tracked is not None:
         written_mean, written_var = _contiguous_or_copy(tracked[0]), _contiguous_or_copy(tracked[1])
     too_large = _core.normalize(
-        _plan_of_sum(axis, over, x, y, residual), x, y, scale, shift, epsilon, mean, invstd, m2,
-        <size_t>per_group, over.centred, written_mean, written_var, new, 1.0 if unbiased else 0.0,
-        activation, parameter, channel_eps, _threads_for(x, 3 if residual is None else 4), residual
+        plan, x, y, scale, shift, epsilon, mean, invstd, m2, <size_t>per_group, over.centred,
+        written_mean, written_var, new, 1.0 if unbiased else 0.0, activation, parameter,
+        channel_eps, _threads_for(x, 3 if residual is None else 4), residual, mask
     )
     if tracked is not None:
         too_large |= <int>core.MEAN_TOO_LARGE * _put_back(written_mean, tracked[0])
@@ -185,47 +197,52 @@ cdef tuple _normalized(
 
 def scale_shift(
     x_, axis_, mean, variance, weight, bias, eps, _Evaluation evaluation=None, out=None, reads=None,
-    _Activation activation=None, residual=None
+    _Activation activation=None, residual=None, masked=None
 ):
     """Return y from given statistics, called running_mean and running_var in messages.
 
     `evaluation`, which may be None, keeps what statistics and parameters are turned into for the
     next call, which uses it again where they are the same; an empty x needs none. `reads` are more
     arguments that `out` must share no memory with. A `residual` like x is added, and the activation
-    follows.
+    follows. `masked` says which values count.
     """
     cdef Py_ssize_t axis
     cdef cnp.ndarray x = _batch(x_, axis_, &axis, BATCH)
     cdef Py_ssize_t channels = _channels(x, axis)
     cdef double epsilon = _eps(eps, False, False)
+    cdef _Counted counted = _counted(masked, x, axis)
+    cdef Plan plan
     centre = _required("running_mean", mean, channels)
     spread = _required("running_var", variance, channels)
     scale, shift = _of_channels("weight", weight, channels), _of_channels("bias", bias, channels)
     added = None if residual is None else _upstream(residual, x, ("residual", "x"))
     y = _output(
         out, x, ("residual", "x", "weight", "bias", "running_mean", "running_var"),
-        (residual, x, weight, bias, mean, variance), reads, 2
+        (residual, x, weight, bias, mean, variance), _also_read(reads, masked, counted), 2
     )
     if cnp.PyArray_SIZE(x) > 0:
+        plan = _plan_of_sum(axis, BATCH, x, y, added)
         _core.scale_shift(
-            _plan_of_sum(axis, BATCH, x, y, added), x, y, scale, shift, epsilon, centre, spread,
-            False, evaluation, _threads_for(x, 2 if added is None else 3), activation, added
+            plan, x, y, scale, shift, epsilon, centre, spread, False, evaluation,
+            _threads_for(x, 2 if added is None else 3), activation, added,
+            _mask_of(counted, x, axis, BATCH, plan, False)
         )
     return y
 
 
 def gradient(
     dy, x, axis, mean, invstd, weight, bint constant_statistics, out=None, Reduction over=BATCH,
-    bint grouped=False, reads=None
+    bint grouped=False, reads=None, masked=None
 ):
     """Return dx, dweight and dbias, the latter of the dtype of `weight`, or of x without one.
 
     The mean of what is not centred is None. `grouped` statistics are those of as many groups as
-    they have. `reads` are more arguments that `out` must share no memory with.
+    they have. `reads` are more arguments that `out` must share no memory with; `masked` says which
+    values count.
     """
     return _gradient(
         dy, x, axis, mean, invstd, weight, constant_statistics, out, over, grouped, None, None,
-        None, None, reads, None, None, False
+        None, None, reads, None, None, False, masked
     )[:3]
 
 
@@ -246,17 +263,17 @@ def activated_gradient(
 
 def fused_gradient(
     dy, x, axis, mean, invstd, weight, bint constant_statistics, out, Reduction over, bint grouped,
-    bias, _Activation activation, residual, y, bint keeps, reads=None
+    bias, _Activation activation, residual, y, bint keeps, reads=None, masked=None
 ):
     """Return dx, dweight, dbias and, where it `keeps` that, the gradient of the residual, or None.
 
     What the activation was given is made again of x, the bias and the residual, None for none; or,
     where `y` is given, and the activation is no curve, taken from that. Without an activation the
-    gradient of the residual is dy itself.
+    gradient of the residual is dy itself. `masked` says which values count.
     """
     made = _gradient(
         dy, x, axis, mean, invstd, weight, constant_statistics, out, over, grouped, bias,
-        activation, None, None, reads, residual, y, keeps
+        activation, None, None, reads, residual, y, keeps, masked
     )
     return made[0], made[1], made[2], made[4]
 
@@ -267,7 +284,8 @@ cdef inline str _parameter_name(_Activation activation):
 
 cdef tuple _gradient(
     dy, x_, axis_, mean, invstd, weight, bint constant_statistics, out, Reduction over,
-    bint grouped, bias, _Activation activation, given, sums, reads, residual, y_, bint keeps
+    bint grouped, bias, _Activation activation, given, sums, reads, residual, y_, bint keeps,
+    masked=None
 ):
     cdef Py_ssize_t axis
     cdef cnp.ndarray x = _batch(x_, axis_, &axis, over)
@@ -275,6 +293,9 @@ cdef tuple _gradient(
     cdef Py_ssize_t per_group = 1
     cdef cnp.npy_intp shape[2]
     cdef int ndim, kind
+    cdef _Counted counted = _counted(masked, x, axis)
+    cdef _core.Mask mask
+    cdef Plan plan
     upstream = _upstream(dy, x, ("dy", "x"))
     if grouped:
         per_group = _channels_per_saved_group(mean, channels)
@@ -289,7 +310,8 @@ cdef tuple _gradient(
     y = None if y_ is None else _upstream(y_, x, ("y", "x"))
     dx = _output(
         out, x, ("dy", "x", "weight", "mean", saved, "bias", called, "residual", "y"),
-        (upstream, x, weight, mean, invstd, bias, given, residual, y_), reads, 2
+        (upstream, x, weight, mean, invstd, bias, given, residual, y_),
+        _also_read(reads, masked, counted), 2
     )
     dresidual = None
     if keeps and activation is None:
@@ -302,14 +324,19 @@ cdef tuple _gradient(
     if parameter is not None:
         dparameter = _zeros(1, &channels, cnp.PyArray_TYPE(<cnp.ndarray>parameter))
     if cnp.PyArray_SIZE(x) > 0:
+        if activation is None:
+            plan = _plan(axis, over, x, upstream, dx)
+        else:
+            plan = _plan_of_activated(axis, over, x, upstream, dx, added, y, dresidual)
+        mask = _mask_of(counted, x, axis, over, plan, not constant_statistics)
+        if keeps and activation is None and mask is not None:
+            dresidual = _without_padding(upstream, counted, axis)
         _core.gradient(
-            _plan(axis, over, x, upstream, dx) if activation is None
-            else _plan_of_activated(axis, over, x, upstream, dx, added, y, dresidual),
-            x, upstream, dx, scale, centre, inverse, dweight, dbias, <size_t>per_group,
+            plan, x, upstream, dx, scale, centre, inverse, dweight, dbias, <size_t>per_group,
             constant_statistics, shift, activation, parameter, dparameter,
             None if sums is None else sums[0], None, None if sums is None else sums[1],
             _threads_for(x, 5), None if y is not None else added, y,
-            None if activation is None else dresidual
+            None if activation is None else dresidual, mask
         )
     return (
         dx, _of_parameter("weight", weight, scale, dweight),

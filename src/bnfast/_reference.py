@@ -322,6 +322,106 @@ def group_norm_backward(
     return _out_of_groups(dx, x, axis), dweight, upstream.sum((0, 3)).reshape(-1)
 
 
+def _masked_groups(
+    x: ArrayLike, mask: ArrayLike, num_groups: int | None, axis: int, precision: Any
+) -> tuple[Array, Array, Array, tuple[int, ...]]:
+    """X as (N, G, C / G, P), 0 where the mask (N, ...) is; the mask; M, and the axes summed over.
+
+    Batch norm, of no groups, has those of one channel each, over all samples.
+    """
+    x = np.asarray(x, precision)
+    samples, channels = x.shape[0], x.shape[axis]
+    groups = channels if num_groups is None else num_groups
+    m = np.asarray(mask, bool).reshape(samples, 1, 1, -1)
+    grouped = np.moveaxis(x, axis, 1).reshape(samples, groups, channels // groups, -1)
+    axes = (0, 2, 3) if num_groups is None else (2, 3)
+    values = np.where(m, grouped, precision(0))
+    count = np.broadcast_to(m, grouped.shape).sum(axes, keepdims=True)
+    return values, m, np.maximum(count, 1).astype(precision), axes
+
+
+def _unmasked(grouped: Array, m: Array, like: ArrayLike, axis: int, padding: str) -> Array:
+    """Return grouped values in the shape of x, with the padding where the mask says so."""
+    like = np.asarray(like)
+    shape = np.moveaxis(like, axis, 1).shape
+    moved = np.moveaxis(grouped.reshape(shape), 1, axis)
+    counts = np.moveaxis(np.broadcast_to(m, grouped.shape).reshape(shape), 1, axis)
+    return np.where(counts, moved, like.astype(moved.dtype) if padding == "input" else 0)
+
+
+def masked_norm_forward(
+    x: ArrayLike,
+    mask: ArrayLike,
+    num_groups: int | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    padding: str = "zeros",
+    precision: Any = np.float64,
+) -> tuple[Array, Array, Array, Array]:
+    """Y, mean, var and invstd of the values that count, m being the mask and M = sum(m).
+
+    mean = sum(m * x) / M, var = sum(m * (x - mean)**2) / M, y = weight * (x - mean) * invstd + bias
+    where m is 1; over each sample's groups of channels, or without groups over each channel. Of no
+    values mean and var are 0.
+    """
+    values, m, count, axes = _masked_groups(x, mask, num_groups, axis, precision)
+    channels = np.shape(x)[axis]
+    mean = values.sum(axes, keepdims=True) / count
+    var = (np.where(m, values - mean, 0) ** 2).sum(axes, keepdims=True) / count
+    invstd = 1 / np.sqrt(var + precision(eps))
+    shape = (1, values.shape[1], values.shape[2], 1)
+    gamma = _per_channel(weight, 1.0, channels, precision).reshape(shape)
+    beta = _per_channel(bias, 0.0, channels, precision).reshape(shape)
+    y = (values - mean) * invstd * gamma + beta
+    saved_shape = mean.shape[:2] if num_groups is not None else (channels,)
+    return (
+        _unmasked(y, m, x, axis, padding),
+        *(statistic.reshape(saved_shape) for statistic in (mean, var, invstd)),
+    )
+
+
+def masked_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mask: ArrayLike,
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    num_groups: int | None = None,
+    weight: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    training: bool = True,
+    padding: str = "zeros",
+    precision: Any = np.float64,
+) -> tuple[Array, Array, Array]:
+    """Dx, dweight and dbias of `masked_norm_forward`; sums are over the values that count.
+
+    With g = dy * weight: dx = invstd * (g - sum(g) / M - xhat * sum(g * xhat) / M) where m is 1, or
+    invstd * g of constant statistics; dweight = sum(dy * xhat), dbias = sum(dy).
+    """
+    values, m, count, axes = _masked_groups(x, mask, num_groups, axis, precision)
+    upstream = _masked_groups(dy, mask, num_groups, axis, precision)[0]
+    shape = (-1 if num_groups is not None else 1, values.shape[1], 1, 1)
+    center, inverse = (np.asarray(saved, precision).reshape(shape) for saved in (mean, invstd))
+    xhat = np.where(m, (values - center) * inverse, 0)
+    gamma = _per_channel(weight, 1.0, np.shape(x)[axis], precision).reshape(
+        1, *values.shape[1:3], 1
+    )
+    g = upstream * gamma
+    dx = g
+    if training:
+        sums = (term.sum(axes, keepdims=True) / count for term in (g, g * xhat))
+        dx = g - next(sums) - xhat * next(sums)
+    return (
+        _unmasked(dx * inverse, m, dy, axis, padding),
+        (upstream * xhat).sum((0, 3)).reshape(-1),
+        upstream.sum((0, 3)).reshape(-1),
+    )
+
+
 def _for_rows(value: ArrayLike | None, default: float, x: Array, axes: tuple[int, ...]) -> Array:
     """One value for each element of a row, shaped to broadcast against x."""
     if value is None:

@@ -26,6 +26,12 @@ from bnfast._arrays import numbers as numbers
 from bnfast._arrays import of_shape, on_the_cpu
 from bnfast._arrays import statistics as statistics
 from bnfast._dtypes import is_half
+from bnfast._masks import PADDING as PADDING
+from bnfast._masks import counted as counted
+from bnfast._masks import mask_or_lengths as mask_or_lengths
+from bnfast._masks import nothing_counts as nothing_counts
+from bnfast._masks import positions as positions
+from bnfast._masks import within_lengths as within_lengths
 from bnfast._overlap import address, is_same_memory, overlaps_itself
 from bnfast._overlap import memory_of as memory_of
 from bnfast._overlap import shares_memory as shares_memory

@@ -176,13 +176,14 @@ cdef void _choose_and_take(
 ) noexcept:
     """Choose the method of a job that says all else, and take memory for what it needs.
 
-    For scratch, where operands are staged or an input is `made`; for the wanted statistics that the
-    caller has not given, for their sums of blocks, and for the coefficients of the method.
+    For scratch, where operands are staged, an input is `made` or there is a mask; for the wanted
+    statistics that the caller has not given, for their sums of blocks, and for the coefficients of
+    the method.
     """
     cdef const bn_plan *c = job.plan
     cdef int i
     bn_choose_method(job)
-    _take_scratch(workspace, job, threads, made, of_rows)
+    _take_scratch(workspace, job, threads, made or job.mask.counts is not NULL, of_rows)
     for i in range(BN_STATISTICS):
         if wanted >> i & 1 and job.statistic[i] is NULL:
             job.statistic[i] = _take_doubles(workspace, _statistics(c))

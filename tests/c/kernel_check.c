@@ -354,6 +354,23 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     check_output(CALL(scaled)[layout][dtype], extent, affine, of_rows, y_view, &plan);
     check_output(CALL(weighted_input_gradient)[layout][dtype], extent, weighted, backward, dx_view,
                  &plan);
+    /* A mask is such a parameter, of which 0, 1 and 2 say three things. */
+    const size_t positions = of_run ? extent.inner : extent.outer;
+    void *mask = allocate(positions * itemsize);
+    for (size_t i = 0; i < positions; i++) {
+        if (dtype == BN_f32) {
+            ((float *)mask)[i] = (float)(i % 3);
+        } else {
+            ((double *)mask)[i] = (double)(i % 3);
+        }
+    }
+    const bn_view masked[] = {x_view, {mask, of_elements}}, masked_both[] = {both[0], x_view, {mask, of_elements}};
+    bn_coefficients grouped = backward;
+    grouped.array[BN_WEIGHT] = forward.array[BN_SCALE];
+    check_output(CALL(masked_scale_shift)[layout][dtype], extent, masked, forward, y_view, &plan);
+    check_output(CALL(masked_input_gradient)[layout][dtype], extent, masked_both, backward, dx_view, &plan);
+    check_output(CALL(masked_grouped_input_gradient)[layout][dtype], extent, masked_both, grouped, dx_view, &plan);
+    free(mask);
     CALL(weighted_gradient_sums)[layout][dtype](extent, weighted, near, backward, other_mean,
                                                 other_low);
     add_doubles(other_mean, c);

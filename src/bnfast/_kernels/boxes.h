@@ -45,13 +45,20 @@ static inline size_t values_per_channel(const bn_plan *plan)
     return plan->outer * plan->inner;
 }
 
-static inline size_t values_of_block(const bn_plan *plan, size_t block)
+/* How many values of each channel count. */
+static inline size_t counted_values(const bn_job *job)
 {
+    return job->mask.counts ? *job->mask.total : values_per_channel(job->plan);
+}
+
+static inline size_t counted_of_block(const bn_job *job, size_t block)
+{
+    const bn_plan *plan = job->plan;
     const range chunks = chunks_of_block(plan, block);
     size_t values = 0;
-    for (size_t i = 0; i < chunks.count; i++) {
-        const bn_box box = box_of_chunk(plan, chunks.first + i, (range){0, 1});
-        values += box.extent.outer * box.extent.inner;
+    for (size_t i = chunks.first; i < chunks.first + chunks.count; i++) {
+        const bn_box box = box_of_chunk(plan, i, (range){0, 1});
+        values += job->mask.counts ? job->mask.chunks[i].count : box.extent.outer * box.extent.inner;
     }
     return values;
 }
@@ -136,9 +143,15 @@ static inline int is_in_place(const bn_job *job, bn_role output)
     return to == job->operand[BN_X] || to == job->operand[BN_DY] || to == job->operand[BN_RESIDUAL];
 }
 
+/* What a box of an operand has gathered, in scratch: see masked.c. */
+bn_view bn_gathered_view(const bn_job *job, bn_role role, const bn_box *box);
+
 /* A box of an operand to read. */
 static inline bn_view input_view(const bn_job *job, bn_role role, const bn_box *box)
 {
+    if (box->gathered) {
+        return bn_gathered_view(job, role, box);
+    }
     return bn_view_to_read(job->kernels, job->plan, role, job->operand[role], box, buffer_of(job, role));
 }
 
@@ -157,7 +170,7 @@ static inline int groups_are_runs(const bn_job *job)
     if (bytes > BN_GROUP_RUN_BYTES) {
         return 0;
     }
-    return job->per_group > 1 && job->centred && plan->layout == BN_contiguous &&
+    return job->per_group > 1 && job->centred && !job->mask.counts && plan->layout == BN_contiguous &&
            plan->chunks == 1 && plan->outer == 1 && !x->staged && !job->scaled &&
            x->channel_stride == (ptrdiff_t)plan->inner;
 }

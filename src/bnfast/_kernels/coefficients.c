@@ -8,19 +8,22 @@
 
 void bn_merge_moments(const bn_job *job, block_sums block, range channels)
 {
-    const size_t c = channels.first;
+    const size_t c = channels.first, counted = counted_of_block(job, block.number);
+    if (counted == 0) {
+        return;
+    }
     job->kernels->merge_moments(
         channels.count, block.count, job->statistic[BN_MEAN] + c, job->statistic[BN_MEAN_LOW] + c,
-        job->statistic[BN_M2] + c, values_of_block(job->plan, block.number), sums_of_block(job, BN_MEAN, block.number, c),
+        job->statistic[BN_M2] + c, counted, sums_of_block(job, BN_MEAN, block.number, c),
         sums_of_block(job, BN_MEAN_LOW, block.number, c), sums_of_block(job, BN_M2, block.number, c));
 }
 
 void bn_merge_blocks(const bn_job *job, range channels)
 {
-    block_sums block = {1, values_of_block(job->plan, 0), channels.first};
+    block_sums block = {1, counted_of_block(job, 0), channels.first};
     for (; block.number < job->plan->blocks; block.number++) {
         job->method.merge(job, block, channels);
-        block.count += values_of_block(job->plan, block.number);
+        block.count += counted_of_block(job, block.number);
     }
 }
 
@@ -60,7 +63,7 @@ static void share_moments(const bn_job *job, range channels)
         spread_moments(channels.count, job->per_group, job->statistic[BN_M2] + c);
     } else if (job->per_group > 1) {
         job->kernels->pool_moments(channels.count / job->per_group, job->per_group,
-                                   values_per_channel(job->plan), job->statistic[BN_MEAN] + c,
+                                   counted_values(job), job->statistic[BN_MEAN] + c,
                                    job->statistic[BN_MEAN_LOW] + c, job->statistic[BN_M2] + c);
     }
 }
@@ -122,7 +125,7 @@ static bn_job scaled_job(const bn_job *job, double factor, char *rare)
 
 BN_NOINLINE void scaled_moments(const bn_job *job, range channels, double factor)
 {
-    const double size = (double)(values_per_channel(job->plan) * job->per_group);
+    const double size = (double)(MAX(counted_values(job), (size_t)1) * job->per_group);
     _Alignas(64) char rare[BN_SCRATCH_BYTES];
     const bn_job scaled = scaled_job(job, factor, rare);
     moments_again(&scaled, channels);
@@ -381,7 +384,7 @@ void bn_prepare_gradient(const bn_job *job, range channels)
 
 void bn_finish_normalize(const bn_job *job, range channels)
 {
-    const size_t c = channels.first, values = values_per_channel(job->plan);
+    const size_t c = channels.first, values = MAX(counted_values(job), (size_t)1);
     bn_merge_blocks(job, channels);
     share_moments(job, channels);
     job->kernels->invstd(channels.count, job->statistic[BN_M2] + c, (double)(values * job->per_group), job->eps,
@@ -412,7 +415,7 @@ void bn_grouped_coefficients(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
     job->kernels->grouped_gradient_coefficients[job->plan->dtype](
-        channels.count / job->per_group, job->per_group, values_per_channel(job->plan),
+        channels.count / job->per_group, job->per_group, MAX(counted_values(job), (size_t)1),
         job->statistic[BN_MEAN] + c, parameter_from(job->statistic[BN_MEAN_LOW], c),
         job->statistic[BN_INVSTD] + c, parameter_from(job->weight, c), job->statistic[BN_SUM_DY] + c,
         job->statistic[BN_SUM_DY_XHAT] + c, coefficients_from(job, c));
@@ -421,7 +424,7 @@ void bn_grouped_coefficients(const bn_job *job, range channels)
 void bn_gradient_coefficients(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
-    const double count = job->given_sum_dy ? job->count : (double)values_per_channel(job->plan);
+    const double count = job->given_sum_dy ? job->count : (double)MAX(counted_values(job), (size_t)1);
     job->kernels->gradient_coefficients[job->plan->dtype](
         channels.count, count, job->statistic[BN_MEAN] + c,
         parameter_from(job->statistic[BN_MEAN_LOW], c), job->statistic[BN_INVSTD] + c,

@@ -9,6 +9,7 @@
 #include "cache_sizes.h"
 #include "plan.h"
 #include "kernels.h"
+#include "mask.h"
 #include "operands.h"
 
 typedef struct bn_job bn_job;
@@ -52,6 +53,7 @@ typedef struct {
     const bn_output *again;    /* makes z again, which the activation was given; NULL where that is not needed */
     int sums_have_gates;       /* these sums make it themselves, of x and its bounds */
     int output_reads_upstream; /* as these sums do, made once more in scratch */
+    int keeps_with_output;     /* the gradient of the residual is written then, rather than with the sums */
     const bn_curve *curve;     /* of the output or, of a gradient, that dy goes through; NULL for none */
     int output_in_scratch;     /* boxes of it are as small as scratch */
     bn_do_channels *prepare;   /* before these sums */
@@ -59,6 +61,7 @@ typedef struct {
     int has_columns;           /* gradient_sums makes the sums of the columns in the same pass */
     unsigned coefficients;     /* the set of coefficients that the job needs */
     const bn_output *output;
+    const bn_output *masked; /* the same where some values do not count; NULL: made of output, and merged */
 } bn_method;
 
 /* Sums of a block: mean, mean_low and m2, or sum_dy and sum_dy_xhat; and of a summary, all that it has. */
@@ -124,6 +127,8 @@ struct bn_job {
     /* Summaries: x holds integers, whose sums are exact, rather than moments; values that are not finite do not
        count. */
     int integers, finite_only;
+
+    bn_mask mask; /* which values count; it has no `counts` where all do */
 
     /* Set for the second sums of float64 channels whose first ones left the range: of values times a
        power of two. */

@@ -1,6 +1,7 @@
 /* From boxes to kernel calls: which kernel, with which operands, in which order. */
 #include "coefficients.h"
 #include "kernel_calls.h"
+#include "masked.h"
 
 #include <math.h>
 
@@ -181,15 +182,15 @@ static void write_curve_gradient(const bn_job *job, const bn_box *box, bn_view z
     }
 }
 
-/* dy, or the part of it that goes through an activation: the gradient of the residual or, where there is none, made
+/* dy, or the part of it that goes through an activation: the gradient of the residual, where it `keeps` that, or made
    in scratch. What goes to the floors is added to the sums, unless these are NULL. */
-static bn_view upstream_view(const bn_job *job, const bn_box *box, double *sums_of_floors)
+static bn_view upstream_view(const bn_job *job, const bn_box *box, double *sums_of_floors, int keeps)
 {
     const bn_view dy = input_view(job, BN_DY, box);
     if (!job->method.has_upstream) {
         return dy;
     }
-    char *kept = job->operand[BN_DRESIDUAL], *scratch = buffer_of(job, kept ? BN_DRESIDUAL : BN_DY);
+    char *kept = keeps ? job->operand[BN_DRESIDUAL] : NULL, *scratch = buffer_of(job, kept ? BN_DRESIDUAL : BN_DY);
     const bn_view made = kept ? bn_view_to_write(job->plan, BN_DRESIDUAL, kept, box, scratch)
                               : bn_dense_view(box, scratch);
     const bn_role gate = job->method.gate;
@@ -212,7 +213,7 @@ void bn_gradient_sums_of_box(const bn_job *job, const bn_box *box, block_sums bl
                                  ? sums_of_block(job, BN_SUM_ACTIVATION, block.number, box->channel)
                                  : NULL;
     const int gated = job->method.sums_have_gates;
-    const bn_view dy = gated ? input_view(job, BN_DY, box) : upstream_view(job, box, sums_of_floors);
+    const bn_view dy = gated ? input_view(job, BN_DY, box) : upstream_view(job, box, sums_of_floors, !job->method.keeps_with_output);
     const bn_view x = bn_x_to_sum(job, box);
     bn_coefficients coefficients = mean_to_sum(job, box);
     if (!gated) {
@@ -261,19 +262,25 @@ static bn_store_hint store_hint_of(const bn_job *job, const bn_box *box)
                : (bn_store_hint){job->stores, job->prefetch_in_sums ? 0 : prefetch_distance_of(job, box)};
 }
 
-static void write_part(const bn_job *job, const bn_box *box)
+/* Where some values do not count, the kernel knows, or an output is made in scratch, and merged with what stands for
+   these. */
+void bn_write_values(const bn_job *job, const bn_box *box)
 {
     const bn_plan *plan = job->plan;
-    const bn_output *output = job->method.output;
-    char *to = job->operand[output->writes], *scratch = buffer_of(job, output->reads[0]); /* in its place */
+    const bn_output *output = box->counts && job->method.masked ? job->method.masked : job->method.output;
+    const int merged = box->counts && !job->method.masked;
+    /* In the place of an input, unless that is read again to be merged. */
+    char *to = job->operand[output->writes], *scratch = buffer_of(job, merged ? output->writes : output->reads[0]);
     bn_view inputs[BN_MAX_INPUTS];
     for (size_t i = 0; i < output->inputs; i++) {
-        inputs[i] = job->method.output_reads_upstream && output->reads[i] == BN_DY
-                        ? upstream_view(job, box, NULL)
+        inputs[i] = output->reads[i] == BN_MASK ? bn_padding_view(job, box)
+                    : job->method.output_reads_upstream && output->reads[i] == BN_DY
+                        ? upstream_view(job, box, NULL, job->method.keeps_with_output)
                         : input_view(job, output->reads[i], box);
     }
     const int curved = job->method.curve && output->writes == BN_Y;
-    const bn_view view = bn_view_to_write(plan, output->writes, to, box, scratch);
+    const bn_view view = merged ? bn_dense_view(box, scratch)
+                                : bn_view_to_write(plan, output->writes, to, box, scratch);
     const bn_view made = curved ? bn_dense_view(box, scratch) : view;
     bn_coefficients coefficients = coefficients_from(job, box->channel);
     if (job->method.finish == bn_frozen_coefficients) { /* the mean is that of z, which is made again */
@@ -283,22 +290,41 @@ static void write_part(const bn_job *job, const bn_box *box)
     bn_output_kernel *kernel;
     find_kernel(job, output, &kernel, sizeof kernel);
     bn_store_hint hint = store_hint_of(job, box);
-    hint.stores = curved ? BN_stored : hint.stores;
+    hint.stores = curved || merged ? BN_stored : hint.stores;
     kernel(box->extent, inputs, coefficients, made, hint);
     if (curved) {
         write_curve(job, box, made, view);
     }
-    bn_written(job->kernels, plan, output->writes, to, box, scratch, job->stores);
+    if (merged) {
+        bn_write_merged(job, box, view);
+    } else {
+        bn_written(job->kernels, plan, output->writes, to, box, scratch, job->stores);
+    }
+}
+
+void bn_write_parts(const bn_job *job, const bn_box *box, size_t max_channels, bn_write_part *write_part)
+{
+    const size_t run = bn_channel_run(job->plan), end = box->channel + box->extent.channels;
+    bn_box part;
+    if (run == job->plan->channels && max_channels >= box->extent.channels) {
+        /* Copied, what has just been written in words would have to wait for the stores of the output before it. */
+        write_part(job, box);
+        return;
+    }
+    part = *box;
+    for (; part.channel < end; part.channel += part.extent.channels) {
+        part.extent.channels = MIN(MIN(run - part.channel % run, end - part.channel), max_channels);
+        write_part(job, &part);
+    }
 }
 
 /* The output of a call, y or dx: at most `max_channels` channels at a time. */
 static void output_of_box(const bn_job *job, const bn_box *box, size_t max_channels)
 {
-    const size_t run = bn_channel_run(job->plan), end = box->channel + box->extent.channels;
-    bn_box part = *box;
-    for (; part.channel < end; part.channel += part.extent.channels) {
-        part.extent.channels = MIN(MIN(run - part.channel % run, end - part.channel), max_channels);
-        write_part(job, &part);
+    if (job->mask.counts) {
+        bn_write_masked(job, box, max_channels);
+    } else {
+        bn_write_parts(job, box, max_channels, bn_write_values);
     }
 }
 
@@ -318,11 +344,23 @@ static size_t rows_at_once(const bn_job *job, const bn_box *box)
     return by_rows ? MIN(box->extent.outer, MAX(rows, FEWEST_COUNTED_ROWS)) : box->extent.outer;
 }
 
+void bn_sum_channels(const bn_job *job, bn_box box, size_t max_channels, block_sums block, bn_sum_box *sum_box)
+{
+    const size_t end = box.channel + box.extent.channels;
+    for (; box.channel < end; box.channel += max_channels) {
+        box.extent.channels = MIN(max_channels, end - box.channel);
+        sum_box(job, &box, block);
+    }
+}
+
 static void sum_block(const bn_job *job, size_t number, range channels, int in_scratch, bn_sum_box *sum_box)
 {
     const range chunks = chunks_of_block(job->plan, number);
-    const size_t end = channels.first + channels.count;
     block_sums block = {number, 0, channels.first};
+    if (job->mask.counts) {
+        bn_sum_masked_block(job, number, channels, in_scratch, sum_box);
+        return;
+    }
     for (size_t i = 0; i < chunks.count; i++) {
         bn_box box = box_of_chunk(job->plan, chunks.first + i, channels);
         const size_t rows = box.extent.outer, max_rows = rows_at_once(job, &box);
@@ -332,10 +370,7 @@ static void sum_block(const bn_job *job, size_t number, range channels, int in_s
             if (groups_are_runs(job)) {
                 max_channels -= max_channels % job->per_group; /* scratch holds a group: see BN_GROUP_RUN_BYTES */
             }
-            for (box.channel = channels.first; box.channel < end; box.channel += max_channels) {
-                box.extent.channels = MIN(max_channels, end - box.channel);
-                sum_box(job, &box, block);
-            }
+            bn_sum_channels(job, box, max_channels, block, sum_box);
         }
         block.count += rows * box.extent.inner;
     }

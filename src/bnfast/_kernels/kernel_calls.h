@@ -23,6 +23,15 @@ void bn_clear_moments(const bn_job *job, size_t block, range channels);
 void bn_sum_moments(const bn_job *job, size_t block, range channels);
 void bn_sum_gradient(const bn_job *job, size_t block, range channels);
 
+/* Of some channels of a box, whose first values are added to `block.count` others; with places, it is all of a chunk
+   that these do not leave out. As many channels at a time as scratch holds, where it must. */
+void bn_sum_channels(const bn_job *job, bn_box box, size_t max_channels, block_sums block, bn_sum_box *sum_box);
+
+/* The output of a box, at most `max_channels` channels at a time. */
+typedef void bn_write_part(const bn_job *job, const bn_box *part);
+void bn_write_parts(const bn_job *job, const bn_box *box, size_t max_channels, bn_write_part *write_part);
+bn_write_part bn_write_values;
+
 /* The output of a block, from its end, or of a piece. */
 void bn_write_block(const bn_job *job, size_t block, range channels);
 void bn_write_piece(const bn_job *job, size_t number);

@@ -26,6 +26,9 @@
     X(scaled, BN_Y, BN_X, BN_ELEMENT_WEIGHT)                              \
     X(input_gradient, BN_DX, BN_DY, BN_X)                                 \
     X(grouped_input_gradient, BN_DX, BN_DY, BN_X)                         \
+    X(masked_scale_shift, BN_Y, BN_X, BN_MASK)                            \
+    X(masked_input_gradient, BN_DX, BN_DY, BN_X, BN_MASK)                 \
+    X(masked_grouped_input_gradient, BN_DX, BN_DY, BN_X, BN_MASK)         \
     X(weighted_input_gradient, BN_DX, BN_DY, BN_X, BN_ELEMENT_WEIGHT)     \
     X(columns_and_gradient, BN_DX, BN_DY, BN_X, BN_ELEMENT_WEIGHT)        \
     X(activated, BN_Y, BN_X)                                              \

@@ -139,6 +139,8 @@ typedef struct {
      affine, from x, weight, bias:  y = ((x - mean) * scale + shift) * weight + bias
      scaled, from x, weight:        y = (x * scale) * weight
      weighted_input_gradient, from dy, x, weight: as grouped_input_gradient
+   or where a mask, read in the same way, says which values count:
+     masked_scale_shift, masked_input_gradient, masked_grouped_input_gradient: see masked.inc
    or where a piecewise linear activation follows:
      activated, from x:                  y = bend((x - mean) * scale + shift)
      activated_sum, from x, residual:    y = bend(((x - mean) * scale + shift) + residual)
@@ -149,7 +151,8 @@ typedef void bn_output_kernel(bn_extent extent, const bn_view *inputs,
                               bn_coefficients coefficients, bn_view output, bn_store_hint hint);
 typedef bn_output_kernel bn_scale_shift_kernel, bn_input_gradient_kernel,
     bn_grouped_input_gradient_kernel, bn_affine_kernel, bn_scaled_kernel,
-    bn_weighted_input_gradient_kernel, bn_activated_kernel, bn_activated_sum_kernel,
+    bn_weighted_input_gradient_kernel, bn_masked_scale_shift_kernel, bn_masked_input_gradient_kernel,
+    bn_masked_grouped_input_gradient_kernel, bn_activated_kernel, bn_activated_sum_kernel,
     bn_gated_input_gradient_kernel;
 
 /* upstream: writes the part of dy that goes through a piecewise linear activation, and adds up, channel by channel,

@@ -20,6 +20,17 @@ static const bn_curve curves[BN_ACTIVATIONS] = {BN_FOR_EACH_CURVE(ROW, )};
 /* dx = dy * weight * invstd, where the statistics did not come from x: a scale_shift that never reads x. */
 static const bn_output scaled_upstream = {offsetof(bn_kernels, scale_shift), 1, {BN_DY}, BN_DX};
 
+/* The same where a mask says which values count. */
+static const bn_output masked_upstream = {offsetof(bn_kernels, masked_scale_shift), 2, {BN_DY, BN_MASK}, BN_DX};
+
+static const bn_output *masked_of(const bn_output *output)
+{
+    return output == &scaled_upstream                 ? &masked_upstream
+           : output == &calls[scale_shift_id]            ? &calls[masked_scale_shift_id]
+           : output == &calls[input_gradient_id]         ? &calls[masked_input_gradient_id]
+           : output == &calls[grouped_input_gradient_id] ? &calls[masked_grouped_input_gradient_id]
+                                                         : NULL;
+}
 /* Gradients of what the sums have left in the place of the residual's gradient. */
 static const bn_output of_kept_upstream[] = {
     {offsetof(bn_kernels, input_gradient), 2, {BN_DRESIDUAL, BN_X}, BN_DX},
@@ -77,12 +88,14 @@ static void choose_gradient(bn_job *job)
     bn_method *method = &job->method;
     const int weighted = job->operand[BN_ELEMENT_WEIGHT] != NULL, grouped = job->per_group > 1;
     const unsigned upstream_coefficients = choose_upstream(job);
-    const bn_output *of_kept = job->operand[BN_DRESIDUAL] ? of_kept_upstream : NULL;
+    const int keeps_with_output = job->mask.counts && job->operand[BN_DRESIDUAL]; /* sums leave out what does not count */
+    const bn_output *of_kept = job->operand[BN_DRESIDUAL] && !keeps_with_output ? of_kept_upstream : NULL;
     const int gated = method->has_upstream && method->gate == BN_X && !grouped && !job->constant_statistics;
     method->has_columns = has_columns(job);
     method->gradient_sums = method->has_columns ? bn_weighted_sums_and_columns_of_box
                             : weighted          ? bn_weighted_gradient_sums_of_box
                                                 : bn_gradient_sums_of_box;
+    method->keeps_with_output = keeps_with_output;
     method->output_reads_upstream = method->has_upstream && !of_kept && !gated;
     method->output_in_scratch = method->output_reads_upstream;
     method->prepare = method->has_upstream || job->column_sums ? bn_make_output_again : bn_round_mean;
@@ -106,14 +119,14 @@ static void choose_gradient(bn_job *job)
     method->coefficients |= upstream_coefficients | (job->column_sums ? BN_SET(BN_FORWARD_SHIFT) : 0);
 }
 
-/* Whether there are kernels for the stored type of 16 bits: none adds the columns of rows. */
+/* Whether there are kernels for the stored type of 16 bits: none adds the columns of rows, none knows masks. */
 static int reads_halves(const bn_job *job)
 {
     const bn_method *method = &job->method;
     const size_t layout = job->plan->layout, type = (size_t)job->plan->element_type;
     const int has_output = method->output == NULL || method->output->kernel == offsetof(bn_kernels, scale_shift) ||
                            method->output->kernel == offsetof(bn_kernels, input_gradient);
-    return job->kernels->moments[layout][type] && has_output && job->activation.kind == BN_no_activation &&
+    return job->kernels->moments[layout][type] && has_output && !job->mask.counts && job->activation.kind == BN_no_activation &&
            !job->column_sums &&
            (job->operand[BN_DY] ? method->gradient_sums == bn_gradient_sums_of_box
                                 : method->moments == bn_moments_of_box);
@@ -136,6 +149,9 @@ void bn_choose_method(bn_job *job)
     }
     if (is_curved(job)) {
         job->method.curve = &curves[job->activation.kind];
+    }
+    if (job->mask.counts && job->activation.kind == BN_no_activation) {
+        job->method.masked = masked_of(job->method.output);
     }
     if (job->plan->converted && !reads_halves(job)) {
         job->plan = job->plan->converted;

@@ -38,6 +38,7 @@ bn_job bn_job_of_repeat(const bn_job *job, size_t repeat)
     }
     repeat_job.partials = statistics_of_repeat(
         job->partials, (plan->blocks - 1) * job->partial_sums * channels, repeat);
+    repeat_job.mask = bn_mask_of_repeat(plan, job->mask, repeat);
     for (size_t i = 0; i < BN_COEFFICIENTS; i++) {
         if (job->coefficients.array[i]) {
             repeat_job.coefficients.array[i] = element_at(plan, job->coefficients.array[i],

@@ -150,7 +150,7 @@ class SyncBatchNorm(RankLayer):
         with failures_told(self.communicator):
             return super()._batch(x)
 
-    def _normalize(self, x: Array, out: Array | None, training: bool) -> Array:
+    def _normalize(self, x: Array, out: Array | None, training: bool, *_: Any) -> Array:
         if not training:
             return super()._normalize(x, out, training)
         with failures_told(self.communicator):

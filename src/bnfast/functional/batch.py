@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._activations import activation_of, gradients
 from bnfast._float_mode import in_default_float_mode
+from bnfast._masks import ZEROS
 from bnfast._typing import Float, Parameter
 
 
@@ -27,6 +30,9 @@ def batch_norm(
     activation: str | None = None,
     negative_slope: float = 0.01,
     residual: NDArray[Float] | None = None,
+    mask: NDArray[np.bool_] | None = None,
+    lengths: NDArray[Any] | None = None,
+    padding: str = ZEROS,
     out: NDArray[Float] | None = None,
 ) -> NDArray[Float]:
     """Normalize every channel of a batch, as ``torch.nn.functional.batch_norm`` does.
@@ -62,6 +68,15 @@ def batch_norm(
         The slope of leaky_relu below 0; at most 1.
     residual : array like `x`, optional
         What is added before the activation: `x` itself, `out` itself, or any other.
+    mask : array of bool, optional
+        Which values count, the same for all channels: of the shape of `x` with a size of 1 along
+        `axis`, or without that axis; other axes are broadcast as NumPy does. What does not count is
+        padding, and enters nothing, whatever it is. Only one of `mask` and `lengths` is given.
+    lengths : array (N,) of integers, optional
+        The same for `x` of shape (N, C, L) or (N, L, C): how many positions count of each sample,
+        the first ones, from 0 to L.
+    padding : str
+        What the output is where values do not count: "zeros", or the "input".
     out : array like `x`, optional
         Where to write: `x` or `residual` itself, or an array that shares no element with either.
 
@@ -107,6 +122,11 @@ def batch_norm(
     them, one of 1 forgets what they were, NaN and infinity too. One value per channel has the
     variance 0, as in Keras, and y is the bias; only with M - 1 it has none.
 
+    With a mask m (0 or 1), M = sum(m) in all of this, sums are over the values that count, mu =
+    sum(m * x) / M and var = sum(m * (x - mu)**2) / M, and y is m * y, or with padding="input"
+    m * y + (1 - m) * x. Where all values count the bits are those of a call without a mask. In
+    training at least one value must count.
+
     References
     ----------
     S. Ioffe, C. Szegedy, 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing
@@ -123,6 +143,14 @@ def batch_norm(
            [ 1.,  1.]], dtype=float32)
     >>> mean, var
     (array([0.2, 2. ], dtype=float32), array([ 1.1, 20.9], dtype=float32))
+
+    Sequences of different lengths, (N, L, C), whose padding is NaN:
+
+    >>> x = np.array([[[1.0], [3.0]], [[5.0], [np.nan]]])
+    >>> y = bnfast.batch_norm(x, None, None, training=True, axis=-1, lengths=[2, 1])
+    >>> y[..., 0].round(3)
+    array([[-1.225,  0.   ],
+           [ 1.225,  0.   ]])
     """
     if unbiased is not True:
         unbiased = _validation.flag("unbiased", unbiased)
@@ -141,6 +169,7 @@ def batch_norm(
             out,
             activation=chosen,
             residual=residual,
+            masked=(mask, lengths, padding),
         )
         return y
     if type(momentum) is not float or momentum - momentum != 0.0:
@@ -157,6 +186,7 @@ def batch_norm(
         out,
         activation=chosen,
         residual=residual,
+        masked=(mask, lengths, padding),
     )
 
 
@@ -175,6 +205,9 @@ def batch_norm_forward(
     activation: str | None = None,
     negative_slope: float = 0.01,
     residual: NDArray[Float] | None = None,
+    mask: NDArray[np.bool_] | None = None,
+    lengths: NDArray[Any] | None = None,
+    padding: str = ZEROS,
     out: NDArray[Float] | None = None,
 ) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
     """Normalize with the statistics of the batch and return them for the backward pass.
@@ -190,6 +223,8 @@ def batch_norm_forward(
     momentum, unbiased
         As in `batch_norm`: the weight of the NEW batch in the running statistics, and whether
         running_var takes the variance divided by M - 1.
+    mask, lengths, padding
+        As in `batch_norm`: which values count, and what the output is where they do not.
 
     Returns
     -------
@@ -257,6 +292,7 @@ def batch_norm_forward(
         out,
         activation=chosen,
         residual=residual,
+        masked=(mask, lengths, padding),
     )
 
 
@@ -275,6 +311,9 @@ def batch_norm_backward(
     negative_slope: float = 0.01,
     residual: NDArray[Float] | bool | None = None,
     y: NDArray[Float] | None = None,
+    mask: NDArray[np.bool_] | None = None,
+    lengths: NDArray[Any] | None = None,
+    padding: str = ZEROS,
     out: NDArray[Float] | None = None,
 ) -> tuple[NDArray[Float], ...]:
     """Return the gradients of batch normalization: of its input, weight and bias.
@@ -305,6 +344,9 @@ def batch_norm_backward(
         The output of the forward pass, with relu, leaky_relu or relu6: it tells what goes through,
         so that neither `bias` nor `residual` need be kept. Without it their output is made again,
         from what is given, in the same pass.
+    mask, lengths, padding
+        As the forward pass had them. Where values do not count, dx is 0, or with padding="input"
+        dy, as the output is the input there.
     out : array like `x`, optional
         Where to write dx: `dy` or `x` itself, or an array that shares no element with either.
 
@@ -336,6 +378,8 @@ def batch_norm_backward(
     leaky_relu its slope, at 0 and 6 that of relu6 is 0, at -3 and 3 that of hardswish 0 and 1. z is
     made again as the forward pass made it, to the bit, for float32 `x`; of float64 `x` with the
     mean rounded to float64.
+    With a mask m the sums are over the values that count, M of them, and dx is m * dx, or with
+    padding="input" m * dx + (1 - m) * dy.
 
     Of float64 `x`, what rounding left of a mean of more than 4 standard deviations is found again,
     which reads `x` once more, to a rounding of the standard deviation; a mean that is further off
@@ -361,7 +405,10 @@ def batch_norm_backward(
     """
     constant_statistics = not _validation.flag("training", training)
     given = dy, x, axis, mean, invstd, weight, constant_statistics
-    return gradients(given, out, _primitives.BATCH, activation, negative_slope, bias, residual, y)
+    return gradients(
+        *(given, out, _primitives.BATCH, activation, negative_slope, bias, residual, y),
+        masked=(mask, lengths, padding),
+    )
 
 
 @in_default_float_mode

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._activations import activation_of, gradients
 from bnfast._float_mode import in_default_float_mode
+from bnfast._masks import ZEROS
 from bnfast._primitives import GROUPS, PER_SAMPLE
 from bnfast._typing import Float, Parameter
 
@@ -27,6 +30,9 @@ def instance_norm(
     activation: str | None = None,
     negative_slope: float = 0.01,
     residual: NDArray[Float] | None = None,
+    mask: NDArray[np.bool_] | None = None,
+    lengths: NDArray[Any] | None = None,
+    padding: str = ZEROS,
     out: NDArray[Float] | None = None,
 ) -> NDArray[Float]:
     """Normalize every channel of every sample, as ``torch.nn.functional.instance_norm`` does.
@@ -50,6 +56,8 @@ def instance_norm(
         The channel axis: 1 for NCHW, -1 for NHWC; not 0.
     activation, negative_slope, residual
         As in `batch_norm`.
+    mask, lengths, padding
+        As in `batch_norm`: which values count, and what the output is where they do not.
     out : array like `x`, optional
         Where to write: `x` or `residual` itself, or an array that shares no element with either.
 
@@ -84,6 +92,9 @@ def instance_norm(
     The running variance knows nothing of how the samples differ from each other. Without
     `use_input_stats` this is `batch_norm` in evaluation.
 
+    With a mask each sample has as many values P as count, and those without any have the mean 0 and
+    the variance 0, and leave nothing in the running statistics: these average the others.
+
     References
     ----------
     D. Ulyanov, A. Vedaldi, V. Lempitsky, 2016, "Instance Normalization: The Missing Ingredient for
@@ -114,11 +125,13 @@ def instance_norm(
             out,
             activation=chosen,
             residual=residual,
+            masked=(mask, lengths, padding),
         )
     y, _, _ = _primitives.normalize(
         *(x, axis, weight, bias, eps, running_mean, running_var, momentum, True, out, PER_SAMPLE),
         activation=chosen,
         residual=residual,
+        masked=(mask, lengths, padding),
     )
     return y
 
@@ -134,13 +147,16 @@ def instance_norm_forward(
     activation: str | None = None,
     negative_slope: float = 0.01,
     residual: NDArray[Float] | None = None,
+    mask: NDArray[np.bool_] | None = None,
+    lengths: NDArray[Any] | None = None,
+    padding: str = ZEROS,
     out: NDArray[Float] | None = None,
 ) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
     """Normalize every channel of every sample and return the statistics for the backward pass.
 
     Parameters
     ----------
-    x, weight, bias, eps, axis, activation, negative_slope, residual, out
+    x, weight, bias, eps, axis, activation, negative_slope, residual, mask, lengths, padding, out
         As in `instance_norm`.
 
     Returns
@@ -175,7 +191,12 @@ def instance_norm_forward(
     """
     chosen = None if activation is None else activation_of(activation, negative_slope)
     return _primitives.normalize(
-        x, axis, weight, bias, eps, out=out, over=PER_SAMPLE, activation=chosen, residual=residual
+        *(x, axis, weight, bias, eps),
+        out=out,
+        over=PER_SAMPLE,
+        activation=chosen,
+        residual=residual,
+        masked=(mask, lengths, padding),
     )
 
 
@@ -193,6 +214,9 @@ def instance_norm_backward(
     negative_slope: float = 0.01,
     residual: NDArray[Float] | bool | None = None,
     y: NDArray[Float] | None = None,
+    mask: NDArray[np.bool_] | None = None,
+    lengths: NDArray[Any] | None = None,
+    padding: str = ZEROS,
     out: NDArray[Float] | None = None,
 ) -> tuple[NDArray[Float], ...]:
     """Return the gradients of instance normalization: of its input, weight and bias.
@@ -211,6 +235,9 @@ def instance_norm_backward(
         The channel axis.
     bias, activation, negative_slope, residual, y
         As in `batch_norm_backward`.
+    mask, lengths, padding
+        As the forward pass had them. Where values do not count, dx is 0, or with padding="input"
+        dy.
     out : array like `x`, optional
         Where to write dx: `dy` or `x` itself, or an array that shares no element with either.
 
@@ -254,7 +281,10 @@ def instance_norm_backward(
     array([3.])
     """
     given = dy, x, axis, mean, invstd, weight, False
-    return gradients(given, out, PER_SAMPLE, activation, negative_slope, bias, residual, y)
+    return gradients(
+        *(given, out, PER_SAMPLE, activation, negative_slope, bias, residual, y),
+        masked=(mask, lengths, padding),
+    )
 
 
 @in_default_float_mode
@@ -270,6 +300,9 @@ def group_norm(
     activation: str | None = None,
     negative_slope: float = 0.01,
     residual: NDArray[Float] | None = None,
+    mask: NDArray[np.bool_] | None = None,
+    lengths: NDArray[Any] | None = None,
+    padding: str = ZEROS,
     out: NDArray[Float] | None = None,
 ) -> NDArray[Float]:
     """Normalize groups of channels of every sample, as ``torch.nn.functional.group_norm`` does.
@@ -290,6 +323,8 @@ def group_norm(
         Take one weight and bias for each group, of shape (G,), as ONNX did in opset 18.
     activation, negative_slope, residual
         As in `batch_norm`.
+    mask, lengths, padding
+        As in `batch_norm`: which values count, and what the output is where they do not.
     out : array like `x`, optional
         Where to write: `x` or `residual` itself, or an array that shares no element with either.
 
@@ -312,6 +347,8 @@ def group_norm(
         y   = weight * (x - mu) / sqrt(var + eps) + bias
 
     and, where they are asked for, y = activation(y + residual).
+    With a mask, over the values that count; where a sample has none, mu and var are 0. At least one
+    value of the batch must count.
 
     References
     ----------
@@ -335,6 +372,9 @@ def group_norm(
         activation=activation,
         negative_slope=negative_slope,
         residual=residual,
+        mask=mask,
+        lengths=lengths,
+        padding=padding,
         out=out,
     )
     return y
@@ -353,13 +393,17 @@ def group_norm_forward(
     activation: str | None = None,
     negative_slope: float = 0.01,
     residual: NDArray[Float] | None = None,
+    mask: NDArray[np.bool_] | None = None,
+    lengths: NDArray[Any] | None = None,
+    padding: str = ZEROS,
     out: NDArray[Float] | None = None,
 ) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
     """Normalize groups of channels of every sample; return the statistics for the backward pass.
 
     Parameters
     ----------
-    x, num_groups, weight, bias, eps, axis, per_group, activation, negative_slope, residual, out
+    x, num_groups, weight, bias, eps, axis, per_group, activation, negative_slope, residual
+    mask, lengths, padding, out
         As in `group_norm`.
 
     Returns
@@ -407,6 +451,7 @@ def group_norm_forward(
         reads=reads,
         activation=chosen,
         residual=residual,
+        masked=(mask, lengths, padding),
     )
 
 
@@ -425,6 +470,9 @@ def group_norm_backward(
     negative_slope: float = 0.01,
     residual: NDArray[Float] | bool | None = None,
     y: NDArray[Float] | None = None,
+    mask: NDArray[np.bool_] | None = None,
+    lengths: NDArray[Any] | None = None,
+    padding: str = ZEROS,
     out: NDArray[Float] | None = None,
 ) -> tuple[NDArray[Float], ...]:
     """Return the gradients of group normalization: of its input, weight and bias.
@@ -445,6 +493,9 @@ def group_norm_backward(
         As in the forward pass: weight, dweight and dbias have the shape (G,).
     bias, activation, negative_slope, residual, y
         As in `batch_norm_backward`.
+    mask, lengths, padding
+        As the forward pass had them. Where values do not count, dx is 0, or with padding="input"
+        dy.
     out : array like `x`, optional
         Where to write dx: `dy` or `x` itself, or an array that shares no element with either.
 
@@ -485,10 +536,13 @@ def group_norm_backward(
     >>> dbias
     array([1., 1., 1., 1.])
     """
+    masked = mask, lengths, padding
     if not _validation.flag("per_group", per_group):
         given = dy, x, axis, mean, invstd, weight, False
         return gradients(
-            given, out, GROUPS, activation, negative_slope, bias, residual, y, grouped=True
+            *(given, out, GROUPS, activation, negative_slope, bias, residual, y),
+            grouped=True,
+            masked=masked,
         )
     array, channels = _validation.channel_axis_of_samples(x, axis)
     groups = _validation.groups_of_statistics("mean", mean, channels) if channels else 1
@@ -502,6 +556,7 @@ def group_norm_backward(
         *(out, GROUPS, activation, negative_slope, shift, residual, y),
         grouped=True,
         reads={"weight": weight, "bias": bias},
+        masked=masked,
     )
     with np.errstate(all="ignore"):
         sums = [g.reshape(-1, together).sum(1) for g in of_channels[:2]]

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from bnfast import _primitives, _validation
 from bnfast._activations import activation_of
 from bnfast._float_mode import in_default_float_mode
+from bnfast._masks import ZEROS
 from bnfast._primitives import Activation, Reduction
 from bnfast._typing import Array
 from bnfast.layers._layer import Gradients, Layer
+from bnfast.layers._masked import Masked, counted_by
 from bnfast.layers._tracking import TrackingLayer
 from bnfast.running_averages import LearnableMomentum
 
@@ -52,11 +57,12 @@ class FusedLayer(Layer):
         out: Array | None,
         over: Reduction,
         grouped: bool,
+        masked: _primitives.Masked,
         fused: Fused,
     ) -> Gradients:
         bias, chosen, residual, y, adds = fused
         dx, dweight, dbias, dresidual = _primitives.fused_gradient(
-            *given, out, over, grouped, bias, chosen, residual, y, adds
+            *given, out, over, grouped, bias, chosen, residual, y, adds, masked=masked
         )
         return (dx, dresidual) if adds else dx, dweight, dbias
 
@@ -71,7 +77,14 @@ class FusedTrackingLayer(FusedLayer, TrackingLayer):
 
     @in_default_float_mode
     def __call__(
-        self, x: Array, residual: Array | None = None, *, out: Array | None = None
+        self,
+        x: Array,
+        residual: Array | None = None,
+        *,
+        mask: NDArray[np.bool_] | None = None,
+        lengths: NDArray[Any] | None = None,
+        padding: str = ZEROS,
+        out: Array | None = None,
     ) -> Array:
         """Normalize a batch.
 
@@ -83,6 +96,9 @@ class FusedTrackingLayer(FusedLayer, TrackingLayer):
         residual : array like `x`, optional
             What is added before the activation, of any strides; `backward` then returns its
             gradient as well.
+        mask, lengths, padding
+            As in `bnfast.batch_norm`: which values count, and what the output is where they do not.
+            Keep them for `backward`, too, which has the same.
         out : array like `x`, optional
             Where to write. In place, where it is `x` itself, there can be no `backward`; nor where
             it is the residual itself, if the activation is silu or hardswish.
@@ -94,7 +110,8 @@ class FusedTrackingLayer(FusedLayer, TrackingLayer):
         Raises
         ------
         TypeError, ValueError
-            As the function of the same name; the layer is left as it was.
+            As the function of the same name; where there is a mask with a momentum that is learned,
+            or while the layer is recalibrated or monitored. The layer is left as it was.
 
         Warns
         -----
@@ -106,20 +123,25 @@ class FusedTrackingLayer(FusedLayer, TrackingLayer):
             finite: the layer needs ``dtype=numpy.float64``.
         """
         array = self._batch(x)
+        masked = mask, lengths, padding
+        counted = None
+        if mask is not None or lengths is not None or padding != ZEROS:
+            counted = counted_by(self, array, masked)
         if self._observer is not None:
             self._observer(array)
         training = self.training and not self.frozen
         if training:
-            self._before_training(array)
+            self._before_training(array, counted)
         running_mean, running_var = (None, None) if training else self._running_statistics()
         if self.activation is None and residual is None:
             if running_mean is None or running_var is None:
-                return self._normalize(array, out, training)
-            return self._evaluate(array, out, running_mean, running_var, self.eps)
+                return self._normalize(array, out, training, masked, counted)
+            return self._evaluate(array, out, running_mean, running_var, self.eps, masked)
         chosen = activation_of(self.activation, self.negative_slope)
         if running_mean is None or running_var is None:
-            return self._normalize_fused(array, out, training, chosen, residual)
-        return self._evaluate_fused(array, out, running_mean, running_var, chosen, residual)
+            return self._normalize_fused(array, out, training, chosen, residual, masked, counted)
+        statistics = running_mean, running_var
+        return self._evaluate_fused(array, out, statistics, chosen, residual, masked)
 
     def _normalize_fused(
         self,
@@ -128,8 +150,10 @@ class FusedTrackingLayer(FusedLayer, TrackingLayer):
         training: bool,
         chosen: Activation | None,
         residual: Array | None,
+        masked: Masked,
+        counted: NDArray[np.bool_] | None,
     ) -> Array:
-        tracks = training and self.track_running_stats and self._takes(x, self.axis)
+        tracks = training and self.track_running_stats and self._takes(x, self.axis, counted)
         if tracks and type(self.momentum) is LearnableMomentum:
             raise ValueError(
                 "momentum must be no LearnableMomentum with a residual or an activation"
@@ -145,38 +169,41 @@ class FusedTrackingLayer(FusedLayer, TrackingLayer):
             over=self._over,
             activation=chosen,
             residual=residual,
+            masked=masked,
         )
         if tracks and x.size > 0:
             self._count()
-        self._save_fused(x, y, (mean, invstd, self._kept_weight(), False), chosen, residual)
+        saved = mean, invstd, self._kept_weight(), masked, False
+        self._save_fused(x, y, saved, chosen, residual)
         return y
 
     def _evaluate_fused(
         self,
         x: Array,
         out: Array | None,
-        mean: Array,
-        variance: Array,
+        running: tuple[Array, Array],
         chosen: Activation | None,
         residual: Array | None,
+        masked: Masked,
     ) -> Array:
         y = _primitives.scale_shift(
-            *(x, self.axis, mean, variance, self.weight, self.bias, self.eps),
+            *(x, self.axis, *running, self.weight, self.bias, self.eps),
             *(self._evaluation, out),
             activation=chosen,
             residual=residual,
+            masked=masked,
         )
         statistics = self._evaluation.saved
         if statistics is None:  # x is empty: nothing was prepared, and there is no gradient
-            statistics = mean, variance, self.weight
-        self._save_fused(x, y, (*statistics, True), chosen, residual)
+            statistics = *running, self.weight
+        self._save_fused(x, y, (*statistics, masked, True), chosen, residual)
         return y
 
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        if len(saved) < 5:
+        if len(saved) < 6:
             return super()._gradients(dy, out, x, *saved)
-        mean, invstd, weight, constant, fused = saved
+        mean, invstd, weight, masked, constant, fused = saved
         over = _primitives.BATCH if constant else self._over
         given = dy, x, self.axis, mean, invstd, weight, constant
-        dx, dweight, dbias = self._fused_gradients(given, out, over, False, fused)
+        dx, dweight, dbias = self._fused_gradients(given, out, over, False, masked, fused)
         return dx, None if weight is None else dweight, dbias

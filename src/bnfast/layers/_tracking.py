@@ -62,23 +62,30 @@ class ChannelLayer(Layer):
         return array
 
     def _evaluate(
-        self, x: Array, out: Array | None, mean: Array, variance: Array, eps: float
+        self,
+        x: Array,
+        out: Array | None,
+        mean: Array,
+        variance: Array,
+        eps: float,
+        masked: _primitives.Masked = None,
     ) -> Array:
         """Return y from the running statistics, and save what the backward pass needs."""
         y = _primitives.scale_shift(
-            *(x, self.axis, mean, variance, self.weight, self.bias, eps, self._evaluation, out)
+            *(x, self.axis, mean, variance, self.weight, self.bias, eps, self._evaluation, out),
+            masked=masked,
         )
         statistics = self._evaluation.saved
         if statistics is None:  # x is empty: nothing was prepared, and there is no gradient
             statistics = mean, variance, self.weight
-        self._save(x, y, *statistics, True)
+        self._save(x, y, *statistics, masked, True)
         return y
 
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        mean, invstd, weight, constant = saved
+        mean, invstd, weight, masked, constant = saved
         over = _primitives.BATCH if constant else self._over
         dx, dweight, dbias = _primitives.gradient(
-            dy, x, self.axis, mean, invstd, weight, constant, out, over
+            dy, x, self.axis, mean, invstd, weight, constant, out, over, masked=masked
         )
         return dx, None if weight is None else dweight, dbias
 
@@ -117,11 +124,15 @@ class Averaging(Layer):
         """Return what the running statistics take as batches, along axis 0."""
         return [slice(None)]
 
-    def _takes(self, x: Array, axis: int) -> bool:
-        """Whether the running statistics take a batch; raise if it is to be refused."""
+    def _takes(self, x: Array, axis: int, counted: NDArray[np.bool_] | None = None) -> bool:
+        """Whether the running statistics take a batch; raise if it is to be refused.
+
+        Of all its positions, or of those that count.
+        """
         if self.nonfinite == PROPAGATE:
             return True
-        _, mean, m2 = _primitives.moments(x, axis)
+        where = None if counted is None else np.expand_dims(counted, axis % x.ndim)
+        _, mean, _, m2, *_ = _primitives.summarize(x, axis, where, False, False)
         return self._takes_statistics(mean, m2)
 
     def _takes_statistics(self, mean: Array, m2: Array, of: str = "x") -> bool:
@@ -253,13 +264,20 @@ class TrackingLayer(ChannelLayer, Tracking):
             return self._normalize(array, out, False)
         return self._evaluate(array, out, running_mean, running_var, self.eps)
 
-    def _before_training(self, x: Array) -> None:
-        """See a batch before the layer is trained on it."""
+    def _before_training(self, x: Array, counted: NDArray[np.bool_] | None = None) -> None:
+        """See a batch, and which of its positions count, before the layer is trained on it."""
 
-    def _normalize(self, x: Array, out: Array | None, training: bool) -> Array:
+    def _normalize(
+        self,
+        x: Array,
+        out: Array | None,
+        training: bool,
+        masked: _primitives.Masked = None,
+        counted: NDArray[np.bool_] | None = None,
+    ) -> Array:
         """Return y from the statistics of x, which training tracks and the backward pass needs."""
         given = x, self.axis, self.weight, self.bias, self.eps
-        tracks = training and self.track_running_stats and self._takes(x, self.axis)
+        tracks = training and self.track_running_stats and self._takes(x, self.axis, counted)
         if tracks and type(self.momentum) is LearnableMomentum:
             if x.size > 0:
                 return self._normalize_blended(x, out)
@@ -272,12 +290,13 @@ class TrackingLayer(ChannelLayer, Tracking):
                 self.unbiased,
                 out,
                 self._over,
+                masked=masked,
             )
             if x.size > 0:
                 self._count()
         else:
-            y, mean, invstd = _primitives.normalize(*given, out=out, over=self._over)
-        self._save(x, y, mean, invstd, self._kept_weight(), False)
+            y, mean, invstd = _primitives.normalize(*given, out=out, over=self._over, masked=masked)
+        self._save(x, y, mean, invstd, self._kept_weight(), masked, False)
         return y
 
     def _count(self) -> None:

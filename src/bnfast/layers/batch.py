@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bnfast import _validation
 from bnfast._conventions import KERAS, KERAS_LAYERS, PYTORCH_LAYERS
@@ -298,10 +298,14 @@ class BatchNorm(FusedTrackingLayer):
         layer.track_running_stats = layer.track_running_stats and source.tracks()
         return layer
 
-    def _before_training(self, x: Array) -> None:
-        if self._warned or not 0 < x.size < FEW_VALUES * self.num_features:
+    def _before_training(self, x: Array, counted: NDArray[np.bool_] | None = None) -> None:
+        if self._warned:
             return
-        values = x.size // self.num_features
+        values = x.size // max(self.num_features, 1)
+        if counted is not None:
+            values = min(values, int(counted.sum()))
+        if not 0 < values < FEW_VALUES:
+            return
         if values >= _validation.fewest_values(self.unbiased and self.running_var is not None):
             self._warned = True
             warnings.warn(

@@ -117,7 +117,7 @@ class GhostBatchNorm(TrackingLayer):
         size = self.ghost_size
         return [slice(start, start + size) for start in range(0, len(x), size)]
 
-    def _normalize(self, x: Array, out: Array | None, training: bool) -> Array:
+    def _normalize(self, x: Array, out: Array | None, training: bool, *_: Any) -> Array:
         tracks, taken = training and self.track_running_stats, None
         if tracks and self.nonfinite != PROPAGATE:
             taken = [self._takes(x[part], self.axis) for part in self._parts(x)]

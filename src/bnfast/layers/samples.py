@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._activations import activation_of
 from bnfast._conventions import KERAS_LAYERS, PYTORCH_LAYERS
 from bnfast._float_mode import in_default_float_mode
+from bnfast._masks import ZEROS
 from bnfast._primitives import GROUPS, PER_SAMPLE
 from bnfast._typing import Array
 from bnfast.layers._framework import FrameworkLayer, of_channels, of_groups
@@ -350,7 +351,14 @@ class GroupNorm(FusedLayer):
 
     @in_default_float_mode
     def __call__(
-        self, x: Array, residual: Array | None = None, *, out: Array | None = None
+        self,
+        x: Array,
+        residual: Array | None = None,
+        *,
+        mask: NDArray[np.bool_] | None = None,
+        lengths: NDArray[Any] | None = None,
+        padding: str = ZEROS,
+        out: Array | None = None,
     ) -> Array:
         """Normalize a batch.
 
@@ -362,6 +370,9 @@ class GroupNorm(FusedLayer):
         residual : array like `x`, optional
             What is added before the activation, of any strides; `backward` then returns its
             gradient as well.
+        mask, lengths, padding
+            As in `bnfast.batch_norm`: which values count, and what the output is where they do not.
+            Keep them for `backward`, too, which has the same.
         out : array like `x`, optional
             Where to write. In place, where it is `x` itself, there can be no `backward`; nor where
             it is the residual itself, if the activation is silu or hardswish.
@@ -385,12 +396,14 @@ class GroupNorm(FusedLayer):
             num_groups=self.num_groups,
             activation=chosen,
             residual=residual,
+            masked=(mask, lengths, padding),
         )
-        self._save_fused(array, y, (mean, invstd, self._kept_weight()), chosen, residual)
+        saved = mean, invstd, self._kept_weight(), (mask, lengths, padding)
+        self._save_fused(array, y, saved, chosen, residual)
         return y
 
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        mean, invstd, weight, fused = saved
+        mean, invstd, weight, masked, fused = saved
         given = dy, x, self.axis, mean, invstd, weight, False
-        dx, dweight, dbias = self._fused_gradients(given, out, GROUPS, True, fused)
+        dx, dweight, dbias = self._fused_gradients(given, out, GROUPS, True, masked, fused)
         return dx, None if weight is None else dweight, dbias

@@ -1,0 +1,494 @@
+/* Under a mask: runs of what counts go to the kernels as they lie; the rest is gathered to be summed, and merged with
+   the padding when it has been written. What does not count is in no sum, whatever it is. */
+#include "masked.h"
+
+#include <string.h>
+
+#include "portability.h"
+
+/* Values of a channel that count, on one line or on whole lines, are summed where they lie if they are so many; rows of
+   channels_last are as many. The others of their chunk are gathered: every box has moments of its own, which are merged,
+   and so this decides bits. */
+#define FEWEST_DIRECT_VALUES ((size_t)64)
+#define FEWEST_DIRECT_ROWS ((size_t)32)
+
+/* Rows of channels_last that are gathered at a time: as many as scratch holds with all of their channels, but at least
+   so many. Bits must not depend on slabs. */
+#define FEWEST_GATHERED_ROWS ((size_t)16)
+
+/* the pieces of a chunk, whose lines are its outer */
+
+/* Positions of a chunk that count: neighbours, of a line or whole lines, or places here and there; contiguous has these
+   line by line. */
+typedef struct {
+    size_t first, count;
+    const uint16_t *places; /* NULL of neighbours */
+    int direct;
+} piece;
+
+typedef struct {
+    const bn_stretch *stretch, *end;
+    const uint16_t *places;
+    size_t line, at, fewest; /* `at`, so many of the stretch have been seen */
+    int by_lines;
+} piece_walk;
+
+static piece_walk pieces_of(const bn_job *job, const bn_masked_chunk *chunk, bn_extent extent)
+{
+    const int contiguous = job->plan->layout == BN_contiguous;
+    const bn_stretch *first = job->mask.stretches + chunk->first_stretch;
+    return (piece_walk){first, first + chunk->stretches, job->mask.places + chunk->first_place, extent.inner, 0,
+                        contiguous ? FEWEST_DIRECT_VALUES : FEWEST_DIRECT_ROWS, contiguous};
+}
+
+/* How many of some places, in order, come before an end. */
+static size_t places_before(const uint16_t *places, size_t count, size_t end)
+{
+    size_t before = 0;
+    if (places[count - 1] < end) {
+        return count;
+    }
+    while (count > 0) {
+        const size_t half = count / 2;
+        if (places[before + half] < end) {
+            before += half + 1;
+            count -= half + 1;
+        } else {
+            count = half;
+        }
+    }
+    return before;
+}
+
+/* The next places of a stretch. */
+static piece next_places(piece_walk *walk, bn_stretch stretch)
+{
+    const uint16_t *places = walk->places + stretch.first_place + walk->at;
+    piece next = {places[0], stretch.count - walk->at, places, 0};
+    if (walk->by_lines) {
+        next.count = places_before(places, next.count, (next.first / walk->line + 1) * walk->line);
+        if (places[next.count - 1] - next.first + 1 == next.count) {
+            next.places = NULL;
+            next.direct = next.count >= walk->fewest;
+        }
+    }
+    return next;
+}
+
+static int next_piece(piece_walk *walk, piece *next)
+{
+    for (; walk->stretch < walk->end; walk->stretch++, walk->at = 0) {
+        const bn_stretch stretch = *walk->stretch;
+        if (walk->at < stretch.count) {
+            if (stretch.count < stretch.end - stretch.first) {
+                *next = next_places(walk, stretch);
+            } else { /* whole lines */
+                *next = (piece){stretch.first, stretch.count, NULL, stretch.count >= walk->fewest};
+            }
+            walk->at += next->count;
+            return 1;
+        }
+    }
+    return 0;
+}
+
+/* gathered inputs */
+
+static size_t chunk_at(const bn_plan *plan, const bn_box *box)
+{
+    return plan->chunks_per_run > 1 ? box->outer * plan->chunks_per_run + box->inner / plan->chunk_inner
+                                    : box->outer / plan->chunk_outer;
+}
+
+#define GATHER(type)                                                                                         \
+    static void gather_##type(type *to, const type *from, const uint16_t *places, size_t count, size_t base) \
+    {                                                                                                        \
+        for (size_t i = 0; i < count; i++) {                                                                 \
+            to[i] = from[places[i] - base];                                                                  \
+        }                                                                                                    \
+    }
+GATHER(float)
+GATHER(double)
+
+/* A part of a line, of all channels. */
+static void gather_from_line(const bn_plan *plan, size_t channels, piece some, size_t line, bn_view from, bn_view to,
+                             size_t at)
+{
+    const size_t base = some.first / line * line;
+    for (size_t c = 0; c < channels; c++) {
+        const ptrdiff_t from_at = (ptrdiff_t)(some.first / line) * from.strides.outer + (ptrdiff_t)c * from.strides.channel;
+        const ptrdiff_t to_at = (ptrdiff_t)c * to.strides.channel + (ptrdiff_t)at;
+        if (!some.places) {
+            memcpy((char *)to.data + to_at * (ptrdiff_t)plan->itemsize,
+                   (const char *)from.data + (from_at + (ptrdiff_t)(some.first - base)) * (ptrdiff_t)plan->itemsize,
+                   some.count * plan->itemsize);
+        } else if (plan->dtype == BN_f32) {
+            gather_float((float *)to.data + to_at, (const float *)from.data + from_at, some.places, some.count, base);
+        } else {
+            gather_double((double *)to.data + to_at, (const double *)from.data + from_at, some.places, some.count, base);
+        }
+    }
+}
+
+/* Of one line, or of whole lines. */
+static void gather_values(const bn_plan *plan, size_t channels, piece some, size_t line, bn_view from, bn_view to,
+                          size_t at)
+{
+    piece part = some;
+    for (size_t done = 0; done < some.count; done += part.count) {
+        part.first = some.first + done;
+        part.count = some.places ? some.count : MIN(some.count - done, line - part.first % line);
+        gather_from_line(plan, channels, part, line, from, to, at + done);
+    }
+}
+
+/* Those of the piece's rows that the box has, after so many others. */
+static void gather_rows(const bn_plan *plan, const bn_box *box, piece some, size_t before, bn_view from, bn_view to)
+{
+    const size_t bytes = box->extent.channels * plan->itemsize;
+    const ptrdiff_t step = from.strides.outer * (ptrdiff_t)plan->itemsize;
+    const size_t first = MAX(before, box->first_gathered);
+    const size_t end = MIN(before + some.count, box->first_gathered + box->extent.outer);
+    char *row = (char *)to.data + (first - box->first_gathered) * bytes;
+    for (size_t i = first; i < end; i++, row += bytes) {
+        const size_t at = some.places ? some.places[i - before] : some.first + (i - before);
+        memcpy(row, (const char *)from.data + (ptrdiff_t)at * step, bytes);
+    }
+}
+
+/* Staged operands are brought into a scratch that all of them share, and gathered out of it. */
+bn_view bn_gathered_view(const bn_job *job, bn_role role, const bn_box *box)
+{
+    const bn_plan *plan = job->plan;
+    const bn_box chunk = box_of_chunk(plan, chunk_at(plan, box), (range){box->channel, box->extent.channels});
+    const bn_view from = bn_view_to_read(job->kernels, plan, role, job->operand[role], &chunk, buffer_of(job, BN_MASK));
+    const bn_view to = bn_dense_view(box, buffer_of(job, role));
+    piece_walk walk = pieces_of(job, box->gathered, chunk.extent);
+    piece some;
+    for (size_t at = 0; next_piece(&walk, &some);) {
+        if (some.direct) {
+            continue;
+        }
+        if (plan->layout == BN_contiguous) {
+            gather_values(plan, box->extent.channels, some, chunk.extent.inner, from, to, at);
+        } else {
+            gather_rows(plan, box, some, at, from, to);
+        }
+        at += some.count;
+    }
+    return to;
+}
+
+/* sums */
+
+static void sum_box_as_it_lies(const bn_job *job, bn_box box, int in_scratch, block_sums *block, bn_sum_box *sum_box)
+{
+    bn_sum_channels(job, box, channels_at_once(job, &box, in_scratch), *block, sum_box);
+    block->count += box.extent.outer * box.extent.inner;
+}
+
+/* Neighbours of a line, or whole lines. */
+static bn_box box_at(bn_box chunk, size_t first, size_t count)
+{
+    const size_t line = chunk.extent.inner;
+    chunk.outer += first / line;
+    chunk.inner += first % line;
+    chunk.extent.outer = MAX(count / line, (size_t)1);
+    chunk.extent.inner = MIN(count, line);
+    return chunk;
+}
+
+static void sum_gathered(const bn_job *job, bn_box box, size_t gathered, block_sums *block, bn_sum_box *sum_box)
+{
+    const bn_plan *plan = job->plan;
+    const size_t staged_channels = plan->any_staged ? channels_at_once(job, &box, 1) : box.extent.channels;
+    const size_t rows = MAX(BN_SCRATCH_BYTES / (plan->channels * plan->itemsize), FEWEST_GATHERED_ROWS);
+    const size_t most = plan->layout == BN_channels_last && plan->interleave == 1 ? rows : gathered;
+    for (size_t count; box.first_gathered < gathered; box.first_gathered += count) {
+        count = MIN(gathered - box.first_gathered, most);
+        box.extent.outer = plan->layout == BN_contiguous ? 1 : count;
+        box.extent.inner = plan->layout == BN_contiguous ? count : 1;
+        bn_sum_channels(job, box, MIN(staged_channels, channels_at_once(job, &box, 1)), *block, sum_box);
+        block->count += count;
+    }
+}
+
+static void sum_some(const bn_job *job, bn_box box, const bn_masked_chunk *chunk, int in_scratch, block_sums *block,
+                     bn_sum_box *sum_box)
+{
+    piece_walk walk = pieces_of(job, chunk, box.extent);
+    piece some;
+    size_t gathered = 0;
+    while (next_piece(&walk, &some)) {
+        if (some.direct) {
+            sum_box_as_it_lies(job, box_at(box, some.first, some.count), in_scratch, block, sum_box);
+        } else {
+            gathered += some.count;
+        }
+    }
+    box.gathered = chunk;
+    sum_gathered(job, box, gathered, block, sum_box);
+}
+
+void bn_sum_masked_block(const bn_job *job, size_t number, range channels, int in_scratch, bn_sum_box *sum_box)
+{
+    const range chunks = chunks_of_block(job->plan, number);
+    block_sums block = {number, 0, channels.first};
+    for (size_t i = chunks.first; i < chunks.first + chunks.count; i++) {
+        const bn_box box = box_of_chunk(job->plan, i, channels);
+        const bn_masked_chunk *chunk = job->mask.chunks + i;
+        if (chunk->count == box.extent.outer * box.extent.inner) {
+            sum_box_as_it_lies(job, box, in_scratch, &block, sum_box);
+        } else if (chunk->count > 0) {
+            sum_some(job, box, chunk, in_scratch, &block, sum_box);
+        }
+    }
+}
+
+/* outputs */
+
+/* What the output has where values do not count: this input, or 0. */
+static bn_role input_kept(const bn_job *job) { return job->operand[BN_DY] ? BN_DY : BN_X; }
+
+static const bn_view nothing = {NULL, {0, 0}};
+
+static bn_view view_of_kept(const bn_job *job, const bn_box *box)
+{
+    return job->mask.keeps_input ? input_view(job, input_kept(job), box) : nothing;
+}
+
+/* Where a run of a box begins: of its inner, or of its channels. */
+static void *run_at(const bn_plan *plan, bn_view view, size_t outer, size_t channel)
+{
+    const ptrdiff_t elements = (ptrdiff_t)outer * view.strides.outer + (ptrdiff_t)channel * view.strides.channel;
+    return (char *)view.data + elements * (ptrdiff_t)plan->itemsize;
+}
+
+static void pad_run(void *to, const void *kept, size_t bytes)
+{
+    if (!kept) {
+        memset(to, 0, bytes);
+    } else if (kept != to) {
+        memcpy(to, kept, bytes);
+    }
+}
+
+static void pad(const bn_job *job, const bn_box *box, bn_role output, bn_view kept)
+{
+    const bn_plan *plan = job->plan;
+    char *scratch = buffer_of(job, output);
+    const bn_view to = bn_view_to_write(plan, output, job->operand[output], box, scratch);
+    const int contiguous = plan->layout == BN_contiguous;
+    size_t outer = box->extent.outer, runs = contiguous ? box->extent.channels : 1;
+    size_t run = contiguous ? box->extent.inner : box->extent.channels;
+    /* Zeros of runs that follow each other are written at once. */
+    if (!kept.data && runs > 1 && to.strides.channel == (ptrdiff_t)run) {
+        run *= runs;
+        runs = 1;
+    }
+    if (!kept.data && runs == 1 && to.strides.outer == (ptrdiff_t)run) {
+        run *= outer;
+        outer = 1;
+    }
+    for (size_t o = 0; o < outer; o++) {
+        for (size_t c = 0; c < runs; c++) {
+            pad_run(run_at(plan, to, o, c), kept.data ? run_at(plan, kept, o, c) : NULL, run * plan->itemsize);
+        }
+    }
+    bn_written(job->kernels, plan, output, job->operand[output], box, scratch, job->stores);
+}
+
+static void write_padding(const bn_job *job, const bn_box *box)
+{
+    pad(job, box, job->method.output->writes, view_of_kept(job, box));
+    if (job->operand[BN_DRESIDUAL]) {
+        pad(job, box, BN_DRESIDUAL, nothing);
+    }
+}
+
+/* The three may be the same memory. */
+#define MERGE(type)                                                                                        \
+    static void merge_##type(type *to, const unsigned char *counts, const type *made, const type *kept,    \
+                             size_t count)                                                                 \
+    {                                                                                                      \
+        if (kept) {                                                                                        \
+            BN_SIMD                                                                                        \
+            for (size_t i = 0; i < count; i++) {                                                           \
+                const type value = made[i], padding = kept[i];                                             \
+                to[i] = counts[i] ? value : padding;                                                       \
+            }                                                                                              \
+        } else {                                                                                           \
+            BN_SIMD                                                                                        \
+            for (size_t i = 0; i < count; i++) {                                                           \
+                const type value = made[i];                                                                \
+                to[i] = counts[i] ? value : 0;                                                             \
+            }                                                                                              \
+        }                                                                                                  \
+    }
+MERGE(float)
+MERGE(double)
+
+static void merge_run(const bn_plan *plan, void *to, const unsigned char *counts, const void *made, const void *kept,
+                      size_t count)
+{
+    if (plan->dtype == BN_f32) {
+        merge_float(to, counts, made, kept, count);
+    } else {
+        merge_double(to, counts, made, kept, count);
+    }
+}
+
+static void merge(const bn_job *job, const bn_box *box, bn_role output, bn_view made, bn_view kept)
+{
+    const bn_plan *plan = job->plan;
+    const bn_view to = bn_view_to_write(plan, output, job->operand[output], box, made.data);
+    const bn_extent extent = box->extent;
+    for (size_t o = 0; o < extent.outer; o++) {
+        const unsigned char *counts = box->counts + o * plan->inner;
+        if (plan->layout == BN_channels_last) {
+            const void *run = *counts ? run_at(plan, made, o, 0) : kept.data ? run_at(plan, kept, o, 0) : NULL;
+            pad_run(run_at(plan, to, o, 0), run, extent.channels * plan->itemsize);
+            continue;
+        }
+        for (size_t c = 0; c < extent.channels; c++) {
+            merge_run(plan, run_at(plan, to, o, c), counts, run_at(plan, made, o, c),
+                      kept.data ? run_at(plan, kept, o, c) : NULL, extent.inner);
+        }
+    }
+    bn_written(job->kernels, plan, output, job->operand[output], box, made.data, job->stores);
+}
+
+void bn_write_merged(const bn_job *job, const bn_box *box, bn_view made)
+{
+    merge(job, box, job->method.output->writes, made, view_of_kept(job, box));
+    if (job->operand[BN_DRESIDUAL]) {
+        merge(job, box, BN_DRESIDUAL, input_view(job, BN_DRESIDUAL, box), nothing);
+    }
+}
+
+bn_view bn_padding_view(const bn_job *job, const bn_box *box)
+{
+    return (bn_view){buffer_of(job, BN_MASK), {(ptrdiff_t)box->extent.inner, 0}};
+}
+
+/* One number for each position. */
+static void make_padding_view(const bn_job *job, const bn_box *box)
+{
+    const bn_plan *plan = job->plan;
+    const size_t run = box->extent.inner;
+    char *to = buffer_of(job, BN_MASK);
+    for (size_t o = 0; o < box->extent.outer; o++, to += run * plan->itemsize) {
+        const unsigned char *counts = box->counts + o * plan->inner;
+        if (plan->dtype == BN_f32 && !job->mask.keeps_input) {
+            job->kernels->widen[BN_stored_u8](run, (const char *)counts, 1, to);
+        } else if (plan->dtype == BN_f32) {
+            for (size_t i = 0; i < run; i++) {
+                ((float *)(void *)to)[i] = counts[i] ? 1.0F : 2.0F;
+            }
+        } else {
+            for (size_t i = 0; i < run; i++) {
+                ((double *)(void *)to)[i] = counts[i] ? 1.0 : job->mask.keeps_input ? 2.0 : 0.0;
+            }
+        }
+    }
+}
+
+/* Where some values count: as much at a time as scratch holds, of the mask alone or of all channels. */
+static void write_some(const bn_job *job, const bn_box *box, size_t max_channels)
+{
+    const bn_plan *plan = job->plan;
+    const size_t most = job->scratch_bytes / plan->itemsize;
+    const size_t inner = MIN(box->extent.inner, most);
+    const size_t channels = MIN(box->extent.channels, max_channels);
+    const size_t at_once = job->method.masked ? 1 : MIN(channels, most / inner);
+    const size_t outer = MIN(box->extent.outer, most / inner / at_once);
+    bn_box part = *box;
+    for (size_t o = 0; o < box->extent.outer; o += outer) {
+        for (size_t i = 0; i < box->extent.inner; i += inner) {
+            part.outer = box->outer + o;
+            part.inner = box->inner + i;
+            part.extent.outer = MIN(outer, box->extent.outer - o);
+            part.extent.inner = MIN(inner, box->extent.inner - i);
+            part.counts = job->mask.counts + part.outer * plan->inner + part.inner;
+            if (job->method.masked) {
+                make_padding_view(job, &part);
+            }
+            bn_write_parts(job, &part, job->method.masked ? channels : at_once, bn_write_values);
+        }
+    }
+}
+
+/* What positions are alike in. */
+typedef enum { NONE_COUNTS, ALL_COUNT, SOME_COUNT } likeness;
+
+static likeness likeness_of(bn_stretch stretch)
+{
+    return stretch.count == 0 ? NONE_COUNTS : stretch.count == stretch.end - stretch.first ? ALL_COUNT : SOME_COUNT;
+}
+
+static void write_alike(const bn_job *job, const bn_box *box, likeness like, size_t max_channels)
+{
+    if (like == SOME_COUNT) {
+        write_some(job, box, max_channels);
+    } else {
+        bn_write_parts(job, box, max_channels, like == ALL_COUNT ? bn_write_values : write_padding);
+    }
+}
+
+/* A part of a line, whole lines, a part of a line. */
+static void write_lines(const bn_job *job, bn_box box, range positions, likeness like, size_t max_channels)
+{
+    const size_t line = job->plan->inner;
+    for (size_t left = positions.count, at = positions.first, done; left > 0; left -= done, at += done) {
+        const size_t of_line = line - at % line;
+        done = of_line < line || left < line ? MIN(of_line, left) : left / line * line;
+        box.outer = at / line;
+        box.inner = at % line;
+        box.extent.outer = MAX(done / line, (size_t)1);
+        box.extent.inner = MIN(done, line);
+        write_alike(job, &box, like, max_channels);
+    }
+}
+
+static size_t first_of_chunk(const bn_plan *plan, size_t chunk)
+{
+    const bn_box box = box_of_chunk(plan, chunk, (range){0, 1});
+    return box.outer * plan->inner + box.inner;
+}
+
+/* Neighbouring positions of a box, in the order of the walk: stretches that are alike together. */
+static void write_positions(const bn_job *job, bn_box box, range positions, size_t max_channels)
+{
+    const size_t end = positions.first + positions.count;
+    range alike = {positions.first, 0};
+    likeness like = NONE_COUNTS;
+    for (size_t number = chunk_at(job->plan, &box); alike.first + alike.count < end; number++) {
+        const bn_masked_chunk *chunk = job->mask.chunks + number;
+        const bn_stretch *stretch = job->mask.stretches + chunk->first_stretch;
+        const size_t base = first_of_chunk(job->plan, number);
+        for (size_t i = 0; i < chunk->stretches; i++, stretch++) {
+            const size_t at = alike.first + alike.count, next = MIN(base + stretch->end, end);
+            if (next <= at) {
+                continue;
+            }
+            if (alike.count > 0 && likeness_of(*stretch) != like) {
+                write_lines(job, box, alike, like, max_channels);
+                alike = (range){at, 0};
+            }
+            like = likeness_of(*stretch);
+            alike.count = next - alike.first;
+        }
+    }
+    write_lines(job, box, alike, like, max_channels);
+}
+
+void bn_write_masked(const bn_job *job, const bn_box *box, size_t max_channels)
+{
+    const size_t line = job->plan->inner, length = box->extent.inner;
+    const size_t lines_at_once = length == line ? box->extent.outer : 1;
+    bn_box part = *box;
+    for (; part.outer < box->outer + box->extent.outer; part.outer += lines_at_once) {
+        const range positions = {part.outer * line + part.inner, lines_at_once * length};
+        write_positions(job, part, positions, max_channels);
+    }
+}
