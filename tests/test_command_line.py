@@ -38,7 +38,7 @@ def test_version():
     [
         *((), ("nonsense",), ("demo", "--epochs", "many"), ("demo", "--epochs", "0")),
         *(("demo", "--seed", "-1"), ("demo", "--learning-rate", "0")),
-        ("demo", "--dtype", "float64"),
+        *(("demo", "--dtype", "float64"), ("demo", "--fused", "--in-place")),
         *(("demo", "--output", "plot.xyz"), ("demo", "--output", "not/a/folder/plot.png")),
     ],
 )
@@ -113,6 +113,39 @@ def test_the_demo_says_which_type_its_activations_have(tmp_path):
     assert "activations of bfloat16" in " ".join(done.stdout.split())
     difference = float(re.search(r"at most\s+([\d.e-]+)\s+of the largest", done.stdout)[1])
     assert 1e-4 < difference <= 2.0**-7  # a step of the type
+
+
+@pytest.mark.parametrize("fused", ["fused", "inplace"])
+def test_the_network_of_the_demo_is_as_accurate_fused_and_in_place(fused):
+    for package in ("sklearn", "matplotlib", "rich", "ml_dtypes"):
+        pytest.importorskip(package)
+    from bnfast._cli import demo, digits
+
+    data = digits.load()
+    kept, accuracies = [], []
+    for dtype, kind in (("float32", None), ("bfloat16", fused)):
+
+        def normalize(channels, kind=kind):
+            layer = bnfast.BatchNorm(channels, axis=-1, **demo.FUSED[kind])
+            return digits.Normalization(layer)
+
+        network = digits.Network(0, normalize, fused=kind is not None, dtype=_dtypes.named(dtype))
+        list(network.train(data, epochs=5, batch_size=64, learning_rate=0.5, seed=0))
+        accuracies.append(network.accuracy(data))
+        kept.append(network.kept_bytes(data.images[:64]))
+    assert accuracies[0] > 0.95
+    assert abs(accuracies[1] - accuracies[0]) <= 0.01
+    assert kept[1] < 0.5 * kept[0]
+
+
+@pytest.mark.parametrize("option", ["--fused", "--in-place"])
+def test_the_demo_compares_what_it_fuses(tmp_path, option):
+    for package in ("sklearn", "matplotlib", "rich"):
+        pytest.importorskip(package)
+    done = run("demo", option, "--epochs", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    difference = float(re.search(r"at most\s+([\d.e-]+)\s+of the largest", done.stdout)[1])
+    assert difference < 1e-4
 
 
 def test_demo_trains_prints_and_plots(tmp_path):

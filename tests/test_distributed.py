@@ -483,10 +483,13 @@ class Silent(Alone):
         pytest.fail("an exchange")
 
 
+NEIGHBOURS = {"activation", "negative_slope", "inplace"}
+
+
 def test_the_arguments_are_those_of_batch_norm_but_for_what_follows_it():
     own = inspect.signature(SyncBatchNorm).parameters
     plain = inspect.signature(bnfast.BatchNorm).parameters
-    shared = [plain[name] for name in plain if name not in {"activation", "negative_slope"}]
+    shared = [plain[name] for name in plain if name not in NEIGHBOURS]
     assert [str(own[name]) for name in own if name != "communicator"] == [*map(str, shared)]
 
 

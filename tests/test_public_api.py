@@ -126,7 +126,7 @@ def test_all_names_are_there_and_documented():
             bnfast.BatchNorm,
             "num_features, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, *, "
             f"axis=1, unbiased=True, dtype={np.float32!r}, frozen=False, nonfinite='propagate', "
-            "activation=None, negative_slope=0.01",
+            "activation=None, negative_slope=0.01, inplace=False",
         ),
         (
             bnfast.conditional_batch_norm,

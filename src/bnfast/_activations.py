@@ -50,7 +50,7 @@ def upstream_of(
                 "y does not tell what silu or hardswish was given: leave it out, and give the "
                 "bias, and the residual where there was one"
             )
-        if not activation.is_invertible:
+        if not activation.is_gated_by_output:
             raise ValueError(
                 "y does not tell the gradient of leaky_relu with a negative_slope below 0: leave "
                 "it out, and give the bias, and the residual where there was one"

@@ -203,7 +203,7 @@ cdef int scale_shift(
 cdef int gradient(
     Plan plan, x, dy, dx, weight, mean, invstd, dweight, dbias, size_t per_group,
     bint constant_statistics, bias, Activation activation, floors, dfloors, sum_activation, sum_dy,
-    sum_dy_xhat, int threads, residual=*, y=*, dresidual=*, Mask mask=*
+    sum_dy_xhat, int threads, residual=*, y=*, dresidual=*, Mask mask=*, bint x_is_output=*
 ) except -1
 cdef int parameter_gradient(sums, gradient) except -1
 cdef int gradient_of_samples(

@@ -28,6 +28,7 @@ class Mask:
 class Activation:
     parameter: str
     is_curve: bool
+    is_gated_by_output: bool
     is_invertible: bool
     def __init__(
         self,

@@ -9,6 +9,7 @@ from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.ref cimport Py_INCREF
 from cython.parallel cimport prange
+from libc.math cimport INFINITY
 from libc.stddef cimport ptrdiff_t, size_t
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
@@ -63,9 +64,15 @@ cdef class Activation:
         return self.c.kind != BN_activation_piecewise
 
     @property
-    def is_invertible(self):
+    def is_gated_by_output(self):
         """Whether the output says on which side of its bounds the input was."""
         return not self.is_curve and self.c.slope > 0.0
+
+    @property
+    def is_invertible(self):
+        """Whether the output says what the input was."""
+        cdef bint is_bounded = self.c.floor > -INFINITY or self.c.ceiling < INFINITY
+        return self.is_gated_by_output and not is_bounded
 
 
 cdef bn_plan _plan_in_c(plan, roles, stored, size_t stored_itemsize):
@@ -500,13 +507,15 @@ cdef int scale_shift(
 cdef int gradient(
     Plan plan, x, dy, dx, weight, mean, invstd, dweight, dbias, size_t per_group,
     bint constant_statistics, bias, Activation activation, floors, dfloors, sum_activation, sum_dy,
-    sum_dy_xhat, int threads, residual=None, y=None, dresidual=None, Mask mask=None
+    sum_dy_xhat, int threads, residual=None, y=None, dresidual=None, Mask mask=None,
+    bint x_is_output=False
 ) except -1:
     """Write dx, dweight and dbias; mean and invstd are as `normalize` writes them, or mean is None.
 
     With an activation dy is the gradient of what that made; it needs what it made, y, or else the
     bias and the residual, if there was one, whose gradient `dresidual` receives. `dfloors` receives
-    the gradient of its floors; `sum_activation`, `sum_dy` and `sum_dy_xhat` (float64, as large as
+    the gradient of its floors; where `x_is_output`, x is y, of which what the activation was given
+    is made; `sum_activation`, `sum_dy` and `sum_dy_xhat` (float64, as large as
     invstd) receive that gradient for each repeat, sum(dy) and sum(dy * (x - mean) * invstd). What
     is written but dx may be None.
     """
@@ -538,7 +547,7 @@ cdef int gradient(
             wanted |= 1 << BN_SUM_ACTIVATION
     if c.dtype == BN_f64 and centred and not constant_statistics:
         wanted |= 1 << BN_MEAN_LOW
-    job.constant_statistics = constant_statistics
+    job.constant_statistics, job.x_is_output = constant_statistics, x_is_output
     job.per_group, job.centred = per_group, centred
     _choose_and_take(&workspace, &job, wanted, threads, made=made, of_rows=made)
     _do_all(&job, &workspace, bn_gradient_stages, threads)

@@ -69,6 +69,7 @@ cdef extern from "job.h" nogil:
         const double *weight
         const double *bias
         bn_activated activation
+        int x_is_output
         const double *floors
         double eps
         const double *channel_eps

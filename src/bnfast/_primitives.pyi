@@ -115,6 +115,17 @@ def fused_gradient(
     reads: Reads = None,
     masked: Masked = None,
 ) -> tuple[Array, Array, Array, Any]: ...
+def gradient_of_output(
+    dy: object,
+    y: object,
+    axis: object,
+    mean: object,
+    invstd: object,
+    weight: object,
+    constant_statistics: bool,
+    out: object,
+    activation: Activation | None,
+) -> tuple[Array, Array, Array]: ...
 def normalize_rows(
     x: object,
     normalized_shape: object,

@@ -278,6 +278,20 @@ def fused_gradient(
     return made[0], made[1], made[2], made[4]
 
 
+def gradient_of_output(
+    dy, y, axis, mean, invstd, weight, bint constant_statistics, out, _Activation activation
+):
+    """Return dx, dweight and dbias of what wrote y over its input, of which only y is left.
+
+    What the activation was given is made of y; the mean (the bias of the forward pass), invstd and
+    weight are what they are of that.
+    """
+    return _gradient(
+        dy, y, axis, mean, invstd, weight, constant_statistics, out, BATCH, False, None, activation,
+        None, None, None, None, None if activation is None else y, False, None, True
+    )[:3]
+
+
 cdef inline str _parameter_name(_Activation activation):
     return "parameter" if activation is None else activation.parameter
 
@@ -285,7 +299,7 @@ cdef inline str _parameter_name(_Activation activation):
 cdef tuple _gradient(
     dy, x_, axis_, mean, invstd, weight, bint constant_statistics, out, Reduction over,
     bint grouped, bias, _Activation activation, given, sums, reads, residual, y_, bint keeps,
-    masked=None
+    masked=None, bint x_is_output=False
 ):
     cdef Py_ssize_t axis
     cdef cnp.ndarray x = _batch(x_, axis_, &axis, over)
@@ -310,7 +324,7 @@ cdef tuple _gradient(
     y = None if y_ is None else _upstream(y_, x, ("y", "x"))
     dx = _output(
         out, x, ("dy", "x", "weight", "mean", saved, "bias", called, "residual", "y"),
-        (upstream, x, weight, mean, invstd, bias, given, residual, y_),
+        (upstream, x, weight, mean, invstd, bias, given, residual, None if x_is_output else y_),
         _also_read(reads, masked, counted), 2
     )
     dresidual = None
@@ -336,7 +350,7 @@ cdef tuple _gradient(
             constant_statistics, shift, activation, parameter, dparameter,
             None if sums is None else sums[0], None, None if sums is None else sums[1],
             _threads_for(x, 5), None if y is not None else added, y,
-            None if activation is None else dresidual, mask
+            None if activation is None else dresidual, mask, x_is_output
         )
     return (
         dx, _of_parameter("weight", weight, scale, dweight),

@@ -100,6 +100,20 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         help="of the activations and their gradients; parameters are float32",
     )
+    fused = demo.add_mutually_exclusive_group()
+    fused.add_argument(
+        "--fused",
+        action="store_const",
+        const="fused",
+        help="batch norm and ReLU in one pass, forward and backward",
+    )
+    fused.add_argument(
+        "--in-place",
+        dest="fused",
+        action="store_const",
+        const="inplace",
+        help="batch norm and a leaky ReLU in the memory of their input, which is not kept",
+    )
     demo.add_argument(
         "--output", type=_new_png, default="bnfast_demo.png", metavar="FILE", help="the plot"
     )
@@ -390,7 +404,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     return demo.run(
-        options.epochs, options.learning_rate, options.seed, options.output, options.dtype
+        *(options.epochs, options.learning_rate, options.seed, options.output),
+        *(options.dtype, options.fused),
     )
 
 

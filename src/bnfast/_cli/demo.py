@@ -6,8 +6,10 @@ difference they make.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -34,12 +36,17 @@ class Stopwatch:
 
 
 class ComparedNormalization(Normalization):
-    """Batch norm, and beside it, in training, the NumPy formulas on the same arrays."""
+    """Batch norm, and beside it, in training, the NumPy formulas on the same arrays.
+
+    With an activation in the same pass, where there is one.
+    """
 
     layer: BatchNorm
 
-    def __init__(self, channels: int, stopwatch: Stopwatch) -> None:
-        super().__init__(BatchNorm(channels, axis=-1))
+    def __init__(self, channels: int, stopwatch: Stopwatch, **fused: Any) -> None:
+        super().__init__(BatchNorm(channels, axis=-1, **fused))
+        slopes = {None: None, "relu": 0.0, "leaky_relu": self.layer.negative_slope}
+        self.slope = slopes[self.layer.activation]
         self.running_mean, self.running_var = np.zeros((2, channels), np.float32)
         self.stopwatch = stopwatch
 
@@ -48,18 +55,22 @@ class ComparedNormalization(Normalization):
             return self.layer(x)
         assert self.layer.weight is not None
         assert self.layer.bias is not None
+        before = x.copy() if self.layer.inplace else x
         start = perf_counter()
         y = self.layer(x)
         middle = perf_counter()
         plain, mean, invstd = numpy_formulas.batch_norm_forward(
-            float32(x), self.layer.weight, self.layer.bias, self.layer.eps, axis=-1
+            float32(before), self.layer.weight, self.layer.bias, self.layer.eps, axis=-1
         )
+        if self.slope is not None:
+            np.multiply(plain, np.float32(self.slope), out=plain, where=plain < 0)
+            self.negative = ~(y > 0)  # a value beside 0 may be on either side, as it is rounded
         plain = plain.astype(x.dtype, copy=False)
         count = x.size // x.shape[-1]
         unbiased = (1 / invstd**2 - self.layer.eps) * np.float32(count / (count - 1))
         numpy_formulas.update_running(self.running_mean, self.running_var, mean, unbiased, 0.1)
         self._note(middle - start, perf_counter() - middle, y, plain)
-        self.before, self.after, self.saved = x, y, (mean, invstd)
+        self.before, self.after, self.saved = before, y, (mean, invstd)
         return y
 
     def backward(self, dy: Array) -> Array:
@@ -67,8 +78,11 @@ class ComparedNormalization(Normalization):
         start = perf_counter()
         dx = self.layer.backward(dy)
         middle = perf_counter()
+        upstream = float32(dy)
+        if self.slope is not None:
+            upstream = np.where(self.negative, np.float32(self.slope) * upstream, upstream)
         plain, _, _ = numpy_formulas.batch_norm_backward(
-            float32(dy), float32(self.before), *self.saved, self.layer.weight, axis=-1
+            upstream, float32(self.before), *self.saved, self.layer.weight, axis=-1
         )
         plain = plain.astype(dy.dtype, copy=False)
         self._note(middle - start, perf_counter() - middle, dx, plain)
@@ -104,7 +118,17 @@ def _plot(path: Path, losses: dict[str, list[float]], first: ComparedNormalizati
     figure.savefig(path, dpi=120)
 
 
-def run(epochs: int, learning_rate: float, seed: int, output: Path, dtype: str) -> int:
+# How a normalization gets its activation, by the argument of the command.
+FUSED: Mapping[str | None, Mapping[str, Any]] = {
+    None: {},
+    "fused": {"activation": "relu"},
+    "inplace": {"activation": "leaky_relu", "inplace": True},
+}
+
+
+def run(
+    epochs: int, learning_rate: float, seed: int, output: Path, dtype: str, fused: str | None
+) -> int:
     """Train both networks, print the table, write the plot; return the exit status."""
     console = Console()
     data = digits.load()
@@ -112,12 +136,12 @@ def run(epochs: int, learning_rate: float, seed: int, output: Path, dtype: str) 
     compared: list[ComparedNormalization] = []
 
     def normalize(channels: int) -> Normalization:
-        compared.append(ComparedNormalization(channels, stopwatch))
+        compared.append(ComparedNormalization(channels, stopwatch, **FUSED[fused]))
         return compared[-1]
 
     activations = _dtypes.named(dtype)
     networks = {
-        "with batch norm": Network(seed, normalize, dtype=activations),
+        "with batch norm": Network(seed, normalize, fused=fused is not None, dtype=activations),
         "without": Network(seed, dtype=activations),
     }
     losses: dict[str, list[float]] = {}

@@ -14,6 +14,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from bnfast._cli.kept_memory import kept_bytes
 from bnfast._typing import Array
 from bnfast.layers._layer import Layer
 
@@ -173,8 +174,8 @@ class Network:
     """Three convolutions and a linear classifier.
 
     `normalize` makes the normalization of so many channels, which comes before the activation or
-    after it. What goes from stage to stage, in both directions, is of `dtype`; parameters, their
-    gradients and the logits are float32.
+    after it, or has one of its own, `fused`. What goes from stage to stage, in both directions, is
+    of `dtype`; parameters, their gradients and the logits are float32.
     """
 
     def __init__(
@@ -183,6 +184,7 @@ class Network:
         normalize: Callable[[int], Normalization] | None = None,
         *,
         after_activation: bool = False,
+        fused: bool = False,
         weight_scale: float = 1.0,
         dtype: np.dtype[Any] | type = np.float32,
     ) -> None:
@@ -190,17 +192,19 @@ class Network:
         self.dtype = np.dtype(dtype)
         self.stages: list[Stage] = []
         self.normalizations: list[Normalization] = []
+        self.activated: list[Stage] = []  # normalizations and activations
         inputs = 1
         # What a normalization subtracts next, needs no bias.
         bias = normalize is None or after_activation
         for number, outputs in enumerate(CHANNELS):
             self.stages.append(Convolution(rng, inputs, outputs, bias, weight_scale))
-            activation: list[Stage] = [Rectifier()]
+            activation: list[Stage] = [] if fused else [Rectifier()]
             if normalize is not None:
                 normalization = normalize(outputs)
                 self.normalizations.append(normalization)
                 activation.insert(1 if after_activation else 0, normalization)
             self.stages += activation
+            self.activated += activation
             self.stages.append(MeanPooling(whole=number == len(CHANNELS) - 1))
             inputs = outputs
         self.stages.append(Linear(rng, inputs, 10, weight_scale))
@@ -236,6 +240,20 @@ class Network:
         for _ in range(epochs):
             for batch in _batches(rng, len(digits.images), batch_size):
                 yield self.train_on(digits.images[batch], digits.labels[batch], learning_rate)
+
+    def kept_bytes(self, x: Array) -> int:
+        """Return what normalizations and activations keep of a batch for the backward pass.
+
+        In bytes; it changes nothing but what they keep.
+        """
+        owners = [s.layer if isinstance(s, Normalization) else s for s in self.activated]
+        states = [normalization.layer.state_dict() for normalization in self.normalizations]
+        before = kept_bytes(*owners)
+        self.forward(x)
+        after = kept_bytes(*owners)
+        for normalization, state in zip(self.normalizations, states, strict=True):
+            normalization.layer.load_state_dict(state)
+        return after - before
 
     def accuracy(self, digits: Digits, *, training: bool = False) -> float:
         """Return the share of right answers, with batch or running statistics; changes nothing."""

@@ -108,6 +108,8 @@ struct bn_job {
                                     have the same weight and bias */
     bn_activated activation;
     const double *floors; /* of the activation, float64 [channels]; NULL for one of all channels */
+    int x_is_output;      /* of the forward pass, which wrote y over x: the gradient makes of it what the activation was
+                             given, around whose mean and invstd statistics are */
     double eps;
     const double *channel_eps; /* float64 [channels]: of each channel, besides; NULL for none */
 

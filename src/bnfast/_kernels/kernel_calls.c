@@ -29,6 +29,55 @@ bn_input bn_input_of(const bn_job *job, const bn_box *box)
     return (bn_input){job->plan->interleave, job->place, job->prefetch_in_sums ? prefetch_distance_of(job, box) : 0};
 }
 
+/* Runs of a box that are neighbours in all of some views: `runs` in each of `rows`. */
+typedef struct {
+    size_t rows, runs, length;
+} common_runs;
+
+static common_runs runs_in_common(const bn_job *job, const bn_box *box, const bn_view *views, size_t count)
+{
+    const bn_extent extent = box->extent;
+    common_runs common = {extent.outer, extent.channels, extent.inner};
+    int channels_follow = 1, rows_follow = 1;
+    for (size_t i = 0; i < count; i++) {
+        channels_follow &= job->plan->layout == BN_channels_last || views[i].strides.channel == (ptrdiff_t)extent.inner;
+        rows_follow &= views[i].strides.outer == (ptrdiff_t)(extent.channels * extent.inner);
+    }
+    if (channels_follow) {
+        common.length *= common.runs;
+        common.runs = 1;
+        if (rows_follow) {
+            common.length *= common.rows;
+            common.rows = 1;
+        }
+    }
+    return common;
+}
+
+static void *run_of(const bn_job *job, bn_view view, size_t row, size_t run)
+{
+    const ptrdiff_t elements = (ptrdiff_t)row * view.strides.outer + (ptrdiff_t)run * view.strides.channel;
+    return (char *)view.data + elements * (ptrdiff_t)job->plan->itemsize;
+}
+
+/* x or, where y was written over it, what the activation was given, made of that in scratch. */
+static bn_view x_view(const bn_job *job, const bn_box *box)
+{
+    const bn_view x = input_view(job, BN_X, box);
+    if (!job->x_is_output || job->activation.kind == BN_no_activation) {
+        return x;
+    }
+    const bn_view views[] = {x, bn_dense_view(box, buffer_of(job, BN_X))};
+    const common_runs common = runs_in_common(job, box, views, 2);
+    for (size_t row = 0; row < common.rows; row++) {
+        for (size_t run = 0; run < common.runs; run++) {
+            job->kernels->unbend[job->plan->dtype](common.length, run_of(job, views[0], row, run),
+                                                   job->activation.slope, run_of(job, views[1], row, run));
+        }
+    }
+    return views[1];
+}
+
 /* What is summed in the place of x where that left the range, in the scratch that x may already lie in: x
    times a power of two or, for the gradient, how far it is from the mean in about standard deviations. */
 static bn_view scaled_view(const bn_job *job, const bn_box *box, bn_view x, char *scratch)
@@ -53,7 +102,7 @@ static bn_view scaled_view(const bn_job *job, const bn_box *box, bn_view x, char
 
 bn_view bn_x_to_sum(const bn_job *job, const bn_box *box)
 {
-    const bn_view x = input_view(job, BN_X, box);
+    const bn_view x = x_view(job, box);
     return job->scaled ? scaled_view(job, box, x, buffer_of(job, BN_X)) : x;
 }
 
@@ -117,37 +166,6 @@ static bn_view view_made_again(const bn_job *job, const bn_box *box)
     find_kernel(job, again, &kernel, sizeof kernel);
     kernel(box->extent, inputs, coefficients, z, (bn_store_hint){BN_stored, 0});
     return z;
-}
-
-/* Runs of a box that are neighbours in all of some views: `runs` in each of `rows`. */
-typedef struct {
-    size_t rows, runs, length;
-} common_runs;
-
-static common_runs runs_in_common(const bn_job *job, const bn_box *box, const bn_view *views, size_t count)
-{
-    const bn_extent extent = box->extent;
-    common_runs common = {extent.outer, extent.channels, extent.inner};
-    int channels_follow = 1, rows_follow = 1;
-    for (size_t i = 0; i < count; i++) {
-        channels_follow &= job->plan->layout == BN_channels_last || views[i].strides.channel == (ptrdiff_t)extent.inner;
-        rows_follow &= views[i].strides.outer == (ptrdiff_t)(extent.channels * extent.inner);
-    }
-    if (channels_follow) {
-        common.length *= common.runs;
-        common.runs = 1;
-        if (rows_follow) {
-            common.length *= common.rows;
-            common.rows = 1;
-        }
-    }
-    return common;
-}
-
-static void *run_of(const bn_job *job, bn_view view, size_t row, size_t run)
-{
-    const ptrdiff_t elements = (ptrdiff_t)row * view.strides.outer + (ptrdiff_t)run * view.strides.channel;
-    return (char *)view.data + elements * (ptrdiff_t)job->plan->itemsize;
 }
 
 /* Copies the pointer to a curve's kernel out of the table. */
@@ -276,7 +294,8 @@ void bn_write_values(const bn_job *job, const bn_box *box)
         inputs[i] = output->reads[i] == BN_MASK ? bn_padding_view(job, box)
                     : job->method.output_reads_upstream && output->reads[i] == BN_DY
                         ? upstream_view(job, box, NULL, job->method.keeps_with_output)
-                        : input_view(job, output->reads[i], box);
+                    : output->reads[i] == BN_X ? x_view(job, box)
+                                               : input_view(job, output->reads[i], box);
     }
     const int curved = job->method.curve && output->writes == BN_Y;
     const bn_view view = merged ? bn_dense_view(box, scratch)
@@ -415,9 +434,9 @@ void bn_clear_moments(const bn_job *job, size_t block, range channels)
 
 void bn_sum_moments(const bn_job *job, size_t block, range channels)
 {
+    const int in_scratch = job->plan->operand[BN_X].staged || job->scaled || job->statistic[BN_COUNT] || job->x_is_output;
     bn_clear_moments(job, block, channels);
-    sum_block(job, block, channels, job->plan->operand[BN_X].staged || job->scaled || job->statistic[BN_COUNT],
-              job->method.moments);
+    sum_block(job, block, channels, in_scratch, job->method.moments);
 }
 
 void bn_sum_gradient(const bn_job *job, size_t block, range channels)

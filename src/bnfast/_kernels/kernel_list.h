@@ -1,7 +1,7 @@
 /* Every kernel, once: the table, the list that Python sees and the tests all come from here.
 
    Element operations exist for every layout and dtype, <operation>_<layout>_<dtype>, and some for types of 16 bits;
-   coefficient operations for every dtype, <operation>_<dtype>;
+   coefficient operations, and what works on runs of neighbours, for every dtype, <operation>_<dtype>;
    channel operations work on float64 channel arrays, <operation>;
    storage types are converted to the arithmetic type beside them, widen_<stored>, and back, narrow_<stored>, but for
    integers, which are read alone;
@@ -59,6 +59,7 @@
     X(grouped_gradient_coefficients)         \
     X(activation_coefficients)               \
     X(gate_coefficients)                     \
+    X(unbend)                                \
     X(parameter_gradient)                    \
     X(update_running)
 

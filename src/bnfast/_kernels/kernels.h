@@ -161,6 +161,9 @@ typedef bn_output_kernel bn_scale_shift_kernel, bn_input_gradient_kernel,
 typedef void bn_upstream_kernel(bn_extent extent, const bn_view *inputs, bn_coefficients coefficients,
                                 bn_view to_y, double *sum_to_parameter);
 
+/* unbend: z of so many neighbouring y = max(z, slope * z), where the slope is above 0; it may overwrite y. */
+typedef void bn_unbend_kernel(size_t count, const void *y, double slope, void *z);
+
 /* A curve: y of so many neighbouring z, which it may overwrite; and dz of these z and of dy, likewise. */
 typedef void bn_curve_kernel(size_t count, const void *z, void *y, bn_stores stores);
 typedef void bn_curve_gradient_kernel(size_t count, const void *z, const void *dy, void *dz);

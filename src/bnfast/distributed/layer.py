@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -139,6 +139,7 @@ class SyncBatchNorm(RankLayer):
         _validation.instance("communicator", communicator, Communicator)
         self.communicator = communicator
         self._number = communicator._number_of_layer()
+        self._meets_again = False  # whether a call in training is made again
         self._synchronized = False  # whether the last call met those of the other ranks
         self._frozen_until_now = False  # in training, since the last call that met the others'
         self._recalibrated = False
@@ -150,19 +151,28 @@ class SyncBatchNorm(RankLayer):
         with failures_told(self.communicator):
             return super()._batch(x)
 
+    def _recomputes(self, recompute: bool) -> bool:
+        trains = self.training and not self.frozen
+        self._meets_again = False
+        if recompute is not False:
+            with failures_told(self.communicator) if trains else nullcontext():
+                self._meets_again = super()._recomputes(recompute) and trains
+        return self._meets_again
+
     def _normalize(self, x: Array, out: Array | None, training: bool, *_: Any) -> Array:
-        if not training:
+        if not training and not self._meets_again:
             return super()._normalize(x, out, training)
         with failures_told(self.communicator):
             tracked: tuple[Array | None, Array | None] = None, None
             momentum, nonfinite = 0.0, None
-            if self.track_running_stats:
+            if training and self.track_running_stats:
                 tracked, momentum = self._running_statistics(), self._weight_of_new_batch()
                 nonfinite = self._checked_nonfinite()
             terms: dict[str, Term] = {
                 "layer": self._number,
                 "nonfinite": nonfinite,
                 "frozen until now": self._frozen_until_now,
+                "recompute": self._meets_again,
             }
             self._frozen_until_now = False
         y, saved, taken = forward_of_rank(

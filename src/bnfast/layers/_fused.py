@@ -42,7 +42,7 @@ class FusedLayer(Layer):
     ) -> None:
         """Keep y for the backward pass rather than the residual: the network keeps it anyway."""
         adds = residual is not None
-        from_y = adds and chosen is not None and chosen.is_invertible
+        from_y = adds and chosen is not None and chosen.is_gated_by_output
         again = adds and chosen is not None and not from_y
         if again and _validation.shares_memory(residual, y):
             self._save(y, y)  # which says that the input was overwritten
@@ -84,6 +84,7 @@ class FusedTrackingLayer(FusedLayer, TrackingLayer):
         mask: NDArray[np.bool_] | None = None,
         lengths: NDArray[Any] | None = None,
         padding: str = ZEROS,
+        recompute: bool = False,
         out: Array | None = None,
     ) -> Array:
         """Normalize a batch.
@@ -99,6 +100,9 @@ class FusedTrackingLayer(FusedLayer, TrackingLayer):
         mask, lengths, padding
             As in `bnfast.batch_norm`: which values count, and what the output is where they do not.
             Keep them for `backward`, too, which has the same.
+        recompute : bool
+            The call is made again, of a batch that the layer has been trained on, because its
+            output was not kept: the same bits, but the running statistics do not see it twice.
         out : array like `x`, optional
             Where to write. In place, where it is `x` itself, there can be no `backward`; nor where
             it is the residual itself, if the activation is silu or hardswish.
@@ -127,21 +131,34 @@ class FusedTrackingLayer(FusedLayer, TrackingLayer):
         counted = None
         if mask is not None or lengths is not None or padding != ZEROS:
             counted = counted_by(self, array, masked)
-        if self._observer is not None:
-            self._observer(array)
+        out = self._destination(array, out, residual, counted)
         training = self.training and not self.frozen
-        if training:
+        tracks = not self._recomputes(recompute)
+        if tracks and self._observer is not None:
+            self._observer(array)
+        if tracks and training:
             self._before_training(array, counted)
         running_mean, running_var = (None, None) if training else self._running_statistics()
-        if self.activation is None and residual is None:
+        if self._is_plain(residual):
             if running_mean is None or running_var is None:
-                return self._normalize(array, out, training, masked, counted)
+                return self._normalize(array, out, training and tracks, masked, counted)
             return self._evaluate(array, out, running_mean, running_var, self.eps, masked)
         chosen = activation_of(self.activation, self.negative_slope)
         if running_mean is None or running_var is None:
-            return self._normalize_fused(array, out, training, chosen, residual, masked, counted)
+            tracks = tracks and training
+            return self._normalize_fused(array, out, tracks, chosen, residual, masked, counted)
         statistics = running_mean, running_var
         return self._evaluate_fused(array, out, statistics, chosen, residual, masked)
+
+    def _destination(
+        self, x: Array, out: Array | None, residual: Array | None, counted: Any
+    ) -> Array | None:
+        """Return where to write, None for a new array; raise where that cannot be."""
+        return out
+
+    def _is_plain(self, residual: Array | None) -> bool:
+        """Whether a call has nothing that a layer without activations would not have."""
+        return self.activation is None and residual is None
 
     def _normalize_fused(
         self,
@@ -156,7 +173,8 @@ class FusedTrackingLayer(FusedLayer, TrackingLayer):
         tracks = training and self.track_running_stats and self._takes(x, self.axis, counted)
         if tracks and type(self.momentum) is LearnableMomentum:
             raise ValueError(
-                "momentum must be no LearnableMomentum with a residual or an activation"
+                "momentum must be no LearnableMomentum with a residual or an activation, nor with "
+                "inplace=True"
             )
         tracked: dict[str, Any] = {}
         if tracks:

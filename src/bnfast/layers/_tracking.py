@@ -225,13 +225,16 @@ class TrackingLayer(ChannelLayer, Tracking):
             self._parameters = (*self._parameters, "momentum_logit")
 
     @in_default_float_mode
-    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
+    def __call__(self, x: Array, *, recompute: bool = False, out: Array | None = None) -> Array:
         """Normalize a batch.
 
         Parameters
         ----------
         x : array of float16, bfloat16, float32 or float64
             With `num_features` channels along `axis`. Keep its values for `backward`.
+        recompute : bool
+            The call is made again, of a batch that the layer has been trained on, because its
+            output was not kept: the same bits, but the running statistics do not see it twice.
         out : array like `x`, optional
             Where to write. In place, where it is `x` itself, there can be no `backward`.
 
@@ -254,15 +257,29 @@ class TrackingLayer(ChannelLayer, Tracking):
             finite: the layer needs ``dtype=numpy.float64``.
         """
         array = self._batch(x)
-        if self._observer is not None:
+        tracks = not self._recomputes(recompute)
+        if tracks and self._observer is not None:
             self._observer(array)
         if self.training and not self.frozen:
-            self._before_training(array)
-            return self._normalize(array, out, True)
+            if tracks:
+                self._before_training(array)
+            return self._normalize(array, out, tracks)
         running_mean, running_var = self._running_statistics()
         if running_mean is None or running_var is None:
             return self._normalize(array, out, False)
         return self._evaluate(array, out, running_mean, running_var, self.eps)
+
+    def _recomputes(self, recompute: bool) -> bool:
+        """Return the checked argument; raise where the first call has changed what it would do."""
+        if recompute is False:
+            return False
+        asked = _validation.flag("recompute", recompute)
+        if asked and self.training and type(self.momentum) is LearnableMomentum:
+            raise ValueError(
+                "recompute must be False with a LearnableMomentum, which normalizes with running "
+                "statistics that the first call has changed"
+            )
+        return asked
 
     def _before_training(self, x: Array, counted: NDArray[np.bool_] | None = None) -> None:
         """See a batch, and which of its positions count, before the layer is trained on it."""

@@ -122,7 +122,12 @@ class ConditionalBatchNorm(TrackingLayer):
 
     @in_default_float_mode
     def __call__(  # type: ignore[override]  # no batch without its labels
-        self, x: Array, labels: ArrayLike, *, out: Array | None = None
+        self,
+        x: Array,
+        labels: ArrayLike,
+        *,
+        recompute: bool = False,
+        out: Array | None = None,
     ) -> Array:
         """Normalize a batch of samples of known classes.
 
@@ -132,6 +137,8 @@ class ConditionalBatchNorm(TrackingLayer):
             With `num_features` channels along `axis`. Keep its values for `backward`.
         labels : array (N,) of integers
             The class of each sample, from 0 to K - 1; copied.
+        recompute : bool
+            As in `bnfast.BatchNorm`: the running statistics do not see the batch twice.
         out : array like `x`, optional
             Where to write. In place, where it is `x` itself, there can be no `backward`.
 
@@ -148,12 +155,14 @@ class ConditionalBatchNorm(TrackingLayer):
         array, _ = _validation.channel_axis_of_samples(self._batch(x), self.axis)
         chosen = _validation.class_labels(labels, len(array), self.num_classes)
         weight, bias = (self._of_samples(name, chosen) for name in ("weight", "bias"))
-        if self._observer is not None:
+        tracks = not self._recomputes(recompute)
+        if tracks and self._observer is not None:
             self._observer(array)
         running_mean, running_var = self._running_statistics()
         training = self.training and not self.frozen
         if training or running_mean is None or running_var is None:
-            tracks = training and self.track_running_stats and self._takes(array, self.axis)
+            tracks = tracks and training and self.track_running_stats
+            tracks = tracks and self._takes(array, self.axis)
             if tracks and type(self.momentum) is LearnableMomentum:
                 if array.size > 0:
                     return self._normalize_and_blend(array, chosen, weight, bias, out)

@@ -74,13 +74,15 @@ class WhiteningLayer(Tracking):
         """Return what whitens data of this mean and covariance."""
 
     @in_default_float_mode
-    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
+    def __call__(self, x: Array, *, recompute: bool = False, out: Array | None = None) -> Array:
         """Whiten a batch.
 
         Parameters
         ----------
         x : array of float32 or float64
             With `num_features` channels along `axis`. Keep its values for `backward`.
+        recompute : bool
+            As in `bnfast.BatchNorm`: the running statistics do not see the batch twice.
         out : array like `x`, optional
             Where to write. In place, where it is `x` itself, there can be no `backward`.
 
@@ -95,7 +97,8 @@ class WhiteningLayer(Tracking):
         """
         array, _, _ = _validation.batch("x", x, self.axis)
         _validation.same_channels("x", array, self.axis, self.num_features)
-        if self._observer is not None:
+        first = not _validation.flag("recompute", recompute)
+        if first and self._observer is not None:
             self._observer(array)
         common = array, self.axis, self.num_groups, self._whiten, self.weight, self.bias
         mean, matrix = self._running_statistics()
@@ -105,7 +108,8 @@ class WhiteningLayer(Tracking):
             self._save(array, y, statistics, self._kept_weight(), True)
             return y
         _validation.epsilon(self.eps, training=True)
-        tracks = training and self.track_running_stats and self._takes(array, self.axis)
+        tracks = first and training and self.track_running_stats
+        tracks = tracks and self._takes(array, self.axis)
         tracked = (mean, matrix) if tracks else (None, None)
         new = self._weight_of_new_batch() if tracks else 0.0
         y, saved = _whitening.normalize(*common, *tracked, new, self.averaged, out)

@@ -1,0 +1,114 @@
+"""In-place layers, which write their output over their input and keep that output alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnfast import _primitives
+from bnfast._activations import activation_of
+from bnfast._primitives import Activation
+from bnfast._typing import Array
+from bnfast.layers._fused import FusedTrackingLayer
+from bnfast.layers._layer import Flag, Gradients
+
+AnyInPlace = TypeVar("AnyInPlace", bound="InPlaceLayer")
+
+# Weights whose square, and that of whose inverse, are normal numbers of float64.
+LEAST_WEIGHT, MOST_WEIGHT = 1e-100, 1e100
+
+
+class OfOutput(NamedTuple):
+    """What a gradient needs besides y: how z = weight * xhat + bias and y = activation(z) came."""
+
+    invstd: NDArray[np.float64]
+    weight: Array | None
+    bias: Array | None
+    activation: Activation | None
+    constant: bool  # the statistics did not come from x
+
+
+class InPlaceLayer(FusedTrackingLayer):
+    """A layer that may do so, with an activation that can be undone or none."""
+
+    _shown_if_not: ClassVar[Mapping[str, Any]] = {
+        **FusedTrackingLayer._shown_if_not,
+        "inplace": False,
+    }
+    inplace = Flag()
+
+    def __new__(cls: type[AnyInPlace], *_: Any, **__: Any) -> AnyInPlace:
+        layer = super().__new__(cls)
+        layer.inplace = False  # pickles of 0.1 have none
+        return layer
+
+    def _check_invertible(self) -> None:
+        """Raise where the output would not tell what xhat was."""
+        chosen = activation_of(self.activation, self.negative_slope)
+        if chosen is not None and not chosen.is_invertible:
+            raise ValueError(
+                "activation must be one that inplace=True can invert, None or leaky_relu with a "
+                f"negative_slope above 0, got {self.activation}"
+            )
+        if self.weight is None:
+            return
+        sizes = np.abs(self.weight.astype(np.float64))
+        wrong = np.flatnonzero(~((sizes >= LEAST_WEIGHT) & (sizes <= MOST_WEIGHT)))
+        if wrong.size:
+            raise ValueError(
+                "weight must not be 0 for inplace=True, which divides by it, nor as small or large "
+                f"as {LEAST_WEIGHT:g} or {MOST_WEIGHT:g}, got {self.weight[wrong[0]]} in channel "
+                f"{wrong[0]}"
+            )
+
+    def _destination(
+        self, x: Array, out: Array | None, residual: Array | None, counted: Any
+    ) -> Array | None:
+        if not self.inplace:
+            return out
+        self._check_invertible()
+        if residual is not None:
+            raise ValueError("residual must be None with inplace=True, which cannot subtract it")
+        if counted is not None:
+            raise ValueError("mask and lengths must be None with inplace=True, got one")
+        return x if out is None else out
+
+    def _is_plain(self, residual: Array | None) -> bool:
+        return not self.inplace and super()._is_plain(residual)
+
+    def _save_fused(
+        self, x: Array, y: Array, saved: tuple[Any, ...], chosen: Activation | None, residual: Any
+    ) -> None:
+        if not self.inplace:
+            super()._save_fused(x, y, saved, chosen, residual)
+            return
+        _, invstd, weight, _, constant = saved
+        bias = None if self.bias is None else self.bias.copy()
+        self._saved = y, OfOutput(invstd, weight, bias, chosen, constant)
+
+    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
+        if isinstance(saved[0], OfOutput):
+            return _gradients_of_output(dy, x, self.axis, saved[0], out)
+        return super()._gradients(dy, out, x, *saved)
+
+
+def _gradients_of_output(
+    dy: Array, y: Array, axis: int, of: OfOutput, out: Array | None
+) -> Gradients:
+    """Return dx, dweight (None without a weight) and dbias from the output alone.
+
+    Around bias and 1 / abs(weight) z is what x is around mean and invstd.
+    """
+    channels = y.shape[axis]
+    weight = np.ones(channels) if of.weight is None else of.weight.astype(np.float64)
+    bias = np.zeros(channels) if of.bias is None else of.bias.astype(np.float64)
+    size = np.abs(weight)
+    with np.errstate(all="ignore"):
+        scale = weight * size * of.invstd
+    dx, dweight, dbias = _primitives.gradient_of_output(
+        dy, y, axis, bias, 1.0 / size, scale, of.constant, out, of.activation
+    )
+    return dx, None if of.weight is None else dweight * np.sign(weight), dbias
