@@ -599,3 +599,54 @@ def test_synchronized_batch_norm_needs_processes():
         door.SyncBatchNorm(4)
     with pytest.raises(TypeError, match="module must be"):
         door.SyncBatchNorm.convert_sync_batchnorm("model", Alone())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("kind", ["bnfast's", "synchronized", "left to PyTorch"])
+def test_checkpointed_training_counts_batches_once(dtype, momentum, kind, monkeypatch):
+    from contextlib import nullcontext
+
+    from torch.utils.checkpoint import checkpoint
+
+    if kind == "left to PyTorch":
+        monkeypatch.setattr(modules, "_is_computed", lambda *_: False)
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=momentum), nn.ReLU())
+    plain = plain.to(dtype)
+    if kind == "synchronized":
+        door.SyncBatchNorm.convert_sync_batchnorm(plain, Alone())
+    else:
+        door.accelerate(plain)
+    checkpointed = copy.deepcopy(plain)
+    for _ in range(3):
+        x = torch.randn(5, 3, 6, 6, dtype=dtype)
+        expected = plain(x)
+        y = checkpoint(
+            *(checkpointed, x),
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), door.recomputing()),
+        )
+        assert torch.equal(y, expected)
+        for output in (expected, y):
+            output.square().sum().backward()
+    for (name, one), (_, other) in zip(
+        *(m.state_dict().items() for m in (plain, checkpointed)), strict=True
+    ):
+        assert torch.equal(one, other), name
+    for one, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_recomputing_ends_with_its_block_and_leaves_evaluation_alone():
+    module = nn.BatchNorm1d(4)
+    door.accelerate(module)
+    x = torch.randn(9, 4)
+    with pytest.raises(ValueError, match="expected 2D or 3D input"), door.recomputing():
+        module(torch.randn(3, 4, 5, 6))
+    module(x)
+    assert int(module.num_batches_tracked) == 1
+    module.eval()
+    expected = module(x)
+    with door.recomputing():
+        assert torch.equal(module(x), expected)

@@ -1,6 +1,7 @@
 """PyTorch on the CPU: its normalizations, computed by bnfast.
 
-`accelerate` a model for training; `batch_norm` is for models that are compiled or exported;
+`accelerate` a model for training; `recomputing` keeps checkpointed training from counting batches
+twice; `batch_norm` is for models that are compiled or exported;
 `SyncBatchNorm` has the statistics of several processes.
 """
 
@@ -14,8 +15,9 @@ except ImportError as error:
     ) from error
 
 from bnfast.integrations._report import Entry, Report
+from bnfast.integrations.torch.functions import recomputing
 from bnfast.integrations.torch.modules import accelerate, restore
 from bnfast.integrations.torch.operations import batch_norm
 from bnfast.integrations.torch.sync import SyncBatchNorm
 
-__all__ = ["Entry", "Report", "SyncBatchNorm", "accelerate", "batch_norm", "restore"]
+__all__ = ["Entry", "Report", "SyncBatchNorm", "accelerate", "batch_norm", "recomputing", "restore"]

@@ -5,6 +5,9 @@ The tensors' memory is used as it is, in any strides; outputs and gradients are 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -134,9 +137,44 @@ def memory(tensor: Tensor | None) -> Any:
     return tensor.numpy(force=True)
 
 
+_recomputes: ContextVar[bool] = ContextVar("bnfast_recomputes", default=False)
+
+
+@contextmanager
+def recomputing() -> Iterator[None]:
+    """Let batches go through modules again, whose running statistics do not see them twice.
+
+    For the second forward pass of checkpointed training, as ``context_fn`` of PyTorch's
+    ``checkpoint``. It concerns the modules of this library, in the calling thread.
+
+    Examples
+    --------
+    ::
+
+        from contextlib import nullcontext
+        from torch.utils.checkpoint import checkpoint
+        from bnfast.integrations.torch import accelerate, recomputing
+
+        accelerate(segment)
+        y = checkpoint(
+            segment, x, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputing())
+        )
+    """
+    token = _recomputes.set(True)
+    try:
+        yield
+    finally:
+        _recomputes.reset(token)
+
+
+def is_recomputed(module: Any) -> bool:
+    """Whether a module has seen this batch before, in training."""
+    return bool(module.training and _recomputes.get())
+
+
 def tracking_of(module: Any) -> tuple[tuple[Tensor | None, Tensor | None], float]:
     """Return what a batch updates, running_mean and running_var of a module, and its weight."""
-    if not (module.training and module.track_running_stats):
+    if not (module.training and module.track_running_stats) or is_recomputed(module):
         return (None, None), 0.0
     momentum, counter = module.momentum, module.num_batches_tracked
     if momentum is None:  # the plain average of all batches

@@ -12,6 +12,7 @@ from bnfast.integrations.torch.functions import (
     Normalization,
     end_tracking,
     is_observed,
+    is_recomputed,
     memory,
     normalize,
     tracking_of,
@@ -44,6 +45,21 @@ def _is_computed(x: Tensor, shape: tuple[int, ...], *others: Tensor | None) -> b
     )
 
 
+def _recomputed(module: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
+    """Return PyTorch's output with statistics of the batch that nothing keeps.
+
+    Running ones it must have, all the same: PyTorch compares how many tensors are saved.
+    """
+    module._check_input_dim(x)
+    running = (
+        statistic.clone() if module.track_running_stats and statistic is not None else None
+        for statistic in (module.running_mean, module.running_var)
+    )
+    return nn.functional.batch_norm(
+        *(x, *running, module.weight, module.bias), training=True, momentum=0.0, eps=module.eps
+    )
+
+
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize with the statistics of the batch; without them, as the parent class does."""
@@ -53,6 +69,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         running, momentum = tracking_of(self)
         is_computed = _is_computed(x, x.shape[1:2], weight, bias, *running)
         if not is_computed or x.numel() <= x.size(1):  # a single value of a channel, or none
+            if is_recomputed(self):
+                return _recomputed(self, x)
             return super().forward(x)
         self._check_input_dim(x)
         call = Normalization(
