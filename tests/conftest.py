@@ -17,36 +17,70 @@ def pytest_addoption(parser):
     parser.addoption(
         "--each", type=int, metavar="N", help="of the cases of each test N, spread over all of them"
     )
+    parser.addoption(
+        "--every-isa",
+        action="store_true",
+        help="each case with every instruction set, not with one",
+    )
 
 
 @pytest.hookimpl(trylast=True)  # of those that -k and -m have left
 def pytest_collection_modifyitems(config, items):
+    chosen = items
+    if not config.getoption("--every-isa"):
+        chosen = one_isa_of_each(chosen)
     most = config.getoption("--each")
-    if most is None:
-        return
-    cases = {}
-    for item in items:
-        cases.setdefault(item.nodeid.split("[")[0], []).append(item)
-    chosen = {
-        item
-        for of_test in cases.values()
-        for item in of_test[:: -(-len(of_test) // most)]  # rounded up
-    }
+    if most is not None:
+        tests = groups(chosen, lambda item: item.nodeid.split("[")[0])
+        chosen = [
+            item for cases in tests for item in cases[:: -(-len(cases) // most)]
+        ]  # rounded up
+    chosen = set(chosen)
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]
+
+
+def groups(items, key):
+    found = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found.values()
+
+
+def one_isa_of_each(items):
+    """Return every case with one instruction set: by lot, and the same in every run.
+
+    That all make the same bits is tested with all.
+    """
+
+    def case(item):
+        definitions = item._fixtureinfo.name2fixturedefs.get("isa", ())
+        if any(each.func is ISA_FUNCTION for each in definitions):
+            others = [part for part in item.callspec.id.split("-") if part != isa_of(item)]
+            return item.nodeid.split("[")[0], *others
+        return item.nodeid
+
+    def isa_of(item):
+        return item.callspec.params["isa"]
+
+    found = groups(items, case)
+    return [cases[zlib.crc32(repr(case(cases[0])).encode()) % len(cases)] for cases in found]
 
 
 # BNFAST_ISA narrows the run to one instruction set; without it every one that runs here is tested.
 FORCED = os.environ.get("BNFAST_ISA", "").lower()
 
 
-@pytest.fixture(params=[FORCED] if FORCED else bnfast.available_isas())
 def isa(request):
-    """Run the test with every instruction set of this machine."""
+    """Run the test with an instruction set of this machine: see ``one_isa_of_each``."""
     before = _core.active_isa()
     _core.activate(request.param)
     yield request.param
     _core.activate(before)
+
+
+ISA_FUNCTION = isa
+isa = pytest.fixture(params=[FORCED] if FORCED else bnfast.available_isas())(isa)
 
 
 @pytest.fixture
