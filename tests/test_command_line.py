@@ -71,6 +71,25 @@ def test_a_reader_that_has_left_is_no_error(arguments):
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("arguments", [("info",), ("stats",)])
+def test_a_full_disk_is_told_in_one_line(arguments, tmp_path):
+    if arguments[0] == "stats":
+        pytest.importorskip("rich")
+        arguments += (str(tmp_path / "x.npy"),)
+        np.save(arguments[1], np.ones((4, 3)))
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "bnfast", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=600,
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["cannot be written: No space left on device"]
+
+
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
 def test_the_network_of_the_demo_is_as_accurate_with_activations_of_16_bits(half):
     for package in ("sklearn", "ml_dtypes"):

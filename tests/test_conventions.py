@@ -48,7 +48,7 @@ def test_from_keras_has_the_names_and_defaults_of_keras():
     parameters = inspect.signature(bnfast.BatchNorm.from_keras).parameters
     assert list(parameters)[:4] == [KERAS.weight, KERAS.bias, KERAS.mean, KERAS.var]
     layer = bnfast.BatchNorm.from_keras(*np.ones((4, 2)))
-    assert (layer.momentum, layer.eps, layer.axis) == (1 - KERAS.momentum, KERAS.eps, KERAS.axis)
+    assert (layer.momentum, layer.eps, layer.axis) == (0.01, KERAS.eps, KERAS.axis)
     assert (KERAS.momentum, KERAS.eps, KERAS.axis) == (0.99, 1e-3, -1)
     assert layer.unbiased == KERAS.unbiased
 

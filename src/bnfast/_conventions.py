@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,10 @@ class Convention:
         >>> KERAS.weight_of_new_batch(0.75), PYTORCH.weight_of_new_batch(0.75)
         (0.25, 0.75)
         """
-        return momentum if self.momentum_of_new else 1.0 - momentum
+        if self.momentum_of_new:
+            return momentum
+        # Of the decimals as they are written: 1.0 - 0.99 is 0.010000000000000009.
+        return float(1 - Decimal(repr(float(momentum))))
 
 
 @dataclass(frozen=True)

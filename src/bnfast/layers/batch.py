@@ -268,7 +268,7 @@ class BatchNorm(InPlaceLayer):
         ...     moving_variance=ones,
         ... )
         >>> layer = bnfast.BatchNorm.from_keras(keras_layer)
-        >>> layer.axis, layer.eps, round(layer.momentum, 3), layer.unbiased
+        >>> layer.axis, layer.eps, layer.momentum, layer.unbiased
         (-1, 1e-05, 0.1, False)
         >>> layer = bnfast.BatchNorm.from_keras(ones, zeros, zeros, ones)
         >>> layer.axis, layer.eps, layer.unbiased
