@@ -49,6 +49,9 @@ KERNEL_FLAGS = [
 # Where GCC knows it: else it makes calls and 16-byte moves of loops that copy a few vectors between
 # memory and registers, and what was stored in two halves is waited for when it is read as a whole.
 NO_CALLS_FOR_LOOPS = "-fno-tree-loop-distribute-patterns"
+# Python's own flags ask for what debuggers need: ten times as large as the code, and most of the time
+# that a build takes. ``python setup.py build_ext --debug`` asks for it, too.
+NOTHING_FOR_DEBUGGERS = "-g0"
 
 
 class BuildVariants(build_ext):
@@ -56,7 +59,7 @@ class BuildVariants(build_ext):
 
     def build_extension(self, ext):
         """Build an extension, of the core first the variants that it links."""
-        ext.extra_compile_args = [*C_FLAGS, *VARIANTS["baseline"]]
+        ext.extra_compile_args = [*C_FLAGS, *VARIANTS["baseline"], *self.debugging()]
         ext.extra_link_args = [*STRICT]
         if ext.name == "bnfast._core":
             self.add_kernels(ext)
@@ -80,6 +83,10 @@ class BuildVariants(build_ext):
             ]
             ext.extra_objects += [path for objects in compiled for path in objects.result()]
 
+    def debugging(self):
+        """Return the flags about what debuggers need."""
+        return [] if self.debug else [NOTHING_FOR_DEBUGGERS]
+
     def compile_variant(self, isa, flags):
         """Compile the kernels for one instruction set; return the paths of what came out."""
         return self.compiler.compile(
@@ -88,7 +95,7 @@ class BuildVariants(build_ext):
             include_dirs=[KERNELS],
             macros=[("BN_FLAGS", '"' + " ".join(flags) + '"')],
             debug=self.debug,
-            extra_postargs=flags,
+            extra_postargs=[*flags, *self.debugging()],
         )
 
     def accepts(self, flag):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 REGISTER = {"baseline": "xmm", "avx2": "ymm", "avx512": "zmm"}
 ABOVE = {"baseline": ("ymm", "zmm"), "avx2": ("zmm",), "avx512": ()}
-PACKED = re.compile(r"\bv?(?:add|sub|mul|min|max)p[sd]\b.*%(xmm|ymm|zmm)")
+PACKED = re.compile(r"\bv?(?:add|sub|mul|div|min|max)p[sd]\b.*%(xmm|ymm|zmm)")
 
 
 def output_of(*command):

@@ -64,6 +64,12 @@ static void choose_output(bn_job *job)
     job->coefficients.ceiling = is_piecewise(job) ? job->activation.ceiling : INFINITY;
 }
 
+/* Of dy or 0, which the other piecewise linear activations let through, nothing is rounded. */
+static int is_rounded_to_be_stored(const bn_job *job)
+{
+    return job->plan->stored_itemsize != job->plan->itemsize && (is_curved(job) || job->coefficients.slope != 0.0);
+}
+
 /* How the part of dy that goes through the activation is made; returns the set of coefficients for it. */
 static unsigned choose_upstream(bn_job *job)
 {
@@ -88,7 +94,8 @@ static void choose_gradient(bn_job *job)
     bn_method *method = &job->method;
     const int weighted = job->operand[BN_ELEMENT_WEIGHT] != NULL, grouped = job->per_group > 1;
     const unsigned upstream_coefficients = choose_upstream(job);
-    const int keeps_with_output = job->mask.counts && job->operand[BN_DRESIDUAL]; /* sums leave out what does not count */
+    /* Sums leave out what does not count; and dx is not made of what was rounded to be stored. */
+    const int keeps_with_output = job->operand[BN_DRESIDUAL] && (job->mask.counts || is_rounded_to_be_stored(job));
     const bn_output *of_kept = job->operand[BN_DRESIDUAL] && !keeps_with_output ? of_kept_upstream : NULL;
     const int gated = method->has_upstream && method->gate == BN_X && !grouped && !job->constant_statistics;
     method->has_columns = has_columns(job);

@@ -169,6 +169,8 @@ def recomputing() -> Iterator[None]:
 
 def is_recomputed(module: Any) -> bool:
     """Whether a module has seen this batch before, in training."""
+    if torch.compiler.is_compiling():  # which cannot ask, and leaves these modules to PyTorch
+        return False
     return bool(module.training and _recomputes.get())
 
 
