@@ -157,12 +157,16 @@ def test_the_network_of_the_demo_is_as_accurate_fused_and_in_place(fused):
     assert kept[1] < 0.5 * kept[0]
 
 
-@pytest.mark.parametrize("option", ["--fused", "--in-place"])
-def test_the_demo_compares_what_it_fuses(tmp_path, option):
+@pytest.mark.parametrize(
+    ("option", "called"), [("--fused", "ReLU in one pass"), ("--in-place", "leaky ReLU in place")]
+)
+def test_the_demo_names_and_compares_what_it_fuses(tmp_path, monkeypatch, option, called):
     for package in ("sklearn", "matplotlib", "rich"):
         pytest.importorskip(package)
+    monkeypatch.setenv("COLUMNS", "120")  # so that the table breaks no line
     done = run("demo", option, "--epochs", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert called in done.stdout
     difference = float(re.search(r"at most\s+([\d.e-]+)\s+of the largest", done.stdout)[1])
     assert difference < 1e-4
 

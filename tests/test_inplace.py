@@ -198,7 +198,7 @@ def test_only_the_output_is_kept(rng):
 def test_what_cannot_be_inverted_is_refused(activation, rng):
     with pytest.raises(ValueError, match=f"inplace=True can invert.*got {activation}"):
         bnfast.BatchNorm(3, activation=activation, inplace=True)
-    with pytest.raises(ValueError, match="negative_slope above 0, got leaky_relu"):
+    with pytest.raises(ValueError, match=r"negative_slope above 0, got leaky_relu with 0\.0"):
         bnfast.BatchNorm(3, activation="leaky_relu", negative_slope=0.0, inplace=True)
     layer = made(3, inplace=True)
     layer.activation = activation
@@ -228,7 +228,9 @@ def test_bad_calls_write_nothing(rng):
     learned = bnfast.LearnableMomentum()
     assert_refused(made(3, momentum=learned, inplace=True), x, "no LearnableMomentum")
     x.flags.writeable = False
-    with pytest.raises(ValueError, match="out must be writ"):
+    with pytest.raises(
+        ValueError, match=r"x must be writable with inplace=True.*read-only float64"
+    ):
         layer(x)
     with pytest.raises(TypeError, match="inplace must be True or False"):
         bnfast.BatchNorm(3, inplace="yes")

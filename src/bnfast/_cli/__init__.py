@@ -100,11 +100,13 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         help="of the activations and their gradients; parameters are float32",
     )
+    demo.set_defaults(fused=None)
     fused = demo.add_mutually_exclusive_group()
     fused.add_argument(
         "--fused",
         action="store_const",
         const="fused",
+        default=argparse.SUPPRESS,  # which the help does not show
         help="batch norm and ReLU in one pass, forward and backward",
     )
     fused.add_argument(
@@ -112,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="fused",
         action="store_const",
         const="inplace",
+        default=argparse.SUPPRESS,
         help="batch norm and a leaky ReLU in the memory of their input, which is not kept",
     )
     demo.add_argument(

@@ -118,11 +118,16 @@ def _plot(path: Path, losses: dict[str, list[float]], first: ComparedNormalizati
     figure.savefig(path, dpi=120)
 
 
-# How a normalization gets its activation, by the argument of the command.
+# How a normalization gets its activation, by the argument of the command, and what the table says.
 FUSED: Mapping[str | None, Mapping[str, Any]] = {
     None: {},
     "fused": {"activation": "relu"},
     "inplace": {"activation": "leaky_relu", "inplace": True},
+}
+CALLED: Mapping[str | None, str] = {
+    None: "with batch norm",
+    "fused": "with batch norm + ReLU in one pass",
+    "inplace": "with batch norm + leaky ReLU in place",
 }
 
 
@@ -141,7 +146,7 @@ def run(
 
     activations = _dtypes.named(dtype)
     networks = {
-        "with batch norm": Network(seed, normalize, fused=fused is not None, dtype=activations),
+        CALLED[fused]: Network(seed, normalize, fused=fused is not None, dtype=activations),
         "without": Network(seed, dtype=activations),
     }
     losses: dict[str, list[float]] = {}

@@ -116,7 +116,8 @@ def batch_norm(
         silu(z) = z / (1 + exp(-z))
 
     The result has the bits of the two or three operations one after the other (those of silu and
-    hardswish within 2 ulps of the exact ones): only the passes over memory are saved.
+    hardswish within 2 ulps of the exact ones): only the passes over memory are saved. Of 16 bits
+    these are operations on float32, and only the last result is rounded.
 
     What has no weight leaves nothing in the running statistics: a momentum of 0 does not touch
     them, one of 1 forgets what they were, NaN and infinity too. One value per channel has the
@@ -334,11 +335,11 @@ def batch_norm_backward(
     training : bool
         Whether mean and invstd came from `x`. If not they are constants, and the gradient does not
         pass through them.
-    bias : array (C,) of float32 or float64, optional
+    bias : array (C,) of float16, bfloat16, float32 or float64, optional
         beta, which only an activation needs, and no `y`.
     activation, negative_slope
         As in the forward pass.
-    residual : array like `x`, or True, optional
+    residual : array like `x`, or bool, optional
         What was added in the forward pass; with `y`, or without an activation, True will do.
     y : array like `x`, optional
         The output of the forward pass, with relu, leaky_relu or relu6: it tells what goes through,
@@ -355,9 +356,11 @@ def batch_norm_backward(
     dx : array like `x`
         The gradient of the input.
     dweight, dbias : array (C,)
-        The gradients of weight and bias, of the dtype of `weight`, or of `x` where it is None.
+        The gradients of weight and bias, of the dtype of `weight`; where it is None of that of `x`,
+        but float32 for one of 16 bits.
     dresidual : array like `x`
-        Only where there was a residual: its gradient; without an activation `dy` itself.
+        Only where there was a residual: its gradient, 0 where values do not count; without an
+        activation or a mask `dy` itself.
 
     Raises
     ------

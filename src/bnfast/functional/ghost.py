@@ -166,7 +166,8 @@ def ghost_batch_norm_backward(
     dx : array like `x`
         The gradient of the input.
     dweight, dbias : array (C,)
-        The gradients of weight and bias, of the dtype of `weight`, or of `x` where it is None.
+        The gradients of weight and bias, of the dtype of `weight`; where it is None of that of `x`,
+        but float32 for one of 16 bits.
 
     Raises
     ------

@@ -162,7 +162,8 @@ def layer_norm_backward(
     dx : array like `x`
         The gradient of the input.
     dweight, dbias : array of `normalized_shape`, or None
-        The gradients of weight and bias, of the dtype of `weight`, or of `x` where it is None.
+        The gradients of weight and bias, of the dtype of `weight`; where it is None of that of `x`,
+        but float32 for one of 16 bits.
 
     Raises
     ------

@@ -19,11 +19,11 @@ from bnfast.layers._masked import Masked, counted_by
 from bnfast.layers._tracking import TrackingLayer
 from bnfast.running_averages import LearnableMomentum
 
+SHOWN_IF_NOT: Mapping[str, Any] = {"activation": None, "negative_slope": 0.01}
+
 # What a backward pass needs besides, of a call with an activation or a residual: the bias, the
 # activation, the residual where z is made again of it, y where that says enough, and whether there
 # was a residual.
-SHOWN_IF_NOT: Mapping[str, Any] = {"activation": None, "negative_slope": 0.01}
-
 Fused = tuple[Array | None, Activation | None, Array | None, Array | None, bool]
 
 
@@ -91,7 +91,7 @@ class FusedTrackingLayer(FusedLayer, TrackingLayer):
 
         Parameters
         ----------
-        x : array of float32 or float64
+        x : array of float16, bfloat16, float32 or float64
             With `num_features` channels along `axis`. Keep its values for `backward`, and those of
             the output where there is a residual.
         residual : array like `x`, optional
@@ -104,8 +104,9 @@ class FusedTrackingLayer(FusedLayer, TrackingLayer):
             The call is made again, of a batch that the layer has been trained on, because its
             output was not kept: the same bits, but the running statistics do not see it twice.
         out : array like `x`, optional
-            Where to write. In place, where it is `x` itself, there can be no `backward`; nor where
-            it is the residual itself, if the activation is silu or hardswish.
+            Where to write. In place, where it is `x` itself, there can be no `backward`, unless
+            ``inplace=True``; nor where it is the residual itself, if the activation is silu or
+            hardswish.
 
         Returns
         -------

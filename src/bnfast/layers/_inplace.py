@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from bnfast import _primitives
 from bnfast._activations import activation_of
 from bnfast._primitives import Activation
+from bnfast._scalars import describe
 from bnfast._typing import Array
 from bnfast.layers._fused import FusedTrackingLayer
 from bnfast.layers._layer import Flag, Gradients
@@ -49,9 +50,10 @@ class InPlaceLayer(FusedTrackingLayer):
         """Raise where the output would not tell what xhat was."""
         chosen = activation_of(self.activation, self.negative_slope)
         if chosen is not None and not chosen.is_invertible:
+            slope = f" with {self.negative_slope}" if self.activation == "leaky_relu" else ""
             raise ValueError(
                 "activation must be one that inplace=True can invert, None or leaky_relu with a "
-                f"negative_slope above 0, got {self.activation}"
+                f"negative_slope above 0, got {self.activation}{slope}"
             )
         if self.weight is None:
             return
@@ -71,10 +73,20 @@ class InPlaceLayer(FusedTrackingLayer):
             return out
         self._check_invertible()
         if residual is not None:
-            raise ValueError("residual must be None with inplace=True, which cannot subtract it")
+            raise ValueError(
+                "residual must be None with inplace=True, which cannot subtract it, got "
+                f"{describe(residual)}"
+            )
         if counted is not None:
             raise ValueError("mask and lengths must be None with inplace=True, got one")
-        return x if out is None else out
+        if out is not None:
+            return out
+        if not x.flags.writeable:
+            raise ValueError(
+                "x must be writable with inplace=True, which writes over it, got a read-only "
+                f"{describe(x)}"
+            )
+        return x
 
     def _is_plain(self, residual: Array | None) -> bool:
         return not self.inplace and super()._is_plain(residual)

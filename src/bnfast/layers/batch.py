@@ -65,7 +65,8 @@ class BatchNorm(InPlaceLayer):
     inplace : bool
         Write the output over the input, and keep it alone for `backward`, which finds there what
         the input was: for an activation that can be undone, leaky_relu with a slope above 0 or
-        none. An attribute that may be changed at any time.
+        none. With `out` another array is written to and kept. An attribute that may be changed at
+        any time.
 
     Attributes
     ----------
