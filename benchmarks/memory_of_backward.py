@@ -45,9 +45,9 @@ def layers():
     yield "filter response norm", bnfast.FilterResponseNorm(CHANNELS), False
 
 
-def kept_of_layer(layer, adds, dtype=np.float32):
-    """Return bytes per element: all that is kept, and what of it neither x nor y is."""
-    x = np.random.default_rng(0).normal(size=SHAPE).astype(dtype)
+def kept_of_layer(layer, adds):
+    """Return what is kept, in bytes per element: all, and all but y; and which arrays it is."""
+    x = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
     more = (x.copy(),) if adds else ()
     before = kept_arrays(layer)
     y = layer(x, *more)
@@ -65,7 +65,7 @@ def kept_of_layer(layer, adds, dtype=np.float32):
 
 
 def kept_by_pytorch(*stages):
-    """Return the same of modules one after the other: what their graph has saved."""
+    """Return the first two for modules one after the other: what their graph has saved."""
     import torch
 
     saved = {}

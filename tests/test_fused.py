@@ -409,6 +409,9 @@ def test_wrong_arguments_are_refused_before_anything_is_written(member, fused, m
         ({"activation": "relu", "y": "out"}, "out must not share memory with y"),
         ({"activation": "relu", "residual": "out"}, "out must not share memory with residual"),
         ({"activation": "relu", "bias": np.zeros(2)}, "bias must have one value for each"),
+        ({"bias": np.zeros(2)}, "bias must have one value for each"),
+        ({"y": np.zeros((4, 3))}, "y must have the shape and dtype of x"),
+        ({"y": "nonsense"}, "y must be float16"),
     ],
 )
 @pytest.mark.parametrize("member", MEMBERS)
@@ -517,6 +520,8 @@ def test_layers_show_and_pickle_their_activation():
     assert (again.activation, again.negative_slope) == ("leaky_relu", 0.2)
     with pytest.raises(ValueError, match="activation must be"):
         bnfast.GroupNorm(1, 2, activation="tanh")
+    with pytest.raises(ValueError, match="negative_slope must be at most 1, got 5"):
+        bnfast.InstanceNorm(2, negative_slope=5)
     layer.activation = "tanh"
     with pytest.raises(ValueError, match="activation must be"):
         layer(np.ones((9, 2), np.float32))

@@ -9,14 +9,14 @@ from bnfast import _primitives, _validation
 from bnfast._primitives import Activation, Reduction
 from bnfast._typing import Array
 
-_LEAKY = "leaky_relu"
+LEAKY = "leaky_relu"
 _BY_NAME = {
     "relu": Activation("piecewise"),
     "relu6": Activation("piecewise", ceiling=6.0),
     "silu": Activation("silu"),
     "hardswish": Activation("hardswish"),
 }
-NAMES = ("relu", _LEAKY, "relu6", "silu", "hardswish")
+NAMES = ("relu", LEAKY, "relu6", "silu", "hardswish")
 
 
 def activation_of(name: object, negative_slope: object) -> Activation | None:
@@ -24,7 +24,7 @@ def activation_of(name: object, negative_slope: object) -> Activation | None:
     if name is None:
         return None
     _validation.choice("activation", name, NAMES, or_none=True)
-    if name != _LEAKY:
+    if name != LEAKY:
         return _BY_NAME[str(name)]
     slope = _validation.real("negative_slope", negative_slope)
     if slope > 1.0:
@@ -77,7 +77,7 @@ def gradients(
     Of dy, x, axis, mean, invstd, weight and whether the statistics are constant; `masked` says
     which values count.
     """
-    if activation is None and residual is None:
+    if activation is None and residual is None and bias is None and y is None:
         return _primitives.gradient(*given, out, over, grouped, reads, masked)
     chosen = activation_of(activation, negative_slope)
     added, output, keeps = upstream_of(chosen, residual, y)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
-from bnfast._activations import activation_of
+from bnfast._activations import LEAKY, activation_of
 from bnfast._float_mode import in_default_float_mode
 from bnfast._masks import ZEROS
 from bnfast._primitives import Activation, Reduction
@@ -35,6 +35,7 @@ class FusedLayer(Layer):
 
     def _set_activation(self, activation: str | None, negative_slope: float) -> None:
         activation_of(activation, negative_slope)
+        activation_of(LEAKY, negative_slope)  # it may become that later
         self.activation, self.negative_slope = activation, negative_slope
 
     def _save_fused(
