@@ -205,6 +205,27 @@ def test_what_cannot_be_inverted_is_refused(activation, rng):
     assert_refused(layer, rng.normal(size=(8, 3)), "inplace=True can invert")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "least"), [("float16", 2.0**-14), ("bfloat16", 2.0**-126), ("float32", 2.0**-126)]
+)
+def test_a_slope_that_loses_what_is_below_0_is_refused(rng, dtype, least):
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    x, dy = (a.astype(_dtypes.named(dtype)) for a in rng.normal(size=(2, 200, 3)))
+    layer = bnfast.BatchNorm(
+        3, activation="leaky_relu", negative_slope=0.9 * least, inplace=True, affine=False
+    )
+    assert_refused(layer, x, "negative_slope must be at least .* data of")
+    plain = bnfast.BatchNorm(3, activation="leaky_relu", negative_slope=least, affine=False)
+    plain(x)
+    expected = plain.backward(dy)
+    layer.negative_slope = least
+    layer(x)
+    step = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}[dtype]
+    difference = layer.backward(dy).astype(np.float64) - expected.astype(np.float64)
+    assert np.abs(difference).max() <= 10 * step
+
+
 def assert_refused(layer, x, message, error=ValueError, **arguments):
     before, state = x.copy(), layer.state_dict()
     with pytest.raises(error, match=message):

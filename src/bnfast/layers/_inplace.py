@@ -8,8 +8,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfast import _primitives
-from bnfast._activations import activation_of
+from bnfast import _dtypes, _primitives
+from bnfast._activations import LEAKY, activation_of
 from bnfast._primitives import Activation
 from bnfast._scalars import describe
 from bnfast._typing import Array
@@ -20,6 +20,15 @@ AnyInPlace = TypeVar("AnyInPlace", bound="InPlaceLayer")
 
 # Weights whose square, and that of whose inverse, are normal numbers of float64.
 LEAST_WEIGHT, MOST_WEIGHT = 1e-100, 1e100
+
+
+def _least_slope(dtype: np.dtype[Any]) -> float:
+    """Return the smallest normal number: with less, rounding leaves nothing of some z below 0.
+
+    A subnormal y is off by half of the least number, so z by epsilon at most with this slope.
+    """
+    narrow = np.float16 if dtype.char == "e" else _dtypes.computed_in(dtype)
+    return float(np.finfo(narrow).tiny)
 
 
 class OfOutput(NamedTuple):
@@ -50,7 +59,7 @@ class InPlaceLayer(FusedTrackingLayer):
         """Raise where the output would not tell what xhat was."""
         chosen = activation_of(self.activation, self.negative_slope)
         if chosen is not None and not chosen.is_invertible:
-            slope = f" with {self.negative_slope}" if self.activation == "leaky_relu" else ""
+            slope = f" with {self.negative_slope}" if self.activation == LEAKY else ""
             raise ValueError(
                 "activation must be one that inplace=True can invert, None or leaky_relu with a "
                 f"negative_slope above 0, got {self.activation}{slope}"
@@ -72,6 +81,12 @@ class InPlaceLayer(FusedTrackingLayer):
         if not self.inplace:
             return out
         self._check_invertible()
+        least = _least_slope(x.dtype)
+        if self.activation == LEAKY and self.negative_slope < least:
+            raise ValueError(
+                f"negative_slope must be at least {least:.2g} with inplace=True and data of "
+                f"{x.dtype}, in which negative outputs would be lost, got {self.negative_slope}"
+            )
         if residual is not None:
             raise ValueError(
                 "residual must be None with inplace=True, which cannot subtract it, got "

@@ -102,7 +102,7 @@ class BatchNorm(InPlaceLayer):
     gradients are those of xhat = (z - bias) / weight, where z is what the activation was given:
     what rounding left of that in y, an error of xhat of 6e-8 * (abs(xhat) + abs(bias / weight))
     where y is float32, with 5e-4 of float16 and 4e-3 of bfloat16. A weight of 0 is refused, and so
-    are a residual and a mask.
+    are a residual, a mask, and a slope below the smallest normal number of y (6.1e-5 of float16).
 
     Two threads that train one layer at once race for its running statistics.
 
