@@ -119,6 +119,7 @@ MAY_BE_NONE = {
     "learned_eps",
     "gain",
     "residual",
+    "y",
     "running_mean",
     "running_var",
     "running_matrix",
@@ -207,7 +208,7 @@ def _wrong_arrays(call: Call, name: str, good: np.ndarray) -> list[Any]:
         found.append(_overlapping(good))
     if name not in MAY_BE_NONE or name in call.updated:
         found.append(None)
-    if name in ("dy", "dx", "ddx") and name != call.inputs[-1]:
+    if name in ("dy", "dx", "ddx", "residual", "y") and name != call.inputs[-1]:
         found += _of_other_dtypes(good)
     if name in call.inputs and not takes_halves(call.name):
         with np.errstate(all="ignore"):

@@ -33,7 +33,9 @@ class Call(NamedTuple):
     """A function and its arguments, contiguous arrays among them, in the order of its signature.
 
     `inputs` are the arguments that are like the output, x the last, and `in_place` those of them
-    that `out` may be. `channels` is the axis along which nothing may leak, or None.
+    that `out` may be. `channels` is the axis along which nothing may leak, or None. `passed_on`
+    is an argument that may itself be among the results. `rounded_first` says that the first result
+    is made of another one, after that was rounded to 16 bits.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Call(NamedTuple):
     in_place: tuple[str, ...]
     updated: tuple[str, ...] = ()
     channels: int | None = None
+    passed_on: str | None = None
+    rounded_first: bool = False
 
 
 def one(result: Any) -> tuple[Any, ...]:
@@ -101,13 +105,19 @@ def pair(rng: Random, shape: tuple[int, ...]) -> tuple[Array | None, Array | Non
     return draws.parameter(rng, shape), draws.parameter(rng, shape)
 
 
+def activation(rng: Random) -> dict[str, Any]:
+    names = ("relu", "leaky_relu", "relu6", "silu", "hardswish")
+    return {
+        "activation": draws.pick(rng, names),
+        "negative_slope": draws.pick(rng, (0.01, 0.3, 1.0, -0.5, 0.0)),
+    }
+
+
 def fused(rng: Random, x: Array) -> dict[str, Any]:
     """An activation and a residual, either, or neither."""
     arguments: dict[str, Any] = {}
     if draws.chance(rng, 0.4):
-        names = ("relu", "leaky_relu", "relu6", "silu", "hardswish")
-        arguments["activation"] = draws.pick(rng, names)
-        arguments["negative_slope"] = draws.pick(rng, (0.01, 0.3, 1.0, -0.5))
+        arguments |= activation(rng)
     if draws.chance(rng, 0.3):
         arguments["residual"] = draws.values(rng, x.shape, x.dtype)
     return arguments
@@ -116,6 +126,53 @@ def fused(rng: Random, x: Array) -> dict[str, Any]:
 def like_output(fused: dict[str, Any]) -> tuple[str, ...]:
     """The arguments that are like the output, x the last."""
     return ("residual", "x") if "residual" in fused else ("x",)
+
+
+def is_told_by_output(fused: dict[str, Any]) -> bool:
+    """Whether y says what goes through an activation."""
+    name, slope = fused["activation"], fused["negative_slope"]
+    return name in ("relu", "relu6") or (name == "leaky_relu" and slope >= 0)
+
+
+def fused_of_gradient(rng: Random, x: Array, bias: Array | None, y: Quantity) -> dict[str, Any]:
+    """The arguments of a gradient, of a forward pass that had this bias and this output."""
+    arguments = fused(rng, x)
+    if not arguments:
+        return arguments
+    arguments["bias"] = bias
+    if "activation" not in arguments:  # what was added is of no use then
+        if draws.chance(rng, 0.5):
+            arguments["residual"] = draws.pick(rng, (True, True, False))
+        return arguments
+    if draws.chance(rng, 0.5 if is_told_by_output(arguments) else 0.02):
+        with np.errstate(all="ignore"):
+            made = oracle.activated(y, arguments).value.astype(x.dtype)
+        arguments["y"] = np.ascontiguousarray(made)
+    if draws.chance(rng, 0.5 if "y" in arguments else 0.03):
+        arguments["residual"] = draws.pick(rng, (True, True, False))
+    return arguments
+
+
+def refused_gradient(fused: dict[str, Any]) -> Refused | None:
+    """Where y does not tell enough, or there is none."""
+    if fused.get("activation") is None:
+        return None
+    wrong = ("y",) if "y" in fused and not is_told_by_output(fused) else ()
+    if fused.get("residual") is True and "y" not in fused:
+        wrong = (*wrong, "residual")
+    return Refused(wrong) if wrong else None
+
+
+def rounds_first(fused: dict[str, Any]) -> bool:
+    """Whether dx is made of the residual's gradient of 16 bits, which has been rounded."""
+    keeps = fused.get("residual") is not None and fused["residual"] is not False
+    return keeps and fused.get("activation") in ("leaky_relu", "silu", "hardswish")
+
+
+def of_gradient(fused: dict[str, Any]) -> tuple[str, ...]:
+    """The arguments of a gradient that are like its output, x the last."""
+    arrays = [name for name in ("y", "residual") if isinstance(fused.get(name), np.ndarray)]
+    return (*arrays, "dy", "x")
 
 
 class Tracked(NamedTuple):

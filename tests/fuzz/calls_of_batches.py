@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import bnfast
-from fuzz import draws, oracle, oracle_of_members
+from fuzz import draws, oracle, oracle_of_activations, oracle_of_members
 from fuzz.call import (
     Call,
     Expected,
@@ -17,10 +17,14 @@ from fuzz.call import (
     carried,
     draw_x,
     fused,
+    fused_of_gradient,
     like_output,
     many,
+    of_gradient,
     one,
     pair,
+    refused_gradient,
+    rounds_first,
     tracked,
     unchanged,
     upstream,
@@ -54,12 +58,15 @@ def batch_norm(rng: Random, name: str) -> Call:
     unbiased = draws.chance(rng, 0.7)
     arguments |= {"training": training, "momentum": momentum, "eps": eps}
     arguments |= {"axis": axis, "unbiased": unbiased}
+    after_it = {} if conditional or ghost else fused(rng, x)
+    inputs = like_output(after_it)
+    arguments |= after_it
     parts = oracle.ghosts(shape[0], size) if ghost else [slice(None)]
 
     def expect() -> Expected | Refused:
         if not training:
             y = oracle.evaluate(x, fold, mean, var, weight, bias, eps)
-            return Expected({"y": y})
+            return Expected({"y": oracle.activated(y, after_it) if after_it else y})
         outputs, running = [], (mean, var)
         for part in parts:
             folded = fold._replace(shape=x[part].shape)
@@ -80,13 +87,14 @@ def batch_norm(rng: Random, name: str) -> Call:
         after = Tracked(*unchanged(mean, var)) if has_running else None
         if y is None:
             y = Quantity(x.astype(oracle.WIDE), {}, x.dtype, x.dtype)
+        y = oracle.activated(y, after_it) if after_it else y
         after = updated or after
         if after is None:
             return Expected({"y": y})
         return Expected({"y": y}, {"running_mean": after.mean, "running_var": after.var})
 
     changed = ("running_mean", "running_var") if training and has_running else ()
-    return Call(name, arguments, expect, one, ("x",), ("x",), changed, axis)
+    return Call(name, arguments, expect, one, inputs, inputs, changed, axis)
 
 
 def batch_norm_forward(rng: Random, name: str) -> Call:
@@ -127,17 +135,29 @@ def batch_norm_backward(rng: Random, name: str) -> Call:
     x, axis = draw_x(rng, first=1 if conditional else 0, full=conditional)
     fold = (oracle.of_conditions if conditional else oracle.of_channels)(x.shape, axis)
     dy, training = upstream(rng, x), draws.chance(rng, 0.7)
-    weight = draws.parameter(rng, fold.parameter_shape)
+    weight, bias = pair(rng, fold.parameter_shape)
     if training:
-        found = oracle.forward(x, fold, None, None, draws.eps(rng))
-        mean, invstd = (draws.saved(rng, each) for each in wide(found.mean, found.invstd))
+        found = oracle.forward(x, fold, weight, bias, draws.eps(rng))
+        y, (mean, invstd) = found.y, (draws.saved(rng, a) for a in wide(found.mean, found.invstd))
     else:
         mean = draws.running(rng, (x.shape[axis],))
         invstd = draws.running(rng, (x.shape[axis],), positive=True)
+        with np.errstate(all="ignore"):
+            variance = invstd.astype(oracle.WIDE) ** -2
+        y = oracle.evaluate(x, fold, mean, variance, weight, bias, 0.0)
     arguments = {"dy": dy, "x": x, "mean": mean, "invstd": invstd, "weight": weight}
     arguments |= {"axis": axis, "training": training}
+    after_it = {} if conditional else fused_of_gradient(rng, x, bias, y)
+    inputs = of_gradient(after_it)
+    arguments |= after_it
 
-    def expect() -> Expected:
+    def expect() -> Expected | Refused:
+        if after_it:
+            given = dy, x, fold, mean, invstd, weight, bias, after_it
+            refused = refused_gradient(after_it)
+            return refused or Expected(
+                oracle_of_activations.backward(*given, constant=not training)
+            )
         found = oracle.backward(
             dy,
             x,
@@ -151,7 +171,8 @@ def batch_norm_backward(rng: Random, name: str) -> Call:
         return Expected(found._asdict())
 
     in_place = ("dy",) if conditional and training else ("dy", "x")
-    return Call(name, arguments, expect, many, ("dy", "x"), in_place, (), axis)
+    first = rounds_first(after_it)
+    return Call(name, arguments, expect, many, inputs, in_place, (), axis, "dy", first)
 
 
 def batch_norm_halves(rng: Random, name: str) -> Call:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fuzz import draws, oracle, oracle_of_members
+from fuzz import draws, oracle, oracle_of_activations, oracle_of_members
 from fuzz.call import (
     Array,
     Call,
@@ -14,10 +14,14 @@ from fuzz.call import (
     Tracked,
     draw_x,
     fused,
+    fused_of_gradient,
     like_output,
     many,
+    of_gradient,
     one,
     pair,
+    refused_gradient,
+    rounds_first,
     tracked,
     unchanged,
     upstream,
@@ -36,23 +40,28 @@ def instance_norm(rng: Random) -> Call:
     momentum, eps = draws.momentum(rng), draws.eps(rng)
     arguments = {"x": x, "running_mean": mean, "running_var": var, "weight": weight, "bias": bias}
     arguments |= {"use_input_stats": own, "momentum": momentum, "eps": eps, "axis": axis}
+    after_it = fused(rng, x)
+    inputs = like_output(after_it)
+    arguments |= after_it
 
     def expect() -> Expected | Refused:
         if not own:
             batch = oracle.of_channels(x.shape, axis)
-            return Expected({"y": oracle.evaluate(x, batch, mean, var, weight, bias, eps)})
+            y = oracle.evaluate(x, batch, mean, var, weight, bias, eps)
+            return Expected({"y": oracle.activated(y, after_it) if after_it else y})
         if has_running and fold.count == 1:
             return Refused(("x",), x.size > 0)
         found = oracle.forward(x, fold, weight, bias, eps)
+        y = oracle.activated(found.y, after_it) if after_it else found.y
         if not has_running:
-            return Expected({"y": found.y})
+            return Expected({"y": y})
         after = Tracked(*unchanged(mean, var))
         if x.size:
             after = tracked(found.of, fold, x, mean, var, momentum, True)
-        return Expected({"y": found.y}, {"running_mean": after.mean, "running_var": after.var})
+        return Expected({"y": y}, {"running_mean": after.mean, "running_var": after.var})
 
     changed = ("running_mean", "running_var") if own and has_running else ()
-    return Call("instance_norm", arguments, expect, one, ("x",), ("x",), changed, axis)
+    return Call("instance_norm", arguments, expect, one, inputs, inputs, changed, axis)
 
 
 def of_samples(
@@ -95,16 +104,21 @@ def group_norm(rng: Random, name: str) -> Call:
 def group_norm_backward(rng: Random, name: str) -> Call:
     x, how, fold = of_samples(rng, name.partition("_")[0])
     how.pop("num_groups", None)
-    dy, weight = upstream(rng, x), draws.parameter(rng, fold.parameter_shape)
-    found = oracle.forward(x, fold, None, None, draws.eps(rng))
+    dy, (weight, bias) = upstream(rng, x), pair(rng, fold.parameter_shape)
+    found = oracle.forward(x, fold, weight, bias, draws.eps(rng))
     mean, invstd = (draws.saved(rng, each) for each in wide(found.mean, found.invstd))
+    after_it = fused_of_gradient(rng, x, bias, found.y)
+    inputs = of_gradient(after_it)
     arguments = {"dy": dy, "x": x, "mean": mean, "invstd": invstd, "weight": weight, **how}
+    arguments |= after_it
 
-    def expect() -> Expected:
-        return Expected(oracle.backward(dy, x, fold, mean, invstd, weight)._asdict())
+    def expect() -> Expected | Refused:
+        given = dy, x, fold, mean, invstd, weight, bias, after_it
+        return refused_gradient(after_it) or Expected(oracle_of_activations.backward(*given))
 
     channels = None if name.startswith("group") else how["axis"]
-    return Call(name, arguments, expect, many, ("dy", "x"), ("dy", "x"), (), channels)
+    first = rounds_first(after_it)
+    return Call(name, arguments, expect, many, inputs, ("dy", "x"), (), channels, "dy", first)
 
 
 def response(rng: Random, name: str) -> Call:

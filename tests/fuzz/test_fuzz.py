@@ -91,6 +91,25 @@ def test_a_wrong_gradient_is_reported(monkeypatch):
     assert "dweight" in complaints("values", "group_norm_backward")
 
 
+@pytest.mark.parametrize("name", ["batch_norm_backward", "group_norm_backward"])
+@pytest.mark.parametrize(
+    ("argument", "wrong"),
+    [("activation", "relu6"), ("negative_slope", 0.9), ("bias", None), ("residual", 0)],
+)
+def test_an_argument_of_an_activation_that_is_lost_is_reported(monkeypatch, name, argument, wrong):
+    def change(right, *arguments, **keywords):
+        good = keywords.get(argument)
+        if argument == "residual" and isinstance(good, np.ndarray) and good.dtype.kind == "f":
+            keywords[argument] = wrong * good
+        elif argument != "residual" and good is not None:
+            keywords[argument] = wrong
+        return right(*arguments, **keywords)
+
+    replaced(monkeypatch, name, change)
+    cases = map(run.run_case, numbers("values", name, 8 * CASES))
+    assert any("allowed" in text for outcome in cases for text in outcome.complaints)
+
+
 @pytest.mark.parametrize(
     ("form", "place"), [("jvp", 0), *(("double_backward", n) for n in range(3))]
 )
