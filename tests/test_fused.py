@@ -512,6 +512,19 @@ def test_a_curve_over_its_residual_has_no_backward(rng):
     assert len(layer.backward(np.ones_like(y))) == 2
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_residual_may_be_any_buffer(rng, name):
+    x, dy, residual = rng.normal(size=(3, 9, 6))
+    for given in (residual.tolist(), memoryview(residual)):
+        results = []
+        for added in (residual, given):
+            layer = bnfast.BatchNorm(6, dtype=np.float64, activation=name)
+            results.append([layer(x, added), *layer.backward(dy)])
+            assert layer.num_batches_tracked == 1
+        for a, b in zip(*results, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_layers_show_and_pickle_their_activation():
     layer = bnfast.BatchNorm(2, activation="leaky_relu", negative_slope=0.2)
     assert "activation=leaky_relu, negative_slope=0.2" in repr(layer)

@@ -170,16 +170,22 @@ def to_write(values: np.ndarray, rng: np.random.Generator, plain: bool) -> Buffe
     return Buffer(view, view, memory, name)
 
 
-def widened(view: np.ndarray) -> np.ndarray:
-    """A float32 copy of values of 16 bits: with the same strides in elements, aligned or not."""
-    strides = [2 * stride for stride in view.strides]
+def copied(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A copy of a wider dtype or the same: with these strides in elements, aligned or not."""
+    factor = dtype.itemsize // view.itemsize
+    strides = [factor * stride for stride in view.strides]
     ends = [(n - 1) * s for n, s in zip(view.shape, strides, strict=True) if n > 1]
     low, high = (sum(f(e, 0) for e in ends) for f in (min, max))
     shift = 0 if view.flags.aligned else 1
-    memory = np.zeros(shift + high - low + 4, np.uint8)
-    wide = np.ndarray(view.shape, np.float32, memory, shift - low, strides)
-    wide[...] = view
-    return wide
+    memory = np.zeros(shift + high - low + dtype.itemsize, np.uint8)
+    copy = np.ndarray(view.shape, dtype, memory, shift - low, strides)
+    copy[...] = view
+    return copy
+
+
+def widened(view: np.ndarray) -> np.ndarray:
+    """A float32 copy of values of 16 bits."""
+    return copied(view, np.dtype(np.float32))
 
 
 def shifted(buffer: Buffer, rng: np.random.Generator) -> np.ndarray | None:

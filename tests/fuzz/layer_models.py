@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import bnfast
-from fuzz import call, draws, oracle, oracle_of_averages, oracle_of_members, oracle_of_whitening
+from fuzz import (
+    call,
+    draws,
+    oracle,
+    oracle_of_activations,
+    oracle_of_averages,
+    oracle_of_members,
+    oracle_of_whitening,
+)
 from fuzz.call import Array, Random
 from fuzz.case import text_of
 from fuzz.judge import DOUBLE, Quantity, arithmetic
@@ -18,25 +26,32 @@ OF_OWN_STATISTICS = 4
 
 
 class Step(NamedTuple):
-    """What one call does: its output, the state after it, and the gradients for a dy."""
+    """What one call does: its output, the state after it, and the gradients for a dy.
+
+    `of_output` has the gradients, for a dy and the output as it came, where they follow from that.
+    """
 
     y: Quantity
     updated: dict[str, Quantity]
     batches: int
     gradients: Callable[[Array], dict[str, Quantity | None]]
+    of_output: Callable[[Array, Array], dict[str, Quantity | None]] | None = None
 
 
 class Plan(NamedTuple):
     """A layer of some shape: how it is made, given inputs, and what it is to do.
 
     `step` takes the layer, whose public attributes say all that counts, and the arguments of its
-    call; it returns None where the call is to be refused.
+    call; it returns None where the call is to be refused, or what the error may name. `options` are
+    keywords of a call. A layer that is `fused` has activations and residuals.
     """
 
     make: Callable[[], Any]
     inputs: Callable[[Random], tuple[Any, ...]]
-    step: Callable[..., Step | None]
+    step: Callable[..., Step | call.Refused | None]
     description: str
+    options: Callable[[Random], dict[str, Any]] = lambda rng: {}
+    fused: bool = False
 
 
 def _loosened(quantity: Quantity | None) -> Quantity | None:
@@ -67,6 +82,7 @@ def _copies(*arrays: Array | None) -> list[Array | None]:
 
 
 OF_CHANNELS = ("weight", "bias")
+ACTIVATIONS = ("relu", "leaky_relu", "relu6", "silu", "hardswish")
 NONFINITE = ("propagate", "propagate", "skip", "raise")
 AVERAGES = (
     bnfast.ExponentialAverage(old=0.75, bias_corrected=True),
@@ -93,19 +109,108 @@ def _is_finite(x: Array, axis: int, centred: bool = True) -> bool:
     return bool(((np.abs(of.mean) <= most) & (of.var * values <= most)).all())
 
 
+class Fused(NamedTuple):
+    """What a call of a layer has besides an input, and what the layer is set to."""
+
+    residual: Array | None
+    recompute: bool
+    activation: str | None
+    negative_slope: float
+    inplace: bool
+
+    def arguments(self) -> dict[str, Any]:
+        """As a function has them."""
+        return self._asdict()
+
+    def is_told_by_output(self) -> bool:
+        """Whether the layer keeps y rather than the residual."""
+        if self.activation is None or self.residual is None:
+            return False
+        return call.is_told_by_output(self.arguments())
+
+
+def _fused(layer: Any, residual: Array | None, recompute: bool = False) -> Fused:
+    chosen = layer.activation, layer.negative_slope
+    return Fused(residual, recompute, *chosen, getattr(layer, "inplace", False))
+
+
+def _names_of_refusal(layer: Any, x: Array, fused: Fused) -> tuple[str, ...]:
+    """What a call of a layer is refused for, besides its input."""
+    names = []
+    if fused.activation not in (None, *ACTIVATIONS):
+        names.append("activation")
+    learns = type(layer.momentum) is bnfast.LearnableMomentum
+    if fused.recompute and layer.training and learns:
+        names.append("recompute")
+    if learns and _trains(layer) and layer.track_running_stats:
+        if layer.nonfinite == "propagate" or _is_finite(x, layer.axis):
+            names.append("momentum")
+    if fused.inplace:
+        leaky = fused.activation == "leaky_relu" and fused.negative_slope > 0
+        if fused.activation is not None and not leaky:
+            names.append("activation")
+        if fused.residual is not None:
+            names.append("residual")
+        if layer.weight is not None and not layer.weight.all():
+            names.append("weight")
+    return tuple(names)
+
+
+def _with_gradients(
+    step: Step,
+    fused: Fused,
+    given: tuple[Array, oracle.Fold, Array, Quantity, Array | None, Array | None],
+    dtypes: dict[str, Any],
+    constant: bool,
+) -> Step:
+    """A step whose output is activated; `given` are x, mean, invstd, weight and bias."""
+    x, fold, mean, invstd, weight, bias = given
+    arguments = fused.arguments()
+
+    def named(found: dict[str, Quantity]) -> dict[str, Quantity | None]:
+        gradients = (found[name] for name in ("dx", "dweight", "dbias"))
+        made = _gradients(tuple(gradients), OF_CHANNELS, dtypes)
+        return made | {"dresidual": found.get("dresidual")}
+
+    def of_input(dy: Array) -> dict[str, Quantity | None]:
+        parameters = invstd.value, weight, bias, arguments
+        return named(
+            oracle_of_activations.backward(dy, x, fold, mean, *parameters, constant=constant)
+        )
+
+    def of_output(dy: Array, y: Array) -> dict[str, Quantity | None]:
+        if not fused.inplace:
+            arguments["y"] = y
+            return of_input(dy)
+        parameters = invstd, weight, bias, arguments
+        return named(
+            oracle_of_activations.backward_of_output(dy, y, fold, *parameters, constant=constant)
+        )
+
+    y = oracle.activated(step.y, arguments)
+    by_output = fused.inplace or fused.is_told_by_output()
+    return step._replace(y=y, gradients=of_input, of_output=of_output if by_output else None)
+
+
 def _of_statistics(
     layer: Any,
     x: Array,
     folds: list[tuple[slice, oracle.Fold]],
     unbiased: bool,
     conditions: Array | None = None,
-) -> Step | None:
+    fused: Fused | None = None,
+) -> Step | call.Refused | None:
     """A layer of channels whose statistics are those of parts of a batch, or of samples."""
+    if fused is not None:
+        names = _names_of_refusal(layer, x, fused)
+        if names:
+            return call.Refused((*names, "x"))
     weight, bias = _copies(layer.weight, layer.bias)
     if conditions is not None:
         weight, bias = weight[conditions], bias[conditions]
     dtypes = _dtypes(layer, OF_CHANNELS)
     tracks = _trains(layer) and layer.track_running_stats
+    tracks = tracks and not (fused is not None and fused.recompute)
     if not _trains(layer) and layer.running_mean is not None:
         mean, var = _copies(layer.running_mean, layer.running_var)
         fold = oracle.of_channels(x.shape, layer.axis)
@@ -119,7 +224,13 @@ def _of_statistics(
             found = oracle.backward(dy, x, fold, mean, inverse, weight, constant=True)
             return _gradients(_of_classes(found, layer, conditions), OF_CHANNELS, dtypes)
 
-        return Step(y, {}, 0, evaluated)
+        step = Step(y, {}, 0, evaluated)
+        if fused is None:
+            return step
+        with np.errstate(all="ignore"):
+            inverse = 1 / np.sqrt(var.astype(oracle.WIDE) + layer.eps)
+        invstd = Quantity(inverse, {"statistics": inverse}, x.dtype, DOUBLE)
+        return _with_gradients(step, fused, (x, fold, mean, invstd, weight, bias), dtypes, True)
     parts, running, updated, number = [], None, None, 0
     if tracks:
         running = _copies(layer.running_mean, layer.running_var)
@@ -160,7 +271,12 @@ def _of_statistics(
         )
         return _gradients(_of_classes(whole, layer, conditions), OF_CHANNELS, dtypes)
 
-    return Step(y, state, counted if x.size else 0, gradients)
+    step = Step(y, state, counted if x.size else 0, gradients)
+    if fused is None:
+        return step
+    ((_, fold, found),) = parts
+    given = x, fold, found.mean.value, found.invstd, weight, bias
+    return _with_gradients(step, fused, given, dtypes, False)
 
 
 def _of_classes(found: Any, layer: Any, conditions: Array | None) -> Any:
@@ -226,6 +342,27 @@ def _tracking(rng: Random) -> dict[str, Any]:
     }
 
 
+def _activation(rng: Random) -> dict[str, Any]:
+    """Often none."""
+    return call.activation(rng) if draws.chance(rng, 0.5) else {}
+
+
+def _with_residuals(inputs: Callable[[Random], tuple[Any, ...]]) -> Any:
+    """Of layers whose calls may add a residual."""
+
+    def drawn(rng: Random) -> tuple[Any, ...]:
+        (x,) = inputs(rng)
+        if draws.chance(rng, 0.3):
+            return x, rng.normal(size=x.shape).astype(x.dtype)
+        return (x,)
+
+    return drawn
+
+
+def _recompute(rng: Random) -> dict[str, Any]:
+    return {"recompute": draws.chance(rng, 0.6)} if draws.chance(rng, 0.4) else {}
+
+
 def _made(name: str, *arguments: Any, **keywords: Any) -> tuple[Callable[[], Any], str]:
     shown = [text_of(a) for a in arguments]
     shown += [f"{key}={text_of(value)}" for key, value in keywords.items()]
@@ -235,35 +372,55 @@ def _made(name: str, *arguments: Any, **keywords: Any) -> tuple[Callable[[], Any
 def _batch_norm(rng: Random) -> Plan:
     ndim = int(rng.integers(2, 5))
     channels, axis = int(rng.integers(1, 9)), draws.axis(rng, ndim)
+    more = _tracking(rng) | _activation(rng)
+    if draws.chance(rng, 0.3):
+        more["inplace"] = True
+        slope = draws.pick(rng, (0.01, 0.3, 1.0))
+        more |= draws.pick(rng, ({"activation": None}, {"activation": "leaky_relu"}))
+        more["negative_slope"] = slope
+    if more.get("activation") is not None and draws.chance(rng, 0.1):
+        more |= {"momentum": bnfast.LearnableMomentum(0.1), "track_running_stats": True}
     make, text = _made(
         "BatchNorm",
         channels,
         axis=axis,
         affine=draws.chance(rng, 0.7),
         unbiased=draws.chance(rng, 0.7),
-        **_tracking(rng),
+        **more,
     )
 
-    def step(layer: Any, x: Array) -> Step | None:
+    def step(
+        layer: Any, x: Array, residual: Array | None = None, *, recompute: bool = False
+    ) -> Step | call.Refused | None:
         folds = [(slice(None), oracle.of_channels(x.shape, axis))]
-        return _of_statistics(layer, x, folds, layer.unbiased)
+        fused = _fused(layer, residual, recompute)
+        return _of_statistics(layer, x, folds, layer.unbiased, None, fused)
 
-    inputs = _sometimes_nonfinite(_data_inputs(channels, axis, ndim))
-    return Plan(make, inputs, step, text)
+    inputs = _with_residuals(_sometimes_nonfinite(_data_inputs(channels, axis, ndim)))
+    return Plan(make, inputs, step, text, _recompute, True)
 
 
 def _instance_norm(rng: Random) -> Plan:
     ndim = int(rng.integers(2, 5))
     channels, axis = int(rng.integers(1, 9)), draws.axis(rng, ndim, 1)
     make, text = _made(
-        "InstanceNorm", channels, axis=axis, affine=draws.chance(rng, 0.6), **_tracking(rng)
+        "InstanceNorm",
+        channels,
+        axis=axis,
+        affine=draws.chance(rng, 0.6),
+        **_tracking(rng),
+        **_activation(rng),
     )
 
-    def step(layer: Any, x: Array) -> Step | None:
-        return _of_statistics(layer, x, [(slice(None), oracle.of_planes(x.shape, axis))], True)
+    def step(
+        layer: Any, x: Array, residual: Array | None = None, *, recompute: bool = False
+    ) -> Step | call.Refused | None:
+        folds = [(slice(None), oracle.of_planes(x.shape, axis))]
+        fused = _fused(layer, residual, recompute)
+        return _of_statistics(layer, x, folds, True, None, fused)
 
-    inputs = _sometimes_nonfinite(_data_inputs(channels, axis, ndim))
-    return Plan(make, inputs, step, text)
+    inputs = _with_residuals(_sometimes_nonfinite(_data_inputs(channels, axis, ndim)))
+    return Plan(make, inputs, step, text, _recompute, True)
 
 
 def _ghost(rng: Random) -> Plan:
@@ -280,7 +437,7 @@ def _ghost(rng: Random) -> Plan:
         **_tracking(rng),
     )
 
-    def step(layer: Any, x: Array) -> Step | None:
+    def step(layer: Any, x: Array) -> Step | call.Refused | None:
         folds = [
             (part, oracle.of_channels(x[part].shape, axis)) for part in oracle.ghosts(len(x), size)
         ]
@@ -320,7 +477,7 @@ def _conditional(rng: Random) -> Plan:
 
     inputs = _sometimes_nonfinite(inputs)
 
-    def step(layer: Any, x: Array, labels: Array) -> Step | None:
+    def step(layer: Any, x: Array, labels: Array) -> Step | call.Refused | None:
         folds = [(slice(None), oracle.of_conditions(x.shape, axis))]
         return _of_statistics(layer, x, folds, layer.unbiased, labels)
 
@@ -485,13 +642,21 @@ def _group_norm(rng: Random) -> Plan:
         axis=axis,
         affine=draws.chance(rng, 0.7),
         dtype=draws.dtype(rng),
+        **_activation(rng),
     )
 
-    def step(layer: Any, x: Array) -> Step:
-        fold = oracle.of_groups(x.shape, axis, groups)
-        return _plain(layer, x, fold, *_copies(layer.weight, layer.bias), layer.eps)
+    def step(layer: Any, x: Array, residual: Array | None = None) -> Step | call.Refused:
+        fold, fused = oracle.of_groups(x.shape, axis, groups), _fused(layer, residual)
+        if fused.activation not in (None, *ACTIVATIONS):
+            return call.Refused(("activation",))
+        weight, bias = _copies(layer.weight, layer.bias)
+        found = oracle.forward(x, fold, weight, bias, layer.eps)
+        plain = _plain(layer, x, fold, weight, bias, layer.eps)
+        given = x, fold, found.mean.value, found.invstd, weight, bias
+        return _with_gradients(plain, fused, given, _dtypes(layer, OF_CHANNELS), False)
 
-    return Plan(make, _data_inputs(channels, axis, ndim), step, text)
+    inputs = _with_residuals(_data_inputs(channels, axis, ndim))
+    return Plan(make, inputs, step, text, fused=True)
 
 
 def _plain(

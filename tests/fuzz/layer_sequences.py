@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fuzz import buffers, case, draws
-from fuzz.judge import HALVES, complaint, same_bits
+import bnfast
+from fuzz import buffers, call, case, draws
+from fuzz.judge import HALVES, arithmetic, complaint, same_bits
 from fuzz.layer_models import LAYERS, Plan, Step
 
 LONGEST = 12
@@ -25,6 +26,59 @@ WRONG_INPUTS: tuple[Any, ...] = (
 )
 
 
+# Attributes that may be changed at any time, and that copies keep.
+SETTINGS = ("activation", "negative_slope", "inplace", "frozen", "nonfinite")
+
+PIECEWISE = (None, "relu", "leaky_relu", "relu6")
+
+
+class Composition:
+    """A call as that of a layer without an activation, and the operations after it, in NumPy."""
+
+    def __init__(self, layer: Any, x: np.ndarray, residual: Any, options: dict[str, Any]) -> None:
+        self.plain, self.dtype = copy.deepcopy(layer), x.dtype
+        self.name, self.slope, self.inplace = layer.activation, layer.negative_slope, False
+        if hasattr(layer, "inplace"):
+            self.inplace, self.plain.inplace = layer.inplace, False
+        self.plain.activation = None
+        self.wide = arithmetic(x.dtype)
+        self.z = self.plain(buffers.copied(x, self.wide), **options)
+        self.adds = residual is not None
+        if self.adds:
+            self.z = self.z + residual.astype(self.wide)
+
+    def closed(self, z: np.ndarray) -> np.ndarray:
+        return (z <= 0) | (z >= 6) if self.name == "relu6" else z <= 0
+
+    def output(self) -> np.ndarray:
+        z, slope = self.z, self.wide.type(self.slope)
+        if self.name == "leaky_relu" and slope:
+            z = np.where(z < 0, slope * z, z)
+        elif self.name is not None:
+            z = np.clip(z, 0, 6 if self.name == "relu6" else None)
+        return z.astype(self.dtype)
+
+    def gradients(self, dy: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray | None] | None:
+        """Of an output y; None where they may have other bits."""
+        dz, told = dy.astype(self.wide), True
+        if self.name is not None:
+            fused = {"activation": self.name, "negative_slope": self.slope, "residual": self.adds}
+            told = self.adds and call.is_told_by_output(fused)
+            if self.dtype != self.wide and call.rounds_first(fused):
+                return None
+            slope = self.wide.type(self.slope if self.name == "leaky_relu" else 0)
+            closed = self.closed(y.astype(self.wide) if told else self.z)
+            dz = np.where(closed, slope * dz if slope else self.wide.type(0), dz)
+        # Of float64 data z is made again with a mean that has been rounded.
+        if self.inplace or (self.wide == np.float64 and not told):
+            return None
+        upstream = buffers.copied(dy, self.wide)
+        upstream[...] = dz
+        dx = self.plain.backward(upstream)
+        made = {name: getattr(self.plain, name) for name in ("weight_grad", "bias_grad")}
+        return {"dx": dx, "dresidual": dz if self.adds else None, **made}
+
+
 class Sequence:
     """A layer, and what it is to be like."""
 
@@ -32,6 +86,8 @@ class Sequence:
         self.plan, self.rng, self.outcome = plan, rng, outcome
         self.layer = plan.make()
         self.last: Step | None = None  # whose backward may come
+        self.output: Any = None  # of the last call
+        self.composition: Composition | None = None  # the last call, otherwise
         self.twin: Any = None  # a copy that was called with float32 copies, where x had 16 bits
 
     def complain(self, what: str | None) -> None:
@@ -44,6 +100,7 @@ class Sequence:
         return {
             **layer.state_dict(),
             "training": self.layer.training,
+            **{name: getattr(layer, name) for name in SETTINGS if hasattr(layer, name)},
             **{name: value for name, value in vars(layer).items() if name.endswith("_grad")},
         }
 
@@ -60,32 +117,44 @@ class Sequence:
     # The steps
 
     def call(self) -> None:
-        arguments = self.plan.inputs(self.rng)
+        arguments, options = self.plan.inputs(self.rng), self.plan.options(self.rng)
         before, counted = self.state(), self.layer.num_batches_tracked
         with np.errstate(all="ignore"):
-            step = self.plan.step(self.layer, *arguments)
-        given = list(arguments)
-        out, in_place, twin, wide = {}, False, None, None
-        if arguments:
-            in_place = draws.chance(self.rng, 0.1)
-            make = buffers.to_write if in_place else buffers.to_read
-            kept = make(arguments[0], self.rng, draws.chance(self.rng, 0.5))
-            given[0] = kept.given
-            if kept.view.dtype in HALVES:
-                twin, wide = copy.deepcopy(self.layer), buffers.widened(kept.view)
-            if in_place:
-                out = {"out": kept.given}
+            step = self.plan.step(self.layer, *arguments, **options)
+        overwrites = bool(getattr(self.layer, "inplace", False)) and bool(arguments)
+        out, kept = self._in_memory(arguments, overwrites)
+        given = [kept[k].given if k in kept else value for k, value in enumerate(arguments)]
+        target = None if out is None else kept[out]
+        where = {} if target is None else {"out": target.given}
+        twin, wide = None, None
+        if kept and kept[0].view.dtype in HALVES:
+            twin = copy.deepcopy(self.layer)
+            wide = [buffers.widened(kept[k].view) if k in kept else v for k, v in enumerate(given)]
+        again = copy.deepcopy(self.layer) if self.plan.fused else None
+        arrays = [np.asarray(each.given) for each in kept.values()]
+        copies = [buffers.copied(array, array.dtype) for array in arrays]
+        seen = case.witnesses({f"argument {k}": buffer for k, buffer in kept.items()})
         try:
-            y = self.layer(*given, **out)
+            y = self.layer(*given, **options, **where)
         except Exception as error:
-            if step is not None:
+            names = step.names if isinstance(step, call.Refused) else ("x",)
+            if isinstance(step, Step):
                 self.complain(f"refused: {type(error).__name__}: {error}")
-            case.complain_of_error(self.outcome, error, ("x",) if step is None else ())
+                names = ()
+            case.complain_of_error(self.outcome, error, names)
             self.complain_of_state(before, "by a call that raised")
+            case.complain_of_changes(self.outcome, seen, "by a call that raised")
             return
-        if step is None:
+        if not isinstance(step, Step):
             self.complain("was not refused")
             return
+        if overwrites and target is None:
+            target = kept[0]
+        case.complain_of_changes(
+            self.outcome, [each for each in seen if each.buffer is not target], "by a call"
+        )
+        if target is not None and not same_bits(np.asarray(y), target.view):
+            self.complain("the output was written elsewhere")
         self.complain(complaint("y", y, step.y))
         for name, quantity in step.updated.items():
             self.complain(complaint(name, getattr(self.layer, name), quantity))
@@ -99,10 +168,50 @@ class Sequence:
                     value, self.state()[name], equal_nan=isinstance(value, np.ndarray)
                 ):
                     self.complain(f"{name} was changed by a call")
-        self.last, self.twin = None if in_place and y.size else step, twin
+        self.last, self.twin = step, twin
+        if out is not None and y.size and not overwrites and self._lost(out):
+            self.last = None
+        self.output, self.composition = np.array(y), None
+        if again is not None and self.layer.activation in PIECEWISE:
+            self._compose(again, copies, options)
         if twin is not None:
-            self.compare("y", y, twin(wide, *given[1:]))
+            self.compare("y", y, twin(*wide, **options))
             self.complain_of_state(self.state(twin), "otherwise than by float32 copies")
+            if overwrites:  # which has its gradients from an output that was rounded
+                self.twin = None
+
+    def _in_memory(
+        self, arguments: tuple[Any, ...], overwrites: bool
+    ) -> tuple[int | None, dict[int, buffers.Buffer]]:
+        """Which argument is `out`, if any, and the memory of all that are like an output."""
+        if not arguments:
+            return None, {}
+        like_output = range(len(arguments)) if self.plan.fused else range(1)
+        out = draws.pick(self.rng, like_output) if draws.chance(self.rng, 0.1) else None
+        kept = {}
+        for k in like_output:
+            written = k == out or (overwrites and k == 0)
+            make = buffers.to_write if written else buffers.to_read
+            kept[k] = make(arguments[k], self.rng, draws.chance(self.rng, 0.5))
+        return out, kept
+
+    def _lost(self, out: int) -> bool:
+        """Whether a call that wrote over this argument can have no backward."""
+        settings = {name: getattr(self.layer, name, None) for name in SETTINGS}
+        return out == 0 or not (settings["activation"] is None or call.is_told_by_output(settings))
+
+    def _compose(self, layer: Any, copies: list[Any], options: dict[str, Any]) -> None:
+        """Hold the last call against its composition."""
+        x, residual = copies if len(copies) > 1 else (copies[0], None)
+        with np.errstate(all="ignore"):
+            self.composition = Composition(layer, x, residual, options)
+            expected = self.composition.output()
+        if not np.array_equal(_floats(self.output), _floats(expected), equal_nan=True):
+            self.complain("y is not what its operations make one after the other")
+        plain = self.composition.plain.state_dict()
+        for name, value in self.layer.state_dict().items():
+            if not np.array_equal(value, plain[name], equal_nan=True):
+                self.complain(f"{name} is not that of a layer without an activation")
 
     def compare(self, name: str, found: Any, of_float32: Any) -> None:
         """With what came of float32 copies."""
@@ -121,23 +230,57 @@ class Sequence:
             wrong = dy.astype(np.float64 if dy.dtype == np.float32 else np.float32)
             self.refused(lambda: self.layer.backward(wrong), ("dy",))
         with np.errstate(all="ignore"):
-            expected = self.last.gradients(dy)
+            if self.last.of_output is None:
+                expected = self.last.gradients(dy)
+            else:
+                expected = self.last.of_output(dy, self.output)
         out = buffers.to_write(dy, self.rng, False) if draws.chance(self.rng, 0.3) else None
         wide = None if self.twin is None else buffers.widened(dy if out is None else out.view)
-        dx = self.layer.backward(
+        given = dy if out is None else buffers.copied(out.view, out.view.dtype)
+        made = self.layer.backward(
             dy if out is None else out.given, **({} if out is None else {"out": out.given})
         )
+        dx, dresidual = made if isinstance(made, tuple) else (made, None)
+        results = {"dx": dx, "dresidual": dresidual}
         for name, quantity in expected.items():
-            found = dx if name == "dx" else getattr(self.layer, name)
+            found = results[name] if name in results else getattr(self.layer, name)
             if quantity is None or found is None:
                 if (quantity is None) != (found is None):
                     self.complain(f"{name} is {found!r}")
             else:
                 self.complain(complaint(name, found, quantity))
-        if self.twin is not None:
-            self.compare("dx", dx, self.twin.backward(wide))
+        if self.composition is not None:
+            self._compare_gradients(given, results)
+        if self.twin is not None and self._gates_alike():
+            of_twin = self.twin.backward(wide)
+            wide_dx = of_twin[0] if isinstance(of_twin, tuple) else of_twin
+            if not call.rounds_first({**vars(self.layer), "residual": dresidual}):
+                self.compare("dx", dx, wide_dx)
             self.complain_of_state(self.state(self.twin), "otherwise than by float32 copies")
         self.last = self.twin = None
+
+    def _compare_gradients(self, dy: np.ndarray, results: dict[str, Any]) -> None:
+        """With those of the composition."""
+        with np.errstate(all="ignore"):
+            expected = self.composition.gradients(dy, self.output)
+        for name, value in (expected or {}).items():
+            found = results[name] if name in results else getattr(self.layer, name)
+            if (value is None) != (found is None):
+                self.complain(f"{name} is {found!r}, and {value!r} of the composition")
+            elif value is not None:
+                with np.errstate(all="ignore"):
+                    rounded = _floats(value.astype(found.dtype))
+                if not np.array_equal(_floats(found), rounded, equal_nan=True):
+                    self.complain(f"{name} has not the bits of the composition")
+
+    def _gates_alike(self) -> bool:
+        """Whether an output of 16 bits lets through what that of float32 copies does."""
+        composition = self.composition
+        if composition is None or composition.name is None or not composition.adds:
+            return True
+        wide = composition.z
+        found = self.output.astype(wide.dtype)
+        return np.array_equal(composition.closed(found), composition.closed(wide))
 
     def train(self) -> None:
         mode = draws.chance(self.rng, 0.5)
@@ -213,6 +356,43 @@ class Sequence:
             names = ("x", "w", "axis", "normalized_shape", "labels")
             self.refused(lambda: self.layer(value, *more), names)
 
+    def settings(self) -> None:
+        """Change what may be changed at any time; values that are wrong are refused by a call."""
+        if not self.plan.fused:
+            return
+        layer, self.twin = self.layer, None
+        learns = type(getattr(layer, "momentum", None)) is bnfast.LearnableMomentum
+        kind = draws.pick(self.rng, ("activation", "activation", "weight", "inplace", "frozen"))
+        if kind == "activation":
+            chosen = call.activation(self.rng)
+            layer.negative_slope = chosen["negative_slope"]
+            layer.activation = chosen["activation"]
+            if draws.chance(self.rng, 0.2) and not learns:
+                layer.activation = None
+            elif draws.chance(self.rng, 0.1):
+                layer.activation = "tanh"
+        elif kind == "weight" and layer.weight is not None:
+            layer.weight[...] = self.rng.normal(size=layer.weight.shape)
+            layer.bias[...] = self.rng.normal(size=layer.bias.shape)
+            if draws.chance(self.rng, 0.1):
+                layer.weight.flat[0] = 0
+        elif hasattr(layer, kind) and kind != "weight":
+            wrong = draws.pick(self.rng, (1, None, "no", 0.0))
+            self.refused(lambda: setattr(layer, kind, wrong), (kind,))
+            setattr(layer, kind, not getattr(layer, kind))
+
+    def recomputed(self) -> None:
+        """Neither 1 nor "yes" is True."""
+        if not self.plan.options(self.rng):
+            return
+        x = self.plan.inputs(self.rng)[0]
+        before, value = x.copy(), draws.pick(self.rng, (1, None, "yes", 0))
+        # What a layer in place cannot invert is refused before.
+        names = ("recompute", "activation", "weight")
+        self.refused(lambda: self.layer(x, recompute=value), names)
+        if not same_bits(x, before):
+            self.complain("x was changed by something that is refused")
+
     def flags(self) -> None:
         """Modes are True or False."""
         value = draws.pick(self.rng, (1, None, "no", 0.0))
@@ -240,6 +420,11 @@ class Sequence:
         self.complain_of_state(before, "by something that is refused")
 
 
+def _floats(array: np.ndarray) -> np.ndarray:
+    """What NumPy compares, of whatever type."""
+    return array.astype(arithmetic(array.dtype))
+
+
 STEPS = (
     "call",
     "call",
@@ -255,6 +440,9 @@ STEPS = (
     "reset",
     "wrong",
     "flags",
+    "settings",
+    "settings",
+    "recomputed",
 )
 
 

@@ -86,7 +86,10 @@ def _activated_input(
     if precision == DOUBLE:  # the mean is rounded to float64, and nothing is wider
         off = off + np.abs(center * inverse * factor) * eps_of(DOUBLE)
     off = oracle.unjudged(off, np.isfinite(off))
-    exact = (deviation == 0) & usable & oracle.moderate(inverse, x.dtype)
+    exact = deviation == 0
+    if np.asarray(mean).dtype == WIDE:  # not a mean that was given
+        exact = exact.all(fold.over, keepdims=True)
+    exact = exact & usable & oracle.moderate(inverse, x.dtype)
     z = np.where(exact, np.broadcast_to(shift, z.shape).astype(precision).astype(WIDE), z)
     z, off = (fold.unfold(part) for part in (z, np.where(exact, 0, off)))
     if residual is None:
@@ -187,7 +190,10 @@ def backward_of_output(
         terms = sizes + oracle.mean_over(sizes, fold) + absolute * steep
         known = known + of_xhat * steep + absolute * oracle.mean_over(sizes * of_xhat, fold)
     dx, terms, known = dx * scale, terms * np.abs(scale), known * np.abs(scale)
-    most, largest = oracle.LARGEST_FACTOR[precision], np.abs(dz).max(fold.over, keepdims=True)
+    most, largest = (
+        oracle.LARGEST_FACTOR[precision],
+        np.abs(dz).max(fold.over, keepdims=True, initial=0),
+    )
     good = np.isfinite(z) & (absolute < most)
     for number in (inverse, factor, 1 / factor, scale, shift, largest):
         good = good & oracle.moderate(number, precision)

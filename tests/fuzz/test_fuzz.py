@@ -216,6 +216,61 @@ def test_running_statistics_that_are_off_are_reported(monkeypatch):
     assert "running_var" in complaints("sequences", "BatchNorm", 2 * CASES)
 
 
+def wrong_call(monkeypatch, change):
+    """Let batch norm do something else, told its arguments by name."""
+    right = bnfast.BatchNorm.__call__
+
+    def call(self, x, residual=None, **keywords):
+        return change(right, self, x, residual, keywords)
+
+    monkeypatch.setattr(bnfast.BatchNorm, "__call__", call)
+
+
+def drops_recompute(right, layer, x, residual, keywords):
+    return right(layer, x, residual, **{**keywords, "recompute": False})
+
+
+def forgets_the_activation(right, layer, x, residual, keywords):
+    y = right(layer, x, residual, **keywords)
+    layer.activation = None
+    return y
+
+
+def overwrites_what_it_refuses(right, layer, x, residual, keywords):
+    if layer.inplace and residual is not None and isinstance(x, np.ndarray) and x.size:
+        x[...] = 0
+    return right(layer, x, residual, **keywords)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (drops_recompute, "was changed by a call|num_batches_tracked is"),
+        (forgets_the_activation, "activation was changed by a call"),
+        (overwrites_what_it_refuses, "argument 0 was changed by a call that raised"),
+    ],
+)
+def test_what_fused_layers_do_wrong_is_reported(monkeypatch, change, complaint):
+    wrong_call(monkeypatch, change)
+    assert re.search(complaint, complaints("sequences", "BatchNorm", 4 * CASES))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["weight_grad", "bias_grad"])
+def test_a_wrong_gradient_of_an_output_is_reported(monkeypatch, name):
+    right = bnfast.BatchNorm.backward
+
+    def backward(self, dy, **keywords):
+        dx = right(self, dy, **keywords)
+        if self.inplace and self.weight is not None:
+            setattr(self, name, -getattr(self, name))
+        return dx
+
+    monkeypatch.setattr(bnfast.BatchNorm, "backward", backward)
+    assert name in complaints("sequences", "BatchNorm", 4 * CASES)
+
+
 def test_the_command_repeats_a_case_and_says_what_is_wrong(monkeypatch, capsys):
     number = numbers("values", "layer_norm")[0]
     assert run.main(["--case", str(number)]) == 0

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._activations import LEAKY, activation_of
+from bnfast._arrays import as_array
 from bnfast._float_mode import in_default_float_mode
 from bnfast._masks import ZEROS
 from bnfast._primitives import Activation, Reduction
@@ -45,9 +46,11 @@ class FusedLayer(Layer):
         adds = residual is not None
         from_y = adds and chosen is not None and chosen.is_gated_by_output
         again = adds and chosen is not None and not from_y
-        if again and _validation.shares_memory(residual, y):
-            self._save(y, y)  # which says that the input was overwritten
-            return
+        if again:
+            residual = as_array(residual)
+            if _validation.shares_memory(residual, y):
+                self._save(y, y)  # which says that the input was overwritten
+                return
         bias = None if self.bias is None or chosen is None else self.bias.copy()
         fused: Fused = bias, chosen, residual if again else None, y if from_y else None, adds
         self._save(x, y, *saved, fused)
