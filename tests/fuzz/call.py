@@ -34,8 +34,7 @@ class Call(NamedTuple):
 
     `inputs` are the arguments that are like the output, x the last, and `in_place` those of them
     that `out` may be. `channels` is the axis along which nothing may leak, or None. `passed_on`
-    is an argument that may itself be among the results. `rounded_first` says that the first result
-    is made of another one, after that was rounded to 16 bits.
+    is an argument that may itself be among the results.
     """
 
     name: str
@@ -47,7 +46,6 @@ class Call(NamedTuple):
     updated: tuple[str, ...] = ()
     channels: int | None = None
     passed_on: str | None = None
-    rounded_first: bool = False
 
 
 def one(result: Any) -> tuple[Any, ...]:

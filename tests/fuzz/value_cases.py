@@ -258,7 +258,7 @@ def _widen(outcome: case.Outcome, call: Call, prepared: Prepared, first: list[np
             outcome.complain(f"result {k} is {a.dtype}, and {b.dtype} of float32 copies")
         with np.errstate(all="ignore"):
             rounded = b.astype(a.dtype)
-        if not same_bits(a, rounded) and not (call.rounded_first and k == 0):
+        if not same_bits(a, rounded):
             outcome.complain(f"result {k} is not that of float32 copies, rounded once")
 
 
