@@ -81,6 +81,17 @@ def test_an_output_of_16_bits_tells_what_goes_through(isa, data, member, name):
         assert_rounded_once(a, b)
 
 
+def test_what_is_rounded_to_6_lets_no_gradient_through_as_in_pytorch():
+    half = HALVES["bfloat16"]
+    x, residual, dy = (np.full((1, 1), value, half) for value in (5.75, 0.24609375, 1))
+    layer = bnfast.BatchNorm(1, eps=0, activation="relu6").eval()
+    assert layer(x, residual) == 6  # rounded: the sum is less
+    dx, dresidual = layer.backward(dy)
+    assert dx == dresidual == 0
+    exact = {"training": False, "activation": "relu6", "residual": residual}
+    assert bnfast.batch_norm_backward(dy, x, np.zeros(1), np.ones(1), **exact)[0] == 1
+
+
 def assert_nearly_always_rounded_right(got, exact):
     """The nearest number in all but a few elements, and within one of them everywhere."""
     half = got.dtype

@@ -83,32 +83,6 @@ def test_the_result_is_that_of_float32_data_rounded_once(isa, rng, half, name, l
             np.testing.assert_array_equal(a, b.astype(a.dtype))
 
 
-@pytest.mark.parametrize("adds", [False, True], ids=["alone", "residual"])
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "silu", "hardswish"])
-@pytest.mark.parametrize("layout", ["nchw", "nhwc", "nc", "long runs"])
-@pytest.mark.parametrize("name", ["batch", "instance", "group"])
-def test_an_activation_and_a_residual_are_computed_in_float32(
-    isa, rng, half, name, layout, activation, adds
-):
-    (shape, axis, _), member = LAYOUTS[layout], MEMBERS[name]
-    x, dy, residual = (rng.normal(1, 2, shape).astype(half) for _ in range(3))
-    weight, bias = rng.normal(size=(2, *member.parameters(shape, axis))).astype(np.float32)
-    groups = [GROUPS] if name == "group" else []
-    forward = getattr(bnfast, f"{name}_norm_forward")
-    backward = getattr(bnfast, f"{name}_norm_backward")
-
-    def results(dtype):
-        x_, dy_, added = (a.astype(dtype) for a in (x, dy, residual))
-        fused = {"axis": axis, "activation": activation, "residual": added if adds else None}
-        y, mean, invstd = forward(x_, *groups, weight, bias, **fused)
-        return y, mean, invstd, *backward(dy_, x_, mean, invstd, weight, bias=bias, **fused)
-
-    got, want = results(half), results(np.float32)
-    assert got[0].dtype == got[3].dtype == half
-    for a, b in zip(got, want, strict=True):
-        assert_same(a, b.astype(a.dtype))
-
-
 @pytest.mark.parametrize("name", HALF_MEMBERS)
 def test_bits_do_not_depend_on_threads_strides_or_out(rng, half, use_threads, name):
     shape, member = (6, 8, 130, 131), MEMBERS[name]

@@ -161,12 +161,6 @@ def refused_gradient(fused: dict[str, Any]) -> Refused | None:
     return Refused(wrong) if wrong else None
 
 
-def rounds_first(fused: dict[str, Any]) -> bool:
-    """Whether dx is made of the residual's gradient of 16 bits, which has been rounded."""
-    keeps = fused.get("residual") is not None and fused["residual"] is not False
-    return keeps and fused.get("activation") in ("leaky_relu", "silu", "hardswish")
-
-
 def of_gradient(fused: dict[str, Any]) -> tuple[str, ...]:
     """The arguments of a gradient that are like its output, x the last."""
     arrays = [name for name in ("y", "residual") if isinstance(fused.get(name), np.ndarray)]
