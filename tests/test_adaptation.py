@@ -74,6 +74,19 @@ def test_recalibrated_statistics_are_those_of_all_batches_together(kind, rng):
     assert_near(running(layer), expected_of(kind, layer, data))
 
 
+def test_a_batch_that_is_refused_is_not_seen(kind, rng):
+    layer, data = trained(kind, rng, dtype=np.float64), shifted(rng)
+    bad = [{"out": np.zeros((3, CHANNELS, 5))}, {"out": "out"}]
+    if kind in ("batch", "instance"):
+        bad.append({"residual": np.zeros((3, CHANNELS, 5))})
+    with bnfast.recalibrating(layer):
+        feed(layer, data)
+        for arguments in bad:
+            with pytest.raises((TypeError, ValueError), match=r"out must be|must have the shape"):
+                call(layer, 100 * data[0], **arguments)
+    assert_near(running(layer), expected_of(kind, layer, data))
+
+
 def test_batches_may_be_cut_in_any_way(kind, rng):
     layer = trained(kind, rng, dtype=np.float64)
     whole = np.concatenate(shifted(rng))

@@ -185,9 +185,9 @@ LAYERS = {
 AVERAGING = [name for name in LAYERS if name not in ("instance", "renormalized", "moving average")]
 
 
-def call(layer, x):
+def call(layer, x, **more):
     labelled = isinstance(layer, bnfast.ConditionalBatchNorm)
-    return layer(x, np.zeros(len(x), int)) if labelled else layer(x)
+    return layer(x, np.zeros(len(x), int), **more) if labelled else layer(x, **more)
 
 
 def running_names(kind):

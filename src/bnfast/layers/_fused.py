@@ -140,7 +140,7 @@ class FusedTrackingLayer(FusedLayer, TrackingLayer):
         training = self.training and not self.frozen
         tracks = not self._recomputes(recompute)
         if tracks and self._observer is not None:
-            self._observer(array)
+            self._observe(array, out, residual)
         if tracks and training:
             self._before_training(array, counted)
         running_mean, running_var = (None, None) if training else self._running_statistics()

@@ -120,6 +120,15 @@ class Averaging(Layer):
     def _checked_nonfinite(self) -> str:
         return _validation.choice("nonfinite", self.nonfinite, (PROPAGATE, SKIP, RAISE))
 
+    def _observe(self, x: Array, out: Array | None, residual: Array | None = None) -> None:
+        """Tell who watches of a batch, unless an array that came with it is to be refused."""
+        if residual is not None:
+            _validation.upstream_gradient(residual, x, ("residual", "x"))
+        if out is not None:
+            _validation.output(out, x, {"residual": residual, "x": x}, ("residual", "x"))
+        assert self._observer is not None
+        self._observer(x)
+
     def _parts(self, x: Array) -> list[slice]:
         """Return what the running statistics take as batches, along axis 0."""
         return [slice(None)]
@@ -259,7 +268,7 @@ class TrackingLayer(ChannelLayer, Tracking):
         array = self._batch(x)
         tracks = not self._recomputes(recompute)
         if tracks and self._observer is not None:
-            self._observer(array)
+            self._observe(array, out)
         if self.training and not self.frozen:
             if tracks:
                 self._before_training(array)
@@ -411,6 +420,11 @@ class RankLayer(TrackingLayer):
     _number: int  # the same of the same layer on every rank
 
     _recalibrated = False  # whether `_joined` comes in each call
+
+    def _observe(self, x: Array, out: Array | None, residual: Array | None = None) -> None:
+        """Tell who watches; what is to be refused is refused where all ranks learn of it."""
+        assert self._observer is not None
+        self._observer(x)
 
     @abstractmethod
     def _joined(

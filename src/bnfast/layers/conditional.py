@@ -157,7 +157,7 @@ class ConditionalBatchNorm(TrackingLayer):
         weight, bias = (self._of_samples(name, chosen) for name in ("weight", "bias"))
         tracks = not self._recomputes(recompute)
         if tracks and self._observer is not None:
-            self._observer(array)
+            self._observe(array, out)
         running_mean, running_var = self._running_statistics()
         training = self.training and not self.frozen
         if training or running_mean is None or running_var is None:

@@ -209,7 +209,7 @@ class CrossIterationBatchNorm(ChannelLayer, Averaging):
         """
         array = self._batch(x)
         if self._observer is not None:
-            self._observer(array)
+            self._observe(array, out)
         if not self.training or self.frozen:
             return self._evaluate(array, out, self.running_mean, self.running_var, self.eps)
         values = array.size // max(self.num_features, 1)

@@ -163,7 +163,7 @@ class MovingAverageBatchNorm(ChannelLayer, Averaging):
         """
         array = self._batch(x)
         if self._observer is not None:
-            self._observer(array)
+            self._observe(array, out)
         if not self.training or self.frozen:
             zeros = np.zeros(self.num_features)
             return self._evaluate(array, out, zeros, self.running_var, self.eps)

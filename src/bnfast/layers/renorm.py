@@ -135,7 +135,7 @@ class BatchRenorm(ChannelLayer, Averaging):
         """
         array = self._batch(x)
         if self._observer is not None:
-            self._observer(array)
+            self._observe(array, out)
         mean, std = self.running_mean, self.running_std
         if not self.training or self.frozen:
             given = array, self.axis, mean, std, self.weight, self.bias

@@ -99,7 +99,7 @@ class WhiteningLayer(Tracking):
         _validation.same_channels("x", array, self.axis, self.num_features)
         first = not _validation.flag("recompute", recompute)
         if first and self._observer is not None:
-            self._observer(array)
+            self._observe(array, out)
         common = array, self.axis, self.num_groups, self._whiten, self.weight, self.bias
         mean, matrix = self._running_statistics()
         training = self.training and not self.frozen
