@@ -49,8 +49,8 @@ KERNEL_FLAGS = [
 # Where GCC knows it: else it makes calls and 16-byte moves of loops that copy a few vectors between
 # memory and registers, and what was stored in two halves is waited for when it is read as a whole.
 NO_CALLS_FOR_LOOPS = "-fno-tree-loop-distribute-patterns"
-# Python's own flags ask for what debuggers need: ten times as large as the code, and most of the
-# time that a build takes. ``python setup.py build_ext --debug`` asks for it, too.
+# Python's own flags ask for what debuggers need, ten times as large as the code and 0.4 of the time
+# of a build. ``python setup.py build_ext --debug`` leaves it in.
 NOTHING_FOR_DEBUGGERS = "-g0"
 
 
