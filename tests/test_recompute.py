@@ -16,6 +16,13 @@ class Alone(Communicator):
 
 LABELS = np.array([0, 1, 1, 0, 1, 0, 0, 1])
 
+STATELESS = {
+    "group": lambda: bnfast.GroupNorm(2, 4),
+    "layer": lambda: bnfast.LayerNorm(3),
+    "RMS": lambda: bnfast.RMSNorm(3),
+    "filter response": lambda: bnfast.FilterResponseNorm(4),
+}
+
 # Layers of 4 channels, and what they are called with besides a batch of 8.
 LAYERS = {
     "batch": (lambda **o: bnfast.BatchNorm(4, **o), ()),
@@ -114,6 +121,14 @@ def test_what_the_first_call_has_changed_cannot_be_made_again(batches):
     for other in (bnfast.BatchRenorm(4), bnfast.MovingAverageBatchNorm(4)):
         with pytest.raises(TypeError, match="recompute"):
             other(batches[0], recompute=True)
+
+
+@pytest.mark.parametrize("stateless", STATELESS)
+def test_layers_without_running_statistics_take_it_too(stateless, batches):
+    layer = STATELESS[stateless]()
+    np.testing.assert_array_equal(layer(batches[0], recompute=True), layer(batches[0]))
+    with pytest.raises(TypeError, match="recompute must be True or False, got"):
+        layer(batches[0], recompute=None)
 
 
 def test_anything_but_true_and_false_is_refused(make, batches):

@@ -113,13 +113,15 @@ class FilterResponseNorm(Layer):
             self.learned_eps = np.full(self.num_features, self._first_eps, self.dtype)
 
     @in_default_float_mode
-    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
+    def __call__(self, x: Array, *, recompute: bool = False, out: Array | None = None) -> Array:
         """Normalize a batch.
 
         Parameters
         ----------
         x : array of float16, bfloat16, float32 or float64
             With `num_features` channels along `axis`. Keep its values for `backward`.
+        recompute : bool
+            Whether the call is made again, as of `bnfast.BatchNorm`: it makes no difference here.
         out : array like `x`, optional
             Where to write. In place, where it is `x` itself, there can be no `backward`.
 
@@ -134,6 +136,7 @@ class FilterResponseNorm(Layer):
         """
         array, axis, _ = _validation.batch("x", x, self.axis)
         _validation.same_channels("x", array, axis, self.num_features)
+        _validation.flag("recompute", recompute)
         parameters = self.weight, self.bias, self.tau
         z, invrms = functional.filter_response_norm_forward(
             array, *parameters, self.eps, learned_eps=self.learned_eps, axis=axis, out=out

@@ -39,13 +39,15 @@ class _RowLayer(Layer):
             self.weight = np.ones(self.normalized_shape, self.dtype)
 
     @in_default_float_mode
-    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
+    def __call__(self, x: Array, *, recompute: bool = False, out: Array | None = None) -> Array:
         """Normalize rows.
 
         Parameters
         ----------
         x : array of float16, bfloat16, float32 or float64
             Keep its values for `backward`.
+        recompute : bool
+            Whether the call is made again, as of `bnfast.BatchNorm`: it makes no difference here.
         out : array like `x`, optional
             Where to write. In place, where it is `x` itself, there can be no `backward`.
 
@@ -59,6 +61,7 @@ class _RowLayer(Layer):
             As the function of the same name; the layer is left as it was.
         """
         array = _validation.data_array("x", x)
+        _validation.flag("recompute", recompute)
         y, *statistics = self._normalize(array, out)
         self._save(array, y, statistics, self._kept_weight())
         return y

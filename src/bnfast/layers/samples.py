@@ -358,6 +358,7 @@ class GroupNorm(FusedLayer):
         mask: NDArray[np.bool_] | None = None,
         lengths: NDArray[Any] | None = None,
         padding: str = ZEROS,
+        recompute: bool = False,
         out: Array | None = None,
     ) -> Array:
         """Normalize a batch.
@@ -373,6 +374,8 @@ class GroupNorm(FusedLayer):
         mask, lengths, padding
             As in `bnfast.batch_norm`: which values count, and what the output is where they do not.
             Keep them for `backward`, too, which has the same.
+        recompute : bool
+            Whether the call is made again, as of `bnfast.BatchNorm`: it makes no difference here.
         out : array like `x`, optional
             Where to write. In place, where it is `x` itself, there can be no `backward`; nor where
             it is the residual itself, if the activation is silu or hardswish.
@@ -388,6 +391,7 @@ class GroupNorm(FusedLayer):
         """
         array, axis, _ = _validation.batch("x", x, self.axis)
         _validation.same_channels("x", array, axis, self.num_channels)
+        _validation.flag("recompute", recompute)
         chosen = activation_of(self.activation, self.negative_slope)
         y, mean, invstd = _primitives.normalize(
             *(array, axis, self.weight, self.bias, self.eps),
