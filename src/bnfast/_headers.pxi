@@ -30,16 +30,13 @@ cdef extern from "mask.h" nogil:
     ctypedef struct bn_mask_sizes:
         size_t count
         size_t stretches
-        size_t places
 
     bint bn_mask_is_full(const bn_plan *plan, const bn_given_mask *given)
     size_t bn_mask_bytes(const bn_plan *plan)
     bn_mask bn_new_mask(
         const bn_plan *plan, const bn_given_mask *given, void *memory, bn_mask_sizes *sizes
     )
-    void bn_list_stretches(
-        const bn_plan *plan, bn_mask *mask, bn_stretch *stretches, cnp.uint16_t *places
-    )
+    void bn_list_stretches(const bn_plan *plan, bn_mask *mask, bn_stretch *stretches)
 
 
 cdef extern from "job.h" nogil:

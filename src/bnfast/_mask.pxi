@@ -15,7 +15,6 @@ cdef Mask new_mask(Plan plan, const bn_given_mask *given, bint keeps_input):
     """
     cdef Mask mask
     cdef bn_mask_sizes sizes
-    cdef bn_stretch *stretches
     if bn_mask_is_full(&plan.c, given):
         return None
     mask = Mask()
@@ -24,15 +23,10 @@ cdef Mask new_mask(Plan plan, const bn_given_mask *given, bint keeps_input):
         raise MemoryError("no memory for the mask")
     mask.c = bn_new_mask(&plan.c, given, mask.memory, &sizes)
     mask.count, mask.c.keeps_input = sizes.count, keeps_input
-    mask.stretches = malloc(
-        sizes.stretches * sizeof(bn_stretch) + (sizes.places + 1) * sizeof(cnp.uint16_t)
-    )
+    mask.stretches = malloc((sizes.stretches + 1) * sizeof(bn_stretch))
     if mask.stretches is NULL:
         raise MemoryError("no memory for the mask")
-    stretches = <bn_stretch *>mask.stretches
-    bn_list_stretches(
-        &plan.c, &mask.c, stretches, <cnp.uint16_t *>(stretches + sizes.stretches)
-    )
+    bn_list_stretches(&plan.c, &mask.c, <bn_stretch *>mask.stretches)
     return mask
 
 

@@ -208,6 +208,68 @@ static void check_conversions(const float *values, size_t count)
     free(wide);
 }
 
+/* Of values, those that count: every number of them, in memory that ends with them. */
+static void check_compress(const double *from, size_t count, bn_dtype dtype)
+{
+    const size_t itemsize = dtype == BN_f32 ? sizeof(float) : sizeof(double);
+    for (size_t apart = 1; apart < 5; apart++) {
+        const size_t expected = (count + apart - 1) / apart;
+        unsigned char *counts = allocate(count);
+        char *values = allocate(count * itemsize), *kept = allocate(expected * itemsize);
+        for (size_t i = 0; i < count; i++) {
+            counts[i] = i % apart == 0;
+            if (dtype == BN_f32) {
+                ((float *)(void *)values)[i] = (float)from[i];
+            } else {
+                ((double *)(void *)values)[i] = from[i];
+            }
+        }
+        const size_t made = CALL(compress)[dtype](count, counts, values, kept, expected);
+        for (size_t i = 0; i < expected; i++) {
+            if (made != expected || memcmp(kept + i * itemsize, values + i * apart * itemsize, itemsize) != 0) {
+                fprintf(stderr, "compress\n");
+                exit(1);
+            }
+        }
+        free(counts);
+        free(values);
+        free(kept);
+    }
+}
+
+/* Sums of what counts of a box: all values, and every third one. */
+static void check_counted(bn_extent extent, const void *dy, const void *x, bn_strides strides, bn_coefficients mean_,
+                          bn_dtype dtype)
+{
+    const size_t size = extent.outer * extent.inner;
+    const bn_input input = {1, BN_IN_LEVEL2, 0};
+    extent.channels = extent.channels < BN_COUNTED_CHANNELS ? extent.channels : BN_COUNTED_CHANNELS;
+    for (size_t apart = 1; apart <= 3; apart += 2) {
+        double *mean = zeros(extent.channels), *low = zeros(extent.channels), *m2 = zeros(extent.channels);
+        unsigned char *counts = allocate(size);
+        for (size_t i = 0; i < size; i++) {
+            counts[i] = i % apart == 0;
+        }
+        const bn_counted counted = {counts, (size + apart - 1) / apart};
+        for (size_t seen = 0; seen < 2 * counted.count; seen += counted.count) {
+            double left_out = (double)CALL(counted_moments)[dtype](extent, x, strides, input, counted, seen, mean,
+                                                                         low, m2);
+            add_doubles(&left_out, 1);
+        }
+        add_doubles(mean, extent.channels);
+        add_doubles(m2, extent.channels);
+        double left_out = (double)CALL(counted_gradient_sums)[dtype](extent, dy, strides, x, strides, input,
+                                                                           counted, mean_, low, m2);
+        add_doubles(&left_out, 1);
+        add_doubles(low, extent.channels);
+        add_doubles(m2, extent.channels);
+        free(mean);
+        free(low);
+        free(m2);
+        free(counts);
+    }
+}
+
 static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
 {
     const bn_dtype dtype = (bn_dtype)dtype_;
@@ -363,23 +425,32 @@ static void check(bn_layout layout, int dtype_, bn_extent extent, int values_)
     check_output(CALL(scaled)[layout][dtype], extent, affine, of_rows, y_view, &plan);
     check_output(CALL(weighted_input_gradient)[layout][dtype], extent, weighted, backward, dx_view,
                  &plan);
-    /* A mask is such a parameter, of which 0, 1 and 2 say three things. */
+    /* A mask is such a parameter, of which 0 does not count. */
     const size_t positions = of_run ? extent.inner : extent.outer;
     void *mask = allocate(positions * itemsize);
     for (size_t i = 0; i < positions; i++) {
         if (dtype == BN_f32) {
-            ((float *)mask)[i] = (float)(i % 3);
+            ((float *)mask)[i] = (float)(i % 3 != 1);
         } else {
-            ((double *)mask)[i] = (double)(i % 3);
+            ((double *)mask)[i] = (double)(i % 3 != 1);
         }
     }
     const bn_view masked[] = {x_view, {mask, of_elements}}, masked_both[] = {both[0], x_view, {mask, of_elements}};
     bn_coefficients grouped = backward;
     grouped.array[BN_WEIGHT] = forward.array[BN_SCALE];
-    check_output(CALL(masked_scale_shift)[layout][dtype], extent, masked, forward, y_view, &plan);
-    check_output(CALL(masked_input_gradient)[layout][dtype], extent, masked_both, backward, dx_view, &plan);
-    check_output(CALL(masked_grouped_input_gradient)[layout][dtype], extent, masked_both, grouped, dx_view, &plan);
+    for (int keeps = 0; keeps < 2; keeps++) {
+        bn_coefficients to_y = forward, to_dx = backward, to_grouped = grouped;
+        to_y.slope = to_dx.slope = to_grouped.slope = keeps;
+        check_output(CALL(masked_scale_shift)[layout][dtype], extent, masked, to_y, y_view, &plan);
+        check_output(CALL(masked_input_gradient)[layout][dtype], extent, masked_both, to_dx, dx_view, &plan);
+        check_output(CALL(masked_grouped_input_gradient)[layout][dtype], extent, masked_both, to_grouped, dx_view,
+                     &plan);
+    }
     free(mask);
+    check_compress(mean, c, dtype);
+    if (layout == BN_contiguous) {
+        check_counted(extent, dy, x, strides, backward, dtype);
+    }
     CALL(weighted_gradient_sums)[layout][dtype](extent, weighted, near, backward, other_mean,
                                                 other_low);
     add_doubles(other_mean, c);

@@ -243,6 +243,26 @@ void bn_gradient_sums_of_box(const bn_job *job, const bn_box *box, block_sums bl
         sums_of_block(job, BN_SUM_DY_XHAT, block.number, box->channel));
 }
 
+uint64_t bn_counted_moments_of_box(const bn_job *job, const bn_box *box, block_sums block, size_t count)
+{
+    const bn_view x = input_view(job, BN_X, box);
+    return job->kernels->counted_moments[job->plan->dtype](
+        box->extent, x.data, x.strides, bn_input_of(job, box), (bn_counted){box->counts, count}, block.count,
+        sums_of_block(job, BN_MEAN, block.number, box->channel),
+        sums_of_block(job, BN_MEAN_LOW, block.number, box->channel),
+        sums_of_block(job, BN_M2, block.number, box->channel));
+}
+
+uint64_t bn_counted_gradient_sums_of_box(const bn_job *job, const bn_box *box, block_sums block, size_t count)
+{
+    const bn_view dy = upstream_view(job, box, NULL, 0);
+    const bn_view x = input_view(job, BN_X, box);
+    return job->kernels->counted_gradient_sums[job->plan->dtype](
+        box->extent, dy.data, dy.strides, x.data, x.strides, bn_input_of(job, box), (bn_counted){box->counts, count},
+        coefficients_from(job, box->channel), sums_of_block(job, BN_SUM_DY, block.number, box->channel),
+        sums_of_block(job, BN_SUM_DY_XHAT, block.number, box->channel));
+}
+
 void bn_weighted_gradient_sums_of_box(const bn_job *job, const bn_box *box, block_sums block)
 {
     const bn_view inputs[] = {
@@ -306,6 +326,9 @@ void bn_write_values(const bn_job *job, const bn_box *box)
         coefficients.array[BN_ROUNDED_MEAN] = coefficients.array[BN_SHIFT] = coefficients.array[BN_OFFSET];
     }
     coefficients.period = period_of(plan, box->extent.channels);
+    if (output == job->method.masked) {
+        coefficients.slope = job->mask.keeps_input;
+    }
     bn_output_kernel *kernel;
     find_kernel(job, output, &kernel, sizeof kernel);
     bn_store_hint hint = store_hint_of(job, box);

@@ -61,7 +61,10 @@
     X(gate_coefficients)                     \
     X(unbend)                                \
     X(parameter_gradient)                    \
-    X(update_running)
+    X(update_running)                        \
+    X(compress)                              \
+    X(counted_moments)                       \
+    X(counted_gradient_sums)
 
 #define BN_FOR_EACH_CHANNEL_OPERATION(X) \
     X(merge_moments)                     \

@@ -7,6 +7,7 @@
 #define BN_KERNELS_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 #include "kernel_list.h"
 
@@ -68,7 +69,8 @@ typedef enum {
 typedef struct {
     void *array[BN_COEFFICIENTS];
     size_t period;
-    double slope, ceiling; /* of an activation, for all channels; of a gradient, the slope where dy is not kept */
+    double slope, ceiling; /* of an activation, for all channels; of a gradient, the slope where dy is not kept; of a
+                              mask, not 0 where padding is what the input is */
 } bn_coefficients;
 
 /* How an input is summed. interleave: rows of channels_last that are summed side by side, of at most BN_WIDE_ROW
@@ -279,6 +281,27 @@ typedef void bn_parameter_gradient_kernel(size_t channels, size_t repeats, const
    infinity neither. Returns whether a finite value left the range of the type. */
 typedef int bn_update_running_kernel(size_t channels, size_t repeats, double momentum,
                                      const double *divided, double divisor, void *running);
+
+/* Those of `count` neighbours that a mask counts, by bytes of 0 and 1: written one after the other, where there is room
+   for so many, beyond which nothing is written. Returns how many these are; what follows them is undefined. */
+typedef size_t bn_compress_kernel(size_t count, const unsigned char *counts, const void *from, void *to, size_t room);
+
+/* What of a box of runs counts: bytes of 0 and 1, [outer][inner] for all channels, and how many are 1, at least one. */
+typedef struct {
+    const unsigned char *counts;
+    size_t count;
+} bn_counted;
+
+/* counted_moments, counted_gradient_sums: of at most BN_COUNTED_CHANNELS contiguous channels, moments and gradient_sums
+   of what counts; without bounds. Return a set of channels, the first one the lowest bit: those whose sums leave the
+   range of the type, or may, and to which nothing has been added. */
+#define BN_COUNTED_CHANNELS ((size_t)64)
+typedef uint64_t bn_counted_moments_kernel(bn_extent extent, const void *x, bn_strides x_strides, bn_input input,
+                                           bn_counted counted, size_t count, double *mean, double *mean_low, double *m2);
+typedef uint64_t bn_counted_gradient_sums_kernel(bn_extent extent, const void *dy, bn_strides dy_strides, const void *x,
+                                                 bn_strides x_strides, bn_input input, bn_counted counted,
+                                                 bn_coefficients coefficients, double *sum_dy,
+                                                 double *sum_dy_deviation);
 
 /* Chan's merge of b into a. */
 typedef void bn_merge_moments_kernel(size_t channels, size_t count_a, double *mean_a,

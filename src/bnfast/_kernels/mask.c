@@ -5,9 +5,13 @@
 
 #include "boxes.h"
 
-/* Whole lines, which all count or do not, are worth a kernel call of their own if they are so many bytes; those that are
-   mixed go to kernels that ask of each position. */
+/* Whole lines, which all count or do not, are worth a kernel call of their own if they are so many bytes. A long line is
+   looked at in parts, of so many positions at least, and so many of them at most. What is mixed goes to kernels that ask
+   of each position. */
 #define FEWEST_BYTES ((size_t)4096)
+#define FEWEST_LINE_OF_PARTS ((size_t)512)
+#define FEWEST_IN_LINE ((size_t)64)
+#define MOST_IN_LINE ((size_t)8)
 
 /* From the mask of a caller */
 
@@ -103,22 +107,13 @@ int bn_mask_is_full(const bn_plan *plan, const bn_given_mask *given)
 
 /* Chunks and their stretches */
 
-static int is_uniform(const unsigned char *counts, size_t size) { return !memchr(counts, !*counts, size); }
-
-/* What is found of a chunk, written where stretches and places are not NULL. */
+/* What is found of a chunk, listed where there is room for it. */
 typedef struct {
     const unsigned char *counts; /* from the chunk's first position on */
     bn_masked_chunk chunk;
-    size_t places;
     bn_stretch last;
-    bn_stretch *stretches;
-    uint16_t *place;
+    bn_stretch *stretches; /* NULL: for none */
 } survey;
-
-static int has_places(bn_stretch stretch)
-{
-    return stretch.count > 0 && stretch.count < stretch.end - stretch.first;
-}
 
 static void end_stretch(survey *found)
 {
@@ -131,47 +126,59 @@ static void end_stretch(survey *found)
     }
     found->chunk.stretches++;
     found->chunk.count += last.count;
-    if (has_places(last)) {
-        for (size_t at = last.first; found->place && at < last.end; at++) {
-            *found->place = (uint16_t)at;
-            found->place += found->counts[at];
-        }
-        found->places += last.count;
-    }
 }
 
-/* The next positions, all alike or not: they belong to the stretch before where that is so, too. */
-static void add_positions(survey *found, size_t size, int uniform)
+/* The next positions, of which so many count: they belong to the stretch before where both are alike. */
+static void add_positions(survey *found, size_t size, size_t count)
 {
-    const size_t first = found->last.end;
     const bn_stretch last = found->last;
-    const int is_first = last.end == last.first;
-    size_t count = 0;
-    if (uniform) {
-        count = found->counts[first] ? size : 0;
-    } else {
-        for (size_t i = first; i < first + size; i++) {
-            count += found->counts[i];
-        }
-    }
-    if (!is_first && (uniform ? !has_places(last) && (last.count > 0) == (count > 0) : has_places(last))) {
+    const size_t before = (size_t)(last.end - last.first);
+    const int is_mixed = count > 0 && count < size, was_mixed = last.count > 0 && last.count < before;
+    if (before > 0 && is_mixed == was_mixed && (is_mixed || (count > 0) == (last.count > 0))) {
         found->last.end = (uint16_t)(last.end + size);
         found->last.count = (uint16_t)(last.count + count);
         return;
     }
     end_stretch(found);
-    found->last = (bn_stretch){(uint16_t)first, (uint16_t)(first + size), (uint16_t)count, (uint16_t)found->places};
+    found->last = (bn_stretch){last.end, (uint16_t)(last.end + size), (uint16_t)count};
 }
 
-static survey survey_chunk(const bn_plan *plan, const unsigned char *counts, size_t size, bn_stretch *stretches,
-                           uint16_t *places)
+/* Of bytes of 0 and 1. */
+static size_t sum_of(const unsigned char *counts, size_t size)
+{
+    const uint64_t ones = UINT64_C(0x0101010101010101);
+    size_t sum = 0, i = 0;
+    for (; i + 64 <= size; i += 64) {
+        uint64_t words[8], columns = 0;
+        memcpy(words, counts + i, sizeof words);
+        for (size_t j = 0; j < 8; j++) {
+            columns += words[j];
+        }
+        sum += (size_t)(columns * ones >> 56);
+    }
+    for (; i < size; i++) {
+        sum += counts[i];
+    }
+    return sum;
+}
+
+static survey survey_chunk(const bn_plan *plan, const unsigned char *counts, size_t size, bn_stretch *stretches)
 {
     const size_t line = MIN(plan->inner, plan->chunk_inner);
     const size_t unit = divide_up(FEWEST_BYTES, line * plan->channels * plan->itemsize) * line;
-    survey found = {.counts = counts, .stretches = stretches, .place = places};
-    for (size_t at = 0, count; at < size; at += count) {
-        count = MIN(unit, size - at);
-        add_positions(&found, count, is_uniform(counts + at, count));
+    const size_t in_line = MAX(divide_up(line, MOST_IN_LINE * FEWEST_IN_LINE), (size_t)1) * FEWEST_IN_LINE;
+    survey found = {.counts = counts, .stretches = stretches};
+    for (size_t at = 0, part; at < size; at += part) {
+        part = MIN(unit, size - at);
+        const size_t count = sum_of(counts + at, part);
+        if (count == 0 || count == part || line < FEWEST_LINE_OF_PARTS) {
+            add_positions(&found, part, count);
+            continue;
+        }
+        for (size_t first = at, some; first < at + part; first += some) {
+            some = MIN(MIN(in_line, line - first % line), at + part - first);
+            add_positions(&found, some, sum_of(counts + first, some));
+        }
     }
     end_stretch(&found);
     return found;
@@ -189,6 +196,7 @@ bn_mask bn_mask_of_repeat(const bn_plan *plan, bn_mask mask, size_t repeat)
 {
     if (mask.counts) {
         mask.counts += repeat * values_per_channel(plan);
+        mask.numbers += repeat * values_per_channel(plan) * plan->itemsize;
         mask.chunks += repeat * plan->chunks;
         mask.total += repeat;
     }
@@ -197,42 +205,54 @@ bn_mask bn_mask_of_repeat(const bn_plan *plan, bn_mask mask, size_t repeat)
 
 size_t bn_mask_bytes(const bn_plan *plan)
 {
-    return plan->repeats * (sizeof(size_t) + plan->chunks * sizeof(bn_masked_chunk) + values_per_channel(plan));
+    return plan->repeats * (sizeof(size_t) + plan->chunks * sizeof(bn_masked_chunk) +
+                            values_per_channel(plan) * (plan->itemsize + 1));
+}
+
+static void make_numbers(bn_dtype dtype, const unsigned char *counts, size_t size, void *numbers)
+{
+    float *floats = numbers;
+    double *doubles = numbers;
+    for (size_t i = 0; dtype == BN_f32 && i < size; i++) {
+        floats[i] = (float)counts[i];
+    }
+    for (size_t i = 0; dtype == BN_f64 && i < size; i++) {
+        doubles[i] = (double)counts[i];
+    }
 }
 
 bn_mask bn_new_mask(const bn_plan *plan, const bn_given_mask *given, void *memory, bn_mask_sizes *sizes)
 {
     size_t *total = memory;
     bn_masked_chunk *chunk = (bn_masked_chunk *)(total + plan->repeats);
-    unsigned char *counts = (unsigned char *)(chunk + plan->repeats * plan->chunks);
-    const bn_mask mask = {.counts = counts, .chunks = chunk, .total = total};
-    *sizes = (bn_mask_sizes){0, 0, 0};
+    char *numbers = (char *)(chunk + plan->repeats * plan->chunks);
+    unsigned char *counts = (unsigned char *)numbers + plan->repeats * values_per_channel(plan) * plan->itemsize;
+    const bn_mask mask = {.counts = counts, .numbers = numbers, .chunks = chunk, .total = total};
+    *sizes = (bn_mask_sizes){0, 0};
     for (size_t repeat = 0; repeat < plan->repeats; repeat++) {
         total[repeat] = copy_repeat(given, repeat, counts);
         sizes->count += total[repeat];
         for (size_t number = 0; number < plan->chunks; number++, chunk++) {
             const size_t size = chunk_size(plan, number);
-            const survey found = survey_chunk(plan, counts, size, NULL, NULL);
+            const survey found = survey_chunk(plan, counts, size, NULL);
             *chunk = found.chunk;
             chunk->first_stretch = sizes->stretches;
-            chunk->first_place = sizes->places;
             sizes->stretches += chunk->stretches;
-            sizes->places += found.places;
             counts += size;
         }
     }
+    make_numbers(plan->dtype, mask.counts, plan->repeats * values_per_channel(plan), numbers);
     return mask;
 }
 
-void bn_list_stretches(const bn_plan *plan, bn_mask *mask, bn_stretch *stretches, uint16_t *places)
+void bn_list_stretches(const bn_plan *plan, bn_mask *mask, bn_stretch *stretches)
 {
     const unsigned char *counts = mask->counts;
     for (size_t number = 0; number < plan->repeats * plan->chunks; number++) {
         const bn_masked_chunk chunk = mask->chunks[number];
         const size_t size = chunk_size(plan, number % plan->chunks);
-        survey_chunk(plan, counts, size, stretches + chunk.first_stretch, places + chunk.first_place);
+        survey_chunk(plan, counts, size, stretches + chunk.first_stretch);
         counts += size;
     }
     mask->stretches = stretches;
-    mask->places = places;
 }

@@ -8,91 +8,24 @@
 
 /* Values of a channel that count, on one line or on whole lines, are summed where they lie if they are so many; rows of
    channels_last are as many. The others of their chunk are gathered: every box has moments of its own, which are merged,
-   and so this decides bits. */
-#define FEWEST_DIRECT_VALUES ((size_t)64)
+   and so this decides bits. (To merge a run of 200 values takes longer than to copy it.) */
+#define FEWEST_DIRECT_VALUES ((size_t)512)
 #define FEWEST_DIRECT_ROWS ((size_t)32)
+
+/* Where at least half of a chunk is mixed, and its lines are not short, all of it is walked where it lies, by kernels that
+   ask of each position, rather than gathered. */
+#define SHORTEST_COUNTED_LINE ((size_t)32)
+#define FEWEST_COUNTED ((size_t)256)
 
 /* Rows of channels_last that are gathered at a time: as many as scratch holds with all of their channels, but at least
    so many. Bits must not depend on slabs. */
 #define FEWEST_GATHERED_ROWS ((size_t)16)
 
-/* the pieces of a chunk, whose lines are its outer */
-
-/* Positions of a chunk that count: neighbours, of a line or whole lines, or places here and there; contiguous has these
-   line by line. */
-typedef struct {
-    size_t first, count;
-    const uint16_t *places; /* NULL of neighbours */
-    int direct;
-} piece;
-
-typedef struct {
-    const bn_stretch *stretch, *end;
-    const uint16_t *places;
-    size_t line, at, fewest; /* `at`, so many of the stretch have been seen */
-    int by_lines;
-} piece_walk;
-
-static piece_walk pieces_of(const bn_job *job, const bn_masked_chunk *chunk, bn_extent extent)
+static size_t first_of_chunk(const bn_plan *plan, size_t chunk)
 {
-    const int contiguous = job->plan->layout == BN_contiguous;
-    const bn_stretch *first = job->mask.stretches + chunk->first_stretch;
-    return (piece_walk){first, first + chunk->stretches, job->mask.places + chunk->first_place, extent.inner, 0,
-                        contiguous ? FEWEST_DIRECT_VALUES : FEWEST_DIRECT_ROWS, contiguous};
+    const bn_box box = box_of_chunk(plan, chunk, (range){0, 1});
+    return box.outer * plan->inner + box.inner;
 }
-
-/* How many of some places, in order, come before an end. */
-static size_t places_before(const uint16_t *places, size_t count, size_t end)
-{
-    size_t before = 0;
-    if (places[count - 1] < end) {
-        return count;
-    }
-    while (count > 0) {
-        const size_t half = count / 2;
-        if (places[before + half] < end) {
-            before += half + 1;
-            count -= half + 1;
-        } else {
-            count = half;
-        }
-    }
-    return before;
-}
-
-/* The next places of a stretch. */
-static piece next_places(piece_walk *walk, bn_stretch stretch)
-{
-    const uint16_t *places = walk->places + stretch.first_place + walk->at;
-    piece next = {places[0], stretch.count - walk->at, places, 0};
-    if (walk->by_lines) {
-        next.count = places_before(places, next.count, (next.first / walk->line + 1) * walk->line);
-        if (places[next.count - 1] - next.first + 1 == next.count) {
-            next.places = NULL;
-            next.direct = next.count >= walk->fewest;
-        }
-    }
-    return next;
-}
-
-static int next_piece(piece_walk *walk, piece *next)
-{
-    for (; walk->stretch < walk->end; walk->stretch++, walk->at = 0) {
-        const bn_stretch stretch = *walk->stretch;
-        if (walk->at < stretch.count) {
-            if (stretch.count < stretch.end - stretch.first) {
-                *next = next_places(walk, stretch);
-            } else { /* whole lines */
-                *next = (piece){stretch.first, stretch.count, NULL, stretch.count >= walk->fewest};
-            }
-            walk->at += next->count;
-            return 1;
-        }
-    }
-    return 0;
-}
-
-/* gathered inputs */
 
 static size_t chunk_at(const bn_plan *plan, const bn_box *box)
 {
@@ -100,59 +33,112 @@ static size_t chunk_at(const bn_plan *plan, const bn_box *box)
                                     : box->outer / plan->chunk_outer;
 }
 
-#define GATHER(type)                                                                                         \
-    static void gather_##type(type *to, const type *from, const uint16_t *places, size_t count, size_t base) \
-    {                                                                                                        \
-        for (size_t i = 0; i < count; i++) {                                                                 \
-            to[i] = from[places[i] - base];                                                                  \
-        }                                                                                                    \
-    }
-GATHER(float)
-GATHER(double)
+/* the pieces of a chunk, whose lines are its outer */
 
-/* A part of a line, of all channels. */
-static void gather_from_line(const bn_plan *plan, size_t channels, piece some, size_t line, bn_view from, bn_view to,
-                             size_t at)
+/* Positions of a chunk: neighbours that count, of a line or whole lines; or a mixed stretch. */
+typedef struct {
+    size_t first, size, count;
+    int direct;
+} piece;
+
+typedef struct {
+    const bn_stretch *stretch, *end;
+    size_t line, at, fewest; /* `at`, so many of the stretch have been seen */
+} piece_walk;
+
+static piece_walk pieces_of(const bn_job *job, const bn_masked_chunk *chunk, bn_extent extent)
 {
-    const size_t base = some.first / line * line;
-    for (size_t c = 0; c < channels; c++) {
-        const ptrdiff_t from_at = (ptrdiff_t)(some.first / line) * from.strides.outer + (ptrdiff_t)c * from.strides.channel;
-        const ptrdiff_t to_at = (ptrdiff_t)c * to.strides.channel + (ptrdiff_t)at;
-        if (!some.places) {
-            memcpy((char *)to.data + to_at * (ptrdiff_t)plan->itemsize,
-                   (const char *)from.data + (from_at + (ptrdiff_t)(some.first - base)) * (ptrdiff_t)plan->itemsize,
-                   some.count * plan->itemsize);
-        } else if (plan->dtype == BN_f32) {
-            gather_float((float *)to.data + to_at, (const float *)from.data + from_at, some.places, some.count, base);
-        } else {
-            gather_double((double *)to.data + to_at, (const double *)from.data + from_at, some.places, some.count, base);
+    const bn_stretch *first = job->mask.stretches + chunk->first_stretch;
+    return (piece_walk){first, first + chunk->stretches, extent.inner, 0,
+                        job->plan->layout == BN_contiguous ? FEWEST_DIRECT_VALUES : FEWEST_DIRECT_ROWS};
+}
+
+/* Of so many positions from one on, those of a part of a line, of whole lines, or of a part of a line again. */
+static size_t part_of_lines(size_t first, size_t count, size_t line)
+{
+    const size_t of_line = line - first % line;
+    return of_line < line || count < line ? MIN(of_line, count) : count / line * line;
+}
+
+static int next_piece(piece_walk *walk, piece *next)
+{
+    for (; walk->stretch < walk->end; walk->stretch++, walk->at = 0) {
+        const bn_stretch stretch = *walk->stretch;
+        const size_t size = (size_t)(stretch.end - stretch.first);
+        if (stretch.count == 0 || walk->at == size) {
+            continue;
+        }
+        *next = (piece){stretch.first + walk->at, size, stretch.count, 0};
+        if (stretch.count == size) {
+            next->size = next->count = part_of_lines(next->first, size - walk->at, walk->line);
+            next->direct = next->count >= walk->fewest;
+        }
+        walk->at += next->size;
+        return 1;
+    }
+    return 0;
+}
+
+/* gathered inputs */
+
+/* A part of a line of one channel; returns how many values these are. There is room for some more. */
+static size_t gather_from_line(const bn_job *job, piece some, const unsigned char *counts, const char *from, char *to,
+                               size_t room)
+{
+    const bn_plan *plan = job->plan;
+    if (some.count == some.size) {
+        memcpy(to, from, some.size * plan->itemsize);
+        return some.size;
+    }
+    return job->kernels->compress[plan->dtype](some.size, counts, from, to, room);
+}
+
+/* Channel by channel, after `at` others of each. */
+static void gather_values(const bn_job *job, const bn_box *box, piece some, const unsigned char *counts, size_t line,
+                          bn_view from, bn_view to, size_t at)
+{
+    const size_t itemsize = job->plan->itemsize, gathered = box->extent.inner, end = some.first + some.size;
+    for (size_t c = 0; c < box->extent.channels; c++) {
+        char *values = (char *)to.data + ((ptrdiff_t)c * to.strides.channel + (ptrdiff_t)at) * (ptrdiff_t)itemsize;
+        size_t room = gathered - at;
+        piece part = some;
+        for (size_t first = some.first; first < end && room > 0; first += part.size) {
+            const ptrdiff_t outer = (ptrdiff_t)(first / line) * from.strides.outer;
+            const ptrdiff_t place = outer + (ptrdiff_t)c * from.strides.channel + (ptrdiff_t)(first % line);
+            part.size = MIN(end - first, line - first % line);
+            part.count = some.count == some.size ? part.size : 0;
+            const size_t count = gather_from_line(job, part, counts + first,
+                                                  (const char *)from.data + place * (ptrdiff_t)itemsize, values, room);
+            values += count * itemsize;
+            room -= count;
         }
     }
 }
 
-/* Of one line, or of whole lines. */
-static void gather_values(const bn_plan *plan, size_t channels, piece some, size_t line, bn_view from, bn_view to,
-                          size_t at)
-{
-    piece part = some;
-    for (size_t done = 0; done < some.count; done += part.count) {
-        part.first = some.first + done;
-        part.count = some.places ? some.count : MIN(some.count - done, line - part.first % line);
-        gather_from_line(plan, channels, part, line, from, to, at + done);
-    }
-}
+/* Rows of a mixed piece are listed so many at a time. */
+#define LISTED ((size_t)256)
 
-/* Those of the piece's rows that the box has, after so many others. */
-static void gather_rows(const bn_plan *plan, const bn_box *box, piece some, size_t before, bn_view from, bn_view to)
+/* Those of the piece's rows that the box has, after `before` others. */
+static void gather_rows(const bn_plan *plan, const bn_box *box, piece some, const unsigned char *counts, size_t before,
+                        bn_view from, bn_view to)
 {
     const size_t bytes = box->extent.channels * plan->itemsize;
     const ptrdiff_t step = from.strides.outer * (ptrdiff_t)plan->itemsize;
-    const size_t first = MAX(before, box->first_gathered);
-    const size_t end = MIN(before + some.count, box->first_gathered + box->extent.outer);
-    char *row = (char *)to.data + (first - box->first_gathered) * bytes;
-    for (size_t i = first; i < end; i++, row += bytes) {
-        const size_t at = some.places ? some.places[i - before] : some.first + (i - before);
-        memcpy(row, (const char *)from.data + (ptrdiff_t)at * step, bytes);
+    const size_t end = box->first_gathered + box->extent.outer;
+    size_t places[LISTED + 1], at = before;
+    for (size_t first = some.first; first < some.first + some.size && at < end; first += LISTED) {
+        const size_t size = MIN(LISTED, some.first + some.size - first);
+        size_t listed = 0;
+        for (size_t i = first; i < first + size; i++) {
+            places[listed] = i;
+            listed += counts[i];
+        }
+        for (size_t i = 0; i < listed && at < end; i++, at++) {
+            if (at >= box->first_gathered) {
+                memcpy((char *)to.data + (at - box->first_gathered) * bytes,
+                       (const char *)from.data + (ptrdiff_t)places[i] * step, bytes);
+            }
+        }
     }
 }
 
@@ -160,9 +146,11 @@ static void gather_rows(const bn_plan *plan, const bn_box *box, piece some, size
 bn_view bn_gathered_view(const bn_job *job, bn_role role, const bn_box *box)
 {
     const bn_plan *plan = job->plan;
-    const bn_box chunk = box_of_chunk(plan, chunk_at(plan, box), (range){box->channel, box->extent.channels});
+    const size_t number = chunk_at(plan, box);
+    const bn_box chunk = box_of_chunk(plan, number, (range){box->channel, box->extent.channels});
     const bn_view from = bn_view_to_read(job->kernels, plan, role, job->operand[role], &chunk, buffer_of(job, BN_MASK));
     const bn_view to = bn_dense_view(box, buffer_of(job, role));
+    const unsigned char *counts = job->mask.counts + first_of_chunk(plan, number);
     piece_walk walk = pieces_of(job, box->gathered, chunk.extent);
     piece some;
     for (size_t at = 0; next_piece(&walk, &some);) {
@@ -170,9 +158,9 @@ bn_view bn_gathered_view(const bn_job *job, bn_role role, const bn_box *box)
             continue;
         }
         if (plan->layout == BN_contiguous) {
-            gather_values(plan, box->extent.channels, some, chunk.extent.inner, from, to, at);
+            gather_values(job, box, some, counts, chunk.extent.inner, from, to, at);
         } else {
-            gather_rows(plan, box, some, at, from, to);
+            gather_rows(plan, box, some, counts, at, from, to);
         }
         at += some.count;
     }
@@ -213,21 +201,67 @@ static void sum_gathered(const bn_job *job, bn_box box, size_t gathered, block_s
     }
 }
 
-static void sum_some(const bn_job *job, bn_box box, const bn_masked_chunk *chunk, int in_scratch, block_sums *block,
-                     bn_sum_box *sum_box)
+static void sum_pieces(const bn_job *job, bn_box box, const bn_masked_chunk *chunk, int in_scratch, block_sums *block,
+                       bn_sum_box *sum_box)
 {
     piece_walk walk = pieces_of(job, chunk, box.extent);
     piece some;
     size_t gathered = 0;
     while (next_piece(&walk, &some)) {
         if (some.direct) {
-            sum_box_as_it_lies(job, box_at(box, some.first, some.count), in_scratch, block, sum_box);
+            sum_box_as_it_lies(job, box_at(box, some.first, some.size), in_scratch, block, sum_box);
         } else {
             gathered += some.count;
         }
     }
     box.gathered = chunk;
     sum_gathered(job, box, gathered, block, sum_box);
+}
+
+static bn_sum_counted_box *counted_sum_of(const bn_job *job, const bn_box *box, const bn_masked_chunk *chunk,
+                                          bn_sum_box *sum_box)
+{
+    const bn_stretch *stretch = job->mask.stretches + chunk->first_stretch, *end = stretch + chunk->stretches;
+    size_t mixed = 0;
+    for (; stretch < end; stretch++) {
+        const size_t size = (size_t)(stretch->end - stretch->first);
+        mixed += stretch->count > 0 && stretch->count < size ? size : 0;
+    }
+    if (job->plan->layout != BN_contiguous || job->scaled || box->extent.inner < SHORTEST_COUNTED_LINE ||
+        chunk->count < FEWEST_COUNTED || 2 * mixed < box->extent.outer * box->extent.inner) {
+        return NULL;
+    }
+    return sum_box == bn_moments_of_box        ? bn_counted_moments_of_box
+           : sum_box == bn_gradient_sums_of_box ? bn_counted_gradient_sums_of_box
+                                                : NULL;
+}
+
+static void sum_some(const bn_job *job, bn_box box, const bn_masked_chunk *chunk, int in_scratch, block_sums *block,
+                     bn_sum_box *sum_box)
+{
+    bn_sum_counted_box *sum_counted = counted_sum_of(job, &box, chunk, sum_box);
+    const size_t end = box.channel + box.extent.channels;
+    const size_t at_once = MIN(channels_at_once(job, &box, in_scratch), BN_COUNTED_CHANNELS);
+    if (!sum_counted) {
+        sum_pieces(job, box, chunk, in_scratch, block, sum_box);
+        return;
+    }
+    box.counts = job->mask.counts + box.outer * job->plan->inner + box.inner;
+    for (; box.channel < end; box.channel += at_once) {
+        box.extent.channels = MIN(at_once, end - box.channel);
+        const uint64_t left_out = sum_counted(job, &box, *block, chunk->count);
+        for (size_t c = 0; left_out >> c != 0 && c < box.extent.channels; c++) {
+            if (left_out >> c & 1) {
+                block_sums before = *block;
+                bn_box one = box;
+                one.channel += c;
+                one.extent.channels = 1;
+                one.counts = NULL;
+                sum_pieces(job, one, chunk, in_scratch, &before, sum_box);
+            }
+        }
+    }
+    block->count += chunk->count;
 }
 
 void bn_sum_masked_block(const bn_job *job, size_t number, range channels, int in_scratch, bn_sum_box *sum_box)
@@ -368,40 +402,49 @@ void bn_write_merged(const bn_job *job, const bn_box *box, bn_view made)
 
 bn_view bn_padding_view(const bn_job *job, const bn_box *box)
 {
-    return (bn_view){buffer_of(job, BN_MASK), {(ptrdiff_t)box->extent.inner, 0}};
+    const bn_plan *plan = job->plan;
+    char *numbers = job->mask.numbers + (box->outer * plan->inner + box->inner) * plan->itemsize;
+    return (bn_view){numbers, {(ptrdiff_t)plan->inner, 0}};
 }
 
-/* One number for each position. */
-static void make_padding_view(const bn_job *job, const bn_box *box)
+/* Whether rows are all written, and those that do not count once more: this is faster as long as they stay in the first
+   level of cache, and no input is lost. */
+static int writes_twice(const bn_job *job)
 {
     const bn_plan *plan = job->plan;
-    const size_t run = box->extent.inner;
-    char *to = buffer_of(job, BN_MASK);
-    for (size_t o = 0; o < box->extent.outer; o++, to += run * plan->itemsize) {
-        const unsigned char *counts = box->counts + o * plan->inner;
-        if (plan->dtype == BN_f32 && !job->mask.keeps_input) {
-            job->kernels->widen[BN_stored_u8](run, (const char *)counts, 1, to);
-        } else if (plan->dtype == BN_f32) {
-            for (size_t i = 0; i < run; i++) {
-                ((float *)(void *)to)[i] = counts[i] ? 1.0F : 2.0F;
-            }
-        } else {
-            for (size_t i = 0; i < run; i++) {
-                ((double *)(void *)to)[i] = counts[i] ? 1.0 : job->mask.keeps_input ? 2.0 : 0.0;
-            }
+    const bn_role output = job->method.output->writes;
+    return plan->layout == BN_channels_last && job->method.masked && job->stores == BN_stored &&
+           !plan->operand[output].staged && !(job->mask.keeps_input && is_in_place(job, output));
+}
+
+static void write_rows_twice(const bn_job *job, const bn_box *box)
+{
+    const bn_plan *plan = job->plan;
+    const bn_role output = job->method.output->writes;
+    const unsigned char *counts = box->counts;
+    bn_box all = *box;
+    all.counts = NULL;
+    bn_write_values(job, &all);
+    const bn_view to = bn_view_to_write(plan, output, job->operand[output], &all, NULL);
+    const bn_view kept = view_of_kept(job, &all);
+    for (size_t o = 0; o < box->extent.outer; o++) {
+        if (!counts[o]) {
+            pad_run(run_at(plan, to, o, 0), kept.data ? run_at(plan, kept, o, 0) : NULL,
+                    box->extent.channels * plan->itemsize);
         }
     }
 }
 
-/* Where some values count: as much at a time as scratch holds, of the mask alone or of all channels. */
+/* Where some values count: as much at a time as scratch holds, unless the kernel asks of each position. */
 static void write_some(const bn_job *job, const bn_box *box, size_t max_channels)
 {
     const bn_plan *plan = job->plan;
+    const int twice = writes_twice(job), by_kernel = job->method.masked && !twice;
     const size_t most = job->scratch_bytes / plan->itemsize;
-    const size_t inner = MIN(box->extent.inner, most);
+    const size_t inner = by_kernel ? box->extent.inner : MIN(box->extent.inner, most);
     const size_t channels = MIN(box->extent.channels, max_channels);
-    const size_t at_once = job->method.masked ? 1 : MIN(channels, most / inner);
-    const size_t outer = MIN(box->extent.outer, most / inner / at_once);
+    const size_t at_once = by_kernel ? channels : MIN(channels, most / inner);
+    const size_t outer = by_kernel ? box->extent.outer : MIN(box->extent.outer, most / inner / at_once);
     bn_box part = *box;
     for (size_t o = 0; o < box->extent.outer; o += outer) {
         for (size_t i = 0; i < box->extent.inner; i += inner) {
@@ -410,10 +453,7 @@ static void write_some(const bn_job *job, const bn_box *box, size_t max_channels
             part.extent.outer = MIN(outer, box->extent.outer - o);
             part.extent.inner = MIN(inner, box->extent.inner - i);
             part.counts = job->mask.counts + part.outer * plan->inner + part.inner;
-            if (job->method.masked) {
-                make_padding_view(job, &part);
-            }
-            bn_write_parts(job, &part, job->method.masked ? channels : at_once, bn_write_values);
+            bn_write_parts(job, &part, at_once, twice ? write_rows_twice : bn_write_values);
         }
     }
 }
@@ -421,9 +461,16 @@ static void write_some(const bn_job *job, const bn_box *box, size_t max_channels
 /* What positions are alike in. */
 typedef enum { NONE_COUNTS, ALL_COUNT, SOME_COUNT } likeness;
 
-static likeness likeness_of(bn_stretch stretch)
+/* Of a stretch for so many channels: one of few bytes is not worth a kernel call of its own. */
+#define FEWEST_BYTES_ALIKE ((size_t)8192)
+
+static likeness likeness_of(const bn_plan *plan, bn_stretch stretch, size_t channels)
 {
-    return stretch.count == 0 ? NONE_COUNTS : stretch.count == stretch.end - stretch.first ? ALL_COUNT : SOME_COUNT;
+    const size_t size = (size_t)(stretch.end - stretch.first);
+    if ((stretch.count > 0 && stretch.count < size) || size * channels * plan->itemsize < FEWEST_BYTES_ALIKE) {
+        return SOME_COUNT;
+    }
+    return stretch.count == 0 ? NONE_COUNTS : ALL_COUNT;
 }
 
 static void write_alike(const bn_job *job, const bn_box *box, likeness like, size_t max_channels)
@@ -440,20 +487,13 @@ static void write_lines(const bn_job *job, bn_box box, range positions, likeness
 {
     const size_t line = job->plan->inner;
     for (size_t left = positions.count, at = positions.first, done; left > 0; left -= done, at += done) {
-        const size_t of_line = line - at % line;
-        done = of_line < line || left < line ? MIN(of_line, left) : left / line * line;
+        done = part_of_lines(at, left, line);
         box.outer = at / line;
         box.inner = at % line;
         box.extent.outer = MAX(done / line, (size_t)1);
         box.extent.inner = MIN(done, line);
         write_alike(job, &box, like, max_channels);
     }
-}
-
-static size_t first_of_chunk(const bn_plan *plan, size_t chunk)
-{
-    const bn_box box = box_of_chunk(plan, chunk, (range){0, 1});
-    return box.outer * plan->inner + box.inner;
 }
 
 /* Neighbouring positions of a box, in the order of the walk: stretches that are alike together. */
@@ -471,11 +511,12 @@ static void write_positions(const bn_job *job, bn_box box, range positions, size
             if (next <= at) {
                 continue;
             }
-            if (alike.count > 0 && likeness_of(*stretch) != like) {
+            const likeness next_like = likeness_of(job->plan, *stretch, box.extent.channels);
+            if (alike.count > 0 && next_like != like) {
                 write_lines(job, box, alike, like, max_channels);
                 alike = (range){at, 0};
             }
-            like = likeness_of(*stretch);
+            like = next_like;
             alike.count = next - alike.first;
         }
     }

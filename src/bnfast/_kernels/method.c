@@ -81,7 +81,8 @@ static unsigned choose_upstream(bn_job *job)
     }
     job->coefficients.slope = job->activation.slope == 1.0 ? 0.0 : job->activation.slope;
     method->gate = is_curved(job) ? BN_NONE : job->operand[BN_Y] ? BN_Y : residual ? BN_NONE : BN_X;
-    method->sums_have_gates = method->gate == BN_X && !job->floors && !job->scaled && !job->operand[BN_DRESIDUAL];
+    method->sums_have_gates = method->gate == BN_X && !job->floors && !job->scaled && !job->operand[BN_DRESIDUAL] &&
+                              !job->mask.counts;
     method->again = method->gate != BN_NONE ? NULL : residual ? &calls[activated_sum_id] : &calls[scale_shift_id];
     return (method->gate != BN_Y ? BN_SET(BN_FORWARD_SHIFT) : 0) |
            (method->again && job->per_group > 1 ? BN_SET(BN_FORWARD_SCALE) : 0) |
