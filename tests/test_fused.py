@@ -291,6 +291,19 @@ def test_the_ends_of_the_range(isa, dtype, name):
     np.testing.assert_array_equal(dx[:8], np.array(slopes, dtype))
 
 
+def test_a_slope_of_zero_is_relu(isa, dtype):
+    x = np.array([-np.inf, -1, -0.0, 0, 1, np.inf, np.nan], dtype).reshape(-1, 1)
+    dy, zeros, ones = np.full_like(x, np.inf), np.zeros(1, dtype), np.ones(1, dtype)
+    results = []
+    for name in ("relu", "leaky_relu"):
+        fused = {"activation": name, "negative_slope": 0.0}
+        y = functional.batch_norm(x, zeros, ones, **fused)
+        dx, *_ = functional.batch_norm_backward(dy, x, zeros, ones, training=False, **fused)
+        results.append((y, dx))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_silu_is_within_ulps_of_the_exact_one(isa, rng, dtype):
     low = -104 if dtype == np.float32 else -751
     z = np.concatenate(
@@ -523,6 +536,54 @@ def test_a_residual_may_be_any_buffer(rng, name):
             assert layer.num_batches_tracked == 1
         for a, b in zip(*results, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("way", [{"activation": "relu"}, {"inplace": True}])
+def test_running_statistics_are_those_of_the_function(rng, way, unbiased):
+    x = rng.normal(size=(9, 6))
+    mean, var = np.zeros(6), np.ones(6)
+    layer = bnfast.BatchNorm(6, momentum=0.3, dtype=np.float64, unbiased=unbiased, **way)
+    layer(x.copy())
+    functional.batch_norm(x, mean, var, training=True, momentum=0.3, unbiased=unbiased)
+    np.testing.assert_array_equal(layer.running_mean, mean)
+    np.testing.assert_array_equal(layer.running_var, var)
+    assert layer.num_batches_tracked == 1
+    layer.frozen = True
+    y = layer(x.copy())
+    np.testing.assert_array_equal(layer.running_mean, mean)
+    expected = functional.batch_norm(x, mean, var, np.ones(6), np.zeros(6))
+    np.testing.assert_array_equal(y, activated(expected, "relu") if layer.activation else expected)
+    assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("way", [{"activation": "relu"}, {"inplace": True}])
+def test_batches_that_are_not_finite_are_skipped_or_refused(rng, way):
+    x = rng.normal(size=(9, 6))
+    x[4, 2] = np.inf
+    layer = bnfast.BatchNorm(6, dtype=np.float64, nonfinite="skip", **way)
+    y = layer(x.copy())
+    assert np.isnan(y[:, 2]).any()
+    assert layer.num_batches_tracked == 0
+    np.testing.assert_array_equal([layer.running_mean, layer.running_var], [[0] * 6, [1] * 6])
+    layer.nonfinite, given = "raise", x.copy()
+    with pytest.raises(ValueError, match="x must have finite statistics"):
+        layer(given)
+    np.testing.assert_array_equal(given, x)
+    assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("way", [{"activation": "relu"}, {"inplace": True}])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_gradients_of_parameters_are_there_where_these_are(rng, way, mode):
+    for samples, affine in ((9, False), (0, True), (0, False)):
+        x = rng.normal(size=(samples, 6))
+        layer = bnfast.BatchNorm(6, affine=affine, **way).train(mode == "train")
+        layer.backward(np.ones_like(layer(x)))
+        for gradient in (layer.weight_grad, layer.bias_grad):
+            assert (gradient is None) is not affine
+            if affine:
+                np.testing.assert_array_equal(gradient, np.zeros(6, np.float32), strict=True)
 
 
 def test_layers_show_and_pickle_their_activation():

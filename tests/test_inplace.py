@@ -175,6 +175,17 @@ def test_gradients_may_take_the_place_of_dy_and_of_the_output(rng, dtype):
     np.testing.assert_array_equal(y, expected)
 
 
+def test_backward_has_the_parameters_of_the_call(rng):
+    x, dy = rng.normal(size=(2, 8, 4)).astype(np.float32)
+    layer = with_parameters(made(4, inplace=True), rng)
+    layer(x.copy())
+    expected = results(layer, dy)
+    layer(x.copy())
+    layer.weight[...], layer.bias[...], layer.activation = 3.0, 2.0, None
+    for one, other in zip(results(layer, dy), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_an_output_elsewhere_leaves_the_input_as_it_is(rng):
     x, dy = rng.normal(size=(2, 8, 4)).astype(np.float32)
     layer, given, out = made(4, inplace=True), x.copy(), np.empty_like(x)
@@ -262,3 +273,16 @@ def test_it_is_shown_and_pickled():
     assert "inplace=True" in repr(layer)
     assert pickle.loads(pickle.dumps(layer)).inplace
     assert "inplace" not in repr(bnfast.BatchNorm(3))
+
+
+def test_a_pickle_without_the_settings_is_of_a_layer_without_them():
+    state = bnfast.BatchNorm(3).__getstate__()
+    for name in ("inplace", "activation", "negative_slope"):
+        del state[name]
+    layer = bnfast.BatchNorm.__new__(bnfast.BatchNorm)
+    layer.__dict__.update(state)
+    again = pickle.loads(pickle.dumps(layer))
+    x = np.linspace(-1, 1, 24).reshape(8, 3)
+    before = x.copy()
+    np.testing.assert_array_equal(again(x), bnfast.BatchNorm(3)(before))
+    np.testing.assert_array_equal(x, before)

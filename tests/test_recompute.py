@@ -95,17 +95,20 @@ def test_in_evaluation_there_is_nothing_to_be_seen_twice(make, batches):
     )
 
 
-def test_what_watches_batches_sees_them_once(batches):
-    layer = bnfast.BatchNorm(4)
-    layer(batches[0])
+@pytest.mark.parametrize("name", sorted({*LAYERS} - {"synchronized"}))
+def test_what_watches_batches_sees_them_once(batches, name):
+    new, more = LAYERS[name]
+    layer, other = new(), new()
+    layer(batches[0], *more)
     with bnfast.recalibrating(layer):
-        layer(batches[1])
-        layer(batches[1], recompute=True)
-    other = bnfast.BatchNorm(4)
+        layer(batches[1], *more)
+        layer(batches[1], *more, recompute=True)
+        layer(batches[2], *more)
     with bnfast.recalibrating(other):
-        other(batches[1])
-    np.testing.assert_array_equal(layer.running_mean, other.running_mean)
-    np.testing.assert_array_equal(layer.running_var, other.running_var)
+        other(batches[1], *more)
+        other(batches[2], *more)
+    for key in ("running_mean", "running_var", "running_matrix"):
+        np.testing.assert_array_equal(getattr(layer, key, None), getattr(other, key, None))
 
 
 @pytest.mark.filterwarnings("error")
@@ -118,6 +121,9 @@ def test_what_the_first_call_has_changed_cannot_be_made_again(batches):
     layer(batches[0])
     with pytest.raises(ValueError, match="recompute must be False with a LearnableMomentum"):
         layer(batches[0], recompute=True)
+    layer.eval()
+    y = layer(batches[0])
+    np.testing.assert_array_equal(layer(batches[0], recompute=True), y)
     for other in (bnfast.BatchRenorm(4), bnfast.MovingAverageBatchNorm(4)):
         with pytest.raises(TypeError, match="recompute"):
             other(batches[0], recompute=True)
