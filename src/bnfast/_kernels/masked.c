@@ -8,14 +8,15 @@
 
 /* Values of a channel that count, on one line or on whole lines, are summed where they lie if they are so many; rows of
    channels_last are as many. The others of their chunk are gathered: every box has moments of its own, which are merged,
-   and so this decides bits. (To merge a run of 200 values takes longer than to copy it.) */
-#define FEWEST_DIRECT_VALUES ((size_t)512)
+   and so this decides bits. */
+#define FEWEST_DIRECT_VALUES ((size_t)128)
 #define FEWEST_DIRECT_ROWS ((size_t)32)
 
-/* Where at least half of a chunk is mixed, and its lines are not short, all of it is walked where it lies, by kernels that
-   ask of each position, rather than gathered. */
+/* Where a part of a chunk is mixed, at least a quarter of it counts, and its lines are not short, all of it is walked where
+   it lies, by kernels that ask of each position, rather than gathered. */
 #define SHORTEST_COUNTED_LINE ((size_t)32)
 #define FEWEST_COUNTED ((size_t)256)
+#define MOST_OF_COUNTED ((size_t)4)
 
 /* Rows of channels_last that are gathered at a time: as many as scratch holds with all of their channels, but at least
    so many. Bits must not depend on slabs. */
@@ -228,7 +229,8 @@ static bn_sum_counted_box *counted_sum_of(const bn_job *job, const bn_box *box, 
         mixed += stretch->count > 0 && stretch->count < size ? size : 0;
     }
     if (job->plan->layout != BN_contiguous || job->scaled || box->extent.inner < SHORTEST_COUNTED_LINE ||
-        chunk->count < FEWEST_COUNTED || 2 * mixed < box->extent.outer * box->extent.inner) {
+        chunk->count < FEWEST_COUNTED || mixed == 0 ||
+        MOST_OF_COUNTED * chunk->count < box->extent.outer * box->extent.inner) {
         return NULL;
     }
     return sum_box == bn_moments_of_box        ? bn_counted_moments_of_box
