@@ -92,14 +92,18 @@ cdef _core.Mask _mask_of(
 
 
 cdef int _enough_masked_values(
-    cnp.ndarray x, Reduction over, Plan plan, _core.Mask mask, Py_ssize_t per_group, bint unbiased
+    _Counted counted, Reduction over, Plan plan, _core.Mask mask, Py_ssize_t per_group,
+    bint unbiased
 ) except -1:
-    """Raise where statistics that are tracked would be of a single value."""
+    """Raise where an unbiased variance that is tracked would be of a single value."""
     cdef size_t repeat
     for repeat in range(plan.c.repeats):
-        if mask.c.total[repeat] == 1 and per_group == 1:
+        if unbiased and mask.c.total[repeat] == 1 and per_group == 1:
             what = "channel of each sample" if over.per_sample else "channel"
-            _validation.enough_values("x", x, 1, what, unbiased=unbiased)
+            raise ValueError(
+                f"{counted.name} must leave more than one value per {what} for an unbiased "
+                "variance, got one"
+            )
     return 0
 
 

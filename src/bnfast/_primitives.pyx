@@ -176,7 +176,7 @@ cdef tuple _normalized(
     cdef Plan plan = _plan_of_sum(axis, over, x, y, residual)
     cdef _core.Mask mask = _mask_of(counted, x, axis, over, plan, True)
     if mask is not None and tracked is not None:
-        _enough_masked_values(x, over, plan, mask, per_group, unbiased)
+        _enough_masked_values(counted, over, plan, mask, per_group, unbiased)
     mean = _empty(ndim, shape, cnp.NPY_FLOAT64)
     invstd = _empty(ndim, shape, cnp.NPY_FLOAT64)
     written_mean = written_var = None
