@@ -226,6 +226,40 @@ def test_padding_decides_no_bit(dtype, rng, axis, norm, shape, make):
     assert_same_bits(everything(norm, *others, weight, bias, axis, mask=mask), expected)
 
 
+@pytest.mark.parametrize("shape", [(5, 7, 300), (40, 7, 49), (2, 7, 9000)], ids=str)
+def test_channels_out_of_range_or_of_equal_values_disturb_no_other(isa, dtype, rng, shape):
+    mask = masks_of(shape, half, rng)
+    x, dy, weight, bias = inputs(rng, shape, 1, dtype, mask)
+    plain = everything(NORMS["batch"], x, dy, weight, bias, 1, mask=mask)
+    channel = np.moveaxis(x, 1, 0)
+    largest = 1e25 if dtype == np.float32 else 1e200
+    n, i = np.argwhere(mask)[7]
+    channel[1][mask] = 3.25
+    channel[2] *= largest
+    channel[3] /= largest
+    channel[4, n, i] = np.inf
+    channel[5, n, i] = np.nan
+    dy[:, 6] = 0
+    y, mean, invstd, dx, dweight, dbias = everything(
+        NORMS["batch"], x, dy, weight, bias, 1, mask=mask
+    )
+    counted = np.ascontiguousarray(channel[:, mask])[None]
+    expected = bnfast.batch_norm_forward(counted, weight, bias)
+    finite = [0, 1, 2, 3, 6]
+    np.testing.assert_allclose(mean[finite], expected[1][finite], 16 * eps_of(dtype))
+    np.testing.assert_allclose(invstd[finite], expected[2][finite], 16 * eps_of(dtype))
+    assert not np.isfinite(mean[4]) and np.isnan(mean[5])
+    np.testing.assert_array_equal(np.moveaxis(y, 1, 0)[1][mask], bias[1])
+    np.testing.assert_array_equal(np.moveaxis(y, 1, 0)[:, ~mask], 0)
+    assert dbias[6] == dweight[6] == 0 and not dx[:, 6].any()
+    for got, want in zip((y, dx), (plain[0], plain[3]), strict=True):
+        np.testing.assert_array_equal(got[:, 0], want[:, 0])
+    for got, want in zip(
+        (mean, invstd, dweight, dbias), (plain[k] for k in (1, 2, 4, 5)), strict=True
+    ):
+        assert got[0] == want[0]
+
+
 @pytest.mark.parametrize("padding", ["zeros", "input"])
 @pytest.mark.parametrize("buffer", BUFFERS)
 @pytest.mark.parametrize("shape", [(3, 6, 7, 11), (4, 6, 2, 3, 5), (5, 6), (2, 6, 400)], ids=str)
