@@ -163,6 +163,12 @@ def wrong_values(call: Call, name: str) -> list[Any]:
     if name == "negative_slope":
         leaky = call.arguments["activation"] == "leaky_relu"
         return [*OF_REALS, None, 1.5] if leaky else []
+    if name == "mask":
+        return _wrong_masks(call, good)
+    if name == "lengths":
+        return _wrong_lengths(call, good)
+    if name == "padding":
+        return ["zero", "ZEROS", b"zeros", None, 0, True, ["zeros"], object()]
     if name == "averaged":
         return ["mean", None, 3, b"whitening", ["whitening"], object()]
     if name == "saved":
@@ -179,6 +185,47 @@ def wrong_values(call: Call, name: str) -> list[Any]:
     if isinstance(good, np.ndarray):
         return _wrong_arrays(call, name, good)
     return []
+
+
+def _needs_counts(call: Call) -> bool:
+    """Whether statistics are made of what counts."""
+    given = call.arguments
+    return bool(given.get("training", True) and given.get("use_input_stats", True))
+
+
+def _wrong_masks(call: Call, good: np.ndarray) -> list[Any]:
+    """Of another dtype or shape, or nothing where something must count."""
+    shape, axis = call.arguments["x"].shape, call.arguments["axis"] % call.counts.ndim
+    kinds = {m: getattr(m(good), "dtype", np.dtype("U")).kind for m in OF_ARRAYS}
+    makers = [m for m, kind in kinds.items() if kind != "b" or m is _masked]
+    others = [n for d, n in enumerate(shape) if d != axis]
+    found = [wrong(good) for wrong in makers]
+    found += [good.astype(np.int8), good.astype(np.float32), good.astype(int).tolist()]
+    found += [np.ones([1] * (len(shape) + 1), bool), np.ones([*others[:-1], others[-1] + 1], bool)]
+    if shape[axis] > 1:
+        found.append(np.ones(shape, bool))
+    if _needs_counts(call):
+        found.append(np.zeros_like(good))
+    return found
+
+
+def _wrong_lengths(call: Call, good: np.ndarray) -> list[Any]:
+    """Of floats or another shape, negative, too long, or 0 where something must count."""
+    most = call.arguments["x"].shape[3 - call.arguments["axis"] % 3]
+    makers = [m for m in OF_ARRAYS if getattr(m(good), "dtype", np.dtype("U")).kind not in "iu"]
+    found = [wrong(good) for wrong in makers]
+    found += [good.astype(np.float64), good.astype(np.float32).tolist(), int(good[0])]
+    found += [np.append(good, good[0]), good[:, None], good[:0], [True] * len(good)]
+    for value in (-1, most + 1, -(1 << 60), 1 << 60):
+        wrong = good.astype(np.int64)
+        wrong[-1] = value
+        found += [wrong, wrong.tolist()]
+    wrong = good.astype(np.uint64)
+    wrong[0] = (1 << 64) - 1
+    found.append(wrong)
+    if _needs_counts(call):
+        found += [np.zeros_like(good), [0] * len(good)]
+    return found
 
 
 def _wrong_windows(good: list[Any]) -> list[Any]:
@@ -288,7 +335,13 @@ def _spoil(
         key = next(iter(arguments))
         del arguments[key]
         return (key,)
+    if call.counts is not None and draws.chance(rng, 0.05):
+        both = {"mask": np.ones([1] * call.counts.ndim, bool), "lengths": [0]}
+        arguments |= {key: value for key, value in both.items() if key not in arguments}
+        return ("mask", "lengths")
     choices = [key for key in arguments if key != "out" and wrong_values(call, key)]
+    if call.counts is not None and draws.chance(rng, 0.4):
+        choices = [key for key in choices if key in ("mask", "lengths", "padding")]
     key = "out" if has_out and draws.chance(rng, 0.15) else draws.pick(rng, choices)
     arguments[key] = draws.pick(rng, wrong_values(call, key))
     kept.pop(key, None)

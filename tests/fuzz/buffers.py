@@ -86,7 +86,7 @@ def offset(values: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np
 
 
 def unaligned(values: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    shift = int(rng.integers(1, values.itemsize))
+    shift = int(rng.integers(1, max(values.itemsize, 2)))
     order = tuple(int(d) for d in rng.permutation(values.ndim))
     return _in_memory(values, order, (1,) * values.ndim, shift)
 
@@ -109,11 +109,11 @@ def _read_only(view: np.ndarray) -> np.ndarray:
 
 # What only reads may be given, made of a view; None where that cannot be.
 def _memoryview(view: np.ndarray) -> Any:
-    return memoryview(view) if view.flags.aligned and view.dtype.kind == "f" else None
+    return memoryview(view) if view.flags.aligned and view.dtype.kind in "fbiu" else None
 
 
 def _list(view: np.ndarray) -> Any:
-    return view.tolist() if view.dtype == np.float64 and view.size else None
+    return view.tolist() if view.dtype in (np.float64, bool) and view.size else None
 
 
 def _array(view: np.ndarray) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fuzz import draws, oracle
+from fuzz import draws, masks, oracle, oracle_of_masks
 from fuzz.judge import DOUBLE, HALVES, Quantity
 
 Array = np.ndarray
@@ -34,7 +34,8 @@ class Call(NamedTuple):
 
     `inputs` are the arguments that are like the output, x the last, and `in_place` those of them
     that `out` may be. `channels` is the axis along which nothing may leak, or None. `passed_on`
-    is an argument that may itself be among the results.
+    is an argument that may itself be among the results. `counts` says which values of x a mask lets
+    count; None of all.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Call(NamedTuple):
     updated: tuple[str, ...] = ()
     channels: int | None = None
     passed_on: str | None = None
+    counts: Array | None = None
 
 
 def one(result: Any) -> tuple[Any, ...]:
@@ -119,6 +121,65 @@ def fused(rng: Random, x: Array) -> dict[str, Any]:
     if draws.chance(rng, 0.3):
         arguments["residual"] = draws.values(rng, x.shape, x.dtype)
     return arguments
+
+
+def masked(
+    rng: Random, x: Array, axis: int, groups: int | None = None, per_group: bool | None = None
+) -> tuple[dict[str, Any], oracle_of_masks.Masked | None]:
+    """Arguments that say what counts, and its oracle; often of all.
+
+    Without `per_group` the statistics are those of a batch, else those of samples.
+    """
+    if not draws.chance(rng, 0.35):
+        return (
+            {"padding": draws.pick(rng, masks.PADDINGS)} if draws.chance(rng, 0.1) else {}
+        ), None
+    arguments, counts = masks.draw(rng, x.shape, axis)
+    given = counts, x.shape, axis, arguments.get("padding", masks.PADDINGS[0])
+    if per_group is None:
+        return arguments, oracle_of_masks.of_batch(*given)
+    return arguments, oracle_of_masks.of_samples(*given, groups, per_group)
+
+
+def refused_mask(
+    counted: oracle_of_masks.Masked, x: Array, arguments: dict[str, Any], unbiased: bool
+) -> Refused | None:
+    """Where nothing counts, or a single value has no unbiased variance."""
+    name = "mask" if "mask" in arguments else "lengths"
+    if not counted.counts.any() and counted.counts.size:
+        return Refused((name,), x.size > 0)
+    if unbiased and counted.fewest == 1:
+        return Refused((name, "x"), x.size > 0)
+    return None
+
+
+def spoiled(rng: Random, counted: oracle_of_masks.Masked | None, array: Array) -> Array:
+    """Often with anything where values do not count."""
+    if counted is None or draws.chance(rng, 0.4):
+        return array
+    return masks.filled(rng, array, counted.everywhere(array.shape[counted.axis]))
+
+
+def spoiled_arrays(
+    rng: Random, counted: oracle_of_masks.Masked | None, fused: dict[str, Any]
+) -> dict[str, Any]:
+    """The same of a residual and an output, where there are such."""
+    like_x = {k: v for k, v in fused.items() if k in ("residual", "y")}
+    arrays = {k: v for k, v in like_x.items() if isinstance(v, np.ndarray)}
+    return fused | {name: spoiled(rng, counted, array) for name, array in arrays.items()}
+
+
+def counts_of(counted: oracle_of_masks.Masked | None, x: Array) -> Array | None:
+    return None if counted is None else counted.everywhere(x.shape[counted.axis])
+
+
+def after_statistics(
+    counted: oracle_of_masks.Masked | None, y: Quantity, x: Array, fused: dict[str, Any]
+) -> Quantity:
+    """An output with a residual, an activation and padding, where there are such."""
+    if fused:
+        y = oracle.activated(y, fused)
+    return y if counted is None else counted.padded(y, x)
 
 
 def like_output(fused: dict[str, Any]) -> tuple[str, ...]:

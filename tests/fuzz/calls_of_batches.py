@@ -7,23 +7,30 @@ from typing import Any
 import numpy as np
 
 import bnfast
-from fuzz import draws, oracle, oracle_of_activations, oracle_of_members
+from fuzz import draws, oracle, oracle_of_activations, oracle_of_masks, oracle_of_members
 from fuzz.call import (
+    Array,
     Call,
     Expected,
     Random,
     Refused,
     Tracked,
+    after_statistics,
     carried,
+    counts_of,
     draw_x,
     fused,
     fused_of_gradient,
     like_output,
     many,
+    masked,
     of_gradient,
     one,
     pair,
     refused_gradient,
+    refused_mask,
+    spoiled,
+    spoiled_arrays,
     tracked,
     unchanged,
     upstream,
@@ -36,6 +43,8 @@ from fuzz.judge import DOUBLE, Quantity, arithmetic
 def batch_norm(rng: Random, name: str) -> Call:
     conditional, ghost = name.startswith("conditional"), name.startswith("ghost")
     x, axis = draw_x(rng, first=1 if conditional or ghost else 0, full=conditional)
+    by_mask, counted = ({}, None) if conditional or ghost else masked(rng, x, axis)
+    x = spoiled(rng, counted, x)
     shape, fold = x.shape, oracle.of_channels(x.shape, axis)
     channels = (shape[axis],)
     if conditional:
@@ -57,20 +66,26 @@ def batch_norm(rng: Random, name: str) -> Call:
     unbiased = draws.chance(rng, 0.7)
     arguments |= {"training": training, "momentum": momentum, "eps": eps}
     arguments |= {"axis": axis, "unbiased": unbiased}
-    after_it = {} if conditional or ghost else fused(rng, x)
+    after_it = {} if conditional or ghost else spoiled_arrays(rng, counted, fused(rng, x))
     inputs = like_output(after_it)
-    arguments |= after_it
+    arguments |= after_it | by_mask
     parts = oracle.ghosts(shape[0], size) if ghost else [slice(None)]
 
     def expect() -> Expected | Refused:
         if not training:
             y = oracle.evaluate(x, fold, mean, var, weight, bias, eps)
-            return Expected({"y": oracle.activated(y, after_it) if after_it else y})
+            return Expected({"y": after_statistics(counted, y, x, after_it)})
         outputs, running = [], (mean, var)
         for part in parts:
             folded = fold._replace(shape=x[part].shape)
             if has_running and unbiased and folded.count == 1:
-                return Refused(("x",), x.size > 0)
+                return Refused(("x", *by_mask), x.size > 0)
+        if counted is not None:
+            of_all = x, weight, bias, eps, after_it, by_mask, (mean, var) if has_running else ()
+            expected = _by_mask(counted, *of_all, momentum, unbiased)
+            if isinstance(expected, Refused):
+                return expected
+            return expected._replace(returned={"y": expected.returned["y"]})
         updated = None
         for part in parts:
             folded = fold._replace(shape=x[part].shape)
@@ -93,18 +108,49 @@ def batch_norm(rng: Random, name: str) -> Call:
         return Expected({"y": y}, {"running_mean": after.mean, "running_var": after.var})
 
     changed = ("running_mean", "running_var") if training and has_running else ()
-    return Call(name, arguments, expect, one, inputs, inputs, changed, axis)
+    counts = counts_of(counted, x)
+    return Call(name, arguments, expect, one, inputs, inputs, changed, axis, counts=counts)
+
+
+def _by_mask(
+    counted: oracle_of_masks.Masked,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    after_it: dict[str, Any],
+    by_mask: dict[str, Any],
+    running: tuple[Array, ...],
+    momentum: float,
+    unbiased: bool,
+) -> Expected | Refused:
+    """What comes of the statistics of the values that count."""
+    refused = refused_mask(counted, x, by_mask, bool(running) and unbiased)
+    if refused:
+        return refused
+    y, mean, invstd, of = counted.forward(x, weight, bias, eps)
+    y = after_statistics(counted, y, x, after_it)
+    returned = {"y": y, "mean": mean, "invstd": invstd} if x.size else {"y": y}
+    if not running:
+        return Expected(returned)
+    after = unchanged(*running)
+    if x.size:
+        after = counted.tracked(of, x, running, momentum, unbiased)
+    return Expected(returned, dict(zip(("running_mean", "running_var"), after, strict=True)))
 
 
 def batch_norm_forward(rng: Random, name: str) -> Call:
     conditional = name.startswith("conditional")
     x, axis = draw_x(rng, first=1 if conditional else 0, full=conditional)
+    by_mask, counted = ({}, None) if conditional else masked(rng, x, axis)
+    x = spoiled(rng, counted, x)
     fold = (oracle.of_conditions if conditional else oracle.of_channels)(x.shape, axis)
     weight, bias = pair(rng, fold.parameter_shape)
     eps = draws.eps(rng)
-    after_it = {} if conditional else fused(rng, x)
+    after_it = {} if conditional else spoiled_arrays(rng, counted, fused(rng, x))
     inputs = like_output(after_it)
     arguments = {"x": x, "weight": weight, "bias": bias, "eps": eps, "axis": axis, **after_it}
+    arguments |= by_mask
     running, momentum, unbiased = (), draws.momentum(rng), draws.chance(rng, 0.7)
     if not conditional and draws.chance(rng, 0.5):
         channels = (x.shape[axis],)
@@ -114,7 +160,10 @@ def batch_norm_forward(rng: Random, name: str) -> Call:
 
     def expect() -> Expected | Refused:
         if running and unbiased and fold.count == 1:
-            return Refused(("x",), x.size > 0)
+            return Refused(("x", *by_mask), x.size > 0)
+        if counted is not None:
+            of_all = x, weight, bias, eps, after_it, by_mask, running
+            return _by_mask(counted, *of_all, momentum, unbiased)
         y, mean, invstd, of = oracle.forward(x, fold, weight, bias, eps)
         y = oracle.activated(y, after_it) if after_it else y
         returned = {"y": y, "mean": mean, "invstd": invstd} if fold.count else {"y": y}
@@ -126,17 +175,22 @@ def batch_norm_forward(rng: Random, name: str) -> Call:
         return Expected(returned, dict(zip(("running_mean", "running_var"), after, strict=True)))
 
     changed = ("running_mean", "running_var") if running else ()
-    return Call(name, arguments, expect, many, inputs, inputs, changed, axis)
+    counts = counts_of(counted, x)
+    return Call(name, arguments, expect, many, inputs, inputs, changed, axis, counts=counts)
 
 
 def batch_norm_backward(rng: Random, name: str) -> Call:
     conditional = name.startswith("conditional")
     x, axis = draw_x(rng, first=1 if conditional else 0, full=conditional)
+    by_mask, counted = ({}, None) if conditional else masked(rng, x, axis)
+    x = spoiled(rng, counted, x)
     fold = (oracle.of_conditions if conditional else oracle.of_channels)(x.shape, axis)
-    dy, training = upstream(rng, x), draws.chance(rng, 0.7)
+    dy, training = spoiled(rng, counted, upstream(rng, x)), draws.chance(rng, 0.7)
     weight, bias = pair(rng, fold.parameter_shape)
     if training:
-        found = oracle.forward(x, fold, weight, bias, draws.eps(rng))
+        given = (x, fold) if counted is None else (x,)
+        forward = oracle.forward if counted is None else counted.forward
+        found = forward(*given, weight, bias, draws.eps(rng))
         y, (mean, invstd) = found.y, (draws.saved(rng, a) for a in wide(found.mean, found.invstd))
     else:
         mean = draws.running(rng, (x.shape[axis],))
@@ -146,11 +200,19 @@ def batch_norm_backward(rng: Random, name: str) -> Call:
         y = oracle.evaluate(x, fold, mean, variance, weight, bias, 0.0)
     arguments = {"dy": dy, "x": x, "mean": mean, "invstd": invstd, "weight": weight}
     arguments |= {"axis": axis, "training": training}
-    after_it = {} if conditional else fused_of_gradient(rng, x, bias, y)
+    after_it = {}
+    if not conditional:
+        after_it = spoiled_arrays(rng, counted, fused_of_gradient(rng, x, bias, y))
     inputs = of_gradient(after_it)
-    arguments |= after_it
+    arguments |= after_it | by_mask
 
     def expect() -> Expected | Refused:
+        if counted is not None:
+            refused = refused_gradient(after_it)
+            if training:
+                refused = refused or refused_mask(counted, x, by_mask, False)
+            given = dy, x, mean, invstd, weight, bias, after_it
+            return refused or Expected(counted.backward(*given, constant=not training))
         if after_it:
             given = dy, x, fold, mean, invstd, weight, bias, after_it
             refused = refused_gradient(after_it)
@@ -170,7 +232,8 @@ def batch_norm_backward(rng: Random, name: str) -> Call:
         return Expected(found._asdict())
 
     in_place = ("dy",) if conditional and training else ("dy", "x")
-    return Call(name, arguments, expect, many, inputs, in_place, (), axis, "dy")
+    counts = counts_of(counted, x)
+    return Call(name, arguments, expect, many, inputs, in_place, (), axis, "dy", counts)
 
 
 def batch_norm_halves(rng: Random, name: str) -> Call:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fuzz import draws, oracle, oracle_of_activations, oracle_of_members
+from fuzz import draws, oracle, oracle_of_activations, oracle_of_masks, oracle_of_members
 from fuzz.call import (
     Array,
     Call,
@@ -12,15 +12,21 @@ from fuzz.call import (
     Random,
     Refused,
     Tracked,
+    after_statistics,
+    counts_of,
     draw_x,
     fused,
     fused_of_gradient,
     like_output,
     many,
+    masked,
     of_gradient,
     one,
     pair,
     refused_gradient,
+    refused_mask,
+    spoiled,
+    spoiled_arrays,
     tracked,
     unchanged,
     upstream,
@@ -30,6 +36,8 @@ from fuzz.call import (
 
 def instance_norm(rng: Random) -> Call:
     x, axis = draw_x(rng, first=1)
+    by_mask, counted = masked(rng, x, axis, per_group=False)
+    x = spoiled(rng, counted, x)
     fold, channels = oracle.of_planes(x.shape, axis), (x.shape[axis],)
     weight, bias = pair(rng, channels)
     own, has_running = draws.chance(rng, 0.7), draws.chance(rng, 0.5)
@@ -39,28 +47,37 @@ def instance_norm(rng: Random) -> Call:
     momentum, eps = draws.momentum(rng), draws.eps(rng)
     arguments = {"x": x, "running_mean": mean, "running_var": var, "weight": weight, "bias": bias}
     arguments |= {"use_input_stats": own, "momentum": momentum, "eps": eps, "axis": axis}
-    after_it = fused(rng, x)
+    after_it = spoiled_arrays(rng, counted, fused(rng, x))
     inputs = like_output(after_it)
-    arguments |= after_it
+    arguments |= after_it | by_mask
 
     def expect() -> Expected | Refused:
         if not own:
             batch = oracle.of_channels(x.shape, axis)
             y = oracle.evaluate(x, batch, mean, var, weight, bias, eps)
-            return Expected({"y": oracle.activated(y, after_it) if after_it else y})
+            return Expected({"y": after_statistics(counted, y, x, after_it)})
         if has_running and fold.count == 1:
-            return Refused(("x",), x.size > 0)
-        found = oracle.forward(x, fold, weight, bias, eps)
-        y = oracle.activated(found.y, after_it) if after_it else found.y
+            return Refused(("x", *by_mask), x.size > 0)
+        refused = counted and refused_mask(counted, x, by_mask, has_running)
+        if refused:
+            return refused
+        given = (x, fold) if counted is None else (x,)
+        forward = oracle.forward if counted is None else counted.forward
+        found = forward(*given, weight, bias, eps)
+        y = after_statistics(counted, found.y, x, after_it)
         if not has_running:
             return Expected({"y": y})
         after = Tracked(*unchanged(mean, var))
-        if x.size:
+        if x.size and counted is not None:
+            after = Tracked(*counted.tracked(found.of, x, (mean, var), momentum, True))
+        elif x.size:
             after = tracked(found.of, fold, x, mean, var, momentum, True)
         return Expected({"y": y}, {"running_mean": after.mean, "running_var": after.var})
 
     changed = ("running_mean", "running_var") if own and has_running else ()
-    return Call("instance_norm", arguments, expect, one, inputs, inputs, changed, axis)
+    like_x = inputs, inputs, changed, axis
+    counts = counts_of(counted, x)
+    return Call("instance_norm", arguments, expect, one, *like_x, counts=counts)
 
 
 def of_samples(
@@ -77,46 +94,74 @@ def of_samples(
     return x, {"num_groups": groups, "axis": axis, "per_group": per_group}, fold
 
 
+def _masked(
+    rng: Random, x: Array, how: dict[str, Any]
+) -> tuple[dict[str, Any], oracle_of_masks.Masked | None]:
+    """Arguments that say what counts of such an input."""
+    groups, channels = how.get("num_groups"), x.shape[how["axis"]]
+    groups = groups if channels or groups is None else 0
+    return masked(rng, x, how["axis"], groups, how.get("per_group", False))
+
+
 def group_norm(rng: Random, name: str) -> Call:
     x, how, fold = of_samples(rng, name.partition("_")[0])
+    by_mask, counted = _masked(rng, x, how)
+    x = spoiled(rng, counted, x)
     weight, bias = pair(rng, fold.parameter_shape)
     eps = draws.eps(rng)
     arguments: dict[str, Any] = {"x": x}
     if "num_groups" in how:
         arguments["num_groups"] = how.pop("num_groups")
-    after_it = fused(rng, x)
+    after_it = spoiled_arrays(rng, counted, fused(rng, x))
     inputs = like_output(after_it)
-    arguments |= {"weight": weight, "bias": bias, "eps": eps, **how, **after_it}
+    arguments |= {"weight": weight, "bias": bias, "eps": eps, **how, **after_it, **by_mask}
     forward = name.endswith("forward")
 
-    def expect() -> Expected:
-        y, mean, invstd, _ = oracle.forward(x, fold, weight, bias, eps)
-        y = oracle.activated(y, after_it) if after_it else y
-        if not forward or not fold.count:
+    def expect() -> Expected | Refused:
+        refused = counted and refused_mask(counted, x, by_mask, False)
+        if refused:
+            return refused
+        given = (x, fold) if counted is None else (x,)
+        normalize = oracle.forward if counted is None else counted.forward
+        y, mean, invstd, _ = normalize(*given, weight, bias, eps)
+        y = after_statistics(counted, y, x, after_it)
+        if not forward or not fold.count or not (counted is None or x.size):
             return Expected({"y": y})
         return Expected({"y": y, "mean": mean, "invstd": invstd})
 
     channels = None if name.startswith("group") else how["axis"]
-    return Call(name, arguments, expect, many if forward else one, inputs, inputs, (), channels)
+    like_x = inputs, inputs, (), channels
+    counts = counts_of(counted, x)
+    return Call(name, arguments, expect, many if forward else one, *like_x, counts=counts)
 
 
 def group_norm_backward(rng: Random, name: str) -> Call:
     x, how, fold = of_samples(rng, name.partition("_")[0])
+    by_mask, counted = _masked(rng, x, how)
+    x = spoiled(rng, counted, x)
     how.pop("num_groups", None)
     dy, (weight, bias) = upstream(rng, x), pair(rng, fold.parameter_shape)
-    found = oracle.forward(x, fold, weight, bias, draws.eps(rng))
+    dy = spoiled(rng, counted, dy)
+    given = (x, fold) if counted is None else (x,)
+    forward = oracle.forward if counted is None else counted.forward
+    found = forward(*given, weight, bias, draws.eps(rng))
     mean, invstd = (draws.saved(rng, each) for each in wide(found.mean, found.invstd))
-    after_it = fused_of_gradient(rng, x, bias, found.y)
+    after_it = spoiled_arrays(rng, counted, fused_of_gradient(rng, x, bias, found.y))
     inputs = of_gradient(after_it)
     arguments = {"dy": dy, "x": x, "mean": mean, "invstd": invstd, "weight": weight, **how}
-    arguments |= after_it
+    arguments |= after_it | by_mask
 
     def expect() -> Expected | Refused:
+        if counted is not None:
+            refused = refused_gradient(after_it) or refused_mask(counted, x, by_mask, False)
+            of_counted = dy, x, mean, invstd, weight, bias, after_it
+            return refused or Expected(counted.backward(*of_counted))
         given = dy, x, fold, mean, invstd, weight, bias, after_it
         return refused_gradient(after_it) or Expected(oracle_of_activations.backward(*given))
 
     channels = None if name.startswith("group") else how["axis"]
-    return Call(name, arguments, expect, many, inputs, ("dy", "x"), (), channels, "dy")
+    like_x = inputs, ("dy", "x"), (), channels, "dy"
+    return Call(name, arguments, expect, many, *like_x, counts_of(counted, x))
 
 
 def response(rng: Random, name: str) -> Call:

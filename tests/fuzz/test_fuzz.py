@@ -110,6 +110,67 @@ def test_an_argument_of_an_activation_that_is_lost_is_reported(monkeypatch, name
     assert any("allowed" in text for outcome in cases for text in outcome.complaints)
 
 
+def forgets_the_mask(right, *arguments, mask=None, lengths=None, padding="zeros", **keywords):
+    return right(*arguments, **keywords)
+
+
+def forgets_the_padding(right, *arguments, padding="zeros", **keywords):
+    return right(*arguments, **keywords)
+
+
+def counts_one_more(right, *arguments, mask=None, lengths=None, **keywords):
+    if isinstance(mask, np.ndarray) and mask.size and not mask.all():
+        mask = mask.copy()
+        mask[tuple(np.argwhere(~mask)[0])] = True
+    return right(*arguments, mask=mask, lengths=lengths, **keywords)
+
+
+def sums_otherwise_where_all_count(right, *arguments, mask=None, **keywords):
+    *results, last = right(*arguments, mask=mask, **keywords)
+    every = mask is not None and np.all(mask)
+    return *results, np.nextafter(last, last.dtype.type(np.inf)) if every else last
+
+
+def tells_of_padding(right, *arguments, **keywords):
+    y, mean, invstd = right(*arguments, **keywords)
+    x = arguments[0] if arguments else keywords["x"]
+    return y, mean, invstd * (1 + 1e-15 * float(np.isnan(np.asarray(x, np.float64)).any()))
+
+
+@pytest.mark.parametrize("name", ["batch_norm_forward", "group_norm_forward"])
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (forgets_the_mask, "allowed|was not refused"),
+        (forgets_the_padding, "y.* allowed"),
+        (counts_one_more, "allowed"),
+        (sums_otherwise_where_all_count, "other bits with a mask that lets all count"),
+        (tells_of_padding, "other bits with other padding"),
+    ],
+)
+def test_a_mask_that_is_taken_otherwise_is_reported(monkeypatch, name, change, complaint):
+    replaced(monkeypatch, name, change)
+    assert re.search(complaint, complaints("values", name, 10 * CASES))
+
+
+@pytest.mark.parametrize("name", ["batch_norm_backward", "instance_norm_backward"])
+@pytest.mark.parametrize("change", [forgets_the_mask, forgets_the_padding, counts_one_more])
+def test_a_gradient_by_another_mask_is_reported(monkeypatch, name, change):
+    replaced(monkeypatch, name, change)
+    assert "allowed" in complaints("values", name, 10 * CASES)
+
+
+def test_a_bad_mask_that_is_taken_is_reported(monkeypatch):
+    def change(right, *arguments, mask=None, **keywords):
+        if isinstance(mask, np.ndarray) and mask.dtype.kind in "if":
+            mask = mask.astype(bool)
+        return right(*arguments, mask=mask, **keywords)
+
+    replaced(monkeypatch, "batch_norm", change)
+    found = complaints("wrong arguments", "batch_norm", 10 * CASES)
+    assert "was not refused: wrong is ('mask',)" in found
+
+
 @pytest.mark.parametrize(
     ("form", "place"), [("jvp", 0), *(("double_backward", n) for n in range(3))]
 )

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import bnfast
-from fuzz import buffers, case, draws, machines
+from fuzz import buffers, case, draws, machines, masks
 from fuzz.buffers import Buffer
 from fuzz.call import Call, Expected, Refused
 from fuzz.calls import CALLS
@@ -167,6 +167,8 @@ def run(name: str, rng: np.random.Generator) -> case.Outcome:
         _repeat(outcome, call, seed, plain, first, rng)
     if call.channels is not None and draws.chance(rng, 0.3):
         _poison(outcome, call, rng)
+    if call.counts is not None and draws.chance(rng, 0.6):
+        draws.pick(rng, (_fill, _fill, _count_all, _say_otherwise))(outcome, call, rng)
     return outcome
 
 
@@ -355,3 +357,84 @@ def _without(array: np.ndarray, shape: tuple[int, ...], axis: int, channel: int)
     if array.ndim and array.shape[-1] == shape[axis]:
         return np.delete(array, channel, -1)
     return array[:0] if array.ndim else np.zeros(0)
+
+
+def _bits_of(
+    outcome: case.Outcome, call: Call, seed: int, arguments: dict[str, Any], what: str
+) -> list[np.ndarray] | None:
+    """All numbers that a call with other arguments makes."""
+    prepared = prepare(call, seed, True, arguments)
+    with machines.running_on(machines.usual()):
+        done = carry_out(call, prepared, outcome)
+    if done.error is not None:
+        outcome.complain(f"raised {done.error!r} {what}")
+        return None
+    return bits_of(call, prepared, done)
+
+
+def _compare_calls(
+    outcome: case.Outcome, call: Call, seed: int, others: tuple[dict[str, Any], ...], what: str
+) -> None:
+    """Two calls that are to make the same bits."""
+    found = [_bits_of(outcome, call, seed, arguments, what) for arguments in others]
+    if found[0] is None or found[1] is None:
+        return
+    for k, (a, b) in enumerate(zip(*found, strict=True)):
+        if not same_bits(a, b):
+            outcome.complain(f"result {k} has other bits {what}")
+
+
+def _fill(outcome: case.Outcome, call: Call, rng: np.random.Generator) -> None:
+    """What lies in the padding changes no bit, but for padding that is the input."""
+    counts, seed = call.counts, int(rng.integers(1 << 62))
+    arrays = {name: masks.filled(rng, call.arguments[name], counts) for name in call.inputs}
+    filled = call.arguments | arrays
+    source = filled["dy" if "dy" in call.inputs else "x"]
+    if filled.get("padding") != "input":
+        source = np.zeros_like(source)
+    found = [
+        _bits_of(outcome, call, seed, each, "with other padding")
+        for each in (call.arguments, filled)
+    ]
+    if found[0] is None or found[1] is None:
+        return
+    for k, (a, b) in enumerate(zip(*found, strict=True)):
+        if b.shape == counts.shape and b.dtype == source.dtype and k in (0, 3):
+            padding = source if k == 0 else np.zeros_like(source)
+            if not same_bits(b[~counts], padding[~counts]):
+                outcome.complain(f"result {k} is not as it should be where values do not count")
+            a, b = a[counts], b[counts]
+        if not same_bits(a, b):
+            outcome.complain(f"result {k} has other bits with other padding")
+
+
+def _count_all(outcome: case.Outcome, call: Call, rng: np.random.Generator) -> None:
+    """A mask that lets all count makes the bits of none."""
+    arguments = dict(call.arguments)
+    if "mask" in arguments:
+        arguments["mask"] = np.ones_like(arguments["mask"])
+    else:
+        most = call.counts.shape[3 - arguments["axis"] % 3]
+        arguments["lengths"] = np.full_like(arguments["lengths"], most)
+    without = {k: v for k, v in arguments.items() if k not in ("mask", "lengths", "padding")}
+    _compare_calls(
+        outcome,
+        call,
+        int(rng.integers(1 << 62)),
+        (arguments, without),
+        "with a mask that lets all count",
+    )
+
+
+def _say_otherwise(outcome: case.Outcome, call: Call, rng: np.random.Generator) -> None:
+    """Lengths, or a mask that is broadcast, make the bits of the mask that they say."""
+    axis = call.arguments["axis"] % call.counts.ndim
+    whole = call.counts.take(0, axis) if call.counts.shape[axis] else None
+    if whole is None:
+        return
+    said = {k: v for k, v in call.arguments.items() if k not in ("mask", "lengths")}
+    said["mask"] = masks.in_another_shape(rng, np.ascontiguousarray(whole), axis)
+    seed = int(rng.integers(1 << 62))
+    _compare_calls(
+        outcome, call, seed, (call.arguments, said), "with the same mask, said otherwise"
+    )
