@@ -11,9 +11,11 @@ import bnfast
 from fuzz import (
     call,
     draws,
+    masks,
     oracle,
     oracle_of_activations,
     oracle_of_averages,
+    oracle_of_masks,
     oracle_of_members,
     oracle_of_whitening,
 )
@@ -43,7 +45,8 @@ class Plan(NamedTuple):
 
     `step` takes the layer, whose public attributes say all that counts, and the arguments of its
     call; it returns None where the call is to be refused, or what the error may name. `options` are
-    keywords of a call. A layer that is `fused` has activations and residuals.
+    keywords of a call. A layer that is `fused` has activations and residuals; one that is `masked`
+    takes masks, which `step` has as `drawn`.
     """
 
     make: Callable[[], Any]
@@ -52,6 +55,7 @@ class Plan(NamedTuple):
     description: str
     options: Callable[[Random], dict[str, Any]] = lambda rng: {}
     fused: bool = False
+    masked: bool = False
 
 
 def _loosened(quantity: Quantity | None) -> Quantity | None:
@@ -279,6 +283,78 @@ def _of_statistics(
     return _with_gradients(step, fused, given, dtypes, False)
 
 
+def _of_counts(
+    layer: Any,
+    x: Array,
+    drawn: masks.Drawn,
+    fused: Fused,
+    counted: oracle_of_masks.Masked,
+    unbiased: bool = False,
+) -> Step | call.Refused:
+    """A layer that is told which values count; `counted` has those of which it makes statistics."""
+    tracking = hasattr(layer, "frozen")
+    learns = tracking and type(layer.momentum) is bnfast.LearnableMomentum
+    unknown = fused.activation not in (None, *ACTIVATIONS)
+    name = "mask" if "mask" in drawn.arguments else "lengths"
+    reasons = name, "activation", "residual", "weight", "momentum", "recompute"
+    if learns or fused.inplace or unknown:
+        return call.Refused(reasons)
+    weight, bias = _copies(layer.weight, layer.bias)
+    constant = tracking and not _trains(layer) and layer.running_mean is not None
+    whole = oracle_of_masks.of_batch(drawn.counts, x.shape, counted.axis, counted.padding)
+    tracks = tracking and _trains(layer) and layer.track_running_stats and not fused.recompute
+    updated, number = {}, 0
+    if constant:
+        counted, (mean, var) = whole, _copies(layer.running_mean, layer.running_var)
+        fold = oracle.of_channels(x.shape, counted.axis)
+        y = oracle.evaluate(x, fold, mean, var, weight, bias, layer.eps)
+        with np.errstate(all="ignore"):
+            invstd = 1 / np.sqrt(var.astype(oracle.WIDE) + layer.eps)
+    else:
+        counts_of_channel = whole.values_of(whole.parts[0], x)
+        takes = not tracks or layer.nonfinite == "propagate" or _is_finite(counts_of_channel, 1)
+        if not takes and layer.nonfinite == "raise":
+            return call.Refused((name, "x"))
+        tracks = tracks and takes
+        of_samples = isinstance(layer, bnfast.InstanceNorm)
+        together = drawn.counts.shape[1 if of_samples else 0 :]
+        if tracks and unbiased and np.prod(together) == 1:
+            return call.Refused(("x", name))
+        refused = call.refused_mask(counted, x, drawn.arguments, tracks and unbiased)
+        if refused:
+            return refused
+        y, of_mean, of_invstd, of = counted.forward(x, weight, bias, layer.eps)
+        mean, invstd = of_mean.value, of_invstd.value
+        if tracks and x.size:
+            momentum = 0.0
+            if not of_samples or layer.momentum is not None:
+                momentum = _momentum(layer, layer.num_batches_tracked + 1)
+            running = _copies(layer.running_mean, layer.running_var)
+            after = counted.tracked(of, x, running, momentum, unbiased)
+            updated = dict(zip(("running_mean", "running_var"), after, strict=True))
+            number = int(not of_samples or callable(layer.momentum))
+    dtypes = _dtypes(layer, OF_CHANNELS)
+
+    def gradients(dy: Array, made: Array | None = None) -> dict[str, Quantity | None]:
+        arguments = fused.arguments() | ({} if made is None else {"y": made})
+        found = counted.backward(dy, x, mean, invstd, weight, bias, arguments, constant)
+        of_x = (found[name] for name in ("dx", "dweight", "dbias"))
+        of_residual = {"dresidual": found.get("dresidual")}
+        return _gradients(tuple(of_x), OF_CHANNELS, dtypes) | of_residual
+
+    y = counted.padded(oracle.activated(y, fused.arguments()), x)
+    of_output = gradients if fused.is_told_by_output() else None
+    return Step(y, updated, number, gradients, of_output)
+
+
+def _counted(
+    x: Array, axis: int, drawn: masks.Drawn, groups: int | None = None
+) -> oracle_of_masks.Masked:
+    """Of layers whose samples have their statistics."""
+    padding = drawn.arguments.get("padding", masks.PADDINGS[0])
+    return oracle_of_masks.of_samples(drawn.counts, x.shape, axis, padding, groups)
+
+
 def _of_classes(found: Any, layer: Any, conditions: Array | None) -> Any:
     """The gradients of samples, added up by class."""
     if conditions is None:
@@ -390,14 +466,23 @@ def _batch_norm(rng: Random) -> Plan:
     )
 
     def step(
-        layer: Any, x: Array, residual: Array | None = None, *, recompute: bool = False
+        layer: Any,
+        x: Array,
+        residual: Array | None = None,
+        *,
+        recompute: bool = False,
+        drawn: masks.Drawn | None = None,
     ) -> Step | call.Refused | None:
         folds = [(slice(None), oracle.of_channels(x.shape, axis))]
         fused = _fused(layer, residual, recompute)
+        if drawn is not None:
+            padding = drawn.arguments.get("padding", masks.PADDINGS[0])
+            counted = oracle_of_masks.of_batch(drawn.counts, x.shape, axis, padding)
+            return _of_counts(layer, x, drawn, fused, counted, layer.unbiased)
         return _of_statistics(layer, x, folds, layer.unbiased, None, fused)
 
     inputs = _with_residuals(_sometimes_nonfinite(_data_inputs(channels, axis, ndim)))
-    return Plan(make, inputs, step, text, _recompute, True)
+    return Plan(make, inputs, step, text, _recompute, True, True)
 
 
 def _instance_norm(rng: Random) -> Plan:
@@ -413,14 +498,21 @@ def _instance_norm(rng: Random) -> Plan:
     )
 
     def step(
-        layer: Any, x: Array, residual: Array | None = None, *, recompute: bool = False
+        layer: Any,
+        x: Array,
+        residual: Array | None = None,
+        *,
+        recompute: bool = False,
+        drawn: masks.Drawn | None = None,
     ) -> Step | call.Refused | None:
         folds = [(slice(None), oracle.of_planes(x.shape, axis))]
         fused = _fused(layer, residual, recompute)
+        if drawn is not None:
+            return _of_counts(layer, x, drawn, fused, _counted(x, axis, drawn), True)
         return _of_statistics(layer, x, folds, True, None, fused)
 
     inputs = _with_residuals(_sometimes_nonfinite(_data_inputs(channels, axis, ndim)))
-    return Plan(make, inputs, step, text, _recompute, True)
+    return Plan(make, inputs, step, text, _recompute, True, True)
 
 
 def _ghost(rng: Random) -> Plan:
@@ -645,8 +737,16 @@ def _group_norm(rng: Random) -> Plan:
         **_activation(rng),
     )
 
-    def step(layer: Any, x: Array, residual: Array | None = None) -> Step | call.Refused:
+    def step(
+        layer: Any,
+        x: Array,
+        residual: Array | None = None,
+        *,
+        drawn: masks.Drawn | None = None,
+    ) -> Step | call.Refused:
         fold, fused = oracle.of_groups(x.shape, axis, groups), _fused(layer, residual)
+        if drawn is not None:
+            return _of_counts(layer, x, drawn, fused, _counted(x, axis, drawn, groups))
         if fused.activation not in (None, *ACTIVATIONS):
             return call.Refused(("activation",))
         weight, bias = _copies(layer.weight, layer.bias)
@@ -656,7 +756,7 @@ def _group_norm(rng: Random) -> Plan:
         return _with_gradients(plain, fused, given, _dtypes(layer, OF_CHANNELS), False)
 
     inputs = _with_residuals(_data_inputs(channels, axis, ndim))
-    return Plan(make, inputs, step, text, fused=True)
+    return Plan(make, inputs, step, text, fused=True, masked=True)
 
 
 def _plain(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import bnfast
-from fuzz import buffers, call, case, draws
+from fuzz import buffers, call, case, draws, masks
 from fuzz.judge import HALVES, arithmetic, complaint, same_bits
 from fuzz.layer_models import LAYERS, Plan, Step
 
@@ -35,8 +35,12 @@ PIECEWISE = (None, "relu", "leaky_relu", "relu6")
 class Composition:
     """A call as that of a layer without an activation, and the operations after it, in NumPy."""
 
-    def __init__(self, layer: Any, x: np.ndarray, residual: Any, options: dict[str, Any]) -> None:
+    def __init__(
+        self, layer: Any, x: np.ndarray, residual: Any, options: dict[str, Any], counts: Any
+    ) -> None:
         self.plain, self.dtype = copy.deepcopy(layer), x.dtype
+        self.counts = np.ones(x.shape, bool) if counts is None else counts
+        self.padding = x if options.get("padding") == "input" else np.zeros_like(x)
         self.name, self.slope, self.inplace = layer.activation, layer.negative_slope, False
         if hasattr(layer, "inplace"):
             self.inplace, self.plain.inplace = layer.inplace, False
@@ -56,7 +60,7 @@ class Composition:
             z = np.where(z < 0, slope * z, z)
         elif self.name is not None:
             z = np.clip(z, 0, 6 if self.name == "relu6" else None)
-        return z.astype(self.dtype)
+        return np.where(self.counts, z.astype(self.dtype), self.padding)
 
     def gradients(self, dy: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray | None] | None:
         """Of an output y; None where they may have other bits."""
@@ -71,10 +75,11 @@ class Composition:
         if self.inplace or (self.wide == np.float64 and not told):
             return None
         upstream = buffers.copied(dy, self.wide)
-        upstream[...] = dz
+        np.copyto(upstream, dz, where=self.counts)
         dx = self.plain.backward(upstream)
         made = {name: getattr(self.plain, name) for name in ("weight_grad", "bias_grad")}
-        return {"dx": dx, "dresidual": dz if self.adds else None, **made}
+        of_residual = np.where(self.counts, dz, 0).astype(self.wide)
+        return {"dx": dx, "dresidual": of_residual if self.adds else None, **made}
 
 
 class Sequence:
@@ -85,6 +90,7 @@ class Sequence:
         self.layer = plan.make()
         self.last: Step | None = None  # whose backward may come
         self.output: Any = None  # of the last call
+        self.counts: Any = None  # which values of its input a mask let count
         self.composition: Composition | None = None  # the last call, otherwise
         self.twin: Any = None  # a copy that was called with float32 copies, where x had 16 bits
 
@@ -117,8 +123,11 @@ class Sequence:
     def call(self) -> None:
         arguments, options = self.plan.inputs(self.rng), self.plan.options(self.rng)
         before, counted = self.state(), self.layer.num_batches_tracked
+        arguments, drawn, counts = self._masked(arguments)
         with np.errstate(all="ignore"):
-            step = self.plan.step(self.layer, *arguments, **options)
+            by_mask = {} if drawn is None else {"drawn": drawn}
+            step = self.plan.step(self.layer, *arguments, **options, **by_mask)
+        options |= {} if drawn is None else drawn.arguments
         overwrites = bool(getattr(self.layer, "inplace", False)) and bool(arguments)
         out, kept = self._in_memory(arguments, overwrites)
         given = [kept[k].given if k in kept else value for k, value in enumerate(arguments)]
@@ -169,7 +178,7 @@ class Sequence:
         self.last, self.twin = step, twin
         if out is not None and y.size and not overwrites and self._lost(out):
             self.last = None
-        self.output, self.composition = np.array(y), None
+        self.output, self.composition, self.counts = np.array(y), None, counts
         if again is not None and self.layer.activation in PIECEWISE:
             self._compose(again, copies, options)
         if twin is not None:
@@ -177,6 +186,19 @@ class Sequence:
             self.complain_of_state(self.state(twin), "otherwise than by float32 copies")
             if overwrites:  # which has its gradients from an output that was rounded
                 self.twin = None
+
+    def _masked(
+        self, arguments: tuple[Any, ...]
+    ) -> tuple[tuple[Any, ...], masks.Drawn | None, np.ndarray | None]:
+        """Sometimes a mask, what it lets count, and arguments with anything in the padding."""
+        if not self.plan.masked or draws.chance(self.rng, 0.65):
+            return arguments, None, None
+        x, axis = arguments[0], self.layer.axis
+        drawn = masks.draw(self.rng, x.shape, axis)
+        channels = np.ones((*drawn.counts.shape, x.shape[axis]), bool) & drawn.counts[..., None]
+        counts = np.moveaxis(channels, -1, axis)
+        filled = [masks.filled(self.rng, array, counts) for array in arguments]
+        return tuple(filled), drawn, counts
 
     def _in_memory(
         self, arguments: tuple[Any, ...], overwrites: bool
@@ -202,7 +224,7 @@ class Sequence:
         """Hold the last call against its composition."""
         x, residual = copies if len(copies) > 1 else (copies[0], None)
         with np.errstate(all="ignore"):
-            self.composition = Composition(layer, x, residual, options)
+            self.composition = Composition(layer, x, residual, options, self.counts)
             expected = self.composition.output()
         if not np.array_equal(_floats(self.output), _floats(expected), equal_nan=True):
             self.complain("y is not what its operations make one after the other")
@@ -224,8 +246,11 @@ class Sequence:
             return
         y = self.last.y
         dy = self.rng.normal(size=y.value.shape).astype(y.dtype)
+        if self.counts is not None:
+            dy = masks.filled(self.rng, dy, self.counts)
         if draws.chance(self.rng, 0.2) and dy.size:
-            wrong = dy.astype(np.float64 if dy.dtype == np.float32 else np.float32)
+            with np.errstate(all="ignore"):
+                wrong = dy.astype(np.float64 if dy.dtype == np.float32 else np.float32)
             self.refused(lambda: self.layer.backward(wrong), ("dy",))
         with np.errstate(all="ignore"):
             if self.last.of_output is None:
@@ -277,7 +302,8 @@ class Sequence:
             return True
         wide = composition.z
         found = self.output.astype(wide.dtype)
-        return np.array_equal(composition.closed(found), composition.closed(wide))
+        closed = (composition.closed(z)[composition.counts] for z in (found, wide))
+        return np.array_equal(*closed)
 
     def train(self) -> None:
         mode = draws.chance(self.rng, 0.5)
@@ -390,6 +416,34 @@ class Sequence:
         if not same_bits(x, before):
             self.complain("x was changed by something that is refused")
 
+    def wrong_masks(self) -> None:
+        """A mask that no layer takes."""
+        if not self.plan.masked:
+            return
+        x = self.plan.inputs(self.rng)[0]
+        if not x.size:  # of which any lengths are none
+            return
+        before, lengths = x.copy(), [0] * len(x)
+        wrong = draws.pick(
+            self.rng,
+            (
+                {"mask": np.ones(1, np.int8)},
+                {"mask": np.ones([1] * (x.ndim + 1), bool)},
+                {"mask": np.ones(max(x.shape) + 1, bool)},
+                {"mask": "text"},
+                {"lengths": [-1, *lengths[1:]]},
+                {"lengths": np.array(lengths) + max(x.shape) + 1.0},
+                {"lengths": [*lengths, 0]},
+                {"mask": np.ones(1, bool), "lengths": lengths},
+                {"padding": draws.pick(self.rng, (None, "zero", 0))},
+            ),
+        )
+        # What an activation, or a layer in place, does not do is refused before.
+        names = (*wrong, "activation", "weight", "momentum")
+        self.refused(lambda: self.layer(x, **wrong), names)
+        if not same_bits(x, before):
+            self.complain("x was changed by something that is refused")
+
     def flags(self) -> None:
         """Modes are True or False."""
         value = draws.pick(self.rng, (1, None, "no", 0.0))
@@ -440,6 +494,7 @@ STEPS = (
     "settings",
     "settings",
     "recomputed",
+    "wrong_masks",
 )
 
 

@@ -303,10 +303,23 @@ def overwrites_what_it_refuses(right, layer, x, residual, keywords):
     return right(layer, x, residual, **keywords)
 
 
+def forgets_what_counts(right, layer, x, residual, keywords):
+    return right(layer, x, residual, **{**keywords, "mask": None, "lengths": None})
+
+
+def tracks_another_variance(right, layer, x, residual, keywords):
+    y = right(layer, x, residual, **keywords)
+    if keywords.get("mask") is not None and layer.training and layer.running_var is not None:
+        layer.running_var *= 1 + 1e-5
+    return y
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
+        (forgets_what_counts, r"y\[.* allowed"),
+        (tracks_another_variance, r"running_var\[.* allowed"),
         (drops_recompute, "was changed by a call|num_batches_tracked is"),
         (forgets_the_activation, "activation was changed by a call"),
         (overwrites_what_it_refuses, "argument 0 was changed by a call that raised"),
