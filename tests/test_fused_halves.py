@@ -218,3 +218,17 @@ def test_layers_pass_it_on(rng, half, kind, mode, adds, name):
         results.append([dx, y, dresidual, *state])
     for a, b in zip(*results, strict=True):
         assert_rounded_once(a, b)
+
+
+@pytest.mark.parametrize("name", ["silu", "hardswish"])
+def test_zeros_have_the_sign_of_float32(name, half):
+    x, residual, dy = (np.full((4, 1), value, half) for value in (0, -85, -0.88))
+    constant = np.zeros(1), np.ones(1), np.full(1, -1, np.float32)
+    fused = {"training": False, "bias": np.zeros(1, np.float32), "activation": name}
+    narrow, wide = (
+        bnfast.batch_norm_backward(
+            *(a.astype(dtype) for a in (dy, x)), *constant, **fused, residual=residual.astype(dtype)
+        )[0]
+        for dtype in (half, SINGLE)
+    )
+    np.testing.assert_array_equal(np.signbit(floats(narrow)), np.signbit(floats(wide)))

@@ -75,7 +75,7 @@ EIGHTS = ("scale_shift_coefficients", "gradient_coefficients", "standardize", "i
 SCALAR = {("baseline", "gate_coefficients_f64")}
 
 # They convert and choose.
-NO_ARITHMETIC = ("round_mean", "widen", "narrow", "activation_coefficients")
+NO_ARITHMETIC = ("round_mean", "widen", "narrow", "activation_coefficients", "compress")
 
 
 @pytest.mark.parametrize("variant", REGISTER)

@@ -800,3 +800,14 @@ def test_a_learned_momentum_and_an_observer_take_no_mask(rng):
     layer = bnfast.BatchNorm(3)
     with bnfast.monitoring(layer), pytest.raises(ValueError, match="recalibrated or monitored"):
         layer(x, lengths=[30] * 4)
+
+
+def test_a_sample_without_values_adds_nothing_to_gradients_whatever_its_invstd(rng):
+    x, dy = rng.normal(size=(2, 2, 4, 3))
+    saved = bnfast.group_norm_forward(x, 2, eps=0.0, lengths=[3, 0])[1:]
+    assert np.isinf(saved[1][1]).all()
+    dx, *of_parameters = bnfast.group_norm_backward(dy, x, *saved, lengths=[3, 0])
+    alone = bnfast.group_norm_backward(dy[:1], x[:1], *(a[:1] for a in saved))
+    np.testing.assert_array_equal(dx, np.concatenate((alone[0], np.zeros((1, 4, 3)))))
+    for got, expected in zip(of_parameters, alone[1:], strict=True):
+        np.testing.assert_array_equal(got, expected)

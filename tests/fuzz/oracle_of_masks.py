@@ -110,9 +110,10 @@ class Masked(NamedTuple):
             given = *(self.values_of(part, array) for array in (dy, x)), part.fold, *kept
             more = weight, bias, fused | cut
             found = oracle_of_activations.backward(*given, *more, constant=constant)
-            if not part.fold.count and not np.isfinite(kept[1]).all():  # no values times infinity
-                sizes = {"sums": np.full(found["dweight"].value.shape, np.inf)}
-                found["dweight"] = found["dweight"]._replace(sizes=found["dweight"].sizes | sizes)
+            if not part.fold.count:  # nothing, whatever it would be multiplied by
+                none = np.zeros_like(found["dweight"].value)
+                sizes = dict.fromkeys(found["dweight"].sizes, none)
+                found["dweight"] = found["dweight"]._replace(value=none, sizes=sizes)
             made.append(found)
         of_parts = {name: [each[name] for each in made] for name in made[0]}
         of_x = {name: self.whole(of_parts[name]) for name in ("dx", "dresidual") if name in found}

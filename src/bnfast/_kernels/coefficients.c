@@ -405,10 +405,19 @@ void bn_constant_coefficients(const bn_job *job, range channels)
         coefficients_from(job, c));
 }
 
-/* The same where the mean, the scale and the shift make z again: 0 stands elsewhere. */
+/* The same where the mean, the scale and the shift make z again: elsewhere stand a mean of 0 and a shift of -0, which
+   adds nothing. */
 void bn_frozen_coefficients(const bn_job *job, range channels)
 {
-    memset(coefficients_from(job, channels.first).array[BN_OFFSET], 0, channels.count * job->plan->itemsize);
+    const bn_coefficients coefficients = coefficients_from(job, channels.first);
+    memset(coefficients.array[BN_OFFSET], 0, channels.count * job->plan->itemsize);
+    for (size_t c = 0; c < channels.count; c++) {
+        if (job->plan->dtype == BN_f32) {
+            ((float *)coefficients.array[BN_SLOPE])[c] = -0.0f;
+        } else {
+            ((double *)coefficients.array[BN_SLOPE])[c] = -0.0;
+        }
+    }
 }
 
 void bn_grouped_coefficients(const bn_job *job, range channels)
@@ -436,6 +445,9 @@ static void finish_gradient_sums(const bn_job *job, range channels)
 {
     const size_t c = channels.first;
     merge_gradient(job, channels);
+    if (counted_values(job) == 0) {
+        return; /* 0 times an invstd that may be infinite would be NaN */
+    }
     job->kernels->standardize[job->plan->dtype](
         channels.count, job->statistic[BN_MEAN] + c, parameter_from(job->statistic[BN_MEAN_LOW], c),
         job->statistic[BN_INVSTD] + c, job->statistic[BN_SUM_DY] + c, job->statistic[BN_SUM_DY_XHAT] + c);

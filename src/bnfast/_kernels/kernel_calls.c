@@ -231,7 +231,8 @@ void bn_gradient_sums_of_box(const bn_job *job, const bn_box *box, block_sums bl
                                  ? sums_of_block(job, BN_SUM_ACTIVATION, block.number, box->channel)
                                  : NULL;
     const int gated = job->method.sums_have_gates;
-    const bn_view dy = gated ? input_view(job, BN_DY, box) : upstream_view(job, box, sums_of_floors, !job->method.keeps_with_output);
+    const bn_view dy = gated ? input_view(job, BN_DY, box)
+                             : upstream_view(job, box, sums_of_floors, !job->method.keeps_with_output);
     const bn_view x = bn_x_to_sum(job, box);
     bn_coefficients coefficients = mean_to_sum(job, box);
     if (!gated) {
@@ -245,7 +246,7 @@ void bn_gradient_sums_of_box(const bn_job *job, const bn_box *box, block_sums bl
 
 uint64_t bn_counted_moments_of_box(const bn_job *job, const bn_box *box, block_sums block, size_t count)
 {
-    const bn_view x = input_view(job, BN_X, box);
+    const bn_view x = x_view(job, box);
     return job->kernels->counted_moments[job->plan->dtype](
         box->extent, x.data, x.strides, bn_input_of(job, box), (bn_counted){box->counts, count}, block.count,
         sums_of_block(job, BN_MEAN, block.number, box->channel),
@@ -256,7 +257,7 @@ uint64_t bn_counted_moments_of_box(const bn_job *job, const bn_box *box, block_s
 uint64_t bn_counted_gradient_sums_of_box(const bn_job *job, const bn_box *box, block_sums block, size_t count)
 {
     const bn_view dy = upstream_view(job, box, NULL, 0);
-    const bn_view x = input_view(job, BN_X, box);
+    const bn_view x = x_view(job, box);
     return job->kernels->counted_gradient_sums[job->plan->dtype](
         box->extent, dy.data, dy.strides, x.data, x.strides, bn_input_of(job, box), (bn_counted){box->counts, count},
         coefficients_from(job, box->channel), sums_of_block(job, BN_SUM_DY, block.number, box->channel),
@@ -323,7 +324,8 @@ void bn_write_values(const bn_job *job, const bn_box *box)
     const bn_view made = curved ? bn_dense_view(box, scratch) : view;
     bn_coefficients coefficients = coefficients_from(job, box->channel);
     if (job->method.finish == bn_frozen_coefficients) { /* the mean is that of z, which is made again */
-        coefficients.array[BN_ROUNDED_MEAN] = coefficients.array[BN_SHIFT] = coefficients.array[BN_OFFSET];
+        coefficients.array[BN_ROUNDED_MEAN] = coefficients.array[BN_OFFSET];
+        coefficients.array[BN_SHIFT] = coefficients.array[BN_SLOPE];
     }
     coefficients.period = period_of(plan, box->extent.channels);
     if (output == job->method.masked) {
@@ -457,7 +459,8 @@ void bn_clear_moments(const bn_job *job, size_t block, range channels)
 
 void bn_sum_moments(const bn_job *job, size_t block, range channels)
 {
-    const int in_scratch = job->plan->operand[BN_X].staged || job->scaled || job->statistic[BN_COUNT] || job->x_is_output;
+    const int in_scratch =
+        job->plan->operand[BN_X].staged || job->scaled || job->statistic[BN_COUNT] || job->x_is_output;
     bn_clear_moments(job, block, channels);
     sum_block(job, block, channels, in_scratch, job->method.moments);
 }

@@ -6,14 +6,14 @@
 
 #include "portability.h"
 
-/* Values of a channel that count, on one line or on whole lines, are summed where they lie if they are so many; rows of
-   channels_last are as many. The others of their chunk are gathered: every box has moments of its own, which are merged,
-   and so this decides bits. */
+/* Values of a channel that count, on one line or on whole lines, are summed where they lie if they are so many; rows
+   of channels_last are as many. The others of their chunk are gathered: every box has moments of its own, which are
+   merged, and so this decides bits. */
 #define FEWEST_DIRECT_VALUES ((size_t)128)
 #define FEWEST_DIRECT_ROWS ((size_t)32)
 
-/* Where a part of a chunk is mixed, at least a quarter of it counts, and its lines are not short, all of it is walked where
-   it lies, by kernels that ask of each position, rather than gathered. */
+/* Where a part of a chunk is mixed, at least a quarter of it counts, and its lines are not short, all of it is walked
+   where it lies, by kernels that ask of each position, rather than gathered. */
 #define SHORTEST_COUNTED_LINE ((size_t)32)
 #define FEWEST_COUNTED ((size_t)256)
 #define MOST_OF_COUNTED ((size_t)4)

@@ -113,8 +113,9 @@ static void choose_gradient(bn_job *job)
         const int makes_z = !of_kept && method->again;
         method->output = of_kept ? of_kept + 2 : &scaled_upstream;
         method->finish = makes_z ? bn_frozen_coefficients : bn_constant_coefficients;
-        method->coefficients = makes_z ? BN_SET(BN_ROUNDED_MEAN) | BN_SET(BN_SCALE) | BN_SET(BN_OFFSET)
-                                       : BN_OUTPUT_COEFFICIENTS;
+        method->coefficients =
+            makes_z ? BN_SET(BN_ROUNDED_MEAN) | BN_SET(BN_SCALE) | BN_SET(BN_OFFSET) | BN_SET(BN_SLOPE)
+                    : BN_OUTPUT_COEFFICIENTS;
     } else {
         method->output = weighted  ? &calls[weighted_input_gradient_id]
                          : of_kept ? of_kept + grouped
@@ -134,8 +135,8 @@ static int reads_halves(const bn_job *job)
     const size_t layout = job->plan->layout, type = (size_t)job->plan->element_type;
     const int has_output = method->output == NULL || method->output->kernel == offsetof(bn_kernels, scale_shift) ||
                            method->output->kernel == offsetof(bn_kernels, input_gradient);
-    return job->kernels->moments[layout][type] && has_output && !job->mask.counts && job->activation.kind == BN_no_activation &&
-           !job->column_sums &&
+    return job->kernels->moments[layout][type] && has_output && !job->mask.counts &&
+           job->activation.kind == BN_no_activation && !job->column_sums &&
            (job->operand[BN_DY] ? method->gradient_sums == bn_gradient_sums_of_box
                                 : method->moments == bn_moments_of_box);
 }
