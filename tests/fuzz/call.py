@@ -254,8 +254,10 @@ def tracked(
     error = oracle.unjudged(std, of.usable)
     scale = of_all(oracle.unjudged(of.var, of.usable)) * correction
     new = of_all(of.mean), of_all(of.var) * correction
+    means = fold.statistic(of.mean)
+    averaged = means if means.ndim > 1 else None
     return Tracked(
-        oracle.blended(mean, new[0], momentum, of_all(error), x.dtype),
+        oracle.blended(mean, new[0], momentum, of_all(error), x.dtype, averaged),
         oracle.blended(var, new[1], momentum, scale, x.dtype),
     )
 

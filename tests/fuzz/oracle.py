@@ -304,14 +304,27 @@ def evaluate(
     return Quantity(fold.unfold(y), sizes, x.dtype, x.dtype)
 
 
-def blended(old: Array, new: Array, momentum: float, error: Array, precision: np.dtype) -> Quantity:
-    """(1 - momentum) * old + momentum * new, where what has no weight leaves nothing."""
+def blended(
+    old: Array,
+    new: Array,
+    momentum: float,
+    error: Array,
+    precision: np.dtype,
+    averaged: Array | None = None,
+) -> Quantity:
+    """(1 - momentum) * old + momentum * new, where what has no weight leaves nothing.
+
+    A new one may be the mean over samples of what is `averaged`, whose sum in float64 may cancel.
+    """
     share = WIDE(momentum)
     with np.errstate(all="ignore"):
         kept = np.where(share == 1, 0, (1 - share) * old.astype(WIDE))
         added = np.where(share == 0, 0, share * new)
         sizes = {"running": np.abs(kept) + np.abs(added), "statistics": np.abs(share) * error}
         sizes["smallest"] = np.ones(old.shape)
+        if averaged is not None:
+            of_sum = np.finfo(DOUBLE).eps / 2 * np.abs(averaged).sum(0)
+            sizes["known"] = np.abs(share) * np.where(np.isfinite(of_sum), of_sum, 0)
     if share == 0:
         sizes = {"running": np.zeros(old.shape, WIDE)}
     return Quantity(kept + added, sizes, precision, old.dtype)

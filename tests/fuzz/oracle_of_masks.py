@@ -144,11 +144,11 @@ class Masked(NamedTuple):
                 (scales, usable * correction),
             ):
                 made.append(np.atleast_2d(part.fold.statistic(kept)))
-        mean, var, error, scale = (
-            np.concatenate(made).mean(0) for made in (means, variances, errors, scales)
-        )
+        of_samples = np.concatenate(means)
+        averaged = of_samples if len(of_samples) > 1 else None
+        var, error, scale = (np.concatenate(made).mean(0) for made in (variances, errors, scales))
         return [
-            oracle.blended(running[0], mean, momentum, error, x.dtype),
+            oracle.blended(running[0], of_samples.mean(0), momentum, error, x.dtype, averaged),
             oracle.blended(running[1], var, momentum, scale, x.dtype),
         ]
 
