@@ -162,6 +162,22 @@ def kept_axes(x: Array, axis: object) -> tuple[int, ...]:
     return tuple(kept)
 
 
+def integers_of_samples(name: str, value: object, samples: int) -> NDArray[Any]:
+    """Return an array (N,) of integers, one for each sample, without a copy where possible."""
+    wanted = f"{name} must be integers, one for each of the {samples} samples, shape ({samples},)"
+    try:
+        array: NDArray[Any] = as_array(value)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise TypeError(f"{wanted}, got {describe(value)}") from error
+    if isinstance(value, np.ma.MaskedArray) or (array.size and array.dtype.kind not in "iu"):
+        raise TypeError(f"{wanted}, got {describe(value)}")
+    if array.shape != (samples,):
+        raise ValueError(f"{wanted}, got {describe(array)}")
+    return array
+
+
 def booleans(name: str, value: object) -> Array:
     """Return a boolean array, without a copy where possible."""
     array = _array(name, value, "boolean")

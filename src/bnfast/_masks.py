@@ -5,13 +5,13 @@ Callers find these checks in `_validation`, beside those of other arguments.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfast._arrays import as_array, booleans
-from bnfast._scalars import choice, describe
+from bnfast._arrays import booleans, integers_of_samples
+from bnfast._scalars import choice
 from bnfast._typing import Array
 
 # What outputs are where values do not count: 0, or what the input is there.
@@ -62,17 +62,7 @@ def within_lengths(value: object, x: Array, axis: int) -> NDArray[np.bool_]:
             f"got x of shape {x.shape} with channels along axis {axis}; other batches take a mask"
         )
     samples, most = x.shape[0], x.shape[3 - axis]
-    wanted = f"lengths must be integers, one for each of the {samples} samples, shape ({samples},)"
-    try:
-        array: NDArray[Any] = as_array(value)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise TypeError(f"{wanted}, got {describe(value)}") from error
-    if isinstance(value, np.ma.MaskedArray) or (array.size and array.dtype.kind not in "iu"):
-        raise TypeError(f"{wanted}, got {describe(value)}")
-    if array.shape != (samples,):
-        raise ValueError(f"{wanted}, got {describe(array)}")
+    array = integers_of_samples("lengths", value, samples)
     wrong = array[(array < 0) | (array > most)]
     if wrong.size:
         raise ValueError(f"lengths must be from 0 to {most}, got {wrong[0]}")

@@ -20,10 +20,10 @@ from bnfast._arrays import data_array as data_array
 from bnfast._arrays import finite_floats as finite_floats
 from bnfast._arrays import floating_array as floating_array
 from bnfast._arrays import floats_to_copy as floats_to_copy
+from bnfast._arrays import integers_of_samples, of_shape, on_the_cpu
 from bnfast._arrays import kept_axes as kept_axes
 from bnfast._arrays import mask as mask
 from bnfast._arrays import numbers as numbers
-from bnfast._arrays import of_shape, on_the_cpu
 from bnfast._arrays import statistics as statistics
 from bnfast._dtypes import is_half
 from bnfast._masks import PADDING as PADDING
@@ -272,17 +272,7 @@ def sample_parameter(name: str, value: object, samples: int, channels: int) -> A
 
 def class_labels(value: object, samples: int, classes: int) -> NDArray[np.intp]:
     """Return a copy of the class of each sample, counted from 0."""
-    wanted = f"labels must be integers, one for each of the {samples} samples, shape ({samples},)"
-    try:
-        array = np.asarray(value)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise TypeError(f"{wanted}, got {describe(value)}") from error
-    if isinstance(value, np.ma.MaskedArray) or (array.size and array.dtype.kind not in "iu"):
-        raise TypeError(f"{wanted}, got {describe(value)}")
-    if array.shape != (samples,):
-        raise ValueError(f"{wanted}, got {describe(array)}")
+    array = integers_of_samples("labels", value, samples)
     wrong = array[(array < 0) | (array >= classes)]
     if wrong.size:
         raise ValueError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -247,27 +248,30 @@ class Network:
         In bytes; it changes nothing but what they keep.
         """
         owners = [s.layer if isinstance(s, Normalization) else s for s in self.activated]
-        states = [normalization.layer.state_dict() for normalization in self.normalizations]
         before = kept_bytes(*owners)
-        self.forward(x)
-        after = kept_bytes(*owners)
+        with self._left_as_it_is():
+            self.forward(x)
+            return kept_bytes(*owners) - before
+
+    @contextmanager
+    def _left_as_it_is(self) -> Iterator[None]:
+        """Give the normalizations back their states, and training mode."""
+        states = [normalization.layer.state_dict() for normalization in self.normalizations]
+        yield
         for normalization, state in zip(self.normalizations, states, strict=True):
             normalization.layer.load_state_dict(state)
-        return after - before
+            normalization.layer.train()
 
     def accuracy(self, digits: Digits, *, training: bool = False) -> float:
         """Return the share of right answers, with batch or running statistics; changes nothing."""
         x, labels = digits.test_images, digits.test_labels
-        states = [normalization.layer.state_dict() for normalization in self.normalizations]
-        for normalization in self.normalizations:
-            normalization.layer.train(training)
         right = 0
-        for start in range(0, len(x), EVALUATED_TOGETHER):
-            some = slice(start, start + EVALUATED_TOGETHER)
-            right += int((self.forward(x[some]).argmax(1) == labels[some]).sum())
-        for normalization, state in zip(self.normalizations, states, strict=True):
-            normalization.layer.load_state_dict(state)
-            normalization.layer.train()
+        with self._left_as_it_is():
+            for normalization in self.normalizations:
+                normalization.layer.train(training)
+            for start in range(0, len(x), EVALUATED_TOGETHER):
+                some = slice(start, start + EVALUATED_TOGETHER)
+                right += int((self.forward(x[some]).argmax(1) == labels[some]).sum())
         return right / len(x)
 
 

@@ -12,8 +12,8 @@ bn_input bn_input_of(const bn_job *job, const bn_box *box);
 bn_sum_box bn_moments_of_box, bn_squares_of_box, bn_gradient_sums_of_box, bn_weighted_gradient_sums_of_box,
     bn_weighted_sums_and_columns_of_box, bn_summary_of_box, bn_counted_summary_of_box;
 
-/* The same of what counts of a box, so many positions, of at most BN_COUNTED_CHANNELS contiguous channels; they return a
-   set of those that had better be summed in another way. */
+/* The same sums, of the `count` positions of a box that count, for at most BN_COUNTED_CHANNELS contiguous channels.
+   They return the set of channels of which the caller must make the sums of gathered values. */
 typedef uint64_t bn_sum_counted_box(const bn_job *job, const bn_box *box, block_sums block, size_t count);
 bn_sum_counted_box bn_counted_moments_of_box, bn_counted_gradient_sums_of_box;
 

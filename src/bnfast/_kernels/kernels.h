@@ -163,7 +163,7 @@ typedef bn_output_kernel bn_scale_shift_kernel, bn_input_gradient_kernel,
 typedef void bn_upstream_kernel(bn_extent extent, const bn_view *inputs, bn_coefficients coefficients,
                                 bn_view to_y, double *sum_to_parameter);
 
-/* unbend: z of so many neighbouring y = max(z, slope * z), where the slope is above 0; it may overwrite y. */
+/* unbend: finds z of `count` neighbouring y = max(z, slope * z), for a slope above 0; z may overwrite y. */
 typedef void bn_unbend_kernel(size_t count, const void *y, double slope, void *z);
 
 /* A curve: y of so many neighbouring z, which it may overwrite; and dz of these z and of dy, likewise. */
@@ -282,8 +282,8 @@ typedef void bn_parameter_gradient_kernel(size_t channels, size_t repeats, const
 typedef int bn_update_running_kernel(size_t channels, size_t repeats, double momentum,
                                      const double *divided, double divisor, void *running);
 
-/* Those of `count` neighbours that a mask counts, by bytes of 0 and 1: written one after the other, where there is room
-   for so many, beyond which nothing is written. Returns how many these are; what follows them is undefined. */
+/* compress: writes those of `count` neighbours whose byte in `counts` is 1 (the others' is 0) one after the other, and
+   nothing beyond `room` elements. Returns how many bytes are 1; the elements behind those are undefined. */
 typedef size_t bn_compress_kernel(size_t count, const unsigned char *counts, const void *from, void *to, size_t room);
 
 /* What of a box of runs counts: bytes of 0 and 1, [outer][inner] for all channels, and how many are 1, at least one. */

@@ -5,9 +5,9 @@
 
 #include "boxes.h"
 
-/* Whole lines, which all count or do not, are worth a kernel call of their own if they are so many bytes. A long line is
-   looked at in parts, of so many positions at least, and so many of them at most. What is mixed goes to kernels that ask
-   of each position. */
+/* Whole lines that count, or do not, are worth a kernel call of their own from FEWEST_BYTES on. A line is looked at in
+   parts from FEWEST_LINE_OF_PARTS positions on: in MOST_IN_LINE parts at most, of FEWEST_IN_LINE positions at least.
+   Lines that are mixed go to kernels that ask of each position. */
 #define FEWEST_BYTES ((size_t)4096)
 #define FEWEST_LINE_OF_PARTS ((size_t)512)
 #define FEWEST_IN_LINE ((size_t)64)
@@ -128,7 +128,7 @@ static void end_stretch(survey *found)
     found->chunk.count += last.count;
 }
 
-/* The next positions, of which so many count: they belong to the stretch before where both are alike. */
+/* Adds the next `size` positions, `count` of which count: to the last stretch where both are alike, or as a new one. */
 static void add_positions(survey *found, size_t size, size_t count)
 {
     const bn_stretch last = found->last;
