@@ -297,7 +297,8 @@ typedef struct {
    range of the type, or may, and to which nothing has been added. */
 #define BN_COUNTED_CHANNELS ((size_t)64)
 typedef uint64_t bn_counted_moments_kernel(bn_extent extent, const void *x, bn_strides x_strides, bn_input input,
-                                           bn_counted counted, size_t count, double *mean, double *mean_low, double *m2);
+                                           bn_counted counted, size_t count, double *mean, double *mean_low,
+                                           double *m2);
 typedef uint64_t bn_counted_gradient_sums_kernel(bn_extent extent, const void *dy, bn_strides dy_strides, const void *x,
                                                  bn_strides x_strides, bn_input input, bn_counted counted,
                                                  bn_coefficients coefficients, double *sum_dy,
