@@ -35,8 +35,8 @@ def activation_of(name: object, negative_slope: object) -> Activation | None:
 
 
 def upstream_of(
-    activation: Activation | None, residual: Array | bool | None, y: Array | None
-) -> tuple[Array | None, Array | None, bool]:
+    activation: Activation | None, residual: object, y: object
+) -> tuple[object, object, bool]:
     """Return the residual and y that a gradient reads, and whether there was a residual."""
     if isinstance(residual, bool):
         if residual and y is None and activation is not None:
@@ -65,8 +65,8 @@ def gradients(
     activation: object,
     negative_slope: object,
     bias: object,
-    residual: Array | bool | None,
-    y: Array | None,
+    residual: object,
+    y: object,
     *,
     grouped: bool = False,
     reads: Mapping[str, object] | None = None,

@@ -19,6 +19,8 @@ from bnfast._typing import Array
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+# What users see: an array, or a number where there is only one, which type checkers let be.
+Statistic = NDArray[np.float64] | Any
 Count = int | NDArray[np.int64]  # an array only where channels differ
 Sums = tuple[Array, Array]  # of integers and of their squares: float64, or Python's integers
 
@@ -139,29 +141,29 @@ class Moments:
         return self._count
 
     @property
-    def mean(self) -> Any:
+    def mean(self) -> Statistic:
         """The mean of each channel, float64; 0 where there are no values."""
         return _as_value(self._mean)
 
     @property
-    def m2(self) -> Any:
+    def m2(self) -> Statistic:
         """The sum of squared deviations from the mean, float64."""
         return _as_value(self._m2)
 
     @property
     @in_default_float_mode
-    def var(self) -> Any:
+    def var(self) -> Statistic:
         """The biased variance, m2 / count; 0 where there are no values."""
         return self.variance()
 
     @property
     @in_default_float_mode
-    def std(self) -> Any:
+    def std(self) -> Statistic:
         """The square root of `var`."""
         return np.sqrt(self.variance())
 
     @in_default_float_mode
-    def variance(self, correction: float = 0) -> Any:
+    def variance(self, correction: float = 0) -> Statistic:
         """Return m2 / (count - correction): with 1 the unbiased variance.
 
         Parameters
@@ -503,17 +505,17 @@ class Summary(Moments):
         return value
 
     @property
-    def minimum(self) -> Any:
+    def minimum(self) -> Statistic:
         """The least value of each channel that is not NaN, float64; NaN where there is none."""
         return _as_value(self._minimum)
 
     @property
-    def maximum(self) -> Any:
+    def maximum(self) -> Statistic:
         """The greatest value of each channel that is not NaN; NaN where there is none."""
         return _as_value(self._maximum)
 
     @property
-    def nonfinite(self) -> Any:
+    def nonfinite(self) -> NDArray[np.int64] | Any:
         """How many values of each channel are NaN or infinite, int64."""
         return _as_value(self._nonfinite)
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Array, Float, Parameter
+from bnfast._typing import Array, ArrayLikeOf, Float
 from bnfast.distributed.communicators import Communicator
 from bnfast.distributed.exchange import Term, exchanged, failures_told
 
@@ -38,15 +38,15 @@ class Synchronized:
 
 @in_default_float_mode
 def sync_batch_norm_forward(
-    x: NDArray[Float],
+    x: ArrayLikeOf[Float],
     communicator: Communicator,
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     eps: float = 1e-5,
     *,
     axis: int = 1,
-    running_mean: Parameter | None = None,
-    running_var: Parameter | None = None,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
     momentum: float = 0.1,
     unbiased: bool = True,
     out: NDArray[Float] | None = None,
@@ -120,10 +120,10 @@ def sync_batch_norm_forward(
 
 
 def forward_of_rank(
-    x: Array,
+    x: ArrayLike,
     communicator: Communicator,
-    weight: Array | None,
-    bias: Array | None,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
     eps: float,
     axis: int,
     running_mean: Array | None,
@@ -167,15 +167,15 @@ def forward_of_rank(
 
 @in_default_float_mode
 def sync_batch_norm_backward(
-    dy: NDArray[Float],
-    x: NDArray[Float],
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
     saved: Synchronized,
     communicator: Communicator,
-    weight: Parameter | None = None,
+    weight: ArrayLike | None = None,
     *,
     axis: int = 1,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], Parameter, Parameter]:
+) -> tuple[NDArray[Float], Array, Array]:
     """Return the gradients of synchronized batch normalization on this rank.
 
     Parameters
@@ -221,11 +221,11 @@ def sync_batch_norm_backward(
 
 
 def backward_of_rank(
-    dy: Array,
-    x: Array,
+    dy: ArrayLike,
+    x: ArrayLike,
     saved: Synchronized,
     communicator: Communicator,
-    weight: Array | None,
+    weight: ArrayLike | None,
     axis: int,
     out: Array | None,
     layer: int | None = None,

@@ -7,11 +7,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Array
+from bnfast._typing import Array, ArrayLikeOf, Float
 from bnfast.distributed.batch import Synchronized, backward_of_rank, forward_of_rank
 from bnfast.distributed.communicators import Communicator
 from bnfast.distributed.exchange import Term, exchanged, failures_told, named
@@ -144,7 +144,7 @@ class SyncBatchNorm(RankLayer):
         self._frozen_until_now = False  # in training, since the last call that met the others'
         self._recalibrated = False
 
-    def _batch(self, x: Array) -> Array:
+    def _batch(self, x: object) -> Array:
         if not self._recalibrated and (self.frozen or not self.training):
             self._frozen_until_now |= self.training
             return super()._batch(x)
@@ -230,7 +230,9 @@ class SyncBatchNorm(RankLayer):
         self._synchronized = isinstance(more[0], Synchronized)
 
     @in_default_float_mode
-    def backward(self, dy: Array, *, out: Array | None = None) -> Array:
+    def backward(
+        self, dy: ArrayLikeOf[Float], *, out: NDArray[Float] | None = None
+    ) -> NDArray[Float]:
         """Return the gradient of the last input: see `bnfast.BatchNorm.backward`.
 
         Parameters

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, overload
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._activations import activation_of, gradients
 from bnfast._float_mode import in_default_float_mode
 from bnfast._masks import ZEROS
-from bnfast._typing import Float, Parameter
+from bnfast._typing import Array, ArrayLikeOf, Float
 
 
 @in_default_float_mode
 def batch_norm(
-    x: NDArray[Float],
-    running_mean: Parameter | None,
-    running_var: Parameter | None,
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
+    x: ArrayLikeOf[Float],
+    running_mean: ArrayLike | None,
+    running_var: ArrayLike | None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -29,9 +29,9 @@ def batch_norm(
     unbiased: bool = True,
     activation: str | None = None,
     negative_slope: float = 0.01,
-    residual: NDArray[Float] | None = None,
-    mask: NDArray[np.bool_] | None = None,
-    lengths: NDArray[Any] | None = None,
+    residual: ArrayLikeOf[Float] | None = None,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
     padding: str = ZEROS,
     out: NDArray[Float] | None = None,
 ) -> NDArray[Float]:
@@ -193,21 +193,21 @@ def batch_norm(
 
 @in_default_float_mode
 def batch_norm_forward(
-    x: NDArray[Float],
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
+    x: ArrayLikeOf[Float],
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     eps: float = 1e-5,
     *,
     axis: int = 1,
-    running_mean: Parameter | None = None,
-    running_var: Parameter | None = None,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
     momentum: float = 0.1,
     unbiased: bool = True,
     activation: str | None = None,
     negative_slope: float = 0.01,
-    residual: NDArray[Float] | None = None,
-    mask: NDArray[np.bool_] | None = None,
-    lengths: NDArray[Any] | None = None,
+    residual: ArrayLikeOf[Float] | None = None,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
     padding: str = ZEROS,
     out: NDArray[Float] | None = None,
 ) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
@@ -297,26 +297,66 @@ def batch_norm_forward(
     )
 
 
+@overload
+def batch_norm_backward(
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    axis: int = ...,
+    training: bool = ...,
+    bias: ArrayLike | None = None,
+    activation: str | None = None,
+    negative_slope: float = ...,
+    residual: Literal[False] | None = None,
+    y: ArrayLikeOf[Float] | None = None,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    padding: str = ...,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], Array, Array]: ...
+@overload
+def batch_norm_backward(
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    axis: int = ...,
+    training: bool = ...,
+    bias: ArrayLike | None = None,
+    activation: str | None = None,
+    negative_slope: float = ...,
+    residual: ArrayLikeOf[Float] | Literal[True],
+    y: ArrayLikeOf[Float] | None = None,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    padding: str = ...,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], Array, Array, NDArray[Float]]: ...
 @in_default_float_mode
 def batch_norm_backward(
-    dy: NDArray[Float],
-    x: NDArray[Float],
-    mean: Parameter,
-    invstd: Parameter,
-    weight: Parameter | None = None,
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
     *,
     axis: int = 1,
     training: bool = True,
-    bias: Parameter | None = None,
+    bias: ArrayLike | None = None,
     activation: str | None = None,
     negative_slope: float = 0.01,
-    residual: NDArray[Float] | bool | None = None,
-    y: NDArray[Float] | None = None,
-    mask: NDArray[np.bool_] | None = None,
-    lengths: NDArray[Any] | None = None,
+    residual: ArrayLikeOf[Float] | bool | None = None,
+    y: ArrayLikeOf[Float] | None = None,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
     padding: str = ZEROS,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], ...]:
+) -> tuple[Array, ...]:
     """Return the gradients of batch normalization: of its input, weight and bias.
 
     Parameters
@@ -416,10 +456,10 @@ def batch_norm_backward(
 
 @in_default_float_mode
 def batch_norm_backward_sums(
-    dy: NDArray[Float],
-    x: NDArray[Float],
-    mean: Parameter,
-    invstd: Parameter,
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    mean: ArrayLike,
+    invstd: ArrayLike,
     *,
     axis: int = 1,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -474,13 +514,13 @@ def batch_norm_backward_sums(
 
 @in_default_float_mode
 def batch_norm_backward_input(
-    dy: NDArray[Float],
-    x: NDArray[Float],
-    mean: Parameter,
-    invstd: Parameter,
-    weight: Parameter | None,
-    sum_dy: Parameter,
-    sum_dy_xhat: Parameter,
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None,
+    sum_dy: ArrayLike,
+    sum_dy_xhat: ArrayLike,
     count: float,
     *,
     axis: int = 1,

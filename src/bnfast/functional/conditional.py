@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Float, Parameter
+from bnfast._typing import Array, ArrayLikeOf, Float
 
 
 @in_default_float_mode
 def conditional_batch_norm(
-    x: NDArray[Float],
-    weight: Parameter | None,
-    bias: Parameter | None,
-    running_mean: Parameter | None = None,
-    running_var: Parameter | None = None,
+    x: ArrayLikeOf[Float],
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    running_mean: ArrayLike | None = None,
+    running_var: ArrayLike | None = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -108,9 +108,9 @@ def conditional_batch_norm(
 
 @in_default_float_mode
 def conditional_batch_norm_forward(
-    x: NDArray[Float],
-    weight: Parameter | None,
-    bias: Parameter | None,
+    x: ArrayLikeOf[Float],
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
     eps: float = 1e-5,
     *,
     axis: int = 1,
@@ -158,16 +158,16 @@ def conditional_batch_norm_forward(
 
 @in_default_float_mode
 def conditional_batch_norm_backward(
-    dy: NDArray[Float],
-    x: NDArray[Float],
-    mean: Parameter,
-    invstd: Parameter,
-    weight: Parameter | None = None,
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
     *,
     axis: int = 1,
     training: bool = True,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], Parameter, Parameter]:
+) -> tuple[NDArray[Float], Array, Array]:
     """Return the gradients of conditional batch normalization: of its input, weight and bias.
 
     Parameters

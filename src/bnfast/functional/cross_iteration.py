@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from bnfast import _filter_derivatives, _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Array, Float, Parameter
+from bnfast._typing import Array, ArrayLikeOf, Float
 
 
 class IterationStatistics(NamedTuple):
@@ -49,19 +49,19 @@ class IterationStatistics(NamedTuple):
     (array([1.]), array([[2., 1.]]))
     """
 
-    filters: Parameter
-    mean: Parameter
-    var: Parameter
-    dmean: Parameter
-    dvar: Parameter
+    filters: Array
+    mean: Array
+    var: Array
+    dmean: Array
+    dvar: Array
 
     @classmethod
     @in_default_float_mode
     def of(
         cls,
-        x: NDArray[Float],
-        inputs: Parameter,
-        filters: Parameter,
+        x: ArrayLikeOf[Float],
+        inputs: ArrayLike,
+        filters: ArrayLike,
         *,
         stride: int | tuple[int, ...] = 1,
         padding: int | tuple[int, ...] = 0,
@@ -134,13 +134,13 @@ class CrossIterated(NamedTuple):
 
 @in_default_float_mode
 def cross_iteration_batch_norm(
-    x: NDArray[Float],
-    running_mean: Parameter | None,
-    running_var: Parameter | None,
-    filters: Parameter | None = None,
+    x: ArrayLikeOf[Float],
+    running_mean: ArrayLike | None,
+    running_var: ArrayLike | None,
+    filters: ArrayLike | None = None,
     window: Sequence[IterationStatistics] = (),
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -259,11 +259,11 @@ def cross_iteration_batch_norm(
 
 @in_default_float_mode
 def cross_iteration_batch_norm_forward(
-    x: NDArray[Float],
-    filters: Parameter | None = None,
+    x: ArrayLikeOf[Float],
+    filters: ArrayLike | None = None,
     window: Sequence[IterationStatistics] = (),
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     eps: float = 1e-5,
     *,
     axis: int = 1,
@@ -319,14 +319,14 @@ def cross_iteration_batch_norm_forward(
 
 @in_default_float_mode
 def cross_iteration_batch_norm_backward(
-    dy: NDArray[Float],
-    x: NDArray[Float],
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
     saved: CrossIterated,
-    weight: Parameter | None = None,
+    weight: ArrayLike | None = None,
     *,
     axis: int = 1,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], Parameter, Parameter]:
+) -> tuple[NDArray[Float], Array, Array]:
     """Return the gradients of cross-iteration batch normalization.
 
     Parameters

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from bnfast import _primitives, _second_order, _validation
 from bnfast._float_mode import in_default_float_mode
 from bnfast._primitives import GROUPS, PER_SAMPLE
 from bnfast._second_order import Groups, Upstream
-from bnfast._typing import Array, Float, Parameter
+from bnfast._typing import Array, ArrayLikeOf, Float
 
 
 @in_default_float_mode
 def batch_norm_jvp(
-    dx: NDArray[Float],
-    x: NDArray[Float],
-    mean: Parameter,
-    invstd: Parameter,
-    weight: Parameter | None = None,
+    dx: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
     *,
     axis: int = 1,
     training: bool = True,
@@ -76,12 +76,12 @@ def batch_norm_jvp(
 
 @in_default_float_mode
 def layer_norm_jvp(
-    dx: NDArray[Float],
-    x: NDArray[Float],
+    dx: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
     normalized_shape: int | Sequence[int],
-    mean: Parameter,
-    invstd: Parameter,
-    weight: Parameter | None = None,
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
     *,
     axis: int | Sequence[int] | None = None,
 ) -> NDArray[Float]:
@@ -126,11 +126,11 @@ def layer_norm_jvp(
 
 @in_default_float_mode
 def rms_norm_jvp(
-    dx: NDArray[Float],
-    x: NDArray[Float],
+    dx: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
     normalized_shape: int | Sequence[int],
-    invrms: Parameter,
-    weight: Parameter | None = None,
+    invrms: ArrayLike,
+    weight: ArrayLike | None = None,
     *,
     axis: int | Sequence[int] | None = None,
 ) -> NDArray[Float]:
@@ -176,11 +176,11 @@ def rms_norm_jvp(
 
 @in_default_float_mode
 def group_norm_jvp(
-    dx: NDArray[Float],
-    x: NDArray[Float],
-    mean: Parameter,
-    invstd: Parameter,
-    weight: Parameter | None = None,
+    dx: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
     *,
     axis: int = 1,
     per_group: bool = False,
@@ -230,11 +230,11 @@ def group_norm_jvp(
 
 @in_default_float_mode
 def instance_norm_jvp(
-    dx: NDArray[Float],
-    x: NDArray[Float],
-    mean: Parameter,
-    invstd: Parameter,
-    weight: Parameter | None = None,
+    dx: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
     *,
     axis: int = 1,
 ) -> NDArray[Float]:
@@ -278,18 +278,18 @@ def instance_norm_jvp(
 
 @in_default_float_mode
 def batch_norm_double_backward(
-    ddx: NDArray[Float] | None,
-    ddweight: Parameter | None,
-    ddbias: Parameter | None,
-    dy: NDArray[Float],
-    x: NDArray[Float],
-    mean: Parameter,
-    invstd: Parameter,
-    weight: Parameter | None = None,
+    ddx: ArrayLikeOf[Float] | None,
+    ddweight: ArrayLike | None,
+    ddbias: ArrayLike | None,
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
     *,
     axis: int = 1,
     training: bool = True,
-) -> tuple[NDArray[Float], NDArray[Float], Parameter]:
+) -> tuple[NDArray[Float], NDArray[Float], Array]:
     """Return the gradients of `batch_norm_backward`: of its dy, x and weight.
 
     A loss that has gradients in it, such as a gradient penalty, needs them.
@@ -368,18 +368,18 @@ def batch_norm_double_backward(
 
 @in_default_float_mode
 def layer_norm_double_backward(
-    ddx: NDArray[Float] | None,
-    ddweight: Parameter | None,
-    ddbias: Parameter | None,
-    dy: NDArray[Float],
-    x: NDArray[Float],
+    ddx: ArrayLikeOf[Float] | None,
+    ddweight: ArrayLike | None,
+    ddbias: ArrayLike | None,
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
     normalized_shape: int | Sequence[int],
-    mean: Parameter,
-    invstd: Parameter,
-    weight: Parameter | None = None,
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
     *,
     axis: int | Sequence[int] | None = None,
-) -> tuple[NDArray[Float], NDArray[Float], Parameter]:
+) -> tuple[NDArray[Float], NDArray[Float], Array]:
     """Return the gradients of `layer_norm_backward`: of its dy, x and weight.
 
     Parameters
@@ -437,16 +437,16 @@ def layer_norm_double_backward(
 
 @in_default_float_mode
 def rms_norm_double_backward(
-    ddx: NDArray[Float] | None,
-    ddweight: Parameter | None,
-    dy: NDArray[Float],
-    x: NDArray[Float],
+    ddx: ArrayLikeOf[Float] | None,
+    ddweight: ArrayLike | None,
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
     normalized_shape: int | Sequence[int],
-    invrms: Parameter,
-    weight: Parameter | None = None,
+    invrms: ArrayLike,
+    weight: ArrayLike | None = None,
     *,
     axis: int | Sequence[int] | None = None,
-) -> tuple[NDArray[Float], NDArray[Float], Parameter]:
+) -> tuple[NDArray[Float], NDArray[Float], Array]:
     """Return the gradients of `rms_norm_backward`: of its dy, x and weight.
 
     Parameters
@@ -493,18 +493,18 @@ def rms_norm_double_backward(
 
 @in_default_float_mode
 def group_norm_double_backward(
-    ddx: NDArray[Float] | None,
-    ddweight: Parameter | None,
-    ddbias: Parameter | None,
-    dy: NDArray[Float],
-    x: NDArray[Float],
-    mean: Parameter,
-    invstd: Parameter,
-    weight: Parameter | None = None,
+    ddx: ArrayLikeOf[Float] | None,
+    ddweight: ArrayLike | None,
+    ddbias: ArrayLike | None,
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
     *,
     axis: int = 1,
     per_group: bool = False,
-) -> tuple[NDArray[Float], NDArray[Float], Parameter]:
+) -> tuple[NDArray[Float], NDArray[Float], Array]:
     """Return the gradients of `group_norm_backward`: of its dy, x and weight.
 
     Parameters
@@ -556,17 +556,17 @@ def group_norm_double_backward(
 
 @in_default_float_mode
 def instance_norm_double_backward(
-    ddx: NDArray[Float] | None,
-    ddweight: Parameter | None,
-    ddbias: Parameter | None,
-    dy: NDArray[Float],
-    x: NDArray[Float],
-    mean: Parameter,
-    invstd: Parameter,
-    weight: Parameter | None = None,
+    ddx: ArrayLikeOf[Float] | None,
+    ddweight: ArrayLike | None,
+    ddbias: ArrayLike | None,
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
     *,
     axis: int = 1,
-) -> tuple[NDArray[Float], NDArray[Float], Parameter]:
+) -> tuple[NDArray[Float], NDArray[Float], Array]:
     """Return the gradients of `instance_norm_backward`: of its dy, x and weight.
 
     Parameters

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Float, Parameter
+from bnfast._typing import Array, ArrayLikeOf, Float
 
 
 @in_default_float_mode
 def ghost_batch_norm(
-    x: NDArray[Float],
+    x: ArrayLikeOf[Float],
     ghost_size: int,
-    running_mean: Parameter | None = None,
-    running_var: Parameter | None = None,
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
+    running_mean: ArrayLike | None = None,
+    running_var: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -89,10 +89,10 @@ def ghost_batch_norm(
 
 @in_default_float_mode
 def ghost_batch_norm_forward(
-    x: NDArray[Float],
+    x: ArrayLikeOf[Float],
     ghost_size: int,
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     eps: float = 1e-5,
     *,
     axis: int = 1,
@@ -138,16 +138,16 @@ def ghost_batch_norm_forward(
 
 @in_default_float_mode
 def ghost_batch_norm_backward(
-    dy: NDArray[Float],
-    x: NDArray[Float],
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
     ghost_size: int,
-    mean: Parameter,
-    invstd: Parameter,
-    weight: Parameter | None = None,
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
     *,
     axis: int = 1,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], Parameter, Parameter]:
+) -> tuple[NDArray[Float], Array, Array]:
     """Return the gradients of ghost batch normalization: of its input, weight and bias.
 
     Parameters

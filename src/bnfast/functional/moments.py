@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
@@ -13,10 +11,10 @@ from bnfast.statistics import Moments, Summary
 
 @in_default_float_mode
 def moments(
-    x: NDArray[Any],
+    x: ArrayLike,
     axis: int | tuple[int, ...] | None = 1,
     *,
-    where: NDArray[Any] | None = None,
+    where: ArrayLike | None = None,
 ) -> Moments:
     """Return the count, mean and sum of squared deviations of every channel.
 
@@ -79,10 +77,10 @@ def moments(
 
 @in_default_float_mode
 def summary(
-    x: NDArray[Any],
+    x: ArrayLike,
     axis: int | tuple[int, ...] | None = 1,
     *,
-    where: NDArray[Any] | None = None,
+    where: ArrayLike | None = None,
     finite: bool = False,
 ) -> Summary:
     """Return the moments of every channel, its extremes, and how many values are not finite.

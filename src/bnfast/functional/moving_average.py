@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from bnfast import _moving_average, _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Array, Float, Parameter
+from bnfast._typing import Array, ArrayLikeOf, Float
 
 
 class MovingAveraged(NamedTuple):
@@ -23,11 +23,11 @@ class MovingAveraged(NamedTuple):
 
 @in_default_float_mode
 def moving_average_batch_norm(
-    x: NDArray[Float],
-    running_var: Parameter,
-    square_buffer: Parameter | None = None,
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
+    x: ArrayLikeOf[Float],
+    running_var: ArrayLike,
+    square_buffer: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     training: bool = False,
     momentum: float = 0.02,
     eps: float = 1e-5,
@@ -141,11 +141,11 @@ def moving_average_batch_norm(
 
 @in_default_float_mode
 def moving_average_batch_norm_forward(
-    x: NDArray[Float],
-    running_var: Parameter,
-    square_buffer: Parameter,
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
+    x: ArrayLikeOf[Float],
+    running_var: ArrayLike,
+    square_buffer: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     momentum: float = 0.02,
     eps: float = 1e-5,
     *,
@@ -202,15 +202,15 @@ def moving_average_batch_norm_forward(
 
 @in_default_float_mode
 def moving_average_batch_norm_backward(
-    dy: NDArray[Float],
-    x: NDArray[Float],
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
     saved: MovingAveraged,
-    gradient_buffer: Parameter,
-    weight: Parameter | None = None,
+    gradient_buffer: ArrayLike,
+    weight: ArrayLike | None = None,
     *,
     axis: int = 1,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], Parameter, Parameter]:
+) -> tuple[NDArray[Float], Array, Array]:
     """Return the gradients of moving average batch normalization, by moving averages of their own.
 
     Parameters
@@ -281,7 +281,7 @@ def moving_average_batch_norm_backward(
 
 @in_default_float_mode
 def weight_centralization(
-    w: NDArray[Float], axis: int = 0, *, out: NDArray[Float] | None = None
+    w: ArrayLikeOf[Float], axis: int = 0, *, out: NDArray[Float] | None = None
 ) -> NDArray[Float]:
     """Subtract from every filter its mean.
 
@@ -326,7 +326,7 @@ def weight_centralization(
 
 @in_default_float_mode
 def weight_centralization_forward(
-    w: NDArray[Float], axis: int = 0, *, out: NDArray[Float] | None = None
+    w: ArrayLikeOf[Float], axis: int = 0, *, out: NDArray[Float] | None = None
 ) -> tuple[NDArray[Float], NDArray[np.float64]]:
     """Subtract from every filter its mean, and return the means.
 
@@ -367,7 +367,7 @@ def weight_centralization_forward(
 
 @in_default_float_mode
 def weight_centralization_backward(
-    dy: NDArray[Float], axis: int = 0, *, out: NDArray[Float] | None = None
+    dy: ArrayLikeOf[Float], axis: int = 0, *, out: NDArray[Float] | None = None
 ) -> NDArray[Float]:
     """Return the gradient of weight centralization.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Float, Parameter
+from bnfast._typing import Array, ArrayLikeOf, Float
 
 
 class RenormSchedule(NamedTuple):
@@ -67,11 +67,11 @@ class Renormalized(NamedTuple):
 
 @in_default_float_mode
 def batch_renorm(
-    x: NDArray[Float],
-    running_mean: Parameter,
-    running_std: Parameter,
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
+    x: ArrayLikeOf[Float],
+    running_mean: ArrayLike,
+    running_std: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     training: bool = False,
     momentum: float = 0.01,
     eps: float = 1e-5,
@@ -169,11 +169,11 @@ def batch_renorm(
 
 @in_default_float_mode
 def batch_renorm_forward(
-    x: NDArray[Float],
-    running_mean: Parameter,
-    running_std: Parameter,
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
+    x: ArrayLikeOf[Float],
+    running_mean: ArrayLike,
+    running_std: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     momentum: float = 0.01,
     eps: float = 1e-5,
     *,
@@ -227,14 +227,14 @@ def batch_renorm_forward(
 
 @in_default_float_mode
 def batch_renorm_backward(
-    dy: NDArray[Float],
-    x: NDArray[Float],
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
     saved: Renormalized,
-    weight: Parameter | None = None,
+    weight: ArrayLike | None = None,
     *,
     axis: int = 1,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], Parameter, Parameter]:
+) -> tuple[NDArray[Float], Array, Array]:
     """Return the gradients of batch renormalization: of its input, weight and bias.
 
     Parameters

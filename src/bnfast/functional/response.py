@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
 from bnfast._primitives import Activation, Reduction
-from bnfast._typing import Float, Parameter
+from bnfast._typing import Array, ArrayLikeOf, Float
 
 _RESPONSES = Reduction(per_sample=True, centred=False, any_eps=False)
 _THRESHOLD = Activation("piecewise", "tau", closed=True)
@@ -16,13 +16,13 @@ _THRESHOLD = Activation("piecewise", "tau", closed=True)
 
 @in_default_float_mode
 def filter_response_norm(
-    x: NDArray[Float],
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
-    tau: Parameter | None = None,
+    x: ArrayLikeOf[Float],
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    tau: ArrayLike | None = None,
     eps: float = 1e-6,
     *,
-    learned_eps: Parameter | None = None,
+    learned_eps: ArrayLike | None = None,
     axis: int = 1,
     out: NDArray[Float] | None = None,
 ) -> NDArray[Float]:
@@ -89,13 +89,13 @@ def filter_response_norm(
 
 @in_default_float_mode
 def filter_response_norm_forward(
-    x: NDArray[Float],
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
-    tau: Parameter | None = None,
+    x: ArrayLikeOf[Float],
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    tau: ArrayLike | None = None,
     eps: float = 1e-6,
     *,
-    learned_eps: Parameter | None = None,
+    learned_eps: ArrayLike | None = None,
     axis: int = 1,
     out: NDArray[Float] | None = None,
 ) -> tuple[NDArray[Float], NDArray[np.float64]]:
@@ -155,17 +155,17 @@ def filter_response_norm_forward(
 
 @in_default_float_mode
 def filter_response_norm_backward(
-    dy: NDArray[Float],
-    x: NDArray[Float],
-    invrms: Parameter,
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
-    tau: Parameter | None = None,
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    invrms: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    tau: ArrayLike | None = None,
     *,
-    learned_eps: Parameter | None = None,
+    learned_eps: ArrayLike | None = None,
     axis: int = 1,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], Parameter, Parameter, Parameter | None, Parameter | None]:
+) -> tuple[NDArray[Float], Array, Array, Array | None, Array | None]:
     """Return the gradients of filter response normalization.
 
     Parameters
@@ -246,7 +246,7 @@ def filter_response_norm_backward(
     return dx, dweight, dbias, dtau, dlearned
 
 
-def _learned_eps(value: object, channels: int) -> Parameter:
+def _learned_eps(value: object, channels: int) -> Array:
     """Return one value for each channel, or one for all."""
     array = _validation.floating_array("learned_eps", value)
     one_for_all = array.shape == (1,)

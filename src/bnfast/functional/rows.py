@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Float, Parameter
+from bnfast._typing import Array, ArrayLikeOf, Float
 
 
 @in_default_float_mode
 def layer_norm(
-    x: NDArray[Float],
+    x: ArrayLikeOf[Float],
     normalized_shape: int | Sequence[int],
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     eps: float = 1e-5,
     *,
     axis: int | Sequence[int] | None = None,
@@ -78,10 +78,10 @@ def layer_norm(
 
 @in_default_float_mode
 def layer_norm_forward(
-    x: NDArray[Float],
+    x: ArrayLikeOf[Float],
     normalized_shape: int | Sequence[int],
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     eps: float = 1e-5,
     *,
     axis: int | Sequence[int] | None = None,
@@ -127,17 +127,17 @@ def layer_norm_forward(
 
 @in_default_float_mode
 def layer_norm_backward(
-    dy: NDArray[Float],
-    x: NDArray[Float],
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
     normalized_shape: int | Sequence[int],
-    mean: Parameter,
-    invstd: Parameter,
-    weight: Parameter | None = None,
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
     *,
     axis: int | Sequence[int] | None = None,
     parameters: bool = True,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], Parameter | None, Parameter | None]:
+) -> tuple[NDArray[Float], Array | None, Array | None]:
     """Return the gradients of layer normalization: of its input, weight and bias.
 
     Parameters
@@ -206,9 +206,9 @@ def layer_norm_backward(
 
 @in_default_float_mode
 def rms_norm(
-    x: NDArray[Float],
+    x: ArrayLikeOf[Float],
     normalized_shape: int | Sequence[int],
-    weight: Parameter | None = None,
+    weight: ArrayLike | None = None,
     eps: float | None = None,
     *,
     axis: int | Sequence[int] | None = None,
@@ -262,9 +262,9 @@ def rms_norm(
 
 @in_default_float_mode
 def rms_norm_forward(
-    x: NDArray[Float],
+    x: ArrayLikeOf[Float],
     normalized_shape: int | Sequence[int],
-    weight: Parameter | None = None,
+    weight: ArrayLike | None = None,
     eps: float | None = None,
     *,
     axis: int | Sequence[int] | None = None,
@@ -312,16 +312,16 @@ def rms_norm_forward(
 
 @in_default_float_mode
 def rms_norm_backward(
-    dy: NDArray[Float],
-    x: NDArray[Float],
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
     normalized_shape: int | Sequence[int],
-    invrms: Parameter,
-    weight: Parameter | None = None,
+    invrms: ArrayLike,
+    weight: ArrayLike | None = None,
     *,
     axis: int | Sequence[int] | None = None,
     parameters: bool = True,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], Parameter | None]:
+) -> tuple[NDArray[Float], Array | None]:
     """Return the gradients of RMS normalization: of its input and weight.
 
     Parameters

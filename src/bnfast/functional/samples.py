@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, overload
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._activations import activation_of, gradients
 from bnfast._float_mode import in_default_float_mode
 from bnfast._masks import ZEROS
 from bnfast._primitives import GROUPS, PER_SAMPLE
-from bnfast._typing import Float, Parameter
+from bnfast._typing import Array, ArrayLikeOf, Float
 
 
 @in_default_float_mode
 def instance_norm(
-    x: NDArray[Float],
-    running_mean: Parameter | None = None,
-    running_var: Parameter | None = None,
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
+    x: ArrayLikeOf[Float],
+    running_mean: ArrayLike | None = None,
+    running_var: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -29,9 +29,9 @@ def instance_norm(
     axis: int = 1,
     activation: str | None = None,
     negative_slope: float = 0.01,
-    residual: NDArray[Float] | None = None,
-    mask: NDArray[np.bool_] | None = None,
-    lengths: NDArray[Any] | None = None,
+    residual: ArrayLikeOf[Float] | None = None,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
     padding: str = ZEROS,
     out: NDArray[Float] | None = None,
 ) -> NDArray[Float]:
@@ -138,17 +138,17 @@ def instance_norm(
 
 @in_default_float_mode
 def instance_norm_forward(
-    x: NDArray[Float],
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
+    x: ArrayLikeOf[Float],
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     eps: float = 1e-5,
     *,
     axis: int = 1,
     activation: str | None = None,
     negative_slope: float = 0.01,
-    residual: NDArray[Float] | None = None,
-    mask: NDArray[np.bool_] | None = None,
-    lengths: NDArray[Any] | None = None,
+    residual: ArrayLikeOf[Float] | None = None,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
     padding: str = ZEROS,
     out: NDArray[Float] | None = None,
 ) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
@@ -200,25 +200,63 @@ def instance_norm_forward(
     )
 
 
+@overload
+def instance_norm_backward(
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    axis: int = ...,
+    bias: ArrayLike | None = None,
+    activation: str | None = None,
+    negative_slope: float = ...,
+    residual: Literal[False] | None = None,
+    y: ArrayLikeOf[Float] | None = None,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    padding: str = ...,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], Array, Array]: ...
+@overload
+def instance_norm_backward(
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    axis: int = ...,
+    bias: ArrayLike | None = None,
+    activation: str | None = None,
+    negative_slope: float = ...,
+    residual: ArrayLikeOf[Float] | Literal[True],
+    y: ArrayLikeOf[Float] | None = None,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    padding: str = ...,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], Array, Array, NDArray[Float]]: ...
 @in_default_float_mode
 def instance_norm_backward(
-    dy: NDArray[Float],
-    x: NDArray[Float],
-    mean: Parameter,
-    invstd: Parameter,
-    weight: Parameter | None = None,
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
     *,
     axis: int = 1,
-    bias: Parameter | None = None,
+    bias: ArrayLike | None = None,
     activation: str | None = None,
     negative_slope: float = 0.01,
-    residual: NDArray[Float] | bool | None = None,
-    y: NDArray[Float] | None = None,
-    mask: NDArray[np.bool_] | None = None,
-    lengths: NDArray[Any] | None = None,
+    residual: ArrayLikeOf[Float] | bool | None = None,
+    y: ArrayLikeOf[Float] | None = None,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
     padding: str = ZEROS,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], ...]:
+) -> tuple[Array, ...]:
     """Return the gradients of instance normalization: of its input, weight and bias.
 
     Parameters
@@ -290,19 +328,19 @@ def instance_norm_backward(
 
 @in_default_float_mode
 def group_norm(
-    x: NDArray[Float],
+    x: ArrayLikeOf[Float],
     num_groups: int,
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     eps: float = 1e-5,
     *,
     axis: int = 1,
     per_group: bool = False,
     activation: str | None = None,
     negative_slope: float = 0.01,
-    residual: NDArray[Float] | None = None,
-    mask: NDArray[np.bool_] | None = None,
-    lengths: NDArray[Any] | None = None,
+    residual: ArrayLikeOf[Float] | None = None,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
     padding: str = ZEROS,
     out: NDArray[Float] | None = None,
 ) -> NDArray[Float]:
@@ -383,19 +421,19 @@ def group_norm(
 
 @in_default_float_mode
 def group_norm_forward(
-    x: NDArray[Float],
+    x: ArrayLikeOf[Float],
     num_groups: int,
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     eps: float = 1e-5,
     *,
     axis: int = 1,
     per_group: bool = False,
     activation: str | None = None,
     negative_slope: float = 0.01,
-    residual: NDArray[Float] | None = None,
-    mask: NDArray[np.bool_] | None = None,
-    lengths: NDArray[Any] | None = None,
+    residual: ArrayLikeOf[Float] | None = None,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
     padding: str = ZEROS,
     out: NDArray[Float] | None = None,
 ) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
@@ -456,26 +494,66 @@ def group_norm_forward(
     )
 
 
+@overload
+def group_norm_backward(
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    axis: int = ...,
+    per_group: bool = ...,
+    bias: ArrayLike | None = None,
+    activation: str | None = None,
+    negative_slope: float = ...,
+    residual: Literal[False] | None = None,
+    y: ArrayLikeOf[Float] | None = None,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    padding: str = ...,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], Array, Array]: ...
+@overload
+def group_norm_backward(
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    axis: int = ...,
+    per_group: bool = ...,
+    bias: ArrayLike | None = None,
+    activation: str | None = None,
+    negative_slope: float = ...,
+    residual: ArrayLikeOf[Float] | Literal[True],
+    y: ArrayLikeOf[Float] | None = None,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    padding: str = ...,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], Array, Array, NDArray[Float]]: ...
 @in_default_float_mode
 def group_norm_backward(
-    dy: NDArray[Float],
-    x: NDArray[Float],
-    mean: Parameter,
-    invstd: Parameter,
-    weight: Parameter | None = None,
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
     *,
     axis: int = 1,
     per_group: bool = False,
-    bias: Parameter | None = None,
+    bias: ArrayLike | None = None,
     activation: str | None = None,
     negative_slope: float = 0.01,
-    residual: NDArray[Float] | bool | None = None,
-    y: NDArray[Float] | None = None,
-    mask: NDArray[np.bool_] | None = None,
-    lengths: NDArray[Any] | None = None,
+    residual: ArrayLikeOf[Float] | bool | None = None,
+    y: ArrayLikeOf[Float] | None = None,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
     padding: str = ZEROS,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], ...]:
+) -> tuple[Array, ...]:
     """Return the gradients of group normalization: of its input, weight and bias.
 
     Parameters

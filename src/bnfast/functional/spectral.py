@@ -7,19 +7,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
 from bnfast._scaling import MODEST_EXPONENT, exponents_to_one
-from bnfast._typing import Array, Float, Parameter
+from bnfast._typing import Array, ArrayLikeOf, Float
 
 
 @in_default_float_mode
 def spectral_norm(
-    w: NDArray[Float],
-    u: Parameter,
-    v: Parameter,
+    w: ArrayLikeOf[Float],
+    u: Array,
+    v: Array,
     n_power_iterations: int = 1,
     eps: float = 1e-12,
     *,
@@ -102,9 +102,9 @@ def spectral_norm(
 
 @in_default_float_mode
 def spectral_norm_forward(
-    w: NDArray[Float],
-    u: Parameter,
-    v: Parameter,
+    w: ArrayLikeOf[Float],
+    u: ArrayLike,
+    v: ArrayLike,
     n_power_iterations: int = 1,
     eps: float = 1e-12,
     *,
@@ -211,11 +211,11 @@ def _power_iterations(
 
 @in_default_float_mode
 def spectral_norm_backward(
-    dy: NDArray[Float],
-    w: NDArray[Float],
+    dy: ArrayLikeOf[Float],
+    w: ArrayLikeOf[Float],
     sigma: float,
-    u: Parameter,
-    v: Parameter,
+    u: ArrayLike,
+    v: ArrayLike,
     eps: float = 1e-12,
     *,
     dim: int = 0,

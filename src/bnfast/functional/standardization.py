@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from bnfast import _primitives
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Float, Parameter
+from bnfast._typing import Array, ArrayLikeOf, Float
 
 
 @in_default_float_mode
 def weight_standardization(
-    w: NDArray[Float],
-    gain: Parameter | None = None,
+    w: ArrayLikeOf[Float],
+    gain: ArrayLike | None = None,
     eps: float = 1e-5,
     *,
     axis: int = 0,
@@ -76,8 +76,8 @@ def weight_standardization(
 
 @in_default_float_mode
 def weight_standardization_forward(
-    w: NDArray[Float],
-    gain: Parameter | None = None,
+    w: ArrayLikeOf[Float],
+    gain: ArrayLike | None = None,
     eps: float = 1e-5,
     *,
     axis: int = 0,
@@ -125,18 +125,18 @@ def weight_standardization_forward(
 
 @in_default_float_mode
 def weight_standardization_backward(
-    dy: NDArray[Float],
-    w: NDArray[Float],
-    mean: Parameter,
-    std: Parameter,
-    gain: Parameter | None = None,
+    dy: ArrayLikeOf[Float],
+    w: ArrayLikeOf[Float],
+    mean: ArrayLike,
+    std: ArrayLike,
+    gain: ArrayLike | None = None,
     eps: float = 1e-5,
     *,
     axis: int = 0,
     eps_inside: bool = True,
     unbiased: bool = False,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], Parameter]:
+) -> tuple[NDArray[Float], Array]:
     """Return the gradients of weight standardization: of weights and gain.
 
     Parameters
@@ -190,8 +190,8 @@ def weight_standardization_backward(
 
 @in_default_float_mode
 def scaled_weight_standardization(
-    w: NDArray[Float],
-    gain: Parameter | None = None,
+    w: ArrayLikeOf[Float],
+    gain: ArrayLike | None = None,
     gamma: float = 1.0,
     eps: float = 1e-4,
     *,
@@ -253,8 +253,8 @@ def scaled_weight_standardization(
 
 @in_default_float_mode
 def scaled_weight_standardization_forward(
-    w: NDArray[Float],
-    gain: Parameter | None = None,
+    w: ArrayLikeOf[Float],
+    gain: ArrayLike | None = None,
     gamma: float = 1.0,
     eps: float = 1e-4,
     *,
@@ -302,18 +302,18 @@ def scaled_weight_standardization_forward(
 
 @in_default_float_mode
 def scaled_weight_standardization_backward(
-    dy: NDArray[Float],
-    w: NDArray[Float],
-    mean: Parameter,
-    std: Parameter,
-    gain: Parameter | None = None,
+    dy: ArrayLikeOf[Float],
+    w: ArrayLikeOf[Float],
+    mean: ArrayLike,
+    std: ArrayLike,
+    gain: ArrayLike | None = None,
     gamma: float = 1.0,
     eps: float = 1e-4,
     *,
     axis: int = 0,
     floor: bool = True,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], Parameter]:
+) -> tuple[NDArray[Float], Array]:
     """Return the gradients of scaled weight standardization: of weights and gain.
 
     Parameters

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from bnfast import _primitives
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Float, Parameter
+from bnfast._typing import Array, ArrayLikeOf, Float
 
 
 @in_default_float_mode
 def weight_norm(
-    v: NDArray[Float],
-    g: Parameter,
+    v: ArrayLikeOf[Float],
+    g: ArrayLike,
     dim: int | None = 0,
     eps: float = 0.0,
     *,
@@ -70,8 +70,8 @@ def weight_norm(
 
 @in_default_float_mode
 def weight_norm_forward(
-    v: NDArray[Float],
-    g: Parameter,
+    v: ArrayLikeOf[Float],
+    g: ArrayLike,
     dim: int | None = 0,
     eps: float = 0.0,
     *,
@@ -116,15 +116,15 @@ def weight_norm_forward(
 
 @in_default_float_mode
 def weight_norm_backward(
-    dw: NDArray[Float],
-    v: NDArray[Float],
-    g: Parameter,
-    norm: Parameter,
+    dw: ArrayLikeOf[Float],
+    v: ArrayLikeOf[Float],
+    g: ArrayLike,
+    norm: ArrayLike,
     dim: int | None = 0,
     eps: float = 0.0,
     *,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], Parameter]:
+) -> tuple[NDArray[Float], Array]:
     """Return the gradients of weight normalization: of directions and lengths.
 
     Parameters

@@ -7,11 +7,11 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from bnfast import _validation, _whitening
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Array, Float, Parameter
+from bnfast._typing import Array, ArrayLikeOf, Float
 from bnfast._whitening import WHITENING, Statistics
 
 
@@ -37,7 +37,7 @@ class Whitened(NamedTuple):
 
     @classmethod
     @in_default_float_mode
-    def of_covariance(cls, mean: Parameter, covariance: Parameter, eps: float = 1e-5) -> Whitened:
+    def of_covariance(cls, mean: ArrayLike, covariance: ArrayLike, eps: float = 1e-5) -> Whitened:
         """Return what whitens data of this mean and covariance.
 
         Parameters
@@ -82,7 +82,7 @@ class Whitened(NamedTuple):
             return cls(centre, roots @ roots.swapaxes(1, 2), shifted, vectors)
 
     @in_default_float_mode
-    def covariance_gradient(self, dmatrix: Parameter) -> NDArray[np.float64]:
+    def covariance_gradient(self, dmatrix: ArrayLike) -> NDArray[np.float64]:
         """Return the gradient of the covariance for one of the matrix.
 
         Parameters
@@ -146,7 +146,7 @@ class IterativelyWhitened(NamedTuple):
     @classmethod
     @in_default_float_mode
     def of_covariance(
-        cls, mean: Parameter, covariance: Parameter, eps: float = 1e-5, iterations: int = 5
+        cls, mean: ArrayLike, covariance: ArrayLike, eps: float = 1e-5, iterations: int = 5
     ) -> IterativelyWhitened:
         """Return what nearly whitens data of this mean and covariance.
 
@@ -192,7 +192,7 @@ class IterativelyWhitened(NamedTuple):
             return cls(centre, iterates[-1][0] / np.sqrt(trace), shifted, steps)
 
     @in_default_float_mode
-    def covariance_gradient(self, dmatrix: Parameter) -> NDArray[np.float64]:
+    def covariance_gradient(self, dmatrix: ArrayLike) -> NDArray[np.float64]:
         """Return the gradient of the covariance for one of the matrix.
 
         Parameters
@@ -251,11 +251,11 @@ class IterativelyWhitened(NamedTuple):
 
 @in_default_float_mode
 def decorrelated_batch_norm(
-    x: NDArray[Float],
-    running_mean: Parameter | None = None,
-    running_matrix: Parameter | None = None,
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
+    x: ArrayLikeOf[Float],
+    running_mean: ArrayLike | None = None,
+    running_matrix: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -355,9 +355,9 @@ def decorrelated_batch_norm(
 
 @in_default_float_mode
 def decorrelated_batch_norm_forward(
-    x: NDArray[Float],
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
+    x: ArrayLikeOf[Float],
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     eps: float = 1e-5,
     *,
     num_groups: int = 1,
@@ -407,15 +407,15 @@ def decorrelated_batch_norm_forward(
 
 @in_default_float_mode
 def decorrelated_batch_norm_backward(
-    dy: NDArray[Float],
-    x: NDArray[Float],
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
     saved: Whitened,
-    weight: Parameter | None = None,
+    weight: ArrayLike | None = None,
     *,
     axis: int = 1,
     training: bool = True,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], Parameter, Parameter]:
+) -> tuple[NDArray[Float], Array, Array]:
     """Return the gradients of decorrelated batch normalization: of its input, weight and bias.
 
     Parameters
@@ -483,11 +483,11 @@ def decorrelated_batch_norm_backward(
 
 @in_default_float_mode
 def iterative_norm(
-    x: NDArray[Float],
-    running_mean: Parameter | None = None,
-    running_matrix: Parameter | None = None,
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
+    x: ArrayLikeOf[Float],
+    running_mean: ArrayLike | None = None,
+    running_matrix: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -560,9 +560,9 @@ def iterative_norm(
 
 @in_default_float_mode
 def iterative_norm_forward(
-    x: NDArray[Float],
-    weight: Parameter | None = None,
-    bias: Parameter | None = None,
+    x: ArrayLikeOf[Float],
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     eps: float = 1e-5,
     *,
     iterations: int = 5,
@@ -615,15 +615,15 @@ def iterative_norm_forward(
 
 @in_default_float_mode
 def iterative_norm_backward(
-    dy: NDArray[Float],
-    x: NDArray[Float],
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
     saved: IterativelyWhitened,
-    weight: Parameter | None = None,
+    weight: ArrayLike | None = None,
     *,
     axis: int = 1,
     training: bool = True,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], Parameter, Parameter]:
+) -> tuple[NDArray[Float], Array, Array]:
     """Return the gradients of iterative normalization: of its input, weight and bias.
 
     Parameters
@@ -704,7 +704,7 @@ def _shrinking(root: Array, scaled: Array) -> Array:
 
 def _whitened(
     whiten: Callable[[Array, Array], Statistics],
-    x: NDArray[Float],
+    x: ArrayLikeOf[Float],
     running_mean: object,
     running_matrix: object,
     weight: object,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._activations import LEAKY, activation_of
@@ -14,7 +14,7 @@ from bnfast._arrays import as_array
 from bnfast._float_mode import in_default_float_mode
 from bnfast._masks import ZEROS
 from bnfast._primitives import Activation, Reduction
-from bnfast._typing import Array
+from bnfast._typing import Array, ArrayLikeOf, Float
 from bnfast.layers._layer import Gradients, Layer
 from bnfast.layers._masked import Masked, counted_by
 from bnfast.layers._tracking import TrackingLayer
@@ -82,15 +82,15 @@ class FusedTrackingLayer(FusedLayer, TrackingLayer):
     @in_default_float_mode
     def __call__(
         self,
-        x: Array,
-        residual: Array | None = None,
+        x: ArrayLikeOf[Float],
+        residual: ArrayLikeOf[Float] | None = None,
         *,
-        mask: NDArray[np.bool_] | None = None,
-        lengths: NDArray[Any] | None = None,
+        mask: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
         padding: str = ZEROS,
         recompute: bool = False,
-        out: Array | None = None,
-    ) -> Array:
+        out: NDArray[Float] | None = None,
+    ) -> NDArray[Float]:
         """Normalize a batch.
 
         Parameters
@@ -156,12 +156,12 @@ class FusedTrackingLayer(FusedLayer, TrackingLayer):
         return self._evaluate_fused(array, out, statistics, chosen, residual, masked)
 
     def _destination(
-        self, x: Array, out: Array | None, residual: Array | None, counted: Any
+        self, x: Array, out: Array | None, residual: object, counted: Any
     ) -> Array | None:
         """Return where to write, None for a new array; raise where that cannot be."""
         return out
 
-    def _is_plain(self, residual: Array | None) -> bool:
+    def _is_plain(self, residual: object) -> bool:
         """Whether a call has nothing that a layer without activations would not have."""
         return self.activation is None and residual is None
 
@@ -171,7 +171,7 @@ class FusedTrackingLayer(FusedLayer, TrackingLayer):
         out: Array | None,
         training: bool,
         chosen: Activation | None,
-        residual: Array | None,
+        residual: object,
         masked: Masked,
         counted: NDArray[np.bool_] | None,
     ) -> Array:
@@ -206,7 +206,7 @@ class FusedTrackingLayer(FusedLayer, TrackingLayer):
         out: Array | None,
         running: tuple[Array, Array],
         chosen: Activation | None,
-        residual: Array | None,
+        residual: object,
         masked: Masked,
     ) -> Array:
         y = _primitives.scale_shift(

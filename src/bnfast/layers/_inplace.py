@@ -76,7 +76,7 @@ class InPlaceLayer(FusedTrackingLayer):
             )
 
     def _destination(
-        self, x: Array, out: Array | None, residual: Array | None, counted: Any
+        self, x: Array, out: Array | None, residual: object, counted: Any
     ) -> Array | None:
         if not self.inplace:
             return out
@@ -103,7 +103,7 @@ class InPlaceLayer(FusedTrackingLayer):
             )
         return x
 
-    def _is_plain(self, residual: Array | None) -> bool:
+    def _is_plain(self, residual: object) -> bool:
         return not self.inplace and super()._is_plain(residual)
 
     def _save_fused(

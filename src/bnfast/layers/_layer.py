@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from bnfast import _validation
 from bnfast._conventions import PYTORCH
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Array
+from bnfast._typing import Array, ArrayLikeOf, ArrayOrNone, Float
 
 AnyTrainable = TypeVar("AnyTrainable", bound="Trainable")
 Gradients = tuple[Any, ...]  # of the input, and of each parameter: an array or None
@@ -139,11 +139,13 @@ class Trainable(ABC):
         self._saved = _IN_PLACE if _validation.shares_memory(x, y) else (x, *more)
 
     @abstractmethod
-    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
+    def _gradients(self, dy: Any, out: Array | None, x: Array, *saved: Any) -> Gradients:
         """Return the gradients of the input and of the parameters from what was saved."""
 
     @in_default_float_mode
-    def backward(self, dy: Array, *, out: Array | None = None) -> Array:
+    def backward(
+        self, dy: ArrayLikeOf[Float], *, out: NDArray[Float] | None = None
+    ) -> NDArray[Float]:
         """Return the gradient of the last input, and set those of parameters, as ``<name>_grad``.
 
         Parameters
@@ -314,12 +316,12 @@ class Layer(Trainable):
         True at first.
     """
 
-    weight: Array | None = None
-    bias: Array | None = None
-    running_mean: Array | None = None
-    running_var: Array | None = None
-    weight_grad: Array | None = None
-    bias_grad: Array | None = None
+    weight: ArrayOrNone = None
+    bias: ArrayOrNone = None
+    running_mean: ArrayOrNone = None
+    running_var: ArrayOrNone = None
+    weight_grad: ArrayOrNone = None
+    bias_grad: ArrayOrNone = None
 
     _parameters: tuple[str, ...] = ("weight", "bias")
     _arrays: ClassVar[Mapping[str, str]] = {
@@ -330,7 +332,9 @@ class Layer(Trainable):
     }
 
     @abstractmethod
-    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
+    def __call__(
+        self, x: ArrayLikeOf[Float], *, out: NDArray[Float] | None = None
+    ) -> NDArray[Float]:
         """Normalize a batch."""
 
     def _first_statistics(self) -> dict[str, Array | float]:

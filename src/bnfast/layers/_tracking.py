@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 from bnfast import _primitives, _validation
 from bnfast._float_mode import in_default_float_mode
 from bnfast._primitives import Reduction
-from bnfast._typing import Array
+from bnfast._typing import Array, ArrayLikeOf, ArrayOrNone, Float
 from bnfast.layers._blend import Blend, blend, share_of_batch
 from bnfast.layers._layer import Flag, Gradients, Layer
 from bnfast.running_averages import (
@@ -50,7 +50,7 @@ class ChannelLayer(Layer):
             self.bias = np.zeros(self.num_features, self.dtype)
         self._evaluation = _primitives.Evaluation()  # what each call in evaluation may use again
 
-    def _batch(self, x: Array) -> Array:
+    def _batch(self, x: object) -> Array:
         """Return the input as an array with the channels of this layer."""
         axis = self.axis
         if type(x) is np.ndarray and x.dtype.char in "efd" and x.dtype.isnative:
@@ -120,7 +120,7 @@ class Averaging(Layer):
     def _checked_nonfinite(self) -> str:
         return _validation.choice("nonfinite", self.nonfinite, (PROPAGATE, SKIP, RAISE))
 
-    def _observe(self, x: Array, out: Array | None, residual: Array | None = None) -> None:
+    def _observe(self, x: Array, out: Array | None, residual: object = None) -> None:
         """Tell who watches of a batch, unless an array that came with it is to be refused."""
         if residual is not None:
             _validation.upstream_gradient(residual, x, ("residual", "x"))
@@ -194,8 +194,8 @@ class TrackingLayer(ChannelLayer, Tracking):
     """A layer of channels: in training by the statistics of the input, else by the running ones."""
 
     unbiased = Flag()
-    momentum_logit: Array | None = None
-    momentum_logit_grad: Array | None = None
+    momentum_logit: ArrayOrNone = None
+    momentum_logit_grad: ArrayOrNone = None
 
     _arrays: ClassVar[Mapping[str, str]] = {
         **ChannelLayer._arrays,
@@ -234,7 +234,9 @@ class TrackingLayer(ChannelLayer, Tracking):
             self._parameters = (*self._parameters, "momentum_logit")
 
     @in_default_float_mode
-    def __call__(self, x: Array, *, recompute: bool = False, out: Array | None = None) -> Array:
+    def __call__(
+        self, x: ArrayLikeOf[Float], *, recompute: bool = False, out: NDArray[Float] | None = None
+    ) -> NDArray[Float]:
         """Normalize a batch.
 
         Parameters
@@ -421,7 +423,7 @@ class RankLayer(TrackingLayer):
 
     _recalibrated = False  # whether `_joined` comes in each call
 
-    def _observe(self, x: Array, out: Array | None, residual: Array | None = None) -> None:
+    def _observe(self, x: Array, out: Array | None, residual: object = None) -> None:
         """Tell who watches; what is to be refused is refused where all ranks learn of it."""
         assert self._observer is not None
         self._observer(x)

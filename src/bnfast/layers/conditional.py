@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bnfast import _primitives, _validation, functional
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Array
+from bnfast._typing import Array, ArrayLikeOf, Float
 from bnfast.layers._blend import Blend
 from bnfast.layers._layer import Gradients
 from bnfast.layers._tracking import PROPAGATE, TrackingLayer
@@ -123,12 +123,12 @@ class ConditionalBatchNorm(TrackingLayer):
     @in_default_float_mode
     def __call__(  # type: ignore[override]  # no batch without its labels
         self,
-        x: Array,
+        x: ArrayLikeOf[Float],
         labels: ArrayLike,
         *,
         recompute: bool = False,
-        out: Array | None = None,
-    ) -> Array:
+        out: NDArray[Float] | None = None,
+    ) -> NDArray[Float]:
         """Normalize a batch of samples of known classes.
 
         Parameters

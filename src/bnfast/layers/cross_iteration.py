@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bnfast import _primitives, _validation, functional
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Array
+from bnfast._typing import Array, ArrayLikeOf, Float
 from bnfast.functional import CrossIterated, IterationStatistics
 from bnfast.layers._layer import Flag, Gradients
 from bnfast.layers._tracking import PROPAGATE, Averaging, ChannelLayer
@@ -172,12 +172,12 @@ class CrossIterationBatchNorm(ChannelLayer, Averaging):
     @in_default_float_mode
     def __call__(
         self,
-        x: Array,
-        inputs: Array | None = None,
-        filters: Array | None = None,
+        x: ArrayLikeOf[Float],
+        inputs: ArrayLike | None = None,
+        filters: ArrayLike | None = None,
         *,
-        out: Array | None = None,
-    ) -> Array:
+        out: NDArray[Float] | None = None,
+    ) -> NDArray[Float]:
         """Normalize a batch that the layer before has made of its inputs.
 
         Parameters

@@ -108,7 +108,7 @@ class GhostBatchNorm(TrackingLayer):
         )
         self.ghost_size = _validation.integer_from("ghost_size", ghost_size, 1)
 
-    def _batch(self, x: Array) -> Array:
+    def _batch(self, x: object) -> Array:
         array = super()._batch(x)
         _validation.channel_axis_of_samples(array, self.axis)
         return array

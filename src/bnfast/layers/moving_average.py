@@ -10,7 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _moving_average, _validation
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Array
+from bnfast._typing import Array, ArrayLikeOf, Float
 from bnfast.functional import MovingAveraged
 from bnfast.layers._layer import Gradients
 from bnfast.layers._tracking import PROPAGATE, Averaging, ChannelLayer
@@ -142,7 +142,9 @@ class MovingAverageBatchNorm(ChannelLayer, Averaging):
         self.num_batches_tracked = 0
 
     @in_default_float_mode
-    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
+    def __call__(
+        self, x: ArrayLikeOf[Float], *, out: NDArray[Float] | None = None
+    ) -> NDArray[Float]:
         """Normalize a batch.
 
         Parameters

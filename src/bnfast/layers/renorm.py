@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _primitives, _validation, functional
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Array
+from bnfast._typing import Array, ArrayLikeOf, Float
 from bnfast.functional import Renormalized, RenormSchedule
 from bnfast.layers._layer import Gradients
 from bnfast.layers._tracking import PROPAGATE, Averaging, ChannelLayer
@@ -114,7 +114,9 @@ class BatchRenorm(ChannelLayer, Averaging):
         self.num_batches_tracked = 0
 
     @in_default_float_mode
-    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
+    def __call__(
+        self, x: ArrayLikeOf[Float], *, out: NDArray[Float] | None = None
+    ) -> NDArray[Float]:
         """Normalize a batch.
 
         Parameters

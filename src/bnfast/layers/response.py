@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _validation, functional
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Array
+from bnfast._typing import Array, ArrayLikeOf, ArrayOrNone, Float
 from bnfast.layers._layer import Flag, Gradients, Layer
 
 
@@ -76,10 +76,10 @@ class FilterResponseNorm(Layer):
     affine = Flag(fixed=True)
     thresholded = Flag(fixed=True)
 
-    tau: Array | None = None
-    learned_eps: Array | None = None
-    tau_grad: Array | None = None
-    learned_eps_grad: Array | None = None
+    tau: ArrayOrNone = None
+    learned_eps: ArrayOrNone = None
+    tau_grad: ArrayOrNone = None
+    learned_eps_grad: ArrayOrNone = None
 
     _parameters = ("weight", "bias", "tau", "learned_eps")
     _arrays: ClassVar[Mapping[str, str]] = {name: name for name in _parameters}
@@ -113,7 +113,9 @@ class FilterResponseNorm(Layer):
             self.learned_eps = np.full(self.num_features, self._first_eps, self.dtype)
 
     @in_default_float_mode
-    def __call__(self, x: Array, *, recompute: bool = False, out: Array | None = None) -> Array:
+    def __call__(
+        self, x: ArrayLikeOf[Float], *, recompute: bool = False, out: NDArray[Float] | None = None
+    ) -> NDArray[Float]:
         """Normalize a batch.
 
         Parameters

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _validation, functional
 from bnfast._conventions import KERAS_LAYERS, PYTORCH_LAYERS
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Array
+from bnfast._typing import Array, ArrayLikeOf, Float
 from bnfast.layers._framework import FrameworkLayer, of_rows
 from bnfast.layers._layer import Flag, Gradients, Layer
 
@@ -39,7 +39,9 @@ class _RowLayer(Layer):
             self.weight = np.ones(self.normalized_shape, self.dtype)
 
     @in_default_float_mode
-    def __call__(self, x: Array, *, recompute: bool = False, out: Array | None = None) -> Array:
+    def __call__(
+        self, x: ArrayLikeOf[Float], *, recompute: bool = False, out: NDArray[Float] | None = None
+    ) -> NDArray[Float]:
         """Normalize rows.
 
         Parameters

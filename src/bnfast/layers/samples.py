@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bnfast import _primitives, _validation
 from bnfast._activations import activation_of
@@ -14,7 +14,7 @@ from bnfast._conventions import KERAS_LAYERS, PYTORCH_LAYERS
 from bnfast._float_mode import in_default_float_mode
 from bnfast._masks import ZEROS
 from bnfast._primitives import GROUPS, PER_SAMPLE
-from bnfast._typing import Array
+from bnfast._typing import Array, ArrayLikeOf, Float
 from bnfast.layers._framework import FrameworkLayer, of_channels, of_groups
 from bnfast.layers._fused import SHOWN_IF_NOT, FusedLayer, FusedTrackingLayer
 from bnfast.layers._layer import Flag, Gradients
@@ -188,7 +188,7 @@ class InstanceNorm(FusedTrackingLayer):
             )
         return of_channels(cls, source, channels, axis)
 
-    def _batch(self, x: Array) -> Array:
+    def _batch(self, x: object) -> Array:
         array = super()._batch(x)
         _validation.channel_axis_of_samples(array, self.axis)
         return array
@@ -352,15 +352,15 @@ class GroupNorm(FusedLayer):
     @in_default_float_mode
     def __call__(
         self,
-        x: Array,
-        residual: Array | None = None,
+        x: ArrayLikeOf[Float],
+        residual: ArrayLikeOf[Float] | None = None,
         *,
-        mask: NDArray[np.bool_] | None = None,
-        lengths: NDArray[Any] | None = None,
+        mask: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
         padding: str = ZEROS,
         recompute: bool = False,
-        out: Array | None = None,
-    ) -> Array:
+        out: NDArray[Float] | None = None,
+    ) -> NDArray[Float]:
         """Normalize a batch.
 
         Parameters

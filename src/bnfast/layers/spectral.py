@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bnfast import _validation, functional
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Array
+from bnfast._typing import Array, ArrayLikeOf, Float
 from bnfast.functional.spectral import columns_of, keep_singular_vectors
 from bnfast.layers._layer import Flag, Gradients, Trainable
 
@@ -116,7 +117,9 @@ class SpectralNorm(Trainable):
         keep_singular_vectors((self.u, self.v), (u, v))
 
     @in_default_float_mode
-    def __call__(self, w: Array, *, out: Array | None = None) -> Array:
+    def __call__(
+        self, w: ArrayLikeOf[Float], *, out: NDArray[Float] | None = None
+    ) -> NDArray[Float]:
         """Divide weights by their largest singular value.
 
         Parameters

@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _validation, functional
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Array
+from bnfast._typing import Array, ArrayLikeOf, ArrayOrNone, Float
 from bnfast.layers._layer import Flag, Gradients, Trainable
 
 
 class _Standardization(Trainable):
     """A standardization of filters, with or without a gain for each."""
 
-    gain: Array | None = None
-    gain_grad: Array | None = None
+    gain: ArrayOrNone = None
+    gain_grad: ArrayOrNone = None
 
     _parameters = ("gain",)
     _arrays: ClassVar[Mapping[str, str]] = {"gain": "gain"}
@@ -35,7 +35,9 @@ class _Standardization(Trainable):
             self.gain = np.ones(self.num_filters, self.dtype)
 
     @in_default_float_mode
-    def __call__(self, w: Array, *, out: Array | None = None) -> Array:
+    def __call__(
+        self, w: ArrayLikeOf[Float], *, out: NDArray[Float] | None = None
+    ) -> NDArray[Float]:
         """Standardize weights.
 
         Parameters

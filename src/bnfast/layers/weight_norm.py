@@ -9,7 +9,7 @@ import numpy as np
 
 from bnfast import _validation, functional
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Array
+from bnfast._typing import Array, ArrayOrNone
 from bnfast.layers._layer import Gradients, Trainable
 
 
@@ -84,8 +84,8 @@ class WeightNorm(Trainable):
            [0. ]])
     """
 
-    g_grad: Array | None = None
-    v_grad: Array | None = None
+    g_grad: ArrayOrNone = None
+    v_grad: ArrayOrNone = None
 
     _parameters = ("g", "v")
     _arrays: ClassVar[Mapping[str, str]] = {"original0": "g", "original1": "v"}

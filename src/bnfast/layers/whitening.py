@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from bnfast import _validation, _whitening
 from bnfast._float_mode import in_default_float_mode
-from bnfast._typing import Array
+from bnfast._typing import Array, ArrayLikeOf, ArrayOrNone, Float
 from bnfast._whitening import WHITENING
 from bnfast.functional import IterativelyWhitened, Whitened
 from bnfast.layers._layer import Flag, Gradients
@@ -28,7 +28,7 @@ class WhiteningLayer(Tracking):
         Beside the running mean.
     """
 
-    running_matrix: Array | None = None
+    running_matrix: ArrayOrNone = None
     affine = Flag(fixed=True)
 
     _running: ClassVar[tuple[str, str]] = ("running_mean", "running_matrix")
@@ -74,7 +74,9 @@ class WhiteningLayer(Tracking):
         """Return what whitens data of this mean and covariance."""
 
     @in_default_float_mode
-    def __call__(self, x: Array, *, recompute: bool = False, out: Array | None = None) -> Array:
+    def __call__(
+        self, x: ArrayLikeOf[Float], *, recompute: bool = False, out: NDArray[Float] | None = None
+    ) -> NDArray[Float]:
         """Whiten a batch.
 
         Parameters
