@@ -184,15 +184,14 @@ def tables_of(results, picture, between=()):
     return tables(means, picture, count, losses, cells, report.notes(results), between)
 
 
-def small_tables(results):
+def small_tables(results, losses, machine):
     """What README.md shows of batch norm."""
-    here, means = results["machine"], results["geometric means"]
-    losses = counted(report.all_losses(results))
+    means = results["geometric means"]
     error = max(mean["error of bnfast"] for mean in means)
     text = (
-        f"Geometric means over {means[0]['cells']} shapes of convolutional networks; "
-        f"{here['cpu']}, {here['instruction set']}, one thread, float32. Another library is faster "
-        f"in [{losses} comparisons](docs/benchmark.md#where-a-rival-is-faster). bnfast is off by "
+        f"Geometric means over {means[0]['cells']} shapes of convolutional networks; {machine}, "
+        f"one thread, float32. Another library is faster in "
+        f"[{losses} comparisons](docs/benchmark.md#where-a-rival-is-faster). bnfast is off by "
         f"{error:.0e} at most; an error is shown where it is over {LARGE_ERROR} times bnfast's."
     )
     return [small_table(results), filled(text)]
@@ -222,7 +221,10 @@ def make_batch_tables(*quick):
     bnfast.set_num_threads(1)
     between = far_and_call(report.markdown_table(report.all_cells(far)), call_table())
     write_between(page, "tables", tables_of(results, picture.name, between))
-    write_between(README, "table", small_tables(results))
+    here = results["machine"]
+    machine = f"{here['cpu']}, {here['instruction set']}"
+    losses = counted(report.all_losses(results))
+    write_between(README, "table", small_tables(results, losses, machine))
 
 
 def make_tables_of(kind, *arguments):
