@@ -71,12 +71,19 @@ REFUSED = {
 }
 
 
-def errors_of(folder, code):
+@pytest.fixture(scope="module")
+def cache(pytestconfig):
+    """Where mypy keeps what it has read: not where it does for who runs it beside the tests."""
+    pytest.importorskip("mypy")
+    return pytestconfig.cache.mkdir("mypy")
+
+
+def errors_of(folder, code, cache):
     """Return what mypy has against a program, by the numbers of its lines."""
     path = folder / "program.py"
     path.write_text(code, encoding="utf-8")
     command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent"]
-    command += ["--config-file", str(ROOT / "pyproject.toml"), str(path)]
+    command += ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(cache), str(path)]
     home = Path(bnfast.__file__).parent.parent
     environment = dict(os.environ)
     if home.name != "site-packages":  # where mypy looks by itself
@@ -96,12 +103,11 @@ def errors_of(folder, code):
 
 
 @pytest.fixture(scope="module")
-def errors(tmp_path_factory):
+def errors(tmp_path_factory, cache):
     """Of all calls at once, by the calls: mypy reads NumPy for seconds."""
-    pytest.importorskip("mypy")
     lines = {f"    assert_type({call}, {kind})": call for call, kind in COME_OUT.items()}
     lines |= {f"    {call}": call for call in REFUSED}
-    found = errors_of(tmp_path_factory.mktemp("types"), GIVEN + "\n".join(lines) + "\n")
+    found = errors_of(tmp_path_factory.mktemp("types"), GIVEN + "\n".join(lines) + "\n", cache)
     first = GIVEN.count("\n") + 1
     numbered = dict(enumerate(lines.values(), first))
     assert set(found) <= set(numbered)
@@ -118,12 +124,11 @@ def test_a_wrong_argument_is_seen_before_the_program_runs(errors, call):
     assert len(errors[call]) == 1 and errors[call][0].endswith(f"[{REFUSED[call]}]")
 
 
-def test_the_readmes_python_passes(tmp_path):
-    pytest.importorskip("mypy")
+def test_the_readmes_python_passes(tmp_path, cache):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
     code = "".join(f"def block_{n}() -> None:\n{indented(b)}" for n, b in enumerate(blocks))
-    assert blocks and errors_of(tmp_path, code) == {}
+    assert blocks and errors_of(tmp_path, code, cache) == {}
 
 
 def indented(code):
