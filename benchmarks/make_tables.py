@@ -3,11 +3,13 @@
     python benchmarks/make_tables.py              about twenty minutes
     python benchmarks/make_tables.py batch        batch norm alone; or family, or weights
     python benchmarks/make_tables.py --quick      a trial
+    python benchmarks/make_tables.py --from FILE  without measuring, of what was measured before
 
 All tables and pictures go into docs/benchmark.md and its neighbours for the family and for weights;
 README.md gets the geometric means of batch norm, docs/notes.md one sentence for the others: where a
 rival is faster. Each text is written between the two markers of its name. Everything is measured by
-`python -m bnfast bench`, but for the cost of a call, which is measured here.
+`python -m bnfast bench`, but for the cost of a call, which is measured here. All that was measured
+is kept in benchmarks/measured.json, of which tables and pictures are made.
 """
 
 import argparse
@@ -16,21 +18,28 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 import bnfast
 from bnfast import _reference as reference
-from bnfast._cli.bench import report
+from bnfast._cli.bench import figure, report
 from bnfast._cli.bench.rivals import numpy_formulas
 from bnfast._cli.bench.timing import take_turns
 
-ALT = "Ratios in every cell, and bandwidth with its limit"
+# The pictures of a page: the part of the figure, how the file is called besides the page, and what
+# a reader without pictures is told.
+PICTURES = (
+    ("ratios", "", "Times of other libraries as multiples of bnfast's, a dot for each cell"),
+    ("bandwidth", "_bandwidth", "Bandwidth of bnfast, and the limit of the memory, by size"),
+)
 RATIOS = "Times of the rivals as multiples of bnfast's time (and largest errors):"
 ROOT = Path(__file__).parent.parent
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 NOTES = DOCS / "notes.md"
+MEASURED = ROOT / "benchmarks" / "measured.json"
 
 # The rivals that README.md has room for.
 IN_README = "NumPy", "PyTorch", "oneDNN", "oneDNN blocked", "ONNX Runtime", "JAX"
@@ -46,8 +55,9 @@ def bench(*arguments):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
-def call_table():
+def measure_calls():
     """What a call costs: against the formulas, and against one multiplication and addition."""
+    bnfast.set_num_threads(1)
     x = np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64)
     out = np.empty_like(x)
     mean, var, weight, bias = np.random.default_rng(0).uniform(0.5, 1, (4, 64)).astype(np.float32)
@@ -61,23 +71,18 @@ def call_table():
         "NumPy, x*a+b": lambda: x * scale + shift,
     }
     exact = reference.scale_shift(x, *statistics)
-    timings = take_turns(calls, 2.0)
-    sheet = report.Sheet(
-        "",
-        1,
-        ["one call, inference on 2x64", *calls],
-        [
-            [
-                report.Text("time"),
-                *(report.Text(report.duration(t.median)) for t in timings.values()),
-            ],
-            [
-                report.Text("error"),
-                *(report.Text(f"{np.abs(call() - exact).max():.0e}") for call in calls.values()),
-            ],
-        ],
-    )
-    return report.markdown_table(sheet)
+    return {
+        name: {"seconds": timing.median, "error": float(np.abs(calls[name]() - exact).max())}
+        for name, timing in take_turns(calls, 2.0).items()
+    }
+
+
+def call_table(calls):
+    times = [report.Text(report.duration(call["seconds"])) for call in calls.values()]
+    errors = [report.Text(f"{call['error']:.0e}") for call in calls.values()]
+    headings = ["one call, inference on 2x64", *calls]
+    rows = [[report.Text("time"), *times], [report.Text("error"), *errors]]
+    return report.markdown_table(report.Sheet("", 1, headings, rows))
 
 
 def write_between(page, marker, parts):
@@ -152,13 +157,13 @@ def where_faster(means, page):
     return filled(f"- Other libraries are faster ({link}): {text}.", "  ")
 
 
-def tables(means, picture, count, losses, cells, notes, between=()):
+def tables(means, pictures, count, losses, cells, notes, between=()):
     """What is measured of one kind, as the parts of its page."""
     return [
         "## Geometric means",
         RATIOS,
         means,
-        f"![{ALT}]({picture})",
+        *pictures,
         *between,
         "## Where a rival is faster",
         f"In {count} comparisons, the worst first:",
@@ -171,7 +176,17 @@ def tables(means, picture, count, losses, cells, notes, between=()):
     ]
 
 
-def tables_of(results, picture, between=()):
+def draw(results, page):
+    """Draw the pictures of a page beside it; return the lines that show them."""
+    lines = []
+    for part, suffix, alt in PICTURES:
+        path = page.with_name(f"{page.stem}{suffix}.png")
+        figure.draw(results, path, (part,))
+        lines.append(f"![{alt}]({path.name})")
+    return lines
+
+
+def tables_of(results, page, between=()):
     means, losses, cells = (
         report.markdown_table(sheet)
         for sheet in (
@@ -181,7 +196,7 @@ def tables_of(results, picture, between=()):
         )
     )
     count = counted(report.all_losses(results))
-    return tables(means, picture, count, losses, cells, report.notes(results), between)
+    return tables(means, draw(results, page), count, losses, cells, report.notes(results), between)
 
 
 def small_tables(results, losses, machine):
@@ -214,52 +229,78 @@ def far_and_call(far, call):
     ]
 
 
-def make_batch_tables(*quick):
-    page, picture = DOCS / "benchmark.md", DOCS / "benchmark.png"
-    results = bench("--plot", str(picture), *quick)
+def measure_batch(*quick):
     far = bench("--op", "training", "--shapes", "32x64x56x56", "--mean", "1e4", *quick)
-    bnfast.set_num_threads(1)
-    between = far_and_call(report.markdown_table(report.all_cells(far)), call_table())
-    write_between(page, "tables", tables_of(results, picture.name, between))
+    return {"cells": bench(*quick), "far": far, "calls": measure_calls()}
+
+
+def write_batch(measured):
+    page, results = DOCS / "benchmark.md", measured["cells"]
+    far = report.markdown_table(report.all_cells(measured["far"]))
+    between = far_and_call(far, call_table(measured["calls"]))
+    write_between(page, "tables", tables_of(results, page, between))
     here = results["machine"]
     machine = f"{here['cpu']}, {here['instruction set']}"
     losses = counted(report.all_losses(results))
     write_between(README, "table", small_tables(results, losses, machine))
 
 
-def make_tables_of(kind, *arguments):
+def measure_family(*quick):
+    return {"cells": bench("--norm", "layer", "rms", "group", "instance", *quick)}
+
+
+def measure_weights(*quick):
+    return {"cells": bench("--norm", "weight", "spectral", *quick)}
+
+
+def write_kind(kind, measured):
     """All cells go into a page of their own, and where a rival is faster into docs/notes.md."""
-    page, picture = DOCS / f"{kind}_benchmark.md", DOCS / f"{kind}_benchmark.png"
-    results = bench(*arguments, "--plot", str(picture))
-    write_between(page, "tables", tables_of(results, picture.name))
+    page, results = DOCS / f"{kind}_benchmark.md", measured["cells"]
+    write_between(page, "tables", tables_of(results, page))
     write_between(NOTES, kind, [where_faster(results["geometric means"], page)])
 
 
-def make_family_tables(*quick):
-    make_tables_of("family", "--norm", "layer", "rms", "group", "instance", *quick)
-
-
-def make_weights_tables(*quick):
-    make_tables_of("weights", "--norm", "weight", "spectral", *quick)
-
-
+# What measures each kind, and what writes what was measured.
 TABLES = {
-    "batch": make_batch_tables,
-    "family": make_family_tables,
-    "weights": make_weights_tables,
+    "batch": (measure_batch, write_batch),
+    "family": (measure_family, partial(write_kind, "family")),
+    "weights": (measure_weights, partial(write_kind, "weights")),
 }
+
+
+def keep(measured):
+    """Write it beside what was measured of other kinds, with a line for each cell."""
+    kept = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
+    text = json.dumps(kept | measured, ensure_ascii=False, separators=(",", ":"))
+    text = text.replace('{"normalization":', '\n{"normalization":')
+    MEASURED.write_text(text + "\n", encoding="utf-8")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="*", help=f"of {', '.join(TABLES)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="few shapes, short turns")
+    parser.add_argument(
+        "--from",
+        dest="kept",
+        type=Path,
+        metavar="FILE",
+        help=f"measure nothing: this was measured before, such as {MEASURED.name}",
+    )
     options = parser.parse_args()
     unknown = set(options.tables) - set(TABLES)
     if unknown:
         parser.error(f"{', '.join(sorted(unknown))}: none of {', '.join(TABLES)}")
-    for name in options.tables or TABLES:
-        TABLES[name](*["--quick"] * options.quick)
+    if options.kept is None:
+        for name in options.tables or TABLES:
+            measure, _ = TABLES[name]
+            keep({name: measure(*["--quick"] * options.quick)})
+    measured = json.loads((options.kept or MEASURED).read_text(encoding="utf-8"))
+    for name in options.tables or measured:
+        if name not in measured:
+            parser.error(f"{options.kept} has nothing of {name}, but of {', '.join(measured)}")
+        _, write = TABLES[name]
+        write(measured[name])
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / unit:.3g} {name}"
 
 
-def _ratio(ratio: float) -> str:
+def ratio_text(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
 
 
@@ -129,7 +129,7 @@ def _outcome(outcome: Row) -> str:
     if "not offered" in outcome:
         return "—"
     mark = "†" if outcome.get("fresh") else ""
-    return f"{_ratio(outcome['ratio'])}{mark} ({_error(outcome)})"
+    return f"{ratio_text(outcome['ratio'])}{mark} ({_error(outcome)})"
 
 
 def names(results: Results, *keys: str) -> list[str]:
@@ -228,7 +228,7 @@ def all_means(results: Results) -> Sheet:
             rival = rivals[title]
             some = "" if rival["cells"] == mean["cells"] else f", {rival['cells']} cells"
             mark = "†" if rival["fresh"] else ""
-            text = f"{_ratio(rival['ratio'])}{mark} ({_error(rival)}{some})"
+            text = f"{ratio_text(rival['ratio'])}{mark} ({_error(rival)}{some})"
             line.append(Text(text, _to_beat(rival) == best < math.inf))
         lines.append(line)
     headings = [*keys, "cells", "error", *titles]
@@ -242,7 +242,7 @@ def all_losses(results: Results) -> Sheet:
     lines = [
         [
             *(Text(name(loss, key)) for key in keys),
-            *(Text(_ratio(loss["ratio"])), Text(_error(loss))),
+            *(Text(ratio_text(loss["ratio"])), Text(_error(loss))),
             Text(_error(loss, " of bnfast")),
         ]
         for loss in results["losses"]
