@@ -126,6 +126,18 @@ def test_bandwidths_and_limits_are_points_without_lines():
         assert points.get_offsets().data.tolist() == [[4, 5], [100, 6], [3000, 7]]
 
 
+def test_all_bandwidths_are_within_their_axes():
+    results = made_up("batch", "layer")
+    results["rows"][-1]["limit"]["GB/s"] = 100.0  # of the last operation alone
+    for axes in axes_of("bandwidth", results):
+        (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+        x, y = np.concatenate(
+            [axes.lines[0].get_xydata(), *(c.get_offsets() for c in axes.collections)]
+        ).T
+        assert left < x.min() < x.max() < right
+        assert bottom == 0 and y.max() < top
+
+
 @pytest.mark.parametrize("parts", [("ratios",), ("bandwidth",), ("ratios", "bandwidth")], ids=str)
 def test_pictures_are_small_and_the_same_bytes_each_time(parts, tmp_path):
     results = made_up("batch", "layer")

@@ -236,6 +236,9 @@ def _draw_bandwidths(figure: SubFigure, results: Results) -> None:
             _bandwidths(grid[i, j], rows)
             several = len(normalizations) > 1
             grid[i, j].set_title(f"{normalization}, {operation}" if several else operation)
+        rows = _rows(results, normalization)
+        rates = [row[of]["GB/s"] for row in rows for of in ("bnfast", "limit") if of in row]
+        grid[i, 0].set_ylim(0, 1.1 * max(rates))  # and so the others of the line
     figure.supxlabel("MiB read and written")
     figure.supylabel("GB/s")
     handles = [_dot("0.5", "bnfast")]
@@ -269,7 +272,6 @@ def _bandwidths(axes: Axes, rows: list[Row]) -> None:
     axes.set_xlim(lowest, highest)
     _ticks(axes, [10.0**power for power in range(first, last + 1, math.ceil((last - first) / 3))])
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
