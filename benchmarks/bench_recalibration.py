@@ -129,7 +129,7 @@ def at_once(path, x, batch, new, *, of_batches):
     for layer in layers:
         for position, values in zip((3, 4), layer.after, strict=True):
             graph.set_constant(layer.normalization.node, position, values, "statistic")
-    with file.written(new):
+    with file.written(new, force=True):
         pass
     return new
 
@@ -141,7 +141,7 @@ def layer_after_layer(path, x, new):
     file, data = ModelFile(path), new.with_name("data.npy")
     np.save(data, x)
     recalibrate(file, [data], EVALUATED, new)
-    with file.written(new):
+    with file.written(new, force=True):
         pass
     return new
 

@@ -50,7 +50,16 @@ def bench(*arguments):
     """Return what the command writes as JSON."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"
-        command = [sys.executable, "-m", "bnfast", "bench", *arguments, "--json", str(path)]
+        command = [
+            sys.executable,
+            "-m",
+            "bnfast",
+            "bench",
+            *arguments,
+            "--json",
+            str(path),
+            "--force",
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return json.loads(path.read_text(encoding="utf-8"))
 

@@ -1,15 +1,19 @@
 """``python -m bnfast``, as a user calls it."""
 
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import bnfast
 from bnfast import _cli, _dtypes
+from bnfast._cli import outputs
 
 
 def run(*arguments, **keywords):
@@ -29,30 +33,166 @@ def test_info():
     assert "available: " + ", ".join(bnfast.available_isas()) in done.stdout
 
 
+def test_info_as_json_is_the_configuration():
+    config = json.loads(run("info", "--json").stdout)
+    expected = bnfast.show_config(mode="dicts")
+    assert list(config) == list(expected)
+    for name in ("bnfast", "build", "instruction sets", "caches"):
+        assert config[name] == expected[name]
+
+
 def test_version():
     assert run("--version").stdout.strip() == f"bnfast {bnfast.__version__}"
 
 
+def test_without_a_command_the_help_lists_all(capsys):
+    assert _cli.main([]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert all(f"\n  {name} " in said.out for name in _cli.COMMANDS)
+    with pytest.raises(SystemExit) as end:
+        _cli.main(["--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr() == said
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    ("called", "name"),
     [
-        *((), ("nonsense",), ("demo", "--epochs", "many"), ("demo", "--epochs", "0")),
-        *(("demo", "--seed", "-1"), ("demo", "--learning-rate", "0")),
-        *(("demo", "--dtype", "float64"), ("demo", "--fused", "--in-place")),
-        *(("demo", "--output", "plot.xyz"), ("demo", "--output", "not/a/folder/plot.png")),
+        ("/usr/local/bin/bnfast", "bnfast"),
+        ("C:/Scripts/bnfast.exe", "bnfast"),
+        ("/lib/bnfast/__main__.py", "python -m bnfast"),
     ],
 )
-def test_bad_arguments_show_the_usage(arguments, capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        _cli.main(arguments)
-    assert exit_info.value.code == 2
-    assert "usage: python -m bnfast" in capsys.readouterr().err
+def test_the_help_and_messages_name_what_was_called(called, name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [called, "demo", "--epoch", "0"])
+    assert _cli.main() == 2
+    assert capsys.readouterr().err.startswith(f"{name} demo: argument --epochs: ")
+    for arguments in (["--help"], ["info", "--help"]):
+        with pytest.raises(SystemExit):
+            _cli.main(arguments)
+        assert capsys.readouterr().out.startswith(" ".join(["usage:", name, *arguments[:-1], ""]))
 
 
-def test_the_command_ends_with_the_status_of_bad_arguments():
+def test_the_script_is_the_package():
+    pyproject = Path(__file__).parent.parent / "pyproject.toml"
+    if not pyproject.is_file():
+        pytest.skip("an installation has no pyproject.toml")
+    assert 'bnfast = "bnfast.__main__:run"' in pyproject.read_text(encoding="utf-8").splitlines()
+    code = "import sys; sys.argv[:1] = ['bnfast']; from bnfast.__main__ import run; sys.exit(run())"
+    done = subprocess.run([sys.executable, "-c", code, "nonsense"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("bnfast: argument COMMAND: ")
+
+
+@pytest.mark.parametrize("command", [None, *_cli.COMMANDS])
+def test_help_imports_nothing_that_is_slow(command):
+    code = (
+        "import sys; before = set(sys.modules); from bnfast._cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
+    )
+    arguments = ["--help"] if command is None else [command, "--help"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    imported = set(done.stdout.splitlines()[-1].split())
+    assert {"argparse", "bnfast"} <= imported
+    slow = {
+        "matplotlib",
+        "rich",
+        "sklearn",
+        "scipy",
+        "torch",
+        "onnx",
+        "onnxruntime",
+        "jax",
+        "numba",
+    }
+    assert not imported & slow
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nonsense",), "argument COMMAND: expected one of info, demo, stats, fold"),
+        (("bnech",), "got 'bnech'; did you mean 'bench'?"),
+        (("--verison",), "unknown option '--verison'; did you mean '--version'?"),
+        (("info", "--jsno"), "unknown option '--jsno'; did you mean '--json'?"),
+        (("info", "--xyzzy"), "unknown option '--xyzzy'; see python -m bnfast info --help"),
+        (("info", "more"), "unexpected argument 'more'; see python -m bnfast info --help"),
+        (("info", "-x"), "unexpected argument '-x'; see python -m bnfast info --help"),
+        # Unknown options are told before what is missing for want of them.
+        (("fold", "m.onnx", "--outptu=x"), "unknown option '--outptu'; did you mean '--output'?"),
+        (("demo", "--epochs", "many"), "--epochs: expected an integer above 0, got 'many'"),
+        (("demo", "--epochs", "0"), "--epochs: expected an integer above 0, got '0'"),
+        (("demo", "--seed", "-1"), "--seed: expected an integer of at least 0, got '-1'"),
+        (("demo", "--learning-rate", "0"), "expected a number above 0, got '0'"),
+        (("demo", "--learning-rate", "inf"), "expected a number above 0, got 'inf'"),
+        (("demo", "--dtype", "flaot32"), "got 'flaot32'; did you mean 'float32'?"),
+        (("demo", "--fused", "--in-place"), "--in-place: not allowed with argument --fused"),
+        (("demo", "--output", "p.xyz"), "expected a name that ends in .png, got 'p.xyz'"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_sentence(arguments, message, capsys):
+    assert _cli.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    command = arguments[:1] if arguments[0] in _cli.COMMANDS else ()
+    assert line.startswith(f"{' '.join(('python -m bnfast', *command))}: ") and message in line
+
+
+def test_the_process_ends_with_the_status_of_bad_arguments():
     done = run("nonsense")
     assert done.returncode == 2
-    assert "usage: python -m bnfast" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is no signal there")
+def test_ctrl_c_ends_it_in_one_line(tmp_path):
+    # It waits where it opens what nobody writes to.
+    os.mkfifo(tmp_path / "pipe.npy")
+    child = subprocess.Popen(
+        [sys.executable, "-m", "bnfast", "stats", str(tmp_path / "pipe.npy"), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with child:
+        # As soon as this opens, the other side has; then it waits for bytes.
+        with open(tmp_path / "pipe.npy", "wb"):
+            child.send_signal(signal.SIGINT)
+            printed = child.communicate(timeout=600)
+    assert printed == ("", "interrupted\n")
+    assert child.returncode == -signal.SIGINT  # what shells call 130
+
+
+def test_outputs_are_files_in_folders_that_may_be_written(tmp_path, monkeypatch, capsys):
+    def refused(path):
+        assert _cli.main(["demo", "--output", str(path)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        return line.removeprefix(f"python -m bnfast demo: {path}")
+
+    folder = tmp_path / "no" / "folder"
+    assert refused(folder / "p.png") == f": the folder {folder} does not exist"
+    (tmp_path / "folder.png").mkdir()
+    assert refused(tmp_path / "folder.png") == ": expected a file to write to, got a folder"
+    (tmp_path / "p.png").touch()
+    assert refused(tmp_path / "p.png") == " exists, and is not written over without --force"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert refused(tmp_path / "q.png") == ": cannot be written: no permission"
+
+
+def test_pipes_and_devices_have_nothing_to_lose(tmp_path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("no pipes with names")
+    os.mkfifo(tmp_path / "pipe")
+    outputs.check_output(tmp_path / "pipe", force=False)
+
+
+def test_names_of_its_own_choice_count_up(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for expected in ("plot.png", "plot_2.png", "plot_3.png"):
+        path = outputs.free_name("plot.png")
+        assert path == Path(expected)
+        path.touch()
 
 
 @pytest.mark.parametrize("arguments", [("info",), ("--version",)])
@@ -130,6 +270,7 @@ def test_the_demo_says_which_type_its_activations_have(tmp_path):
     done = run("demo", "--dtype", "bfloat16", "--epochs", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "activations of bfloat16" in " ".join(done.stdout.split())
+    assert os.listdir(tmp_path) == ["bnfast_demo.png"]
     difference = float(re.search(r"at most\s+([\d.e-]+)\s+of the largest", done.stdout)[1])
     assert 1e-4 < difference <= 2.0**-7  # a step of the type
 
@@ -164,9 +305,13 @@ def test_the_demo_names_and_compares_what_it_fuses(tmp_path, monkeypatch, option
     for package in ("sklearn", "matplotlib", "rich"):
         pytest.importorskip(package)
     monkeypatch.setenv("COLUMNS", "120")  # so that the table breaks no line
+    (tmp_path / "bnfast_demo.png").write_text("that of an earlier run")
     done = run("demo", option, "--epochs", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert called in done.stdout
+    assert str(tmp_path / "bnfast_demo_2.png") in done.stdout
+    assert (tmp_path / "bnfast_demo_2.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "bnfast_demo.png").read_text() == "that of an earlier run"
     difference = float(re.search(r"at most\s+([\d.e-]+)\s+of the largest", done.stdout)[1])
     assert difference < 1e-4
 
@@ -174,7 +319,8 @@ def test_the_demo_names_and_compares_what_it_fuses(tmp_path, monkeypatch, option
 def test_demo_trains_prints_and_plots(tmp_path):
     for package in ("sklearn", "matplotlib", "rich"):
         pytest.importorskip(package)
-    done = run("demo", "--output", "plot.png", cwd=tmp_path)
+    (tmp_path / "plot.png").touch()
+    done = run("demo", "--output", "plot.png", "--force", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path / "plot.png") in done.stdout
@@ -190,5 +336,7 @@ def test_demo_says_what_is_missing(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError('no matplotlib here')")
     done = run("demo", cwd=tmp_path)
     assert done.returncode == 1
-    assert "python -m pip install scikit-learn matplotlib rich" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr == (
+        "python -m bnfast demo: needs scikit-learn, matplotlib and rich (no matplotlib here): "
+        'python -m pip install "bnfast[demo]"\n'
+    )

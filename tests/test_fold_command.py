@@ -539,7 +539,7 @@ def test_a_model_can_be_folded_where_its_data_lies(fold):
 
 def overwriting(fold, path, message):
     before = {file: file.read_bytes() for file in Path().iterdir() if file.is_file()}
-    assert message in fold(path, fails=True)
+    assert message in fold(path, "--force", fails=True)
     assert {file: file.read_bytes() for file in Path().iterdir() if file.is_file()} == before
 
 
@@ -563,7 +563,9 @@ def test_nothing_of_the_input_is_overwritten(fold):
     np.savez("data.npz", x=np.ones((2, CHANNELS, 6, 6), np.float32))
     Path("data.npz").rename("out.onnx")
     before = Path("out.onnx").read_bytes()
-    assert "out.onnx: is what --data names" in fold("model.onnx", "--data", "out.onnx", fails=True)
+    assert "out.onnx: is what --data names" in fold(
+        "model.onnx", "--data", "out.onnx", "--force", fails=True
+    )
     assert Path("out.onnx").read_bytes() == before
 
 
@@ -571,9 +573,25 @@ def test_the_output_must_be_a_file_in_a_folder(fold, capsys):
     path = save(Builder().conv().norm().model())
     Path("out.onnx").mkdir()
     assert "out.onnx: expected a file to write to" in fold(path, fails=True)
-    with pytest.raises(SystemExit):
-        main(["fold", path, "-o", "nowhere/out.onnx"])
-    assert "the folder of nowhere/out.onnx does not exist" in capsys.readouterr().err
+    assert main(["fold", path, "-o", "nowhere/out.onnx"]) == 1
+    folder = Path("nowhere").absolute()
+    assert f"nowhere/out.onnx: the folder {folder} does not exist" in capsys.readouterr().err
+
+
+def test_a_file_that_is_there_is_written_over_by_force_alone(fold):
+    path = save(Builder().conv().norm().model())
+    Path("out.onnx").touch()
+    expected = "python -m bnfast fold: out.onnx exists, and is not written over without --force\n"
+    assert fold(path, fails=True) == expected
+    assert Path("out.onnx").read_bytes() == b""
+    fold(path, "--force")
+    check()
+    save(Builder().conv().norm().model(), save_as_external_data=True, size_threshold=0)
+    Path("out.onnx").unlink()
+    Path("out.onnx.data").touch()
+    assert "out.onnx.data exists, and is not" in fold(path, fails=True)
+    fold(path, "--force")
+    check()
 
 
 def cut(path, size):
@@ -696,10 +714,12 @@ def test_data_of_the_users_decide_where_sizes_are_open(fold):
     assert "1 of 1" in fold(path, "--data", "data.npz")
     for name, values in (("x", np.ones((2, CHANNELS, 5, 5))), ("x", np.ones(3)), ("y", np.ones(3))):
         np.savez("data.npz", **{name: values})
-        assert "onnxruntime cannot run it:" in fold(path, "--data", "data.npz", fails=True)
+        message = fold(path, "--data", "data.npz", "--force", fails=True)
+        assert "onnxruntime cannot run it:" in message
     np.save("data.npy", np.ones(3))
     for wrong in ("data.npy", "nowhere.npz", path):
-        assert f"{wrong}: cannot be read:" in fold(path, "--data", wrong, fails=True)
+        message = fold(path, "--data", wrong, "--force", fails=True)
+        assert f"{wrong}: cannot be read:" in message
 
 
 def test_a_model_without_batch_norm_is_copied(fold):
@@ -712,7 +732,7 @@ FULL_DISK = """
 import resource, sys
 from bnfast._cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
-sys.exit(main(["fold", "model.onnx", "-o", "out.onnx"]))
+sys.exit(main(["fold", "model.onnx", "-o", "out.onnx", "--force"]))
 """
 
 
@@ -737,7 +757,9 @@ def test_what_is_missing_is_named_with_the_command_that_installs_it(capsys, monk
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     assert main(["fold", "model.onnx", "-o", "out.onnx"]) == 1
-    assert "python -m pip install onnx onnxruntime rich" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m bnfast fold: needs onnx, onnxruntime and rich (")
+    assert line.endswith('): python -m pip install "bnfast[onnx]"')
 
 
 def as_double(model):

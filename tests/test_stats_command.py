@@ -146,7 +146,10 @@ def test_saved_statistics_are_merged_again_and_again(numbers, stats, rng):
     np.save("a.npy", x[:100])
     np.save("b.npy", x[100:])
     stats("a.npy", "--save", "all.npz")
-    stats("all.npz", "b.npy", "--save", "all.npz")
+    arguments = ("all.npz", "b.npy", "--save", "all.npz")
+    assert "all.npz exists, and is not written over" in stats(*arguments, fails=True)
+    assert bnfast.Summary.load("all.npz").count == 100
+    stats(*arguments, "--force")
     check(numbers("all.npz"), x, 1)
     assert bnfast.Summary.load("all.npz").count == 600
     assert sorted(os.listdir()) == ["a.npy", "all.npz", "b.npy"]
@@ -265,18 +268,26 @@ def test_other_channels_than_those_of_the_first_file(stats, numbers, rng, capsys
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        *(["x.npy", "--axis", "one"], [], ["x.npy", "--json", "--normalize"]),
-        *(["x.npy", "--save", "x.npy"], ["x.npy", "--save", "no/folder.npz"]),
-        *(["x.npy", "--divide-by", "0"], ["x.npy", "--convert", "CMYK"]),
+        (["--axis", "one"], "argument --axis: expected integers with commas between them, or none"),
+        (["--json", "--normalize"], "--normalize: not allowed with argument --json"),
+        (["--save", "x.npy"], "argument --save: expected a name that ends in .npz, got 'x.npy'"),
+        (["--divide-by", "0"], "argument --divide-by: expected a number above 0, got '0'"),
+        (["--convert", "CMYK"], "argument --convert: expected one of L, RGB, RGBA, got 'CMYK'"),
+        (["--convert", "rgb"], "got 'rgb'; did you mean 'RGB'?"),
     ],
 )
-def test_bad_arguments_show_the_usage(arguments, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["stats", *arguments])
-    assert end.value.code == 2
-    assert "usage: python -m bnfast stats" in capsys.readouterr().err
+def test_bad_arguments_are_refused_in_one_sentence(arguments, message, capsys):
+    assert main(["stats", "x.npy", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m bnfast stats: ") and message in line
+
+
+def test_a_path_is_needed(capsys):
+    assert main(["stats"]) == 2
+    expected = "python -m bnfast stats: the following arguments are required: PATH\n"
+    assert capsys.readouterr().err == expected
 
 
 def layers(text):
@@ -383,7 +394,8 @@ def test_what_is_missing_is_named_with_the_command_that_installs_it(
     Path("x/zarr.json").touch()
     installed = {"PIL": "pillow"}.get(package, package)
     message = stats(*arguments, fails=True, table=package == "rich")
-    assert f"python -m pip install {installed}" in message
+    assert message.startswith(f"python -m bnfast stats: needs {installed} for ")
+    assert message.endswith('): python -m pip install "bnfast[stats]"\n')
     if package == "rich":
         assert json.loads(stats("x.npy", "--json"))["count"] == [3, 3, 3]
 

@@ -1,4 +1,4 @@
-"""``python -m bnfast``."""
+"""``python -m bnfast``, and the script ``bnfast``."""
 
 import errno
 import os
@@ -7,11 +7,16 @@ import sys
 from bnfast._cli import main
 
 
-def _run() -> int:
-    """Run one command.
+def _say_interrupted(*about: object) -> None:
+    print("interrupted", file=sys.stderr)
+
+
+def run() -> int:
+    """Run one command, as the whole of a process.
 
     Where what reads its output has left (``| head -1``), it ends without a word; where a disk is
-    full, with one line.
+    full, with one line. So it does at Ctrl-C: as a program that this signal has ended, which a
+    shell calls status 130, and for which it ends its loop.
     """
     try:
         try:
@@ -27,7 +32,10 @@ def _run() -> int:
         # Python flushes once more at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        sys.excepthook = _say_interrupted
+        raise
 
 
 if __name__ == "__main__":
-    sys.exit(_run())
+    sys.exit(run())

@@ -6,6 +6,7 @@ difference they make.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
@@ -22,6 +23,7 @@ from bnfast import BatchNorm, _dtypes
 from bnfast._cli import digits
 from bnfast._cli.bench.rivals import numpy_formulas
 from bnfast._cli.digits import Network, Normalization, float32
+from bnfast._cli.outputs import check_output, free_name
 from bnfast._typing import Array
 
 BATCH = 64
@@ -131,10 +133,13 @@ CALLED: Mapping[str | None, str] = {
 }
 
 
-def run(
-    epochs: int, learning_rate: float, seed: int, output: Path, dtype: str, fused: str | None
-) -> int:
+def run(options: Namespace) -> int:
     """Train both networks, print the table, write the plot; return the exit status."""
+    epochs, learning_rate, seed = options.epochs, options.learning_rate, options.seed
+    dtype, fused = options.dtype, options.fused
+    # Plots of earlier runs stay, to be compared with.
+    output = options.output or free_name("bnfast_demo.png")
+    check_output(output, options.force)
     console = Console()
     data = digits.load()
     stopwatch = Stopwatch()

@@ -34,6 +34,9 @@ from bnfast._cli.bench.workloads import ALL_LAYOUTS, name_of
 Results = dict[str, Any]
 Row = dict[str, Any]
 
+# A contender whose quartiles are further apart than twice this part of its median was disturbed.
+WIDE_SPREAD = 0.2
+
 
 class Text(NamedTuple):
     """A cell of a table."""
@@ -129,7 +132,7 @@ def _outcome(outcome: Row) -> str:
     if "not offered" in outcome:
         return "—"
     mark = "†" if outcome.get("fresh") else ""
-    return f"{ratio_text(outcome['ratio'])}{mark} ({_error(outcome)})"
+    return f"{ratio_text(outcome['ratio'])}{mark} ±{outcome['spread']:.0%} ({_error(outcome)})"
 
 
 def names(results: Results, *keys: str) -> list[str]:
@@ -184,7 +187,7 @@ def all_cells(results: Results) -> Sheet:
                 ),
             ]
         )
-    title = "Times of the rivals as multiples of bnfast's (and largest errors)"
+    title = "Times of the rivals as multiples of bnfast's, ± (and largest errors)"
     return Sheet(title, len(keys), headings, lines)
 
 
@@ -289,6 +292,37 @@ def _begin(results: Results) -> list[str]:
     return lines
 
 
+def is_loaded(load: Row | None) -> bool:
+    """Return whether more work waits for the processors than they can do."""
+    return load is not None and bool(load["average"] > load["processors"])
+
+
+def in_words(load: Row) -> str:
+    """Return how much work waits for the processors."""
+    return f"a load average of {load['average']:.1f} on {load['processors']} processors"
+
+
+def _disturbed(results: Results) -> list[str]:
+    """Return what shows that other work went on; in some regimes that is the intention."""
+    if REGIMES[results["regime"]].tail:
+        return []
+    spreads = [
+        outcome["spread"]
+        for row in results["rows"]
+        for outcome in (row["bnfast"], *row["rivals"].values())
+        if "spread" in outcome
+    ]
+    wide = sum(spread > WIDE_SPREAD for spread in spreads)
+    signs = [f"{in_words(results['load'])} before the run"] * is_loaded(results["load"])
+    if wide:
+        signs.append(f"± above {WIDE_SPREAD:.0%} in {wide} of {len(spreads)} measurements")
+    if not signs:
+        return []
+    return [
+        f"The machine was busy with other work, so that times are uncertain: {'; '.join(signs)}."
+    ]
+
+
 def notes(results: Results) -> list[str]:
     """Return what must be known to read the tables: the machine, the versions, the failures."""
     machine, versions = results["machine"], dict(results["versions"])
@@ -316,9 +350,11 @@ def notes(results: Results) -> list[str]:
         + f"; {results['dtype']}, {threads}, {writes}.",
         ", ".join(f"{title} {version}" for title, version in versions.items()) + ".",
         f"Made by `{results['command']}`.",
-        "Medians of calls in turn, and half the distance of their quartiles; above 1 bnfast is "
-        "faster; errors are the largest against float64; the best rival is marked.",
+        "Medians of calls in turn; ± is half the distance of their quartiles, as a part of the "
+        "median; above 1 bnfast is faster; errors are the largest against float64; the best rival "
+        "is marked.",
     ]
+    lines += _disturbed(results)
     if regime.note:
         lines.insert(0, regime.note)
     if regime.limit and set(results["normalizations"]) - {"moments"}:

@@ -22,7 +22,6 @@ from bnfast._cli.bench.normalizations import NORMALIZATIONS, called, exact_resul
 from bnfast._cli.bench.regime import REGIMES
 from bnfast._cli.bench.rivals import (
     Contender,
-    NotInstalled,
     NotOffered,
     Rival,
     choose,
@@ -31,12 +30,13 @@ from bnfast._cli.bench.rivals import (
 )
 from bnfast._cli.bench.timing import Timing, take_turns
 from bnfast._cli.bench.workloads import LAYOUTS, Shape, name_of, parse
+from bnfast._cli.failure import Failure
 
 # Seconds of taking turns for each cell, beside the making of its data and its exact result.
 BUDGET, QUICK_BUDGET = 2.5, 0.3
 
 
-class NothingToMeasure(Exception):
+class NothingToMeasure(Failure):
     """A normalization that was asked for is left without a cell; the message says why."""
 
 
@@ -139,6 +139,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def load() -> dict[str, Any] | None:
+    """Return how much work of all programs waited in the last minute, where the system tells."""
+    try:
+        return {"average": os.getloadavg()[0], "processors": os.cpu_count() or 1}
+    except (AttributeError, OSError):  # AttributeError: Windows
+        return None
+
+
 def measure(
     selection: Selection,
     rivals: dict[str, Rival | str],
@@ -150,6 +158,7 @@ def measure(
     `rivals` are those that are ready, by the title of their columns, or why they are not;
     `progress` is told of each cell before it is measured.
     """
+    before = load()
     bnfast.set_num_threads(selection.threads)
     seconds = budget or (QUICK_BUDGET if selection.quick else BUDGET)
     rows = []
@@ -167,6 +176,7 @@ def measure(
     return {
         "command": selection.command(),
         "machine": machine(),
+        "load": before,
         "versions": {"Python": platform.python_version(), "bnfast": bnfast.__version__},
         "rivals": versions,
         "normalizations": list(selection.normalizations),
@@ -317,12 +327,14 @@ def ready(selection: Selection) -> dict[str, Rival | str]:
 
 def run(selection: Selection, json: Path | None, markdown: Path | None, plot: Path | None) -> int:
     """Measure, print the table and write the files; return the exit status."""
-    try:
-        total = selection.count_cells()
-        rivals = ready(selection)
-    except (NothingToMeasure, NotInstalled) as error:
-        print(error, file=sys.stderr)
-        return 1
+    total = selection.count_cells()
+    waiting = load()
+    if waiting is not None and report.is_loaded(waiting):
+        print(
+            f"this machine is busy: {report.in_words(waiting)}; times will be uncertain",
+            file=sys.stderr,
+        )
+    rivals = ready(selection)
     with report.progress_bar(total) as progress:
         results = measure(selection, rivals, progress)
     if json is not None:
@@ -340,7 +352,7 @@ def run(selection: Selection, json: Path | None, markdown: Path | None, plot: Pa
         packages = dict.fromkeys(name for peer in absent for name in peer.missing())
         print(
             f"Not compared with {', '.join(peer.title for peer in absent)}, for want of: "
-            f'{", ".join(packages)}. All come, in a clone, with: python -m pip install ".[bench]"',
+            f'{", ".join(packages)}. All come with: python -m pip install "bnfast[bench]"',
             file=sys.stderr,
         )
     return 0

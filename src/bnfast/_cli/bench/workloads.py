@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 
+from bnfast._cli.failure import did_you_mean
+
 Shape = tuple[
     int, ...
 ]  # channels second, however the layout has it; rows, tables, weights as they are
@@ -114,6 +116,9 @@ def parse(text: str) -> tuple[Shape, ...]:
             continue
         sizes = name.split("x")
         if len(sizes) < 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
-            raise ValueError(f"{name!r} is neither NxC, NxCxHxW nor one of: {', '.join(SETS)}")
+            raise ValueError(
+                f"{name!r} is neither NxC, NxCxHxW nor one of: {', '.join(SETS)}"
+                f"{did_you_mean(name, SETS)}"
+            )
         shapes.append(tuple(map(int, sizes)))
     return tuple(dict.fromkeys(shapes))

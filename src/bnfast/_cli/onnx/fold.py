@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,18 +18,9 @@ from bnfast._cli.onnx.text_table import text_table
 
 def run(options: Namespace) -> int:
     """Fold a model, compare, write and print; return the exit status."""
-    try:
-        text = _folded(options.model, options.output, options.data, options.tolerance)
-    except Failure as failure:
-        print(f"python -m bnfast fold: {failure}", file=sys.stderr)
-        return 1
-    print(text)
-    return 0
-
-
-def _folded(path: Path, output: Path, data: Path | None, tolerance: float | None) -> str:
+    path, output, data = options.model, options.output, options.data
     file = ModelFile(path)
-    file.check_output(output)
+    file.check_output(output, options.force)
     if data is not None and data.exists() and output.exists() and data.samefile(output):
         raise Failure(f"{output}: is what --data names, which is not overwritten")
     original = Session(path, str(path))
@@ -41,20 +30,21 @@ def _folded(path: Path, output: Path, data: Path | None, tolerance: float | None
     del original
     _check_outputs(before, f"{path} with {data or 'random inputs'}", hint)
     verdicts = fold_all(file)
-    with file.written(output) as part:
+    with file.written(output, options.force) as part:
         after = Session(part, f"{path}, folded").run(inputs)
 
         @cache
         def optimized() -> dict[str, Any]:
             return Session(path, str(path), optimized=True).run(inputs)
 
-        difference = _compared(before, after, optimized, tolerance)
+        difference = _compared(before, after, optimized, options.tolerance)
     folded = sum(verdict.folded for verdict in verdicts)
     summary = (
         f"{folded} of {len(verdicts)} batch norms folded. Outputs differ by at most {difference}. "
         f"The model is in {output}."
     )
-    return f"{_table(verdicts)}\n\n{summary}" if verdicts else summary
+    print(f"{_table(verdicts)}\n\n{summary}" if verdicts else summary)
+    return 0
 
 
 def _check_outputs(outputs: dict[str, Any], run: str, hint: str) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from bnfast._cli.failure import Failure
 from bnfast._cli.onnx import report
 from bnfast._cli.onnx.folds import Verdict, fold_all
 from bnfast._cli.onnx.health import unusual
@@ -66,14 +64,10 @@ def _layer(one: Normalization, file: ModelFile, verdict: Verdict | None) -> Laye
 
 def run(options: Namespace) -> int:
     """Print what a model has, and draw it; return the exit status."""
-    try:
-        show = report.showing(options.json, report.layers_as_json, report.layers_as_table)
-        draw = report.drawing(options.plot)
-        layers = layers_of(options.model)
-        text = show(options.model, layers)
-        draw(layers)
-    except Failure as failure:
-        print(f"python -m bnfast inspect: {failure}", file=sys.stderr)
-        return 1
+    show = report.showing(options.json, report.layers_as_json, report.layers_as_table)
+    draw = report.drawing(options.plot)
+    layers = layers_of(options.model)
+    text = show(options.model, layers)
+    draw(layers)
     print(text)
     return 0

@@ -16,6 +16,7 @@ from onnx import ModelProto, TensorProto, checker, numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 from bnfast._cli.failure import Failure, cannot_be_read, reason_of
+from bnfast._cli.outputs import check_output
 from bnfast._typing import Array
 
 # From this one on BatchNormalization evaluates, unless it has more outputs or training_mode=1.
@@ -106,8 +107,8 @@ class ModelFile:
             )
         return content
 
-    def check_output(self, output: Path) -> None:
-        """Refuse to write over what this model was read from, or over anything but a file."""
+    def check_output(self, output: Path, force: bool) -> None:
+        """Refuse to write over what this model was read from, over what is no file, or is one."""
         data = self._data_files()
         own = {self.path, *data}
         for path in (output, _data_file(output)) if data else (output,):
@@ -117,6 +118,7 @@ class ModelFile:
                 raise Failure(f"{path}: expected a file to write to, got something else")
             if any(file.exists() and path.samefile(file) for file in own):
                 raise Failure(f"{path}: belongs to {self.path}, which is not overwritten")
+            check_output(path, force)
 
     def _data_files(self) -> set[Path]:
         """Return the files with the external data of this model."""
@@ -129,7 +131,7 @@ class ModelFile:
         }
 
     @contextmanager
-    def written(self, output: Path) -> Iterator[Path]:
+    def written(self, output: Path, force: bool) -> Iterator[Path]:
         """Write the model as it is now; it is in place after the ``with`` block ended well.
 
         External data stay external, all in one file: ``output`` with ``.data`` appended.
@@ -137,7 +139,9 @@ class ModelFile:
         Parameters
         ----------
         output : Path
-            Where it is in the end; a file there is replaced.
+            Where it is in the end.
+        force : bool
+            Replace a file that is there, rather than refuse.
 
         Yields
         ------
@@ -149,7 +153,7 @@ class ModelFile:
         Failure
             Where it cannot be written; what was at `output` is then still there.
         """
-        self.check_output(output)
+        self.check_output(output, force)
         try:
             folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
         except OSError as error:

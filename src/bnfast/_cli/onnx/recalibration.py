@@ -125,17 +125,13 @@ def recalibrate(file: ModelFile, paths: Sequence[Path], batch: int, output: Path
 
 def run(options: Namespace) -> int:
     """Recalibrate a model, write it and print what changed; return the exit status."""
-    try:
-        show = report.showing(options.json, report.changes_as_json, report.changes_as_table)
-        file = ModelFile(options.model)
-        file.check_output(options.output)
-        done = recalibrate(file, options.data, options.batch, options.output)
-        text = show(options.model, done)
-        with file.written(options.output):
-            pass
-    except Failure as failure:
-        print(f"python -m bnfast recalibrate: {failure}", file=sys.stderr)
-        return 1
+    show = report.showing(options.json, report.changes_as_json, report.changes_as_table)
+    file = ModelFile(options.model)
+    file.check_output(options.output, options.force)
+    done = recalibrate(file, options.data, options.batch, options.output)
+    text = show(options.model, done)
+    with file.written(options.output, options.force):
+        pass
     for reason in done.left:
         print(f"left as it is: {reason}", file=sys.stderr)
     print(text)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnfast._cli.failure import Failure, reason_of
+from bnfast._cli.failure import Failure, missing, reason_of
 from bnfast._cli.onnx.health import MEANINGS
 from bnfast._typing import Array
 
@@ -31,7 +31,7 @@ def showing(
     try:
         import rich  # noqa: F401
     except ImportError as error:
-        raise Failure("tables need rich: python -m pip install rich; or see --json") from error
+        raise missing("rich for tables, unlike --json", "onnx", error) from error
     return table_of
 
 
@@ -42,7 +42,7 @@ def drawing(path: Path | None) -> Callable[[Sequence[Layer]], None]:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise Failure("plots need matplotlib: python -m pip install matplotlib") from error
+        raise missing("matplotlib for --plot", "onnx", error) from error
     return lambda layers: _plot(layers, path)
 
 

@@ -17,7 +17,7 @@ from numpy.lib import format as npy
 
 from bnfast import summary
 from bnfast._boxes import Box, boxes
-from bnfast._cli.failure import Failure, cannot_be_read
+from bnfast._cli.failure import Failure, cannot_be_read, missing
 from bnfast._cli.stats.source import (
     UNITS,
     Advance,
@@ -247,7 +247,7 @@ def open_zarr(path: Path, members: Sequence[str], axis: Axis) -> Iterator[Open]:
     try:
         import zarr
     except ImportError as error:
-        raise Failure(f"{path}: zarr is missing: python -m pip install zarr") from error
+        raise missing(f"zarr for {path}", "stats", error) from error
     try:
         node = zarr.open(str(path), mode="r")
         arrays = None if isinstance(node, zarr.Array) else dict(_arrays_of(node))

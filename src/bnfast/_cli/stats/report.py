@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bnfast._cli.failure import Failure
+from bnfast._cli.failure import Failure, missing
 from bnfast._cli.stats.source import Advance, DataSet, Source
 from bnfast.statistics import Summary
 
@@ -67,7 +67,7 @@ def showing(form: str, divide_by: float | None) -> Callable[[DataSet], str]:
     try:
         import rich  # noqa: F401
     except ImportError as error:
-        raise Failure("tables need rich: python -m pip install rich; or see --json") from error
+        raise missing("rich for tables, unlike --json", "stats", error) from error
     return as_table
 
 

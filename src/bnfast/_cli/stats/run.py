@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 
-from bnfast._cli.failure import Failure, cannot_be_read
+from bnfast._cli.failure import Failure, cannot_be_read, missing
 from bnfast._cli.stats import arrays, report
 from bnfast._cli.stats.source import Axis, DataSet, LeftOut, Open, Source
 from bnfast.statistics import Summary
@@ -77,7 +76,7 @@ def _open_images(paths: list[Path], convert: str | None, axis: Axis, left_out: L
     try:
         from bnfast._cli.stats.images import Images
     except ImportError as error:
-        raise Failure("images need pillow: python -m pip install pillow") from error
+        raise missing("pillow for images", "stats", error) from error
     return Images(paths, convert, axis, left_out)
 
 
@@ -164,18 +163,14 @@ def _save(statistics: Summary, path: Path) -> None:
 def run(options: Namespace) -> int:
     """Read everything, write and print; return the exit status."""
     left_out = LeftOut(options.skip)
-    try:
-        show = report.showing(options.form, options.divide_by)
-        # Readers of zarr and of images warn of what they read, in lines of code.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            data = _read(_open_all(options, left_out), options.finite, left_out)
-        text = show(data)
-        if options.save is not None:
-            _save(data.statistics, options.save)
-    except Failure as failure:
-        print(f"python -m bnfast stats: {failure}", file=sys.stderr)
-        return 1
+    show = report.showing(options.form, options.divide_by)
+    # Readers of zarr and of images warn of what they read, in lines of code.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = _read(_open_all(options, left_out), options.finite, left_out)
+    text = show(data)
+    if options.save is not None:
+        _save(data.statistics, options.save)
     report.print_left_out(left_out.reasons)
     print(text)
     return 0

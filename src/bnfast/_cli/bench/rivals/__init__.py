@@ -13,6 +13,7 @@ import numpy as np
 
 from bnfast import _dtypes
 from bnfast._cli.bench.cell import Cell, mean_and_std
+from bnfast._cli.failure import Failure
 from bnfast._typing import Array
 
 
@@ -137,7 +138,7 @@ PEERS = {
 VIEW = Peer("bnfast view", "bnfast_view", "ChannelsLastView", ("bnfast",))
 
 
-class NotInstalled(Exception):
+class NotInstalled(Failure):
     """A rival that was asked for by name is missing; the message says how to get it."""
 
 
@@ -159,8 +160,8 @@ def choose(names: tuple[str, ...] | None, normalizations: Iterable[str]) -> dict
     if absent:
         packages = list(dict.fromkeys(package for group in absent.values() for package in group))
         raise NotInstalled(
-            f"not installed: {', '.join(absent)}\n"
-            f"Get {'it' if len(absent) == 1 else 'them'} with: "
+            f"not installed: {', '.join(absent)}: all rivals come with the extra bench, "
+            f"{'this one' if len(absent) == 1 else 'these'} with: "
             f"python -m pip install {' '.join(packages)}"
         )
     return chosen
