@@ -118,6 +118,7 @@ def test_help_imports_nothing_that_is_slow(command):
         (("--verison",), "unknown option '--verison'; did you mean '--version'?"),
         (("info", "--jsno"), "unknown option '--jsno'; did you mean '--json'?"),
         (("info", "--xyzzy"), "unknown option '--xyzzy'; see python -m bnfast info --help"),
+        (("demo", "--nope"), "unknown option '--nope'; see python -m bnfast demo --help"),
         (("info", "more"), "unexpected argument 'more'; see python -m bnfast info --help"),
         (("info", "-x"), "unexpected argument '-x'; see python -m bnfast info --help"),
         # Unknown options are told before what is missing for want of them.

@@ -173,7 +173,7 @@ def test_the_batch_changes_nothing(recalibrate, rng):
     model, x = network(rng), images(rng, 33)
     results = []
     for batch in (1, 7, 33, 100):
-        new, _, _ = recalibrate(model, x, "--batch", batch)
+        new, _, _ = recalibrate(model, x, "--batch", batch, "--force")
         results.append(initializers(new))
     for result in results[1:]:
         for name, array in results[0].items():

@@ -30,9 +30,12 @@ def cannot_be_read(name: str, error: Exception) -> Failure:
 
 
 def did_you_mean(given: str, possible: Iterable[str]) -> str:
-    """Return the question for the closest of what is possible, or nothing where none is close."""
-    of_lower = {word.lower(): word for word in possible}
-    close = get_close_matches(given.lower(), of_lower, n=1)
+    """Return the question for the closest of what is possible, or nothing where none is close.
+
+    Upper case and the dashes of options make nothing closer.
+    """
+    of_lower = {word.lower().lstrip("-"): word for word in possible}
+    close = get_close_matches(given.lower().lstrip("-"), of_lower, n=1)
     return f"; did you mean {of_lower[close[0]]!r}?" if close else ""
 
 
