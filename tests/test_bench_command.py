@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -757,6 +758,56 @@ def test_the_usual_regimes_say_nothing_of_percentiles(run):
         assert not regime.REGIMES[name].about()
         text = json.dumps(results) + run.report.markdown(results)
         assert "p95" not in text and "percentile" not in text and "Regime" not in text
+
+
+@pytest.mark.parametrize("name", ["out", "busy"])
+def test_the_report_says_what_shows_that_the_machine_was_busy(run, name, monkeypatch):
+    monkeypatch.setattr(regime, "allowed_threads", lambda: 1)
+    monkeypatch.setattr(run, "load", lambda: {"average": 1.5, "processors": 2})
+    selection = run.Selection(
+        operations=("training",), layouts=("nchw",), shapes="3x4x5x5,2x8", regime=name, quick=True
+    )
+    results = run.measure(selection, {"NumPy": numpy_formulas.NumPyFormulas(1)}, budget=1e-9)
+    assert results["load"] == {"average": 1.5, "processors": 2}
+
+    def said(average, *spreads):
+        results["load"] = average and {"average": average, "processors": 2}
+        outcomes = [r for row in results["rows"] for r in (row["bnfast"], row["rivals"]["NumPy"])]
+        for outcome, spread in zip(outcomes, spreads, strict=True):
+            outcome["spread"] = spread
+        found = [note for note in run.report.notes(results) if "busy with other work" in note]
+        return [note.partition("uncertain: ")[2] for note in found]
+
+    loaded, wide = "a load average of 2.1 on 2 processors before the run", "± above 20% in 2 of 4"
+    for average, spreads, signs in (
+        (2.0, (0.1, 0.2, 0.0, 0.2), []),
+        (None, (0.1, 0.2, 0.0, 0.2), []),
+        (2.1, (0.1, 0.2, 0.0, 0.2), [f"{loaded}."]),
+        (2.0, (0.1, 0.21, 0.3, 0.2), [f"{wide} measurements."]),
+        (2.1, (0.1, 0.21, 0.3, 0.2), [f"{loaded}; {wide} measurements."]),
+    ):
+        assert said(average, *spreads) == (signs if name == "out" else [])
+
+
+def test_a_busy_machine_is_told_before_anything_is_measured(run, monkeypatch, capsys):
+    def end(selection):
+        raise run.NothingToMeasure("enough")
+
+    monkeypatch.setattr(run, "ready", end)
+    for average, told in ((1.9, False), (2.5, True)):
+        monkeypatch.setattr(run, "load", lambda a=average: {"average": a, "processors": 2})
+        assert _cli.main(["bench"]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        warning = "this machine is busy: a load average of 2.5 on 2 processors; times will be "
+        assert lines == [f"{warning}uncertain"] * told + ["python -m bnfast bench: enough"]
+
+
+def test_a_system_that_tells_no_load_is_measured_all_the_same(run, monkeypatch):
+    if hasattr(os, "getloadavg"):
+        assert run.load()["average"] >= 0 and run.load()["processors"] == os.cpu_count()
+    monkeypatch.delattr(os, "getloadavg", raising=False)
+    assert run.load() is None
+    assert run.report.overload(None) == ""
 
 
 def test_a_network_has_the_shapes_of_resnet18(run):

@@ -93,6 +93,7 @@ class Regime:
     turn: float | None = None  # seconds of a turn; None: as `timing.py` has it
     limit: bool = True  # what moves memory alone is measured beside them
     tail: bool = False  # the report shows the 95th percentile, too
+    busy: bool = False  # other work goes on by intention
     shapes: Mapping[str, str] = field(default_factory=dict)  # unless asked for others, by norm
     beside: tuple[Peer, ...] = ()  # who is measured, whoever the rivals are
 
@@ -133,5 +134,6 @@ REGIMES = {
         turn=BUSY_TURN,
         limit=False,  # a copy that waits for a thread is none
         tail=True,
+        busy=True,
     ),
 }

@@ -292,19 +292,16 @@ def _begin(results: Results) -> list[str]:
     return lines
 
 
-def is_loaded(load: Row | None) -> bool:
-    """Return whether more work waits for the processors than they can do."""
-    return load is not None and bool(load["average"] > load["processors"])
-
-
-def in_words(load: Row) -> str:
-    """Return how much work waits for the processors."""
+def overload(load: Row | None) -> str:
+    """Return in words that more work waits than the processors can do, or nothing."""
+    if load is None or load["average"] <= load["processors"]:
+        return ""
     return f"a load average of {load['average']:.1f} on {load['processors']} processors"
 
 
 def _disturbed(results: Results) -> list[str]:
-    """Return what shows that other work went on; in some regimes that is the intention."""
-    if REGIMES[results["regime"]].tail:
+    """Return what shows that other work went on, unless that was the intention."""
+    if REGIMES[results["regime"]].busy:
         return []
     spreads = [
         outcome["spread"]
@@ -313,7 +310,9 @@ def _disturbed(results: Results) -> list[str]:
         if "spread" in outcome
     ]
     wide = sum(spread > WIDE_SPREAD for spread in spreads)
-    signs = [f"{in_words(results['load'])} before the run"] * is_loaded(results["load"])
+    signs = []
+    if waiting := overload(results["load"]):
+        signs.append(f"{waiting} before the run")
     if wide:
         signs.append(f"± above {WIDE_SPREAD:.0%} in {wide} of {len(spreads)} measurements")
     if not signs:

@@ -328,12 +328,8 @@ def ready(selection: Selection) -> dict[str, Rival | str]:
 def run(selection: Selection, json: Path | None, markdown: Path | None, plot: Path | None) -> int:
     """Measure, print the table and write the files; return the exit status."""
     total = selection.count_cells()
-    waiting = load()
-    if waiting is not None and report.is_loaded(waiting):
-        print(
-            f"this machine is busy: {report.in_words(waiting)}; times will be uncertain",
-            file=sys.stderr,
-        )
+    if waiting := report.overload(load()):
+        print(f"this machine is busy: {waiting}; times will be uncertain", file=sys.stderr)
     rivals = ready(selection)
     with report.progress_bar(total) as progress:
         results = measure(selection, rivals, progress)
