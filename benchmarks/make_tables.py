@@ -35,7 +35,7 @@ PICTURES = (
     ("ratios", "", "Times of other libraries as multiples of bnfast's, a dot for each cell"),
     ("bandwidth", "_bandwidth", "Bandwidth of bnfast, and the limit of the memory, by size"),
 )
-RATIOS = "Times of the rivals as multiples of bnfast's time (and largest errors):"
+RATIOS = "Times of the rivals as multiples of bnfast's time, ± (and largest errors):"
 ROOT = Path(__file__).parent.parent
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 NOTES = DOCS / "notes.md"
