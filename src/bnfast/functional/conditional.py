@@ -213,7 +213,7 @@ def conditional_batch_norm_backward(
         dx         = invstd * (g - mean(g) - xhat * mean(g * xhat))    in training
         dx         = invstd * g                                        in evaluation
 
-    Of float64 data, dweight has what one float64 holds of the mean: it loses |mean| / std ulps.
+    Of float64 data, dweight has what one float64 holds of the mean: it loses ``|mean| / std`` ulps.
 
     References
     ----------

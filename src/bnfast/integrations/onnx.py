@@ -273,6 +273,7 @@ class MeanVarianceNormalization(_Norm):
         return (_rounded(undo(y), x.dtype),)
 
 
+#: The operators, for the ``new_ops`` of a ``ReferenceEvaluator``.
 NORM_OPS: list[type[_Norm]] = [
     BatchNormalization,
     InstanceNormalization,

@@ -1,0 +1,172 @@
+"""How Sphinx makes a site of the pages of this folder.
+
+    python -m pip install ".[docs]"
+    python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+The pages are read in the repository, too. `README.md` is the map of both readings: each of its
+headings becomes a caption of the site's navigation, each of its bullets a page.
+"""
+
+import argparse
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
+
+from docutils import nodes
+from sphinx.ext.autodoc.mock import mock
+from sphinx.util.docutils import SphinxDirective
+from sphinx.util.inspect import stringify_signature
+
+import bnfast
+from bnfast import _cli, integrations
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+
+project = "bnfast"
+author = "bnfast developers"
+project_copyright = author
+version = release = bnfast.__version__
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc", "myst_parser"]
+source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
+exclude_patterns = ["_build", "README.md"]
+templates_path = ["_templates"]
+default_role = "py:obj"
+highlight_language = "text"
+
+myst_heading_anchors = 4  # named as in the repository
+
+autodoc_typehints = "none"  # numpydoc's sections say more
+autodoc_member_order = "bysource"
+numpydoc_show_class_members = False  # the template of classes shows them
+
+html_theme = "furo"
+html_title = f"bnfast {release}"
+html_static_path = ["_static"]
+html_css_files = ["bnfast.css"]
+html_copy_source = False
+html_show_sphinx = False
+
+# Pages that lie elsewhere in the repository, and the pages of the site that include them.
+INCLUDED = {
+    "README.md": "site/start.md",
+    "docs/README.md": "index.md",
+    "benchmarks/README.md": "site/measuring.md",
+    "examples": "site/examples.md",
+    "CHANGELOG.md": "site/changelog.md",
+    "CONTRIBUTING.md": "site/contributing.md",
+}
+CODE_OR_LINK = re.compile(r"^```.*?^```$|`[^`]+`|\]\((?P<link>[^)\s]+)\)", re.DOTALL | re.MULTILINE)
+BULLET = re.compile(r"^- \[[^\]]+\]\(([^)#\s]+)\)", re.MULTILINE)
+
+# The libraries of `bnfast.integrations`, which need not be there: stand-ins do.
+PEERS = ["autograd", "dask", "keras", "onnx", "scipy", "sklearn", "thinc", "torch"]
+
+
+def import_integrations():
+    """Import the modules of `bnfast.integrations` with stand-ins for the libraries."""
+    with mock(PEERS):
+        import keras.config
+        import thinc.layers
+        import torch
+
+        # What the modules look at while they are imported.
+        keras.config.backend = lambda: "numpy"
+        thinc.layers.layernorm = SimpleNamespace(forward=lambda model, X, is_train: None)
+        torch.Tensor = type("Tensor", (), {})
+        for module in pkgutil.iter_modules(integrations.__path__):
+            importlib.import_module(f"bnfast.integrations.{module.name}")
+
+
+def in_site(link, page):
+    """Return where a link of a page of the repository leads in the site, from the folder docs."""
+    path, hash_sign, anchor = link.partition("#")
+    if not path or "://" in link or link.startswith("mailto:"):
+        return link
+    target = (page.parent / path).resolve().relative_to(ROOT).as_posix()
+    if target in INCLUDED:
+        target = f"docs/{INCLUDED[target]}"
+    elif target.startswith("examples/"):
+        target, hash_sign = f"docs/{INCLUDED['examples']}", "#"
+        anchor = PurePosixPath(path).name.replace(".", "")
+    path = target.removeprefix("docs/") if target.startswith("docs/") else f"../{target}"
+    return f"/{path}{hash_sign}{anchor}"
+
+
+def lead_links_into_the_site(text, page):
+    """Return the text of a page with its links, but not what looks like links in its code."""
+
+    def led(match):
+        link = match["link"]
+        return f"]({in_site(link, page)})" if link else match[0]
+
+    return CODE_OR_LINK.sub(led, text)
+
+
+def read_source(app, docname, content):
+    """Of a page of the site."""
+    page = Path(app.env.doc2path(docname))
+    if page.suffix == ".md":
+        content[0] = lead_links_into_the_site(content[0], page)
+
+
+def read_included(app, path, docname, content):
+    """Of a page that another one includes."""
+    content[0] = lead_links_into_the_site(content[0], (DOCS / path).resolve())
+
+
+def signature_of_class(app, what, name, thing, options, signature, returned):
+    """Return what a call of a class takes, where autodoc shows the ``*args`` of its ``__new__``."""
+    if what == "class":
+        signature = stringify_signature(inspect.signature(thing), show_annotation=False)
+    return signature, returned
+
+
+class Navigation(SphinxDirective):
+    """The navigation of the site, from the headings and bullets of a page."""
+
+    required_arguments = 1
+
+    def run(self):
+        _, path = self.env.relfn2path(self.arguments[0])
+        self.env.note_dependency(path)
+        parts = []
+        for section in Path(path).read_text(encoding="utf-8").split("\n## ")[1:]:
+            caption, _, text = section.partition("\n")
+            pages = [in_site(link, Path(path)) for link in BULLET.findall(text)]
+            parts += ["```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```", ""]
+        return self.parse_text_to_nodes("\n".join(parts))
+
+
+class Commands(SphinxDirective):
+    """The commands of ``python -m bnfast``, as their ``--help`` describes them."""
+
+    def run(self):
+        parser = _cli._parser()
+        of_commands = next(
+            action
+            for action in parser._actions
+            if isinstance(action, argparse._SubParsersAction)
+        )
+        sections = []
+        for name, command in of_commands.choices.items():
+            section = nodes.section(ids=[name], names=[name])
+            section += nodes.title(text=name)
+            section += nodes.literal_block(text=command.format_help(), language="text")
+            self.state.document.note_explicit_target(section)
+            sections.append(section)
+        return sections
+
+
+def setup(app):
+    """Make all of the above known to Sphinx."""
+    import_integrations()
+    app.connect("source-read", read_source)
+    app.connect("include-read", read_included)
+    app.connect("autodoc-process-signature", signature_of_class)
+    app.add_directive("navigation", Navigation)
+    app.add_directive("commands", Commands)
