@@ -120,9 +120,11 @@ def read_included(app, path, docname, content):
 
 
 def signature_of_class(app, what, name, thing, options, signature, returned):
-    """Return what a call of a class takes, where autodoc shows the ``*args`` of its ``__new__``."""
+    """Return what a class is called with, where autodoc shows what its ``__new__`` ignores."""
     if what == "class":
-        signature = stringify_signature(inspect.signature(thing), show_annotation=False)
+        parameters = inspect.signature(thing).parameters.values()
+        shown = inspect.Signature([one for one in parameters if not one.name.startswith("_")])
+        signature = stringify_signature(shown, show_annotation=False)
     return signature, returned
 
 
@@ -132,6 +134,7 @@ class Navigation(SphinxDirective):
     required_arguments = 1
 
     def run(self):
+        """Return a hidden toctree for each heading."""
         _, path = self.env.relfn2path(self.arguments[0])
         self.env.note_dependency(path)
         parts = []
@@ -146,11 +149,10 @@ class Commands(SphinxDirective):
     """The commands of ``python -m bnfast``, as their ``--help`` describes them."""
 
     def run(self):
+        """Return a section for each command."""
         parser = _cli._parser()
         of_commands = next(
-            action
-            for action in parser._actions
-            if isinstance(action, argparse._SubParsersAction)
+            action for action in parser._actions if isinstance(action, argparse._SubParsersAction)
         )
         sections = []
         for name, command in of_commands.choices.items():

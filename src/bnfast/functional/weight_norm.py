@@ -157,7 +157,8 @@ def weight_norm_backward(
         dg = S / ||v||
         dv = g / ||v|| * (dw - v * S / ||v||**2)
 
-    and, where ``||v||`` is less than `eps`, which divides instead, ``S / eps`` and ``g / eps * dw``.
+    and, where ``||v||`` is less than `eps`, which divides instead, ``S / eps`` and
+    ``g / eps * dw``.
 
     References
     ----------
