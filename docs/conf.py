@@ -12,6 +12,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+from functools import partial
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 
@@ -158,6 +159,7 @@ class Commands(SphinxDirective):
         for name, command in of_commands.choices.items():
             section = nodes.section(ids=[name], names=[name])
             section += nodes.title(text=name)
+            command.formatter_class = partial(command.formatter_class, width=80)
             section += nodes.literal_block(text=command.format_help(), language="text")
             self.state.document.note_explicit_target(section)
             sections.append(section)
