@@ -17,7 +17,9 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 
 from docutils import nodes
+from sphinx import addnodes
 from sphinx.ext.autodoc.mock import mock
+from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.inspect import stringify_signature
 
@@ -129,6 +131,41 @@ def signature_of_class(app, what, name, thing, options, signature, returned):
     return signature, returned
 
 
+def leave_out_fields(app, what, name, thing, skip, options):
+    """Skip the fields of named tuples, which the docstring of the class describes."""
+    return True if type(thing).__name__ == "_tuplegetter" else None
+
+
+class LinksToReference(SphinxTransform):
+    """Names of bnfast in the text of a guide lead to the reference.
+
+    Pages of other libraries, which have some of the same names, say ``bnfast.`` before bnfast's.
+    """
+
+    default_priority = 100
+    of_others = ("api/", "site/", "autograd", "from_frameworks", "keras", "onnx", "pytorch")
+
+    def apply(self, **_):
+        """Wrap literals that are names into references."""
+        page = self.env.docname
+        for literal in list(self.document.findall(nodes.literal)):
+            text = literal.astext().removesuffix("()")
+            name = text.removeprefix("bnfast.")
+            if name not in bnfast.__all__ or (name == text and page.startswith(self.of_others)):
+                continue
+            node = literal
+            while isinstance(node, nodes.literal | nodes.inline):
+                node = node.parent
+            if isinstance(node, nodes.reference | addnodes.pending_xref | nodes.title):
+                continue
+            reference = addnodes.pending_xref(
+                *("", literal.deepcopy()),
+                **{"refdomain": "py", "reftype": "obj", "reftarget": f"bnfast.{name}"},
+                **{"refexplicit": True, "refdoc": page, "refwarn": True},
+            )
+            literal.replace_self(reference)
+
+
 class Navigation(SphinxDirective):
     """The navigation of the site, from the headings and bullets of a page."""
 
@@ -172,5 +209,7 @@ def setup(app):
     app.connect("source-read", read_source)
     app.connect("include-read", read_included)
     app.connect("autodoc-process-signature", signature_of_class)
+    app.connect("autodoc-skip-member", leave_out_fields)
+    app.add_transform(LinksToReference)
     app.add_directive("navigation", Navigation)
     app.add_directive("commands", Commands)

@@ -123,9 +123,19 @@ class IterationStatistics(NamedTuple):
 
 
 class CrossIterated(NamedTuple):
-    """What `cross_iteration_batch_norm_backward` needs of the pass before it."""
+    """What `cross_iteration_batch_norm_backward` needs of the pass before it.
 
-    mean: NDArray[np.float64]  # (C,), as all but the number of iterations
+    Attributes
+    ----------
+    mean, invstd : array (C,) of float64
+        mu and 1 / sqrt(var + eps), averaged over the iterations.
+    iterations : int
+        k, how many iterations these are, with this one.
+    batch_mean, batch_var : array (C,) of float64
+        The statistics of the batch alone.
+    """
+
+    mean: NDArray[np.float64]
     invstd: NDArray[np.float64]
     iterations: int
     batch_mean: NDArray[np.float64]

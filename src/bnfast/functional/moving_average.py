@@ -13,9 +13,19 @@ from bnfast._typing import Array, ArrayLikeOf, Float
 
 
 class MovingAveraged(NamedTuple):
-    """What `moving_average_batch_norm_backward` needs of the pass before it."""
+    """What `moving_average_batch_norm_backward` needs of the pass before it.
 
-    invrms: NDArray[np.float64]  # (C,), as r
+    Attributes
+    ----------
+    invrms, r : array (C,) of float64
+        1 / sqrt(chi2 + eps), and the correction towards the running statistics.
+    row : int
+        The row of the buffers that is of this batch.
+    averaged : bool
+        Whether chi2 is the average over the buffer.
+    """
+
+    invrms: NDArray[np.float64]
     r: NDArray[np.float64]
     row: int
     averaged: bool

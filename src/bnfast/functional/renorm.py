@@ -57,7 +57,15 @@ class RenormSchedule(NamedTuple):
 
 
 class Renormalized(NamedTuple):
-    """What `batch_renorm_backward` needs of the pass before it, (C,) of float64 each."""
+    """What `batch_renorm_backward` needs of the pass before it.
+
+    Attributes
+    ----------
+    mean, invstd : array (C,) of float64
+        mu and 1 / sigma of the batch.
+    r, d : array (C,) of float64
+        The corrections towards the running statistics, within their limits.
+    """
 
     mean: NDArray[np.float64]
     invstd: NDArray[np.float64]
