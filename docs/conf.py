@@ -143,7 +143,10 @@ class LinksToReference(SphinxTransform):
     """
 
     default_priority = 100
-    of_others = ("api/", "site/", "autograd", "from_frameworks", "keras", "onnx", "pytorch")
+    of_others = (
+        *("api/", "site/"),
+        *("autograd", "data_sets", "from_frameworks", "keras", "onnx", "pytorch"),
+    )
 
     def apply(self, **_):
         """Wrap literals that are names into references."""
@@ -159,9 +162,14 @@ class LinksToReference(SphinxTransform):
             if isinstance(node, nodes.reference | addnodes.pending_xref | nodes.title):
                 continue
             reference = addnodes.pending_xref(
-                *("", literal.deepcopy()),
-                **{"refdomain": "py", "reftype": "obj", "reftarget": f"bnfast.{name}"},
-                **{"refexplicit": True, "refdoc": page, "refwarn": True},
+                "",
+                literal.deepcopy(),
+                refdomain="py",
+                reftype="obj",
+                reftarget=f"bnfast.{name}",
+                refexplicit=True,
+                refdoc=page,
+                refwarn=True,
             )
             literal.replace_self(reference)
 
