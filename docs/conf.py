@@ -128,6 +128,7 @@ def signature_of_class(app, what, name, thing, options, signature, returned):
         parameters = inspect.signature(thing).parameters.values()
         shown = inspect.Signature([one for one in parameters if not one.name.startswith("_")])
         signature = stringify_signature(shown, show_annotation=False)
+        signature = re.sub(r"<class '([\w.]+)'>", r"\1", signature)
     return signature, returned
 
 
