@@ -40,6 +40,8 @@ exclude_patterns = ["_build", "README.md"]
 templates_path = ["_templates"]
 default_role = "py:obj"
 highlight_language = "text"
+nitpicky = True
+nitpick_ignore_regex = [("py:obj", "[a-z_]+")]  # parameters, which are no targets
 
 myst_heading_anchors = 4  # named as in the repository
 

@@ -144,9 +144,9 @@ class LearnableMomentum:
 
     Notes
     -----
-    The layer has the parameter ``momentum_logit``, (1,) or (C,), part of its state, and `backward`
-    sets ``momentum_logit_grad``. In training the loss sees the running statistics once the batch
-    has been blended in, just what evaluation would see after that batch::
+    The layer has the parameter ``momentum_logit``, (1,) or (C,), part of its state, and
+    ``backward`` sets ``momentum_logit_grad``. In training the loss sees the running statistics
+    once the batch has been blended in, just what evaluation would see after that batch::
 
         a            = 1 / (1 + exp(-momentum_logit))
         running_mean = (1 - a) * running_mean + a * mu

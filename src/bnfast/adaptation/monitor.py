@@ -61,7 +61,8 @@ class LayerReport:
     kind : str
         Its class.
     batches : int
-        How many went through it (parts, of `GhostBatchNorm`). Without any, all arrays are NaN.
+        How many went through it (parts, of `bnfast.GhostBatchNorm`). Without any, all arrays are
+        NaN.
     fewest_values : int
         Per channel, of the smallest batch.
     difference : array (C,)
@@ -76,8 +77,8 @@ class LayerReport:
         values drawn alike.
     remaining_start : float
         The share of the running statistics that is still what they began as, according to
-        `momentum` and num_batches_tracked. 0 after `recalibrating` without a prior, until a state
-        is loaded, which does not say that its statistics were recalibrated.
+        `momentum` and num_batches_tracked. 0 after `bnfast.recalibrating` without a prior,
+        until a state is loaded, which does not say that its statistics were recalibrated.
     constant, nonfinite : array (C,) of bool
         Channels whose values were all equal, or not all finite.
     reasons : tuple of str
@@ -136,8 +137,9 @@ def monitoring(layers: object) -> Monitor:
         difference**2 = mean over values of shift**2 + (ratio - 1)**2 * z**2
 
     `BatchRenorm` and a `LearnableMomentum` make something else of z in training, which is taken
-    into account. Whether a layer is frozen is not. Of a `SyncBatchNorm`, each rank reports on its
-    own data, as if its part were the batch, and nothing is exchanged for that.
+    into account. Whether a layer is frozen is not. Of a
+    `bnfast.distributed.SyncBatchNorm`, each rank reports on its own data, as if its part were the
+    batch, and nothing is exchanged for that.
 
     Training of `CrossIterationBatchNorm` and `MovingAverageBatchNorm` is taken to average the
     batches that the monitor has seen last, rather than those before the block. Of
@@ -158,7 +160,7 @@ def monitoring(layers: object) -> Monitor:
 
 
 class Monitor:
-    """What `monitoring` returns: for ``with``, and then a report.
+    """What `bnfast.monitoring` returns: for ``with``, and then a report.
 
     Attributes
     ----------

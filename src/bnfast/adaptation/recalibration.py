@@ -141,7 +141,7 @@ def recalibrating(
 
 
 class Recalibration:
-    """What `recalibrating` returns, for ``with``."""
+    """What `bnfast.recalibrating` returns, for ``with``."""
 
     def __init__(self, layers: object, method: str, prior: float | None) -> None:
         _validation.choice("method", method, METHODS)

@@ -37,9 +37,9 @@ def moments(
     -------
     Moments
         With ``count``, ``mean``, ``m2``, ``var`` and ``std`` (float64) of the shape of the kept
-        axes, in the order in which `x` has them; with `where`, the count is an array. `merge`,
-        ``+`` and ``sum`` join those of the parts of a data set. Where there are no values, all
-        are 0.
+        axes, in the order in which `x` has them; with `where`, the count is an array.
+        `Moments.merge`, ``+`` and ``sum`` join those of the parts of a data set. Where there are no
+        values, all are 0.
 
         Of float32 data m2 is within a relative 6e-7 of the exact one, and the mean within 6e-7
         standard deviations, whatever the mean (1e-6 where a few outliers make up the variance); of

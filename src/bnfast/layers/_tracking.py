@@ -261,8 +261,8 @@ class TrackingLayer(ChannelLayer, Tracking):
         Warns
         -----
         UserWarning
-            `BatchNorm`, once per layer, for a training batch with fewer than 8 values per channel:
-            their statistics are mostly noise.
+            `bnfast.BatchNorm`, once per layer, for a training batch with fewer than 8 values per
+            channel: their statistics are mostly noise.
         RuntimeWarning
             Where a running statistic of float32 becomes infinite, though that of the batch is
             finite: the layer needs ``dtype=numpy.float64``.
