@@ -7,7 +7,6 @@ The pages are read in the repository, too. `README.md` is the map of both readin
 headings becomes a caption of the site's navigation, each of its bullets a page.
 """
 
-import argparse
 import importlib
 import inspect
 import pkgutil
@@ -64,6 +63,8 @@ INCLUDED = {
     "examples": "site/examples.md",
     "CHANGELOG.md": "site/changelog.md",
     "CONTRIBUTING.md": "site/contributing.md",
+    "SECURITY.md": "site/security.md",
+    "CODE_OF_CONDUCT.md": "site/conduct.md",
 }
 CODE_OR_LINK = re.compile(r"^```.*?^```$|`[^`]+`|\]\((?P<link>[^)\s]+)\)", re.DOTALL | re.MULTILINE)
 BULLET = re.compile(r"^- \[[^\]]+\]\(([^)#\s]+)\)", re.MULTILINE)
@@ -199,16 +200,14 @@ class Commands(SphinxDirective):
 
     def run(self):
         """Return a section for each command."""
-        parser = _cli._parser()
-        of_commands = next(
-            action for action in parser._actions if isinstance(action, argparse._SubParsersAction)
-        )
         sections = []
-        for name, command in of_commands.choices.items():
+        for name in _cli.COMMANDS:
+            _, parser = _cli.command(name)
+            parser.prog = f"python -m bnfast {name}"
+            parser.formatter_class = partial(parser.formatter_class, width=80)
             section = nodes.section(ids=[name], names=[name])
             section += nodes.title(text=name)
-            command.formatter_class = partial(command.formatter_class, width=80)
-            section += nodes.literal_block(text=command.format_help(), language="text")
+            section += nodes.literal_block(text=parser.format_help(), language="text")
             self.state.document.note_explicit_target(section)
             sections.append(section)
         return sections

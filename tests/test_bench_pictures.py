@@ -69,7 +69,7 @@ def made_up(*normalizations, operations=("training", "backward")):
         "dtype": "float32",
         "threads": 1,
         "regime": "out",
-        "load": 0.0,
+        "load": None,
         "offset": 16,
         "rows": rows,
         "geometric means": report.geometric_means(rows),
