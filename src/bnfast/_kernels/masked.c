@@ -116,6 +116,20 @@ static void gather_values(const bn_job *job, const bn_box *box, piece some, cons
     }
 }
 
+/* A row, by as many bytes at a time as compilers move without a call. */
+static void copy_row(char *to, const char *from, size_t bytes)
+{
+    const size_t step = 64;
+    if (bytes < step) {
+        memcpy(to, from, bytes);
+        return;
+    }
+    for (size_t i = 0; i + step <= bytes; i += step) {
+        memcpy(to + i, from + i, step);
+    }
+    memcpy(to + bytes - step, from + bytes - step, step);
+}
+
 /* Rows of a mixed piece are listed so many at a time. */
 #define LISTED ((size_t)256)
 
@@ -136,8 +150,8 @@ static void gather_rows(const bn_plan *plan, const bn_box *box, piece some, cons
         }
         for (size_t i = 0; i < listed && at < end; i++, at++) {
             if (at >= box->first_gathered) {
-                memcpy((char *)to.data + (at - box->first_gathered) * bytes,
-                       (const char *)from.data + (ptrdiff_t)places[i] * step, bytes);
+                copy_row((char *)to.data + (at - box->first_gathered) * bytes,
+                         (const char *)from.data + (ptrdiff_t)places[i] * step, bytes);
             }
         }
     }
@@ -409,39 +423,11 @@ bn_view bn_padding_view(const bn_job *job, const bn_box *box)
     return (bn_view){numbers, {(ptrdiff_t)plan->inner, 0}};
 }
 
-/* Whether rows are all written, and those that do not count once more: this is faster as long as they stay in the first
-   level of cache, and no input is lost. */
-static int writes_twice(const bn_job *job)
-{
-    const bn_plan *plan = job->plan;
-    const bn_role output = job->method.output->writes;
-    return plan->layout == BN_channels_last && job->method.masked && job->stores == BN_stored &&
-           !plan->operand[output].staged && !(job->mask.keeps_input && is_in_place(job, output));
-}
-
-static void write_rows_twice(const bn_job *job, const bn_box *box)
-{
-    const bn_plan *plan = job->plan;
-    const bn_role output = job->method.output->writes;
-    const unsigned char *counts = box->counts;
-    bn_box all = *box;
-    all.counts = NULL;
-    bn_write_values(job, &all);
-    const bn_view to = bn_view_to_write(plan, output, job->operand[output], &all, NULL);
-    const bn_view kept = view_of_kept(job, &all);
-    for (size_t o = 0; o < box->extent.outer; o++) {
-        if (!counts[o]) {
-            pad_run(run_at(plan, to, o, 0), kept.data ? run_at(plan, kept, o, 0) : NULL,
-                    box->extent.channels * plan->itemsize);
-        }
-    }
-}
-
 /* Where some values count: as much at a time as scratch holds, unless the kernel asks of each position. */
 static void write_some(const bn_job *job, const bn_box *box, size_t max_channels)
 {
     const bn_plan *plan = job->plan;
-    const int twice = writes_twice(job), by_kernel = job->method.masked && !twice;
+    const int by_kernel = job->method.masked != NULL;
     const size_t most = job->scratch_bytes / plan->itemsize;
     const size_t inner = by_kernel ? box->extent.inner : MIN(box->extent.inner, most);
     const size_t channels = MIN(box->extent.channels, max_channels);
@@ -455,7 +441,7 @@ static void write_some(const bn_job *job, const bn_box *box, size_t max_channels
             part.extent.outer = MIN(outer, box->extent.outer - o);
             part.extent.inner = MIN(inner, box->extent.inner - i);
             part.counts = job->mask.counts + part.outer * plan->inner + part.inner;
-            bn_write_parts(job, &part, at_once, twice ? write_rows_twice : bn_write_values);
+            bn_write_parts(job, &part, at_once, bn_write_values);
         }
     }
 }
