@@ -712,14 +712,46 @@ def test_data_of_the_users_decide_where_sizes_are_open(fold):
     assert message.endswith("; --data gives it others\n")
     np.savez("data.npz", x=np.ones((2, CHANNELS, 5, 5), np.float32))
     assert "1 of 1" in fold(path, "--data", "data.npz")
-    for name, values in (("x", np.ones((2, CHANNELS, 5, 5))), ("x", np.ones(3)), ("y", np.ones(3))):
-        np.savez("data.npz", **{name: values})
-        message = fold(path, "--data", "data.npz", "--force", fails=True)
-        assert "onnxruntime cannot run it:" in message
-    np.save("data.npy", np.ones(3))
-    for wrong in ("data.npy", "nowhere.npz", path):
-        message = fold(path, "--data", wrong, "--force", fails=True)
-        assert f"{wrong}: cannot be read:" in message
+    for values in (np.ones((2, CHANNELS, 5, 5), np.uint8), np.ones(3)):
+        np.savez("data.npz", x=values)
+        assert "onnxruntime cannot run it:" in fold(path, "--data", "data.npz", "--force", fails=True)
+    for wrong in ("nowhere.npz", path):
+        assert f"{wrong}: cannot be read:" in fold(path, "--data", wrong, "--force", fails=True)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_single_input_takes_a_single_array_of_any_name_and_floats_of_any_size(fold, dtype):
+    path = save(Builder(shape=(1, CHANNELS, 6, 6)).conv().norm().model())
+    x = np.ones((1, CHANNELS, 6, 6), dtype)
+    np.save("data.npy", x)
+    np.savez("unnamed.npz", x)
+    np.savez("named.npz", images=x)
+    np.savez("more.npz", x=x, labels=np.zeros(1, np.int64))
+    for file in ("data.npy", "unnamed.npz", "named.npz", "more.npz"):
+        assert "1 of 1" in fold(path, "--data", file)
+        Path("out.onnx").unlink()
+
+
+def test_data_that_the_inputs_are_not_found_in_are_refused_with_the_names_of_both(fold):
+    builder = Builder().conv().norm()
+    builder.inputs.append(value("other", (2, CHANNELS, 1, 1)))
+    path = save(builder.node("Add", "other").model())
+    x = np.ones((2, CHANNELS, 6, 6), np.float32)
+    np.savez("data.npz", x=x, other=x[:, :, :1, :1])
+    assert "1 of 1" in fold(path, "--data", "data.npz")
+    Path("out.onnx").unlink()
+    np.save("data.npy", x)
+    np.savez("one.npz", x=x)
+    np.savez("others.npz", x, x)
+    np.savez("empty.npz")
+    for file, names in {
+        "data.npy": "a single array",
+        "one.npz": "x",
+        "others.npz": "arr_0, arr_1",
+        "empty.npz": "none",
+    }.items():
+        message = fold(path, "--data", file, "--force", fails=True)
+        assert message.endswith(f": {file}: expected arrays x, other, got {names}\n")
 
 
 def test_a_model_without_batch_norm_is_copied(fold):

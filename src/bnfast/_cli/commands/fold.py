@@ -26,8 +26,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--data",
         type=Path,
-        metavar="FILE.npz",
-        help="arrays named as the inputs, to compare outputs of (default: random numbers)",
+        metavar="FILE",
+        help=".npy or .npz, of several inputs with their names: what to compare outputs of "
+        "(default: random numbers)",
     )
     parser.add_argument(
         "--tolerance",

@@ -11,7 +11,7 @@ import numpy as np
 
 from bnfast._cli.failure import Failure
 from bnfast._cli.onnx.folds import Verdict, fold_all
-from bnfast._cli.onnx.inference import Session, inputs_of
+from bnfast._cli.onnx.inference import Session
 from bnfast._cli.onnx.model_file import ModelFile
 from bnfast._cli.onnx.text_table import text_table
 
@@ -24,7 +24,7 @@ def run(options: Namespace) -> int:
     if data is not None and data.exists() and output.exists() and data.samefile(output):
         raise Failure(f"{output}: is what --data names, which is not overwritten")
     original = Session(path, str(path))
-    inputs = original.random_inputs() if data is None else inputs_of(data)
+    inputs = original.random_inputs() if data is None else original.inputs_of(data)
     hint = "; --data gives it others" if data is None else ""
     before = original.run(inputs, hint)
     del original

@@ -14,6 +14,8 @@ from bnfast._typing import Array
 # Sizes of random inputs where the model leaves them open: of the first axis, the batch; of others.
 _BATCH, _SIZE = 1, 64
 
+_FLOATS = ("float16", "float32", "float64")
+
 
 class Session:
     """A model that onnxruntime runs on the CPU.
@@ -75,17 +77,36 @@ class Session:
         return {each.name: self._random(rng, each) for each in self._session.get_inputs()}
 
     def _random(self, rng: np.random.Generator, wanted: Any) -> Array:
-        kind = wanted.type.removeprefix("tensor(").removesuffix(")")
-        dtype = {"float": "float32", "double": "float64"}.get(kind, kind)
+        dtype = _dtype_of(wanted)
         sizes = [
             size if isinstance(size, int) and size > 0 else _SIZE if axis else _BATCH
             for axis, size in enumerate(wanted.shape)
         ]
-        if dtype in ("float16", "float32", "float64"):
+        if dtype in _FLOATS:
             return rng.normal(size=sizes).astype(dtype)
         if dtype == "bool" or dtype.removeprefix("u").startswith("int"):
             return rng.integers(0, 2, sizes).astype(dtype)
         raise Failure(f"{self._name}: --data is needed for input {wanted.name!r}, of {wanted.type}")
+
+    def inputs_of(self, path: Path) -> dict[str, Array]:
+        """Return the arrays of a file that are for this model, floats rounded to the type it takes.
+
+        Arrays have the names of their inputs; where there is a single one of both, any name.
+        """
+        arrays = _arrays_of(path)
+        wanted = [each.name for each in self._session.get_inputs()]
+        if len(arrays) == len(wanted) == 1:
+            arrays = dict(zip(wanted, arrays.values(), strict=True))
+        if any(name not in arrays for name in wanted):
+            raise Failure(
+                f"{path}: expected arrays {', '.join(wanted)}, got {', '.join(arrays) or 'none'}"
+            )
+        takes = (*self._session.get_inputs(), *self._session.get_overridable_initializers())
+        return {
+            each.name: _rounded(arrays[each.name], _dtype_of(each))
+            for each in takes
+            if each.name in arrays
+        }
 
     def run(self, inputs: dict[str, Array], hint: str = "") -> dict[str, Any]:
         """Return the outputs by name. The hint ends the message for inputs that do not fit."""
@@ -102,12 +123,26 @@ def _in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def inputs_of(path: Path) -> dict[str, Array]:
-    """Return the arrays of an .npz file."""
+def _dtype_of(value: Any) -> str:
+    """Return NumPy's name of the type of an input."""
+    kind: str = value.type.removeprefix("tensor(").removesuffix(")")
+    return {"float": "float32", "double": "float64"}.get(kind, kind)
+
+
+def _rounded(array: Array, dtype: str) -> Array:
+    """Return floats as the floats that are wanted, and what else came as it is."""
+    if array.dtype.kind != "f" or dtype not in _FLOATS:
+        return array
+    with np.errstate(over="ignore"):
+        return array.astype(dtype, copy=False)
+
+
+def _arrays_of(path: Path) -> dict[str, Array]:
+    """Return the arrays of an .npz file by name, or that of an .npy file."""
     try:
         arrays = np.load(path)
         if isinstance(arrays, np.ndarray):
-            raise ValueError("expected .npz, got a single array")
+            return {"a single array": arrays}
         with arrays:
             return dict(arrays)
     except Exception as error:  # of zipfile, zlib and others, for a broken one
