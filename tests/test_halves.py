@@ -1,5 +1,6 @@
 """Data of 16 bits, float16 and bfloat16: computed in float32 and rounded once."""
 
+import functools
 import importlib
 import itertools
 
@@ -8,6 +9,7 @@ import pytest
 
 import bnfast
 from bnfast import _reference as reference
+from cases import in_layout
 from members import GROUPS, MEMBERS
 from tolerances import HALF_ROUNDED_OTHERWISE, HALF_TERMS
 
@@ -420,3 +422,17 @@ def test_other_types_are_refused_before_anything_is_written(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         bnfast.batch_norm_backward(**call)
     assert (out == 7).all()
+
+
+@pytest.mark.parametrize("ghosts", [False, True])
+def test_gradients_through_a_learned_momentum_are_rounded_once(half, axis, rng, ghosts):
+    kind = functools.partial(bnfast.GhostBatchNorm, ghost_size=3) if ghosts else bnfast.BatchNorm
+    momentum = bnfast.LearnableMomentum(0.3)
+    layer, wide = (kind(4, momentum=momentum, axis=axis) for _ in range(2))
+    for _ in range(2):
+        x, dy = (in_layout(rng.normal(1, 2, (20, 4, 9)), axis).astype(half) for _ in range(2))
+        assert_same(layer(x), wide(x.astype(np.float32)).astype(half))
+        of_float32 = wide.backward(dy.astype(np.float32))
+        assert_same(layer.backward(dy, out=dy), of_float32.astype(half))
+    for name, value in wide.state_dict().items():
+        np.testing.assert_array_equal(layer.state_dict()[name], value)

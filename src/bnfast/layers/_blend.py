@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bnfast import _primitives, _validation
+from bnfast import _dtypes, _primitives, _validation
 from bnfast._typing import Array
 
 # How many values are widened to float64 at a time.
@@ -30,17 +30,25 @@ class Blend(NamedTuple):
         with np.errstate(all="ignore"):
             return np.asarray(1.0 / np.sqrt(self.variance + eps))
 
-    def add_gradient(
-        self, dx: Array, x: Array, axis: int, eps: float, sum_g: Array, sum_g_xhat: Array
+    def write_gradient(
+        self,
+        dx: Array,
+        dy: Array,
+        scale: Array,
+        x: Array,
+        axis: int,
+        eps: float,
+        sums_of_g: tuple[Array, Array],
     ) -> Array:
-        """Add to dx what reaches x through the statistics; return the gradient of each logit.
+        """Write to dx what reaches x, beside the statistics and through them, rounded once.
 
-        The sums are those of g = weight * dy, and of g times what x was normalized to. dx is s * g.
+        Return the gradient of each logit. What goes beside them is scale * dy = s * g, with
+        g = weight * dy; the sums are those of g, and of g times what x was normalized to.
         """
-        s = self.invstd(eps)
+        s, (sum_g, sum_g_xhat) = self.invstd(eps), sums_of_g
         dmean, dvariance = -s * sum_g, -0.5 * s * s * sum_g_xhat
-        _add_line(
-            *(dx, x, axis, self.mean_of_batch),
+        _write_line(
+            *(dx, dy, scale, x, axis, self.mean_of_batch),
             slope=self.share * dvariance * (2.0 / self.divisor),
             offset=self.share * dmean / self.values,
         )
@@ -50,21 +58,35 @@ class Blend(NamedTuple):
         return np.where(slope == 0.0, 0.0, slope * through)
 
 
-def _add_line(dx: Array, x: Array, axis: int, mean: Array, *, slope: Array, offset: Array) -> None:
-    """Add slope * (x - mean) + offset to dx."""
+def _write_line(
+    dx: Array,
+    dy: Array,
+    scale: Array,
+    x: Array,
+    axis: int,
+    mean: Array,
+    *,
+    slope: Array,
+    offset: Array,
+) -> None:
+    """Write scale * dy + slope * (x - mean) + offset to dx, which may be dy.
+
+    In float64, rounded to the type of the arithmetic, and that to the type of dx.
+    """
     shape = [1] * x.ndim
     shape[axis] = -1
+    of_channels = (array.reshape(shape) for array in (scale, slope, mean, offset))
     parts = np.nditer(
-        (dx, x, *(array.reshape(shape) for array in (slope, mean, offset))),
+        (dx, dy, x, *of_channels),
         ("external_loop", "buffered"),
-        (("readwrite",), *(("readonly",),) * 4),
-        (np.float64,) * 5,
+        (("writeonly",), *(("readonly",),) * 6),
+        (_dtypes.computed_in(dx.dtype), *(np.float64,) * 6),
         casting="same_kind",
         buffersize=_AT_A_TIME,
     )
     with parts:
-        for some_dx, some_x, slopes, means, offsets in parts:
-            some_dx += slopes * (some_x - means) + offsets
+        for some_dx, some_dy, some_x, scales, slopes, means, offsets in parts:
+            some_dx[...] = scales * some_dy + (slopes * (some_x - means) + offsets)
 
 
 def blend(

@@ -385,19 +385,20 @@ class TrackingLayer(ChannelLayer, Tracking):
         blends, weight = saved
         upstream = _validation.upstream_gradient(dy, x)
         dx = self._gradient_output(out, dy, x, weight)
-        # Float64, so that the gradients of parts are not rounded before they are added up.
         gamma = np.ones(self.num_features) if weight is None else weight.astype(np.float64)
         dweight, dbias, dlogit = np.zeros((3, self.num_features))
         for part, blended in zip(self._parts(x), blends, strict=True):
-            given = upstream[part], x[part], self.axis, blended.mean, blended.invstd(self.eps)
-            some_dx, *of_part = _primitives.gradient(*given, gamma, True, dx[part])
+            some_dy, some_x, invstd = upstream[part], x[part], blended.invstd(self.eps)
+            sum_dy, sum_dy_xhat = _primitives.gradient_sums(
+                some_dy, some_x, self.axis, blended.mean, invstd
+            )
             with np.errstate(all="ignore"):
-                dlogit += blended.add_gradient(
-                    *(some_dx, x[part], self.axis, self.eps),
-                    *(gamma * of_part[1], gamma * of_part[0]),
+                dlogit += blended.write_gradient(
+                    *(dx[part], some_dy, gamma * invstd, some_x, self.axis, self.eps),
+                    (gamma * sum_dy, gamma * sum_dy_xhat),
                 )
-                dweight += of_part[0]
-                dbias += of_part[1]
+                dweight += sum_dy_xhat
+                dbias += sum_dy
         return dx, None if weight is None else dweight, dbias, self._of_logit(dlogit)
 
     def _gradient_output(

@@ -238,5 +238,7 @@ class ConditionalBatchNorm(TrackingLayer):
                 return dx, None if weight is None else dweight, dbias
             gamma = 1.0 if wide is None else wide
             sum_g_xhat, sum_g = ((gamma * rows.astype(np.float64)).sum(0) for rows in of_samples)
-            dlogit = blended.add_gradient(dx, x, self.axis, self.eps, sum_g, sum_g_xhat)
+            dlogit = blended.write_gradient(
+                *(dx, dx, np.ones(self.num_features), x, self.axis, self.eps), (sum_g, sum_g_xhat)
+            )
         return dx, None if weight is None else dweight, dbias, self._of_logit(dlogit)
