@@ -15,6 +15,8 @@ from fuzz import (
     oracle,
     oracle_of_activations,
     oracle_of_averages,
+    oracle_of_cross_iteration,
+    oracle_of_learned_momentum,
     oracle_of_masks,
     oracle_of_members,
     oracle_of_whitening,
@@ -101,6 +103,10 @@ def _momentum(layer: Any, number: int) -> float:
     return 1.0 / number if layer.momentum is None else layer.momentum
 
 
+def _learns(layer: Any) -> bool:
+    return type(layer.momentum) is bnfast.LearnableMomentum
+
+
 def _trains(layer: Any) -> bool:
     """Whether the layer normalizes by the batch, if it has a choice."""
     return layer.training and not layer.frozen
@@ -143,10 +149,11 @@ def _names_of_refusal(layer: Any, x: Array, fused: Fused) -> tuple[str, ...]:
     names = []
     if fused.activation not in (None, *ACTIVATIONS):
         names.append("activation")
-    learns = type(layer.momentum) is bnfast.LearnableMomentum
+    learns = _learns(layer)
     if fused.recompute and layer.training and learns:
         names.append("recompute")
-    if learns and _trains(layer) and layer.track_running_stats:
+    plain = fused.activation is None and fused.residual is None and not fused.inplace
+    if learns and _trains(layer) and not plain:
         if layer.nonfinite == "propagate" or _is_finite(x, layer.axis):
             names.append("momentum")
     if fused.inplace:
@@ -194,6 +201,41 @@ def _with_gradients(
     y = oracle.activated(step.y, arguments)
     by_output = fused.inplace or fused.is_told_by_output()
     return step._replace(y=y, gradients=of_input, of_output=of_output if by_output else None)
+
+
+def _by_running(
+    x: Array,
+    fold: oracle.Fold,
+    mean: Array,
+    var: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    dtypes: dict[str, Any],
+) -> Step:
+    """A layer of channels in evaluation, or frozen."""
+    with np.errstate(all="ignore"):
+        inverse = 1 / np.sqrt(var.astype(oracle.WIDE) + eps)
+
+    def gradients(dy: Array) -> dict[str, Quantity | None]:
+        found = oracle.backward(dy, x, fold, mean, inverse, weight, constant=True)
+        return _gradients(found, OF_CHANNELS, dtypes)
+
+    return Step(oracle.evaluate(x, fold, mean, var, weight, bias, eps), {}, 0, gradients)
+
+
+def _with_logit(layer: Any, step: Step | call.Refused | None) -> Step | call.Refused | None:
+    """What learns its momentum has a gradient of it after any call: 0 where it had no use."""
+    if not isinstance(step, Step) or not _learns(layer):
+        return step
+    zeros = np.zeros(layer.momentum_logit.shape)
+    unused = Quantity(zeros, {"sums": zeros}, DOUBLE, layer.momentum_logit.dtype)
+
+    def with_logit(gradients: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given: {"momentum_logit_grad": unused} | gradients(*given)
+
+    of_output = None if step.of_output is None else with_logit(step.of_output)
+    return step._replace(gradients=with_logit(step.gradients), of_output=of_output)
 
 
 def _of_statistics(
@@ -245,9 +287,12 @@ def _of_statistics(
     elif layer.nonfinite == "raise" and not all(taken):
         return None
     # Only ghosts are tracked where some are skipped.
-    tracks = tracks and (isinstance(layer, bnfast.GhostBatchNorm) or all(taken))
+    only_all = _learns(layer) or not isinstance(layer, bnfast.GhostBatchNorm)
+    tracks = tracks and (all(taken) or not only_all)
     if tracks and unbiased and any(fold.count == 1 for _, fold in folds):
         return None
+    if tracks and _learns(layer) and x.size:
+        return _blended(layer, x, folds, unbiased, (weight, bias), conditions)
     for (part, fold), takes in zip(folds, taken, strict=True):
         found = oracle.forward(x[part], fold, weight, bias, layer.eps)
         parts.append((part, fold, found))
@@ -283,6 +328,55 @@ def _of_statistics(
     return _with_gradients(step, fused, given, dtypes, False)
 
 
+def _blended(
+    layer: Any,
+    x: Array,
+    folds: list[tuple[slice, oracle.Fold]],
+    unbiased: bool,
+    parameters: tuple[Array | None, Array | None],
+    conditions: Array | None,
+) -> Step:
+    """A layer whose momentum is learned: each part is blended into the running statistics."""
+    (weight, bias), seen = parameters, layer.num_batches_tracked
+    channels, logit = layer.num_features, layer.momentum_logit.astype(oracle.WIDE)
+    learned = np.broadcast_to(1 / (1 + np.exp(-logit)), channels)
+    running = _copies(layer.running_mean, layer.running_var)
+    doubt: tuple[Array, Array] = (np.zeros(channels), np.zeros(channels))
+    parts, outputs = [], []
+    for number, (part, fold) in enumerate(folds, seen):
+        share = learned if number else np.ones(channels)
+        of = oracle_of_learned_momentum.blended(x[part], fold, running, doubt, share, unbiased)
+        parts.append((part, fold, of))
+        outputs.append(
+            oracle_of_learned_momentum.normalized(x[part], fold, of, weight, bias, layer.eps)
+        )
+        running = [quantity.value.astype(quantity.dtype) for quantity in of.running]
+        doubt = oracle_of_learned_momentum.doubts(of.running)
+    dtypes = _dtypes(layer, (*OF_CHANNELS, "momentum_logit"))
+    eps = layer.eps
+
+    def gradients(dy: Array) -> dict[str, Quantity | None]:
+        each = [
+            oracle_of_learned_momentum.backward(dy[part], x[part], fold, of, weight, eps)
+            for part, fold, of in parts
+        ]
+        whole = (
+            oracle.concatenated([of_part.dx for of_part, _ in each]),
+            oracle.added([of_part.dweight for of_part, _ in each]),
+            oracle.added([of_part.dbias for of_part, _ in each]),
+        )
+        of_logit = oracle.added([of_part for _, of_part in each])
+        if len(logit) < channels:
+            sizes = {kind: size.sum(keepdims=True) for kind, size in of_logit.sizes.items()}
+            of_logit = of_logit._replace(value=of_logit.value.sum(keepdims=True), sizes=sizes)
+        named = _gradients(_of_classes(whole, layer, conditions), OF_CHANNELS, dtypes)
+        of_logit = _loosened(of_logit._replace(dtype=dtypes["momentum_logit"]))
+        return named | {"momentum_logit_grad": of_logit}
+
+    updated = dict(zip(("running_mean", "running_var"), of.running, strict=True))
+    return Step(oracle.concatenated(outputs), updated, len(folds), gradients)
+
+
 def _of_counts(
     layer: Any,
     x: Array,
@@ -293,7 +387,7 @@ def _of_counts(
 ) -> Step | call.Refused:
     """A layer that is told which values count; `counted` has those of which it makes statistics."""
     tracking = hasattr(layer, "frozen")
-    learns = tracking and type(layer.momentum) is bnfast.LearnableMomentum
+    learns = tracking and _learns(layer)
     unknown = fused.activation not in (None, *ACTIVATIONS)
     name = "mask" if "mask" in drawn.arguments else "lengths"
     reasons = name, "activation", "residual", "weight", "momentum", "recompute"
@@ -418,6 +512,14 @@ def _tracking(rng: Random) -> dict[str, Any]:
     }
 
 
+def _learned_momentum(rng: Random) -> dict[str, Any]:
+    """Sometimes instead of another one."""
+    if not draws.chance(rng, 0.3):
+        return {}
+    momentum = bnfast.LearnableMomentum(draws.pick(rng, (0.1, 0.5)), draws.chance(rng, 0.5))
+    return {"momentum": momentum, "track_running_stats": True}
+
+
 def _activation(rng: Random) -> dict[str, Any]:
     """Often none."""
     return call.activation(rng) if draws.chance(rng, 0.5) else {}
@@ -454,8 +556,10 @@ def _batch_norm(rng: Random) -> Plan:
         slope = draws.pick(rng, (0.01, 0.3, 1.0))
         more |= draws.pick(rng, ({"activation": None}, {"activation": "leaky_relu"}))
         more["negative_slope"] = slope
-    if more.get("activation") is not None and draws.chance(rng, 0.1):
-        more |= {"momentum": bnfast.LearnableMomentum(0.1), "track_running_stats": True}
+    learned = _learned_momentum(rng)
+    more |= learned
+    if learned and draws.chance(rng, 0.8):  # others refuse it
+        more |= {"activation": None, "inplace": False}
     make, text = _made(
         "BatchNorm",
         channels,
@@ -479,7 +583,7 @@ def _batch_norm(rng: Random) -> Plan:
             padding = drawn.arguments.get("padding", masks.PADDINGS[0])
             counted = oracle_of_masks.of_batch(drawn.counts, x.shape, axis, padding)
             return _of_counts(layer, x, drawn, fused, counted, layer.unbiased)
-        return _of_statistics(layer, x, folds, layer.unbiased, None, fused)
+        return _with_logit(layer, _of_statistics(layer, x, folds, layer.unbiased, None, fused))
 
     inputs = _with_residuals(_sometimes_nonfinite(_data_inputs(channels, axis, ndim)))
     return Plan(make, inputs, step, text, _recompute, True, True)
@@ -526,14 +630,14 @@ def _ghost(rng: Random) -> Plan:
         axis=axis,
         affine=draws.chance(rng, 0.7),
         unbiased=draws.chance(rng, 0.5),
-        **_tracking(rng),
+        **(_tracking(rng) | _learned_momentum(rng)),
     )
 
     def step(layer: Any, x: Array) -> Step | call.Refused | None:
         folds = [
             (part, oracle.of_channels(x[part].shape, axis)) for part in oracle.ghosts(len(x), size)
         ]
-        return _of_statistics(layer, x, folds, layer.unbiased)
+        return _with_logit(layer, _of_statistics(layer, x, folds, layer.unbiased))
 
     inputs = _sometimes_nonfinite(_not_empty(_data_inputs(channels, axis, ndim)))
     return Plan(make, inputs, step, text)
@@ -559,7 +663,7 @@ def _conditional(rng: Random) -> Plan:
         classes,
         axis=axis,
         unbiased=draws.chance(rng, 0.7),
-        **_tracking(rng),
+        **(_tracking(rng) | _learned_momentum(rng)),
     )
     of_x = _not_empty(_channel_inputs(channels, axis, ndim, draws.mild_values))
 
@@ -571,7 +675,7 @@ def _conditional(rng: Random) -> Plan:
 
     def step(layer: Any, x: Array, labels: Array) -> Step | call.Refused | None:
         folds = [(slice(None), oracle.of_conditions(x.shape, axis))]
-        return _of_statistics(layer, x, folds, layer.unbiased, labels)
+        return _with_logit(layer, _of_statistics(layer, x, folds, layer.unbiased, labels))
 
     return Plan(make, inputs, step, text)
 
@@ -602,15 +706,8 @@ def _renorm(rng: Random) -> Plan:
             layer.weight, layer.bias, layer.running_mean, layer.running_std
         )
         if not _trains(layer):
-            y = oracle.evaluate(x, fold, mean, std.astype(oracle.WIDE) ** 2, weight, bias, 0.0)
-
-            def evaluated(dy: Array) -> dict[str, Quantity | None]:
-                found = oracle.backward(
-                    dy, x, fold, mean, 1 / std.astype(oracle.WIDE), weight, constant=True
-                )
-                return _gradients(found, OF_CHANNELS, dtypes)
-
-            return Step(y, {}, 0, evaluated)
+            wide = std.astype(oracle.WIDE)
+            return _by_running(x, fold, mean, wide**2, weight, bias, 0.0, dtypes)
         takes = layer.nonfinite == "propagate" or _is_finite(x, axis)
         if layer.nonfinite == "raise" and not takes:
             return None
@@ -689,14 +786,7 @@ def _moving_average(rng: Random) -> Plan:
         )
         nothing = np.zeros(channels)
         if not _trains(layer):
-            y = oracle.evaluate(x, fold, nothing, var, weight, bias, layer.eps)
-
-            def evaluated(dy: Array) -> dict[str, Quantity | None]:
-                inverse = 1 / np.sqrt(var.astype(oracle.WIDE) + layer.eps)
-                found = oracle.backward(dy, x, fold, nothing, inverse, weight, constant=True)
-                return _gradients(found, OF_CHANNELS, dtypes)
-
-            return Step(y, {}, 0, evaluated)
+            return _by_running(x, fold, nothing, var, weight, bias, layer.eps, dtypes)
         takes = layer.nonfinite == "propagate" or _is_finite(x, axis, centred=False)
         if layer.nonfinite == "raise" and not takes:
             return None
@@ -722,6 +812,104 @@ def _moving_average(rng: Random) -> Plan:
 
     inputs = _sometimes_nonfinite(_not_empty(_channel_inputs(channels, axis, ndim)))
     return Plan(make, inputs, step, text)
+
+
+WINDOW = tuple(f"window_{name}" for name in ("filters", "mean", "var", "dmean", "dvar"))
+
+
+def _window_of(layer: Any) -> list[Array]:
+    return [getattr(layer, name) for name in WINDOW]
+
+
+def _cross_iteration(rng: Random) -> Plan:
+    spatial, groups = int(rng.integers(3)), draws.pick(rng, (1, 1, 2))
+    channels, axis = groups * int(rng.integers(1, 4)), draws.axis(rng, 2 + spatial, 1)
+    kernel = tuple(int(n) for n in rng.integers(1, 4, spatial)) if draws.chance(rng, 0.8) else ()
+    filter_shape = (channels, int(rng.integers(1, 4)), *kernel)
+
+    def numbers(low: int, high: int) -> tuple[int, ...]:
+        """One for each axis; often the same."""
+        found = tuple(int(n) for n in rng.integers(low, high, spatial))
+        return found if draws.chance(rng, 0.4) else found[:1] * spatial
+
+    of = oracle_of_cross_iteration.Layer(
+        filter_shape, numbers(1, 3), numbers(0, 2), numbers(1, 3), groups
+    )
+    window, burn_in = int(rng.integers(1, 5)), draws.pick(rng, (0, 0, 1, 3))
+    settings = _tracking(rng)
+    del settings["track_running_stats"]
+    steps = ((name, getattr(of, name)) for name in ("stride", "padding", "dilation") if spatial)
+    geometry = {name: each[0] if len(set(each)) == 1 else each for name, each in steps}
+    make, text = _made(
+        *("CrossIterationBatchNorm", filter_shape, window),
+        axis=axis,
+        affine=draws.chance(rng, 0.7),
+        burn_in=burn_in,
+        groups=groups,
+        unbiased=draws.chance(rng, 0.7),
+        **geometry,
+        **settings,
+    )
+    first, rate = rng.normal(size=filter_shape), draws.pick(rng, (0.0, 1e-3, 0.1))
+
+    def inputs(rng: Random) -> tuple[Any, ...]:
+        sizes = of.sizes_of(tuple(int(n) for n in rng.integers(1, 6, spatial)))
+        samples = 0 if draws.chance(rng, 0.03) else int(rng.integers(1, 7))
+        shape = samples, filter_shape[1] * groups, *sizes
+        sources = draws.mild_values(rng, shape, draws.dtype(rng))
+        filters = (first + rate * rng.normal(size=filter_shape)).astype(draws.dtype(rng))
+        x = np.moveaxis(of.output(sources, filters), 1, axis).astype(draws.dtype(rng))
+        return np.ascontiguousarray(x), np.moveaxis(sources, 1, axis), filters
+
+    def step(layer: Any, x: Array, sources: Array, filters: Array) -> Step | None:
+        fold, dtypes = oracle.of_channels(x.shape, axis), _dtypes(layer, OF_CHANNELS)
+        weight, bias, mean, var = _copies(
+            layer.weight, layer.bias, layer.running_mean, layer.running_var
+        )
+        if not _trains(layer):
+            return _by_running(x, fold, mean, var, weight, bias, layer.eps, dtypes)
+        if layer.unbiased and fold.count == 1:
+            return None
+        takes = layer.nonfinite == "propagate" or _is_finite(x, axis)
+        if layer.nonfinite == "raise" and not takes:
+            return None
+        takes = takes and x.size > 0
+        seen = layer.num_batches_tracked
+        past, rows = seen - burn_in, window - 1
+        kept = [number % rows for number in range(max(past - rows, 0), past)]
+        entries = [
+            bnfast.IterationStatistics(*(array[row] for array in _copies(*_window_of(layer))))
+            for row in reversed(kept)
+        ]
+        given = x, fold, weight, bias, layer.eps
+        found: Any = oracle.forward(*given)
+        of_batch = found.of
+        if entries and x.size:
+            found = oracle_of_cross_iteration.normalized(
+                *(x, fold, filters, entries, weight, bias, layer.eps)
+            )
+        updated = {}
+        if takes:
+            after = call.tracked(
+                *(of_batch, fold, x, mean, var, _momentum(layer, seen + 1), layer.unbiased)
+            )
+            updated = {"running_mean": after.mean, "running_var": after.var}
+        if takes and rows and past >= 0:
+            of_iteration = oracle_of_cross_iteration.iteration(x, fold, axis, sources, filters, of)
+            for name, buffer, new in zip(
+                WINDOW, _copies(*_window_of(layer)), of_iteration, strict=True
+            ):
+                updated[name] = oracle_of_averages.with_row(buffer, past % rows, new)
+
+        def gradients(dy: Array) -> dict[str, Quantity | None]:
+            back = oracle_of_cross_iteration.backward(
+                *(dy, x, fold, found.mean.value, found.invstd.value, 1 + len(entries), weight)
+            )
+            return _gradients(back, OF_CHANNELS, dtypes)
+
+        return Step(found.y, updated, int(takes), gradients)
+
+    return Plan(make, _sometimes_nonfinite(inputs), step, text)
 
 
 def _group_norm(rng: Random) -> Plan:
@@ -984,6 +1172,7 @@ LAYERS: dict[str, Callable[[Random], Plan]] = {
     "ConditionalBatchNorm": _conditional,
     "BatchRenorm": _renorm,
     "MovingAverageBatchNorm": _moving_average,
+    "CrossIterationBatchNorm": _cross_iteration,
     "GroupNorm": _group_norm,
     "LayerNorm": lambda rng: _rows(rng, "LayerNorm"),
     "RMSNorm": lambda rng: _rows(rng, "RMSNorm"),

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-import bnfast
 from fuzz import buffers, call, case, draws, masks
 from fuzz.judge import HALVES, arithmetic, complaint, same_bits
 from fuzz.layer_models import LAYERS, Plan, Step
@@ -364,7 +363,7 @@ class Sequence:
         self.layer.reset_running_stats()
         first = self.plan.make().state_dict()
         for name, value in self.layer.state_dict().items():
-            if name.startswith(("running", "num_batches")) and not np.array_equal(
+            if name.startswith(("running", "window", "num_batches")) and not np.array_equal(
                 value, first[name]
             ):
                 self.complain(f"{name} is not as at first")
@@ -384,13 +383,12 @@ class Sequence:
         if not self.plan.fused:
             return
         layer, self.twin = self.layer, None
-        learns = type(getattr(layer, "momentum", None)) is bnfast.LearnableMomentum
         kind = draws.pick(self.rng, ("activation", "activation", "weight", "inplace", "frozen"))
         if kind == "activation":
             chosen = call.activation(self.rng)
             layer.negative_slope = chosen["negative_slope"]
             layer.activation = chosen["activation"]
-            if draws.chance(self.rng, 0.2) and not learns:
+            if draws.chance(self.rng, 0.2):
                 layer.activation = None
             elif draws.chance(self.rng, 0.1):
                 layer.activation = "tanh"

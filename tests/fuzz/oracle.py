@@ -304,6 +304,27 @@ def evaluate(
     return Quantity(fold.unfold(y), sizes, x.dtype, x.dtype)
 
 
+def by_statistics(
+    y: Quantity,
+    x: Array,
+    fold: Fold,
+    mean: Array,
+    variance: Array,
+    weight: Array | None,
+    eps: float,
+    sizes: tuple[dict[str, Array], dict[str, Array]],
+) -> Quantity:
+    """An output with the errors of the mean and of the variance that it was made with."""
+    invstd = 1 / np.sqrt(variance + WIDE(eps))
+    slope = np.abs(fold.place(weight, 1)) * fold.keep(invstd)
+    bend = slope * np.abs(fold.fold(x) - fold.keep(mean)) * fold.keep(invstd) ** 2 / 2
+    of_mean, of_var = sizes
+    more = {
+        kind: slope * fold.keep(of_mean[kind]) + bend * fold.keep(of_var[kind]) for kind in of_mean
+    }
+    return y._replace(sizes=y.sizes | more)
+
+
 def blended(
     old: Array,
     new: Array,

@@ -34,7 +34,7 @@ class Averaged(NamedTuple):
     square_buffer: Quantity
 
 
-def _with_row(buffer: Array, row: int, new: Quantity) -> Quantity:
+def with_row(buffer: Array, row: int, new: Quantity) -> Quantity:
     """A buffer with a row that was made anew."""
     value = buffer.astype(WIDE)
     value[row] = new.value
@@ -65,7 +65,7 @@ def moving_average(
     usable = fold.statistic(of.usable) & (square < np.finfo(DOUBLE).max / 64)
     error = OF_BOTH * unjudged(square, usable)
     own = Quantity(square, {"statistics": error}, x.dtype, DOUBLE)
-    after = _with_row(square_buffer, row, own)
+    after = with_row(square_buffer, row, own)
     chi2 = after.value.mean(0) if averaged else square
     old = running_var.astype(WIDE)
     r = np.clip(np.sqrt((chi2 + WIDE(eps)) / (old + WIDE(eps))), 1 / WIDE(r_max), WIDE(r_max))
@@ -108,7 +108,7 @@ def moving_average_backward(
     plain = backward(dy, x, fold, None, invrms, None, dtype=result)
     own = backward(dy, x, fold, None, invrms, scale)
     product = sums_of(plain.dweight, scale / fold.count, plain.dbias, np.zeros(len(r)))
-    after = _with_row(gradient_buffer, row, product)
+    after = with_row(gradient_buffer, row, product)
     psi = fold.keep(after.value.mean(0) if averaged else product.value)
     inverse = fold.keep(invrms)
     z = fold.fold(x) * inverse

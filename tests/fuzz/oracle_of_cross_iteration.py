@@ -12,6 +12,101 @@ from fuzz.judge import DOUBLE, Quantity
 from fuzz.oracle import WIDE, Array, Fold, unjudged
 
 
+class Layer(NamedTuple):
+    """A linear layer or a convolution, with one number for each spatial axis; its filters vary."""
+
+    filter_shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def kernel(self) -> tuple[int, ...]:
+        """Of a linear layer, a single position."""
+        return self.filter_shape[2:] or (1,) * len(self.stride)
+
+    def sizes_of(self, made: tuple[int, ...]) -> tuple[int, ...]:
+        """Spatial sizes of inputs of which so much is made, where there are any without padding."""
+        return tuple(
+            max(step * (size - 1) + spacing * (length - 1) + 1 - 2 * pad, 1)
+            for size, length, step, pad, spacing in zip(
+                made, self.kernel(), self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+
+    def columns(self, inputs: Array) -> tuple[Array, tuple[int, ...]]:
+        """What filters are multiplied by: (groups, weights of a filter, values of a channel).
+
+        And the shape of an output but for its channels. Inputs are (N, K, ...).
+        """
+        axes = tuple(range(2, inputs.ndim))
+        padded = np.pad(inputs.astype(WIDE), [(0, 0), (0, 0), *((p, p) for p in self.padding)])
+        widths = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel(), strict=True)]
+        found = padded
+        if axes:
+            found = np.lib.stride_tricks.sliding_window_view(padded, widths, axes)
+        steps = [slice(None, None, step) for step in (*self.stride, *self.dilation)]
+        found = found[(slice(None), slice(None), *steps)]
+        samples, channels, *rest = found.shape
+        made, kernel = rest[: len(axes)], rest[len(axes) :]
+        order = (1, *range(2 + len(axes), found.ndim), 0, *axes)
+        each = channels // self.groups * int(np.prod(kernel))
+        return found.transpose(order).reshape(self.groups, each, -1), (samples, *made)
+
+    def rows(self, filters: Array) -> Array:
+        """(groups, filters of a group, weights of a filter)."""
+        each = len(filters) // self.groups
+        return filters.astype(WIDE).reshape(self.groups, each, -1)
+
+    def output(self, inputs: Array, filters: Array) -> Array:
+        """(N, C, ...)."""
+        columns, (samples, *made) = self.columns(inputs)
+        values = (self.rows(filters) @ columns).reshape(len(filters), samples, *made)
+        return values.swapaxes(0, 1)
+
+
+def derivatives(
+    x: Array, fold: Fold, axis: int, inputs: Array, layer: Layer
+) -> tuple[Quantity, ...]:
+    """Of the means and variances of x, which is not empty, by the filters that it was made with."""
+    of = oracle.statistics(x, fold)
+    columns, _ = layer.columns(np.moveaxis(inputs, axis, 1))
+    each = layer.filter_shape[0] // layer.groups
+
+    def by_filter(of_groups: Array) -> Array:
+        return np.broadcast_to(of_groups, (layer.groups, each, columns.shape[1])).reshape(
+            layer.filter_shape
+        )
+
+    deviation = np.moveaxis(of.deviation, (axis, 0), (0, 1)).reshape(layer.groups, each, -1)
+    size = np.abs(columns).mean(2)[:, None]
+    dvar = 2 / WIDE(fold.count) * (deviation @ columns.swapaxes(1, 2))
+    products = 2 / WIDE(fold.count) * (np.abs(deviation) @ np.abs(columns).swapaxes(1, 2))
+    std = np.sqrt(fold.statistic(of.var)).reshape(layer.groups, each, 1)
+    of_dvar = {"matrices": by_filter(products), "statistics": by_filter(2 * size * std)}
+    return (
+        Quantity(
+            by_filter(columns.mean(2)[:, None]), {"matrices": by_filter(size)}, DOUBLE, DOUBLE
+        ),
+        Quantity(by_filter(dvar), of_dvar, x.dtype, DOUBLE),
+    )
+
+
+def iteration(
+    x: Array, fold: Fold, axis: int, inputs: Array, filters: Array, layer: Layer
+) -> tuple[Quantity, ...]:
+    """What is kept of an iteration that is not empty, in float64."""
+    of, exact = oracle.statistics(x, fold), filters.astype(WIDE)
+    usable = fold.statistic(of.usable)
+    var = fold.statistic(of.var)
+    return (
+        Quantity(exact, {"matrices": np.zeros(exact.shape)}, DOUBLE, DOUBLE),
+        oracle.mean_of(of, fold, x.dtype),
+        Quantity(var, {"statistics": unjudged(var, usable)}, x.dtype, DOUBLE),
+        *derivatives(x, fold, axis, inputs, layer),
+    )
+
+
 class Averages(NamedTuple):
     """A mean and a variance over iterations, and the sizes of their errors."""
 
@@ -75,20 +170,16 @@ def normalized(
     invstd = 1 / np.sqrt(var + WIDE(eps))
     usable = fold.statistic(of.usable) & oracle.moderate(fold.statistic(of.var), x.dtype)
     usable = usable & oracle.moderate(invstd, x.dtype)
+    of_mean, of_var = (
+        {kind: unjudged(size, usable) for kind, size in each.items()} for each in (of_mean, of_var)
+    )
     y = oracle.evaluate(x, fold, mean, var, weight, bias, eps)
-    slope = np.abs(fold.place(weight, 1)) * fold.keep(invstd)
-    bend = slope * np.abs(fold.fold(x) - fold.keep(mean)) * fold.keep(invstd) ** 2 / 2
-    sizes = dict(y.sizes)
-    for kind in ("statistics", "matrices"):
-        size = slope * fold.keep(of_mean[kind]) + bend * fold.keep(of_var[kind])
-        sizes[kind] = unjudged(size, fold.keep(usable) != 0)
+    y = oracle.by_statistics(y, x, fold, mean, var, weight, eps, (of_mean, of_var))
     of_sum = {**of_var, "matrices": of_var["matrices"] + var + WIDE(eps)}
     of_invstd = {kind: unjudged(size * invstd**3 / 2, usable) for kind, size in of_sum.items()}
     return Normalized(
-        y._replace(sizes=sizes),
-        Quantity(
-            mean, {kind: unjudged(size, usable) for kind, size in of_mean.items()}, x.dtype, DOUBLE
-        ),
+        y,
+        Quantity(mean, of_mean, x.dtype, DOUBLE),
         Quantity(invstd, of_invstd, x.dtype, DOUBLE),
         oracle.mean_of(of, fold, x.dtype),
         Quantity(

@@ -35,16 +35,11 @@ def test_nothing_is_wrong(kind, name):
         assert not outcome.complaints, run.report(number, outcome)
 
 
-# Not drawn: the layer whose calls need the filters and the inputs of the layer before it. It has
-# tests of its own; the functions that it calls are drawn.
-LAYERS_NOT_DRAWN = {"CrossIterationBatchNorm"}
-
-
 def test_the_cases_are_of_all_functions_and_layers():
     functions = {name for name in functional.__all__ if name[0].islower()}
     assert set(CALLS) == functions
     layers = {name for name in bnfast.__all__ if hasattr(getattr(bnfast, name), "load_state_dict")}
-    assert set(LAYERS) == layers - LAYERS_NOT_DRAWN
+    assert set(LAYERS) == layers
 
 
 # The fuzzer must be able to fail: of each kind of error there is one
@@ -343,6 +338,51 @@ def test_a_wrong_gradient_of_an_output_is_reported(monkeypatch, name):
 
     monkeypatch.setattr(bnfast.BatchNorm, "backward", backward)
     assert name in complaints("sequences", "BatchNorm", 4 * CASES)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "method", "what"),
+    [
+        ("BatchNorm", "__call__", "y"),
+        ("GhostBatchNorm", "__call__", "running_var"),
+        ("GhostBatchNorm", "backward", "momentum_logit_grad"),
+        ("ConditionalBatchNorm", "backward", "dx"),
+    ],
+)
+def test_what_a_learned_momentum_does_wrong_is_reported(monkeypatch, name, method, what):
+    right = getattr(getattr(bnfast, name), method)
+
+    def wrong(self, *arguments, **keywords):
+        result = right(self, *arguments, **keywords)
+        array = getattr(self, what, result)
+        learns = type(self.momentum) is bnfast.LearnableMomentum and self.num_batches_tracked > 1
+        if learns and isinstance(array, np.ndarray) and array.dtype.itemsize > 2:
+            array *= 1 + 1e-5
+        return result
+
+    monkeypatch.setattr(getattr(bnfast, name), method, wrong)
+    cases = map(run.run_case, numbers("sequences", name, 12 * CASES))
+    found = (text for outcome in cases for text in outcome.complaints)
+    assert any(re.match(rf"{what}\[.* allowed", text) for text in found)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", ["y", "window_mean", "window_dmean", "window_dvar"])
+def test_a_layer_whose_window_is_off_is_reported(monkeypatch, what):
+    right = bnfast.CrossIterationBatchNorm.__call__
+
+    def call(self, *arguments, **keywords):
+        y = right(self, *arguments, **keywords)
+        array = getattr(self, what, y)
+        if self.training and self.num_batches_tracked > self.burn_in + 1:
+            array *= 1 + 1e-5
+        return y
+
+    monkeypatch.setattr(bnfast.CrossIterationBatchNorm, "__call__", call)
+    cases = map(run.run_case, numbers("sequences", "CrossIterationBatchNorm", 4 * CASES))
+    found = (text for outcome in cases for text in outcome.complaints)
+    assert any(re.match(rf"{what}\[.* allowed", text) for text in found)
 
 
 def test_the_command_repeats_a_case_and_says_what_is_wrong(monkeypatch, capsys):
