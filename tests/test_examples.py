@@ -33,6 +33,7 @@ def test_every_example_is_run_here():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
         "adapt_to_shift",
         "train",
+        "train_sequences",
         "infer_in_place",
         "load_pytorch_state",
         "train_distributed",
@@ -43,6 +44,15 @@ def test_train_learns_the_digits(tmp_path):
     pytest.importorskip("sklearn")
     accuracies = re.findall(r"epoch \d: ([\d.]+)%", run_example("train", tmp_path))
     assert float(accuracies[-1]) > 90
+
+
+def test_train_sequences_gains_accuracy_by_lengths_and_memory_by_each_step_after(tmp_path):
+    pytest.importorskip("ml_dtypes")
+    text = run_example("train_sequences", tmp_path)
+    padded, *right = map(float, re.findall(r"([\d.]+)% are right", text))
+    assert len(right) == 4 and min(right) > padded + 3 and max(right) - min(right) < 3
+    _, masked, fused, halves, checkpointed = map(float, re.findall(r"([\d.]+) MB", text))
+    assert fused < 0.95 * masked and halves < 0.55 * fused and checkpointed < 0.55 * halves
 
 
 def test_adapt_to_shift_recovers_most_of_the_accuracy(tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import bnfast
+from bnfast._cli.kept_memory import kept_bytes
 from bnfast.distributed import Communicator, SyncBatchNorm
 
 
@@ -56,6 +57,7 @@ def test_checkpointed_training_is_training(make, batches, rng, momentum):
     for x in batches:
         y = plain(x, *more)
         first = checkpointed(x, *more)
+        checkpointed.release()
         np.testing.assert_array_equal(first, y)
         np.testing.assert_array_equal(checkpointed(x, *more, recompute=True), y)
         got, expected = checkpointed.backward(dy), plain.backward(dy)
@@ -64,6 +66,22 @@ def test_checkpointed_training_is_training(make, batches, rng, momentum):
         np.testing.assert_array_equal(checkpointed.weight_grad, plain.weight_grad)
     for name, array in plain.state_dict().items():
         np.testing.assert_array_equal(checkpointed.state_dict()[name], array)
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+def test_a_layer_that_released_keeps_nothing(make, batches, mode):
+    new, more = make
+    layer = new()
+    layer(batches[0], *more)
+    layer.train(mode == "training")
+    layer.release()
+    before = kept_bytes(layer)
+    layer(batches[1], *more)
+    assert kept_bytes(layer) - before >= batches[1].nbytes
+    layer.release()
+    assert kept_bytes(layer) - before < batches[1].nbytes // 2  # of evaluation, its coefficients
+    with pytest.raises(RuntimeError, match="what the last one kept has been released"):
+        layer.backward(batches[1])
 
 
 def test_any_batch_may_be_made_again(make, batches):

@@ -356,6 +356,13 @@ class Sequence:
         self.layer, self.last, self.twin = make(self.layer), None, None
         self.complain_of_state(before, "by a copy")
 
+    def released(self) -> None:
+        """Nothing else changes, and there is no backward any more."""
+        before = self.state()
+        self.layer.release()
+        self.last = self.twin = None
+        self.complain_of_state(before, "by release")
+
     def reset(self) -> None:
         if not hasattr(self.layer, "reset_running_stats"):
             return
@@ -486,6 +493,7 @@ STEPS = (
     "evaluate",
     "load",
     "copied",
+    "released",
     "reset",
     "wrong",
     "flags",

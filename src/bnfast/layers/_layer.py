@@ -24,6 +24,7 @@ _COUNTER = PYTORCH.counter
 NONE_YET = "there has been none"
 _DONE = "the last one has had its backward"
 _IN_PLACE = "the last call wrote over its input"
+_RELEASED = "what the last one kept has been released"
 
 
 def _prefixes_that_fit(state: Mapping[Any, Any], own: Mapping[str, Array]) -> str:
@@ -195,6 +196,23 @@ class Trainable(ABC):
             setattr(self, f"{name}_grad", kept)
         self._saved = _DONE
         return dx
+
+    def release(self) -> None:
+        """Let go of the arrays that the last call kept for `backward`.
+
+        For checkpointed training, whose first pass keeps nothing: the call is made once more, with
+        ``recompute=True``, before its `backward`.
+
+        Examples
+        --------
+        >>> import numpy as np, bnfast
+        >>> layer, x = bnfast.BatchNorm(1), np.arange(8.0, dtype=np.float32).reshape(8, 1)
+        >>> y = layer(x)
+        >>> layer.release()  # layer keeps neither x nor y alive
+        >>> y = layer(x, recompute=True)
+        >>> dx = layer.backward(np.ones_like(y))
+        """
+        self._saved = _RELEASED
 
     def _state(self) -> dict[str, Array]:
         """Return the arrays that the layer has, by PyTorch's names."""
