@@ -881,8 +881,7 @@ def _cross_iteration(rng: Random) -> Plan:
             bnfast.IterationStatistics(*(array[row] for array in _copies(*_window_of(layer))))
             for row in reversed(kept)
         ]
-        given = x, fold, weight, bias, layer.eps
-        found: Any = oracle.forward(*given)
+        found: Any = oracle.forward(x, fold, weight, bias, layer.eps)
         of_batch = found.of
         if entries and x.size:
             found = oracle_of_cross_iteration.normalized(
@@ -902,8 +901,8 @@ def _cross_iteration(rng: Random) -> Plan:
                 updated[name] = oracle_of_averages.with_row(buffer, past % rows, new)
 
         def gradients(dy: Array) -> dict[str, Quantity | None]:
-            back = oracle_of_cross_iteration.backward(
-                *(dy, x, fold, found.mean.value, found.invstd.value, 1 + len(entries), weight)
+            back = oracle_of_cross_iteration.backward_of_layer(
+                *(dy, x, fold, found, 1 + len(entries), weight)
             )
             return _gradients(back, OF_CHANNELS, dtypes)
 

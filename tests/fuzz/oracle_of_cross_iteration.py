@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fuzz import oracle
-from fuzz.judge import DOUBLE, Quantity
+from fuzz.judge import DOUBLE, Quantity, allowed
 from fuzz.oracle import WIDE, Array, Fold, unjudged
 
 
@@ -82,8 +82,14 @@ def derivatives(
     size = np.abs(columns).mean(2)[:, None]
     dvar = 2 / WIDE(fold.count) * (deviation @ columns.swapaxes(1, 2))
     products = 2 / WIDE(fold.count) * (np.abs(deviation) @ np.abs(columns).swapaxes(1, 2))
-    std = np.sqrt(fold.statistic(of.var)).reshape(layer.groups, each, 1)
-    of_dvar = {"matrices": by_filter(products), "statistics": by_filter(2 * size * std)}
+    std, mean = (
+        fold.statistic(kept).reshape(layer.groups, each, 1) for kept in (np.sqrt(of.var), of.mean)
+    )
+    of_dvar = {
+        "matrices": by_filter(products),
+        "statistics": by_filter(2 * size * std),
+        "known": by_filter(2 * size * np.abs(mean) * np.finfo(DOUBLE).eps),  # of a single float64
+    }
     return (
         Quantity(
             by_filter(columns.mean(2)[:, None]), {"matrices": by_filter(size)}, DOUBLE, DOUBLE
@@ -209,3 +215,27 @@ def backward(
         for kind, size in whole.dx.sizes.items()
     }
     return whole._replace(dx=whole.dx._replace(value=value, sizes=sizes))
+
+
+def backward_of_layer(
+    dy: Array, x: Array, fold: Fold, of: Normalized, iterations: int, weight: Array | None
+) -> oracle.Gradients:
+    """The same by statistics that are as far off as a forward pass may have made them."""
+    found = backward(dy, x, fold, of.mean.value, of.invstd.value, iterations, weight)
+    upstream, inverse = fold.fold(dy), fold.keep(of.invstd.value)
+    xhat = (fold.fold(x) - fold.keep(of.mean.value)) * inverse
+    g = np.abs(upstream * fold.place(weight, 1))
+    shift = fold.keep(allowed(of.mean)) * inverse
+    share = fold.keep(allowed(of.invstd)) / inverse
+    steep, level = oracle.mean_over(g * np.abs(xhat), fold), oracle.mean_over(g, fold)
+    by_shift = shift * inverse * (steep + (1 + np.abs(xhat)) * level)
+    by_share = 2 * share * inverse * (g + level + np.abs(xhat) * steep)
+    of_weight = fold.gather(np.abs(upstream) * (shift + np.abs(xhat) * share))
+    return found._replace(
+        dx=_more(found.dx, by_shift + by_share), dweight=_more(found.dweight, of_weight)
+    )
+
+
+def _more(quantity: Quantity, known: Array) -> Quantity:
+    sizes = {**quantity.sizes, "known": quantity.sizes.get("known", 0) + known}
+    return quantity._replace(sizes=sizes)
