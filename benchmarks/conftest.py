@@ -23,6 +23,12 @@ def threads():
     bnfast.set_num_threads(None)
 
 
+@pytest.fixture
+def largest_error():
+    """Of outputs, by the name of their type."""
+    return LARGEST_ERROR
+
+
 @pytest.fixture(params=CASES, ids=[f"{name_of(shape)}-{layout}" for shape, layout in CASES])
 def data(request):
     """Arrays for one workload, the statistics of its x, and an array to write to."""
