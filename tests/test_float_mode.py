@@ -146,7 +146,7 @@ def entries(thing):
 
 
 MOVE_NUMBERS_ONLY = {
-    *("train", "eval", "state_dict"),
+    *("train", "eval", "release", "state_dict"),
     *("count", "mean", "m2", "minimum", "maximum", "nonfinite", "to_bytes", "save", "load"),
 }
 

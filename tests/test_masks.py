@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import bnfast
+from bnfast import _masks
 from bnfast import _reference as reference
 from cases import BUFFERS, in_layout
 from oracle import WIDE, assert_within, central_differences, close
@@ -811,3 +812,21 @@ def test_a_sample_without_values_adds_nothing_to_gradients_whatever_its_invstd(r
     np.testing.assert_array_equal(dx, np.concatenate((alone[0], np.zeros((1, 4, 3)))))
     for got, expected in zip(of_parameters, alone[1:], strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+def test_lengths_of_a_layer_are_checked_once_and_may_be_changed_before_backward(monkeypatch, rng):
+    def counting(*arguments):
+        checks.append(arguments)
+        return right(*arguments)
+
+    checks, right = [], _masks.integers_of_samples
+    monkeypatch.setattr(_masks, "integers_of_samples", counting)
+    x, dy = rng.normal(size=(2, 4, 3, 9)).astype(np.float32)
+    lengths = np.array([9, 4, 0, 7])
+    layer = bnfast.BatchNorm(3)
+    layer(x, lengths=lengths)
+    lengths[:] = 1
+    dx = layer.backward(dy)
+    assert len(checks) == 1
+    layer(x, lengths=[9, 4, 0, 7])
+    np.testing.assert_array_equal(dx, layer.backward(dy))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -182,7 +182,7 @@ class SyncBatchNorm(RankLayer):
         )
         if taken and saved.count > 0:
             self._count()
-        self._save(x, y, saved, self._kept_weight())
+        self._save(x, out, saved, self._kept_weight(), by=SyncBatchNorm._gradients_of_part)
         return y
 
     def _takes_parts(self, parts: Array, merged: Array) -> bool:
@@ -225,9 +225,11 @@ class SyncBatchNorm(RankLayer):
         end = {"call": "end of recalibrating", **terms}
         exchanged(self.communicator, end, 0, np.zeros(0))
 
-    def _save(self, x: Array, y: Array, *more: Any) -> None:
-        super()._save(x, y, *more)
-        self._synchronized = isinstance(more[0], Synchronized)
+    def _save(
+        self, x: Array, out: Array | None, *more: Any, by: Callable[..., Gradients] | None = None
+    ) -> None:
+        super()._save(x, out, *more, by=by)
+        self._synchronized = by is not None
 
     @in_default_float_mode
     def backward(
@@ -256,10 +258,14 @@ class SyncBatchNorm(RankLayer):
                 return super().backward(dy, out=out)
         return super().backward(dy, out=out)
 
-    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        statistics, weight, *_ = saved
-        if not isinstance(statistics, Synchronized):
-            return super()._gradients(dy, out, x, *saved)
+    def _gradients_of_part(
+        self,
+        dy: Array,
+        out: Array | None,
+        x: Array,
+        statistics: Synchronized,
+        weight: Array | None,
+    ) -> Gradients:
         dx, dweight, dbias = backward_of_rank(
             dy, x, statistics, self.communicator, weight, self.axis, out, self._number
         )

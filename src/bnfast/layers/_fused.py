@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bnfast import _primitives, _validation
@@ -15,21 +14,23 @@ from bnfast._float_mode import in_default_float_mode
 from bnfast._masks import ZEROS
 from bnfast._primitives import Activation, Reduction
 from bnfast._typing import Array, ArrayLikeOf, Float
-from bnfast.layers._layer import Gradients, Layer
-from bnfast.layers._masked import Masked, counted_by
-from bnfast.layers._tracking import TrackingLayer
+from bnfast.layers._layer import IN_PLACE, Gradients, Layer
+from bnfast.layers._masked import checked_once
+from bnfast.layers._tracking import NOTHING, Besides, TrackingLayer
 from bnfast.running_averages import LearnableMomentum
 
 SHOWN_IF_NOT: Mapping[str, Any] = {"activation": None, "negative_slope": 0.01}
 
-# What a backward pass needs besides, of a call with an activation or a residual: the bias, the
-# activation, the residual where z is made again of it, y where that says enough, and whether there
-# was a residual.
-Fused = tuple[Array | None, Activation | None, Array | None, Array | None, bool]
+# The mean, invstd and weight of a call, its mask, and whether the statistics did not come from x.
+Statistics = tuple[Array, Array, Array | None, Any, bool]
 
 
 class FusedLayer(Layer):
     """A layer with an activation of its own, whose calls may add a residual before it."""
+
+    axis: int
+    _over: ClassVar[Reduction]  # whose statistics are made together
+    _grouped: ClassVar[bool] = False  # those of groups of channels
 
     activation: str | None = None  # pickles of 0.1 have none
     negative_slope: float = 0.01
@@ -40,7 +41,13 @@ class FusedLayer(Layer):
         self.activation, self.negative_slope = activation, negative_slope
 
     def _save_fused(
-        self, x: Array, y: Array, saved: tuple[Any, ...], chosen: Activation | None, residual: Any
+        self,
+        x: Array,
+        y: Array,
+        out: Array | None,
+        statistics: Statistics,
+        chosen: Activation | None,
+        residual: Any,
     ) -> None:
         """Keep y for the backward pass rather than the residual: the network keeps it anyway."""
         adds = residual is not None
@@ -48,27 +55,41 @@ class FusedLayer(Layer):
         again = adds and chosen is not None and not from_y
         if again:
             residual = as_array(residual)
-            if _validation.shares_memory(residual, y):
-                self._save(y, y)  # which says that the input was overwritten
+            if out is not None and _validation.shares_memory(residual, out):
+                self._saved = IN_PLACE
                 return
         bias = None if self.bias is None or chosen is None else self.bias.copy()
-        fused: Fused = bias, chosen, residual if again else None, y if from_y else None, adds
-        self._save(x, y, *saved, fused)
+        fused = bias, chosen, residual if again else None, y if from_y else None, adds
+        self._save(x, out, *statistics, *fused, by=FusedLayer._fused_gradients)
 
     def _fused_gradients(
         self,
-        given: tuple[Any, Any, Any, Any, Any, Any, bool],
+        dy: Array,
         out: Array | None,
-        over: Reduction,
-        grouped: bool,
+        x: Array,
+        mean: Array,
+        invstd: Array,
+        weight: Array | None,
         masked: _primitives.Masked,
-        fused: Fused,
+        constant: bool,
+        bias: Array | None,
+        chosen: Activation | None,
+        residual: Array | None,
+        y: Array | None,
+        adds: bool,
     ) -> Gradients:
-        bias, chosen, residual, y, adds = fused
+        """Of a call with an activation or a residual.
+
+        There is the residual where z is made again of it, or y where that says enough; `adds` says
+        whether there was a residual.
+        """
+        over = _primitives.BATCH if constant else self._over
         dx, dweight, dbias, dresidual = _primitives.fused_gradient(
-            *given, out, over, grouped, bias, chosen, residual, y, adds, masked=masked
+            *(dy, x, self.axis, mean, invstd, weight, constant, out, over, self._grouped),
+            *(bias, chosen, residual, y, adds),
+            masked=masked,
         )
-        return (dx, dresidual) if adds else dx, dweight, dbias
+        return (dx, dresidual) if adds else dx, None if weight is None else dweight, dbias
 
 
 class FusedTrackingLayer(FusedLayer, TrackingLayer):
@@ -132,28 +153,13 @@ class FusedTrackingLayer(FusedLayer, TrackingLayer):
             finite: the layer needs ``dtype=numpy.float64``.
         """
         array = self._batch(x)
-        masked = mask, lengths, padding
-        counted = None
+        masked, counted = None, None
         if mask is not None or lengths is not None or padding != ZEROS:
-            counted = counted_by(self, array, masked)
+            masked, counted = checked_once(self, array, mask, lengths, padding)
         out = self._destination(array, out, residual, counted)
-        training = self.training and not self.frozen
-        tracks = not self._recomputes(recompute)
-        if tracks and self._observer is not None:
-            self._observe(array, out, residual)
-        if tracks and training:
-            self._before_training(array, counted)
-        running_mean, running_var = (None, None) if training else self._running_statistics()
-        if self._is_plain(residual):
-            if running_mean is None or running_var is None:
-                return self._normalize(array, out, training and tracks, masked, counted)
-            return self._evaluate(array, out, running_mean, running_var, self.eps, masked)
-        chosen = activation_of(self.activation, self.negative_slope)
-        if running_mean is None or running_var is None:
-            tracks = tracks and training
-            return self._normalize_fused(array, out, tracks, chosen, residual, masked, counted)
-        statistics = running_mean, running_var
-        return self._evaluate_fused(array, out, statistics, chosen, residual, masked)
+        if residual is None and masked is None:
+            return self._call(array, out, recompute)
+        return self._call(array, out, recompute, Besides(residual, masked, counted))
 
     def _destination(
         self, x: Array, out: Array | None, residual: object, counted: Any
@@ -165,16 +171,13 @@ class FusedTrackingLayer(FusedLayer, TrackingLayer):
         """Whether a call has nothing that a layer without activations would not have."""
         return self.activation is None and residual is None
 
-    def _normalize_fused(
-        self,
-        x: Array,
-        out: Array | None,
-        training: bool,
-        chosen: Activation | None,
-        residual: object,
-        masked: Masked,
-        counted: NDArray[np.bool_] | None,
+    def _normalize(
+        self, x: Array, out: Array | None, training: bool, besides: Besides = NOTHING
     ) -> Array:
+        residual, masked, counted = besides
+        if self._is_plain(residual):
+            return super()._normalize(x, out, training, besides)
+        chosen = activation_of(self.activation, self.negative_slope)
         tracks = training and self.track_running_stats and self._takes(x, self.axis, counted)
         if tracks and type(self.momentum) is LearnableMomentum:
             raise ValueError(
@@ -196,37 +199,29 @@ class FusedTrackingLayer(FusedLayer, TrackingLayer):
         )
         if tracks and x.size > 0:
             self._count()
-        saved = mean, invstd, self._kept_weight(), masked, False
-        self._save_fused(x, y, saved, chosen, residual)
+        statistics = mean, invstd, self._kept_weight(), masked, False
+        self._save_fused(x, y, out, statistics, chosen, residual)
         return y
 
-    def _evaluate_fused(
+    def _evaluate(
         self,
         x: Array,
         out: Array | None,
-        running: tuple[Array, Array],
-        chosen: Activation | None,
-        residual: object,
-        masked: Masked,
+        mean: Array,
+        variance: Array,
+        eps: float,
+        besides: Besides = NOTHING,
     ) -> Array:
+        residual, masked, _ = besides
+        if self._is_plain(residual):
+            return super()._evaluate(x, out, mean, variance, eps, besides)
+        chosen = activation_of(self.activation, self.negative_slope)
         y = _primitives.scale_shift(
-            *(x, self.axis, *running, self.weight, self.bias, self.eps),
-            *(self._evaluation, out),
+            *(x, self.axis, mean, variance, self.weight, self.bias, eps, self._evaluation, out),
             activation=chosen,
             residual=residual,
             masked=masked,
         )
-        statistics = self._evaluation.saved
-        if statistics is None:  # x is empty: nothing was prepared, and there is no gradient
-            statistics = *running, self.weight
-        self._save_fused(x, y, (*statistics, masked, True), chosen, residual)
+        statistics = *self._of_evaluation(mean, variance), masked, True
+        self._save_fused(x, y, out, statistics, chosen, residual)
         return y
-
-    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        if len(saved) < 6:
-            return super()._gradients(dy, out, x, *saved)
-        mean, invstd, weight, masked, constant, fused = saved
-        over = _primitives.BATCH if constant else self._over
-        given = dy, x, self.axis, mean, invstd, weight, constant
-        dx, dweight, dbias = self._fused_gradients(given, out, over, False, masked, fused)
-        return dx, None if weight is None else dweight, dbias

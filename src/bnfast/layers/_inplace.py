@@ -13,7 +13,7 @@ from bnfast._activations import LEAKY, activation_of
 from bnfast._primitives import Activation
 from bnfast._scalars import describe
 from bnfast._typing import Array
-from bnfast.layers._fused import FusedTrackingLayer
+from bnfast.layers._fused import FusedTrackingLayer, Statistics
 from bnfast.layers._layer import Flag, Gradients
 
 AnyInPlace = TypeVar("AnyInPlace", bound="InPlaceLayer")
@@ -107,35 +107,32 @@ class InPlaceLayer(FusedTrackingLayer):
         return not self.inplace and super()._is_plain(residual)
 
     def _save_fused(
-        self, x: Array, y: Array, saved: tuple[Any, ...], chosen: Activation | None, residual: Any
+        self,
+        x: Array,
+        y: Array,
+        out: Array | None,
+        statistics: Statistics,
+        chosen: Activation | None,
+        residual: Any,
     ) -> None:
         if not self.inplace:
-            super()._save_fused(x, y, saved, chosen, residual)
+            super()._save_fused(x, y, out, statistics, chosen, residual)
             return
-        _, invstd, weight, _, constant = saved
+        _, invstd, weight, _, constant = statistics
         bias = None if self.bias is None else self.bias.copy()
-        self._saved = y, OfOutput(invstd, weight, bias, chosen, constant)
+        of = OfOutput(invstd, weight, bias, chosen, constant)
+        self._save(y, None, of, by=InPlaceLayer._gradients_of_output)
 
-    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        if isinstance(saved[0], OfOutput):
-            return _gradients_of_output(dy, x, self.axis, saved[0], out)
-        return super()._gradients(dy, out, x, *saved)
-
-
-def _gradients_of_output(
-    dy: Array, y: Array, axis: int, of: OfOutput, out: Array | None
-) -> Gradients:
-    """Return dx, dweight (None without a weight) and dbias from the output alone.
-
-    Around bias and 1 / abs(weight) z is what x is around mean and invstd.
-    """
-    channels = y.shape[axis]
-    weight = np.ones(channels) if of.weight is None else of.weight.astype(np.float64)
-    bias = np.zeros(channels) if of.bias is None else of.bias.astype(np.float64)
-    size = np.abs(weight)
-    with np.errstate(all="ignore"):
-        scale = weight * size * of.invstd
-    dx, dweight, dbias = _primitives.gradient_of_output(
-        dy, y, axis, bias, 1.0 / size, scale, of.constant, out, of.activation
-    )
-    return dx, None if of.weight is None else dweight * np.sign(weight), dbias
+    def _gradients_of_output(
+        self, dy: Array, out: Array | None, y: Array, of: OfOutput
+    ) -> Gradients:
+        """From the output alone: around bias and 1 / abs(weight) z is what x is around its own."""
+        weight = np.ones(self.num_features) if of.weight is None else of.weight.astype(np.float64)
+        bias = np.zeros(self.num_features) if of.bias is None else of.bias.astype(np.float64)
+        size = np.abs(weight)
+        with np.errstate(all="ignore"):
+            scale = weight * size * of.invstd
+        dx, dweight, dbias = _primitives.gradient_of_output(
+            dy, y, self.axis, bias, 1.0 / size, scale, of.constant, out, of.activation
+        )
+        return dx, None if of.weight is None else dweight * np.sign(weight), dbias

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
@@ -23,7 +23,7 @@ _COUNTER = PYTORCH.counter
 # Why `backward` has nothing to work with, where that is so.
 NONE_YET = "there has been none"
 _DONE = "the last one has had its backward"
-_IN_PLACE = "the last call wrote over its input"
+IN_PLACE = "the last call wrote over its input"
 _RELEASED = "what the last one kept has been released"
 
 
@@ -91,7 +91,7 @@ class Trainable(ABC):
     # Whether the statistics were recalibrated, and nothing is left of what they began as.
     _made_of_data = False
 
-    # What `_gradients` needs of the last call, x first, or a reason why there is nothing.
+    # Of the last call: what makes its gradients, x, and its other arguments. Or why there is none.
     _saved: tuple[Any, ...] | str = NONE_YET
 
     def __new__(cls: type[AnyTrainable], *_: Any, **__: Any) -> AnyTrainable:
@@ -135,9 +135,13 @@ class Trainable(ABC):
         """
         return self.train(False)
 
-    def _save(self, x: Array, y: Array, *more: Any) -> None:
+    def _save(
+        self, x: Array, out: Array | None, *more: Any, by: Callable[..., Gradients] | None = None
+    ) -> None:
+        """Keep what `_gradients` takes, or a function of the class that stands in for it."""
         # x is not copied; where it was overwritten, there can be no backward.
-        self._saved = _IN_PLACE if _validation.shares_memory(x, y) else (x, *more)
+        overwritten = out is not None and _validation.shares_memory(x, out)
+        self._saved = IN_PLACE if overwritten else (by, x, *more)
 
     @abstractmethod
     def _gradients(self, dy: Any, out: Array | None, x: Array, *saved: Any) -> Gradients:
@@ -182,7 +186,11 @@ class Trainable(ABC):
             raise RuntimeError(
                 f"backward needs a call of the layer before it, not in place: {self._saved}"
             )
-        gradients = self._gradients(dy, out, *self._saved)
+        by, *saved = self._saved
+        if by is None:
+            gradients = self._gradients(dy, out, *saved)
+        else:
+            gradients = by(self, dy, out, *saved)
         dx: Array = gradients[0]
         # A call may have had no use for the last ones.
         for name in self._parameters[len(gradients) - 1 :]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -28,6 +28,17 @@ AnyAveraging = TypeVar("AnyAveraging", bound="Averaging")
 
 # What batches with values that are not finite do to the running statistics.
 PROPAGATE, SKIP, RAISE = "propagate", "skip", "raise"
+
+
+class Besides(NamedTuple):
+    """What a call has besides its input."""
+
+    residual: Any = None
+    masked: _primitives.Masked = None
+    counted: NDArray[np.bool_] | None = None  # which positions, where a mask says so
+
+
+NOTHING = Besides()
 
 
 class ChannelLayer(Layer):
@@ -68,21 +79,33 @@ class ChannelLayer(Layer):
         mean: Array,
         variance: Array,
         eps: float,
-        masked: _primitives.Masked = None,
+        besides: Besides = NOTHING,
     ) -> Array:
         """Return y from the running statistics, and save what the backward pass needs."""
         y = _primitives.scale_shift(
             *(x, self.axis, mean, variance, self.weight, self.bias, eps, self._evaluation, out),
-            masked=masked,
+            masked=besides.masked,
         )
-        statistics = self._evaluation.saved
-        if statistics is None:  # x is empty: nothing was prepared, and there is no gradient
-            statistics = mean, variance, self.weight
-        self._save(x, y, *statistics, masked, True)
+        self._save(x, out, *self._of_evaluation(mean, variance), besides.masked, True)
         return y
 
-    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        mean, invstd, weight, masked, constant = saved
+    def _of_evaluation(self, mean: Array, variance: Array) -> tuple[Array, Array, Array | None]:
+        """Return the first of what is saved of a call by these running statistics."""
+        # Of an empty x nothing was prepared, and there is no gradient.
+        return self._evaluation.saved or (mean, variance, self.weight)
+
+    def _gradients(
+        self,
+        dy: Array,
+        out: Array | None,
+        x: Array,
+        mean: Array,
+        invstd: Array,
+        weight: Array | None,
+        masked: _primitives.Masked,
+        constant: bool,
+    ) -> Gradients:
+        """Of statistics, those of x unless they are `constant`."""
         over = _primitives.BATCH if constant else self._over
         dx, dweight, dbias = _primitives.gradient(
             dy, x, self.axis, mean, invstd, weight, constant, out, over, masked=masked
@@ -267,18 +290,23 @@ class TrackingLayer(ChannelLayer, Tracking):
             Where a running statistic of float32 becomes infinite, though that of the batch is
             finite: the layer needs ``dtype=numpy.float64``.
         """
-        array = self._batch(x)
+        return self._call(self._batch(x), out, recompute)
+
+    def _call(
+        self, x: Array, out: Array | None, recompute: bool, besides: Besides = NOTHING
+    ) -> Array:
+        """Normalize a checked batch by its own statistics, or by the running ones."""
         tracks = not self._recomputes(recompute)
         if tracks and self._observer is not None:
-            self._observe(array, out)
+            self._observe(x, out, besides.residual)
         if self.training and not self.frozen:
             if tracks:
-                self._before_training(array)
-            return self._normalize(array, out, tracks)
+                self._before_training(x, besides.counted)
+            return self._normalize(x, out, tracks, besides)
         running_mean, running_var = self._running_statistics()
         if running_mean is None or running_var is None:
-            return self._normalize(array, out, False)
-        return self._evaluate(array, out, running_mean, running_var, self.eps)
+            return self._normalize(x, out, False, besides)
+        return self._evaluate(x, out, running_mean, running_var, self.eps, besides)
 
     def _recomputes(self, recompute: bool) -> bool:
         """Return the checked argument; raise where the first call has changed what it would do."""
@@ -296,16 +324,13 @@ class TrackingLayer(ChannelLayer, Tracking):
         """See a batch, and which of its positions count, before the layer is trained on it."""
 
     def _normalize(
-        self,
-        x: Array,
-        out: Array | None,
-        training: bool,
-        masked: _primitives.Masked = None,
-        counted: NDArray[np.bool_] | None = None,
+        self, x: Array, out: Array | None, training: bool, besides: Besides = NOTHING
     ) -> Array:
         """Return y from the statistics of x, which training tracks and the backward pass needs."""
-        given = x, self.axis, self.weight, self.bias, self.eps
-        tracks = training and self.track_running_stats and self._takes(x, self.axis, counted)
+        given, masked = (x, self.axis, self.weight, self.bias, self.eps), besides.masked
+        tracks = (
+            training and self.track_running_stats and self._takes(x, self.axis, besides.counted)
+        )
         if tracks and type(self.momentum) is LearnableMomentum:
             if x.size > 0:
                 return self._normalize_blended(x, out)
@@ -324,7 +349,7 @@ class TrackingLayer(ChannelLayer, Tracking):
                 self._count()
         else:
             y, mean, invstd = _primitives.normalize(*given, out=out, over=self._over, masked=masked)
-        self._save(x, y, mean, invstd, self._kept_weight(), masked, False)
+        self._save(x, out, mean, invstd, self._kept_weight(), masked, False)
         return y
 
     def _count(self) -> None:
@@ -344,7 +369,7 @@ class TrackingLayer(ChannelLayer, Tracking):
                 *(self.eps, None, y[part]),
             )
         self._track(tracked, blends)
-        self._save(x, y, blends, self._kept_weight())
+        self._save(x, out, blends, self._kept_weight(), by=TrackingLayer._blended_gradients)
         return y
 
     def _blends(self, x: Array) -> tuple[tuple[Array, Array], list[Blend]]:
@@ -379,10 +404,14 @@ class TrackingLayer(ChannelLayer, Tracking):
         for _ in blends:
             self._count()
 
-    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        if not isinstance(saved[0], list):
-            return super()._gradients(dy, out, x, *saved)
-        blends, weight = saved
+    def _blended_gradients(
+        self,
+        dy: Array,
+        out: Array | None,
+        x: Array,
+        blends: list[Blend],
+        weight: Array | None,
+    ) -> Gradients:
         upstream = _validation.upstream_gradient(dy, x)
         dx = self._gradient_output(out, dy, x, weight)
         gamma = np.ones(self.num_features) if weight is None else weight.astype(np.float64)

@@ -329,5 +329,5 @@ class BatchNorm(InPlaceLayer):
                 f"statistics are mostly noise. Use a larger batch, or eval() to normalize with the "
                 f"running statistics, or a normalization that does not depend on the batch (layer, "
                 f"group or RMS normalization)",
-                stacklevel=3,
+                stacklevel=4,
             )

@@ -174,7 +174,7 @@ class ConditionalBatchNorm(TrackingLayer):
             )
             if tracks and array.size > 0:
                 self._count()
-            self._save(array, y, *statistics, weight, chosen, True)
+            self._save(array, out, *statistics, weight, chosen, True)
             return y
         y = functional.conditional_batch_norm(
             *(array, weight, bias, running_mean, running_var),
@@ -184,7 +184,7 @@ class ConditionalBatchNorm(TrackingLayer):
         )
         with np.errstate(all="ignore"):
             invstd = 1.0 / np.sqrt(running_var.astype(np.float64) + self.eps)
-        self._save(array, y, running_mean.astype(np.float64), invstd, weight, chosen, False)
+        self._save(array, out, running_mean.astype(np.float64), invstd, weight, chosen, False)
         return y
 
     def _normalize_and_blend(
@@ -202,7 +202,7 @@ class ConditionalBatchNorm(TrackingLayer):
             self._output_beside(out, x, tracked),
         )
         self._track(tracked, [blended])
-        self._save(x, y, blended, weight, labels)
+        self._save(x, out, blended, weight, labels)
         return y
 
     def _of_samples(self, name: str, labels: NDArray[np.intp]) -> Array | None:

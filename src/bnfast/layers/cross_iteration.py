@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -233,7 +233,7 @@ class CrossIterationBatchNorm(ChannelLayer, Averaging):
         )
         if takes and array.size > 0:
             self._track(tracked, new, saved, values, current)
-        self._save(array, y, saved, weight)
+        self._save(array, out, saved, weight, by=CrossIterationBatchNorm._gradients_of_batch)
         return y
 
     def _burns_in(self) -> bool:
@@ -287,10 +287,14 @@ class CrossIterationBatchNorm(ChannelLayer, Averaging):
             **dict.fromkeys(self._window.values(), 0.0),
         }
 
-    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        if not isinstance(saved[0], CrossIterated):
-            return super()._gradients(dy, out, x, *saved)
-        of_batch, weight = saved
+    def _gradients_of_batch(
+        self,
+        dy: Array,
+        out: Array | None,
+        x: Array,
+        of_batch: CrossIterated,
+        weight: Array | None,
+    ) -> Gradients:
         dx, dweight, dbias = functional.cross_iteration_batch_norm_backward(
             dy, x, of_batch, weight, axis=self.axis, out=out
         )

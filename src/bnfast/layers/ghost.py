@@ -144,13 +144,19 @@ class GhostBatchNorm(TrackingLayer):
         )
         if seen is not None and x.size > 0:
             self.num_batches_tracked = seen + (len(mean) if numbers is None else numbers[-1])
-        self._save(x, y, mean, invstd, self._kept_weight(), False)
+        kept = mean, invstd, self._kept_weight()
+        self._save(x, out, *kept, by=GhostBatchNorm._gradients_of_ghosts)
         return y
 
-    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        if len(saved) == 2 or saved[-1]:  # of a learned momentum, or of constant statistics
-            return super()._gradients(dy, out, x, *saved)
-        mean, invstd, weight, _ = saved
+    def _gradients_of_ghosts(
+        self,
+        dy: Array,
+        out: Array | None,
+        x: Array,
+        mean: Array,
+        invstd: Array,
+        weight: Array | None,
+    ) -> Gradients:
         dx, dweight, dbias = functional.ghost_batch_norm_backward(
             dy, x, self.ghost_size, mean, invstd, weight, axis=self.axis, out=out
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -179,7 +179,8 @@ class MovingAverageBatchNorm(ChannelLayer, Averaging):
         )
         if takes and array.size > 0:
             self.num_batches_tracked += 1
-        self._save(array, y, MovingAveraged(*saved), self.gradient_buffer, weight, takes)
+        kept = MovingAveraged(*saved), self.gradient_buffer, weight, takes
+        self._save(array, out, *kept, by=MovingAverageBatchNorm._gradients_of_batch)
         return y
 
     def _averages(self) -> bool:
@@ -199,10 +200,16 @@ class MovingAverageBatchNorm(ChannelLayer, Averaging):
     def _first_statistics(self) -> dict[str, Array | float]:
         return {"running_var": 1.0, "square_buffer": 0.0, "gradient_buffer": 0.0}
 
-    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        if not isinstance(saved[0], MovingAveraged):
-            return super()._gradients(dy, out, x, *saved)
-        of_batch, buffer, weight, tracks = saved
+    def _gradients_of_batch(
+        self,
+        dy: Array,
+        out: Array | None,
+        x: Array,
+        of_batch: MovingAveraged,
+        buffer: Array,
+        weight: Array | None,
+        tracks: bool,
+    ) -> Gradients:
         dx, dweight, dbias = _moving_average.gradient(
             dy, x, of_batch, buffer, weight, self.axis, out, tracks
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -142,7 +142,7 @@ class BatchRenorm(ChannelLayer, Averaging):
         if not self.training or self.frozen:
             given = array, self.axis, mean, std, self.weight, self.bias
             y, inverse_std = _primitives.evaluate_renorm(*given, self._evaluation, out)
-            self._save(array, y, mean.copy(), inverse_std, self._kept_weight(), None, True)
+            self._save(array, out, mean.copy(), inverse_std, self._kept_weight(), None, True)
             return y
         r_max, d_max = self.schedule.at(self.num_batches_tracked)
         weight = self._kept_weight()
@@ -157,16 +157,20 @@ class BatchRenorm(ChannelLayer, Averaging):
         )
         if takes and array.size > 0:
             self.num_batches_tracked += 1
-        self._save(array, y, saved, weight)
+        self._save(array, out, saved, weight, by=BatchRenorm._gradients_of_batch)
         return y
 
     def _first_statistics(self) -> dict[str, Array | float]:
         return {"running_mean": 0.0, "running_std": 1.0}
 
-    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        if not isinstance(saved[0], Renormalized):
-            return super()._gradients(dy, out, x, *saved)
-        of_batch, weight = saved
+    def _gradients_of_batch(
+        self,
+        dy: Array,
+        out: Array | None,
+        x: Array,
+        of_batch: Renormalized,
+        weight: Array | None,
+    ) -> Gradients:
         dx, dweight, dbias = functional.batch_renorm_backward(
             dy, x, of_batch, weight, axis=self.axis, out=out
         )

@@ -144,7 +144,7 @@ class FilterResponseNorm(Layer):
             array, *parameters, self.eps, learned_eps=self.learned_eps, axis=axis, out=out
         )
         kept = (None if p is None else p.copy() for p in (*parameters, self.learned_eps))
-        self._save(array, z, invrms, *kept)
+        self._save(array, out, invrms, *kept)
         return z
 
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:

@@ -65,7 +65,7 @@ class _RowLayer(Layer):
         array = _validation.data_array("x", x)
         _validation.flag("recompute", recompute)
         y, *statistics = self._normalize(array, out)
-        self._save(array, y, statistics, self._kept_weight())
+        self._save(array, out, statistics, self._kept_weight())
         return y
 
     @abstractmethod

@@ -17,7 +17,7 @@ from bnfast._primitives import GROUPS, PER_SAMPLE
 from bnfast._typing import Array, ArrayLikeOf, Float
 from bnfast.layers._framework import FrameworkLayer, of_channels, of_groups
 from bnfast.layers._fused import SHOWN_IF_NOT, FusedLayer, FusedTrackingLayer
-from bnfast.layers._layer import Flag, Gradients
+from bnfast.layers._layer import Flag
 from bnfast.layers._tracking import PROPAGATE
 from bnfast.running_averages import Momentum
 
@@ -257,6 +257,8 @@ class GroupNorm(FusedLayer):
 
     affine = Flag(fixed=True)
 
+    _over = GROUPS
+    _grouped = True
     _shown = ("num_groups", "num_channels", "eps", "affine", "axis", "dtype")
     _shown_if_not: ClassVar[Mapping[str, Any]] = SHOWN_IF_NOT
 
@@ -402,12 +404,8 @@ class GroupNorm(FusedLayer):
             residual=residual,
             masked=(mask, lengths, padding),
         )
-        saved = mean, invstd, self._kept_weight(), (mask, lengths, padding)
-        self._save_fused(array, y, saved, chosen, residual)
+        statistics = mean, invstd, self._kept_weight(), (mask, lengths, padding), False
+        self._save_fused(array, y, out, statistics, chosen, residual)
         return y
 
-    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        mean, invstd, weight, masked, fused = saved
-        given = dy, x, self.axis, mean, invstd, weight, False
-        dx, dweight, dbias = self._fused_gradients(given, out, GROUPS, True, masked, fused)
-        return dx, None if weight is None else dweight, dbias
+    _gradients = FusedLayer._fused_gradients

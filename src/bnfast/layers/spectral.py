@@ -142,7 +142,7 @@ class SpectralNorm(Trainable):
         y, sigma, u, v = self._divide(array, self.n_power_iterations * self.training, out)
         if self.training:
             keep_singular_vectors((self.u, self.v), (u, v))
-        self._save(array, y, sigma, u, v, self.eps)
+        self._save(array, out, sigma, u, v, self.eps)
         return y
 
     def _divide(

@@ -60,7 +60,7 @@ class _Standardization(Trainable):
         _validation.same_channels("w", array, axis, self.num_filters, "filters")
         gain = None if self.gain is None else self.gain.copy()
         y, mean, std = self._standardize(array, gain, out)
-        self._save(array, y, mean, std, gain)
+        self._save(array, out, mean, std, gain)
         return y
 
     @abstractmethod

@@ -117,7 +117,7 @@ class WeightNorm(Trainable):
         """
         g = self.g.copy()
         w, norm = functional.weight_norm_forward(self.v, g, self.dim, self.eps, out=out)
-        self._save(self.v, w, g, norm, self.dim, self.eps)
+        self._save(self.v, out, g, norm, self.dim, self.eps)
         return w
 
     def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:

@@ -107,7 +107,7 @@ class WhiteningLayer(Tracking):
         training = self.training and not self.frozen
         if not training and mean is not None and matrix is not None:
             y, statistics = _whitening.evaluate(*common, mean, matrix, self.averaged, out)
-            self._save(array, y, statistics, self._kept_weight(), True)
+            self._save(array, out, statistics, self._kept_weight(), True)
             return y
         _validation.epsilon(self.eps, training=True)
         tracks = first and training and self.track_running_stats
@@ -117,7 +117,7 @@ class WhiteningLayer(Tracking):
         y, saved = _whitening.normalize(*common, *tracked, new, self.averaged, out)
         if tracks and self.num_batches_tracked is not None and array.size > 0:
             self.num_batches_tracked += 1
-        self._save(array, y, saved, self._kept_weight(), False)
+        self._save(array, out, saved, self._kept_weight(), False)
         return y
 
     def _first_statistics(self) -> dict[str, Array | float]:
