@@ -120,6 +120,9 @@ def backward(
         size = fold.keep(level * of_dmean[kind]) + fold.keep(slope * of_dvar[kind]) * own
         if kind in relative:
             size = size + np.abs(inverse * g) * fold.keep(relative[kind])
+        if kind == "known":  # what one float64 holds of the mean of the batch
+            lost = np.finfo(DOUBLE).eps * np.abs(of.own_mean)
+            size = size + fold.keep(slope * np.abs(dvar) * lost)
         name = "dx" if kind == "sums" else kind
         dx_sizes[name] = dx_sizes.get(name, 0) + unjudged(size, fold.keep(sound) != 0)
     dweight_sizes = dict(beside.dweight.sizes)
