@@ -547,6 +547,36 @@ def _made(name: str, *arguments: Any, **keywords: Any) -> tuple[Callable[[], Any
     return lambda: getattr(bnfast, name)(*arguments, **keywords), f"{name}({', '.join(shown)})"
 
 
+def _counted_of_batch(x: Array, axis: int, drawn: masks.Drawn) -> oracle_of_masks.Masked:
+    padding = drawn.arguments.get("padding", masks.PADDINGS[0])
+    return oracle_of_masks.of_batch(drawn.counts, x.shape, axis, padding)
+
+
+def _activated_step(
+    axis: int,
+    fold_of: Callable[[tuple[int, ...], int], oracle.Fold],
+    counted_of: Callable[[Array, int, masks.Drawn], oracle_of_masks.Masked],
+) -> Callable[..., Step | call.Refused | None]:
+    """That of a layer of channels with activations and masks, whose statistics have this fold."""
+
+    def step(
+        layer: Any,
+        x: Array,
+        residual: Array | None = None,
+        *,
+        recompute: bool = False,
+        drawn: masks.Drawn | None = None,
+    ) -> Step | call.Refused | None:
+        fused = _fused(layer, residual, recompute)
+        if drawn is not None:
+            counted = counted_of(x, axis, drawn)
+            return _of_counts(layer, x, drawn, fused, counted, layer.unbiased)
+        folds = [(slice(None), fold_of(x.shape, axis))]
+        return _with_logit(layer, _of_statistics(layer, x, folds, layer.unbiased, None, fused))
+
+    return step
+
+
 def _batch_norm(rng: Random) -> Plan:
     ndim = int(rng.integers(2, 5))
     channels, axis = int(rng.integers(1, 9)), draws.axis(rng, ndim)
@@ -569,22 +599,7 @@ def _batch_norm(rng: Random) -> Plan:
         **more,
     )
 
-    def step(
-        layer: Any,
-        x: Array,
-        residual: Array | None = None,
-        *,
-        recompute: bool = False,
-        drawn: masks.Drawn | None = None,
-    ) -> Step | call.Refused | None:
-        folds = [(slice(None), oracle.of_channels(x.shape, axis))]
-        fused = _fused(layer, residual, recompute)
-        if drawn is not None:
-            padding = drawn.arguments.get("padding", masks.PADDINGS[0])
-            counted = oracle_of_masks.of_batch(drawn.counts, x.shape, axis, padding)
-            return _of_counts(layer, x, drawn, fused, counted, layer.unbiased)
-        return _with_logit(layer, _of_statistics(layer, x, folds, layer.unbiased, None, fused))
-
+    step = _activated_step(axis, oracle.of_channels, _counted_of_batch)
     inputs = _with_residuals(_sometimes_nonfinite(_data_inputs(channels, axis, ndim)))
     return Plan(make, inputs, step, text, _recompute, True, True)
 
@@ -601,20 +616,7 @@ def _instance_norm(rng: Random) -> Plan:
         **_activation(rng),
     )
 
-    def step(
-        layer: Any,
-        x: Array,
-        residual: Array | None = None,
-        *,
-        recompute: bool = False,
-        drawn: masks.Drawn | None = None,
-    ) -> Step | call.Refused | None:
-        folds = [(slice(None), oracle.of_planes(x.shape, axis))]
-        fused = _fused(layer, residual, recompute)
-        if drawn is not None:
-            return _of_counts(layer, x, drawn, fused, _counted(x, axis, drawn), True)
-        return _of_statistics(layer, x, folds, True, None, fused)
-
+    step = _activated_step(axis, oracle.of_planes, _counted)
     inputs = _with_residuals(_sometimes_nonfinite(_data_inputs(channels, axis, ndim)))
     return Plan(make, inputs, step, text, _recompute, True, True)
 
