@@ -82,6 +82,8 @@ static int next_piece(piece_walk *walk, piece *next)
 
 /* gathered inputs */
 
+static const bn_view nothing = {NULL, {0, 0}};
+
 /* A part of a line of one channel; returns how many values these are. There is room for some more. */
 static size_t gather_from_line(const bn_job *job, piece some, const unsigned char *counts, const char *from, char *to,
                                size_t room)
@@ -134,10 +136,13 @@ static void copy_row(char *to, const char *from, size_t bytes)
 #define LISTED ((size_t)256)
 
 /* Those of the piece's rows that the box has, after `before` others. */
-static void gather_rows(const bn_plan *plan, const bn_box *box, piece some, const unsigned char *counts, size_t before,
-                        bn_view from, bn_view to)
+static void gather_rows(const bn_job *job, bn_role role, const bn_box *box, bn_box chunk, piece some,
+                        const unsigned char *counts, size_t before, bn_view to)
 {
-    const size_t bytes = box->extent.channels * plan->itemsize;
+    const bn_plan *plan = job->plan;
+    const int staged = plan->operand[role].staged;
+    const size_t bytes = box->extent.channels * plan->itemsize, first_row = chunk.outer;
+    const bn_view from = bn_view_to_write(plan, role, job->operand[role], &chunk, NULL);
     const ptrdiff_t step = from.strides.outer * (ptrdiff_t)plan->itemsize;
     const size_t end = box->first_gathered + box->extent.outer;
     size_t places[LISTED + 1], at = before;
@@ -149,21 +154,31 @@ static void gather_rows(const bn_plan *plan, const bn_box *box, piece some, cons
             listed += counts[i];
         }
         for (size_t i = 0; i < listed && at < end; i++, at++) {
-            if (at >= box->first_gathered) {
-                copy_row((char *)to.data + (at - box->first_gathered) * bytes,
-                         (const char *)from.data + (ptrdiff_t)places[i] * step, bytes);
+            char *row = (char *)to.data + (at - box->first_gathered) * bytes;
+            if (at < box->first_gathered) {
+                continue;
+            }
+            if (staged) {
+                chunk.outer = first_row + places[i];
+                chunk.extent.outer = 1;
+                bn_view_to_read(job->kernels, plan, role, job->operand[role], &chunk, row);
+            } else {
+                copy_row(row, (const char *)from.data + (ptrdiff_t)places[i] * step, bytes);
             }
         }
     }
 }
 
-/* Staged operands are brought into a scratch that all of them share, and gathered out of it. */
+/* Lines of staged operands are brought into a scratch that all of these share, and gathered out of it. */
 bn_view bn_gathered_view(const bn_job *job, bn_role role, const bn_box *box)
 {
     const bn_plan *plan = job->plan;
     const size_t number = chunk_at(plan, box);
     const bn_box chunk = box_of_chunk(plan, number, (range){box->channel, box->extent.channels});
-    const bn_view from = bn_view_to_read(job->kernels, plan, role, job->operand[role], &chunk, buffer_of(job, BN_MASK));
+    const int contiguous = plan->layout == BN_contiguous;
+    const bn_view from = contiguous ? bn_view_to_read(job->kernels, plan, role, job->operand[role], &chunk,
+                                                      buffer_of(job, BN_MASK))
+                                    : nothing;
     const bn_view to = bn_dense_view(box, buffer_of(job, role));
     const unsigned char *counts = job->mask.counts + first_of_chunk(plan, number);
     piece_walk walk = pieces_of(job, box->gathered, chunk.extent);
@@ -172,10 +187,10 @@ bn_view bn_gathered_view(const bn_job *job, bn_role role, const bn_box *box)
         if (some.direct) {
             continue;
         }
-        if (plan->layout == BN_contiguous) {
+        if (contiguous) {
             gather_values(job, box, some, counts, chunk.extent.inner, from, to, at);
         } else {
-            gather_rows(plan, box, some, counts, at, from, to);
+            gather_rows(job, role, box, chunk, some, counts, at, to);
         }
         at += some.count;
     }
@@ -204,7 +219,8 @@ static bn_box box_at(bn_box chunk, size_t first, size_t count)
 static void sum_gathered(const bn_job *job, bn_box box, size_t gathered, block_sums *block, bn_sum_box *sum_box)
 {
     const bn_plan *plan = job->plan;
-    const size_t staged_channels = plan->any_staged ? channels_at_once(job, &box, 1) : box.extent.channels;
+    const int staged_lines = plan->any_staged && plan->layout == BN_contiguous; /* all of a chunk: see bn_gathered_view */
+    const size_t staged_channels = staged_lines ? channels_at_once(job, &box, 1) : box.extent.channels;
     const size_t rows = MAX(BN_SCRATCH_BYTES / (plan->channels * plan->itemsize), FEWEST_GATHERED_ROWS);
     const size_t most = plan->layout == BN_channels_last && plan->interleave == 1 ? rows : gathered;
     for (size_t count; box.first_gathered < gathered; box.first_gathered += count) {
@@ -299,8 +315,6 @@ void bn_sum_masked_block(const bn_job *job, size_t number, range channels, int i
 
 /* What the output has where values do not count: this input, or 0. */
 static bn_role input_kept(const bn_job *job) { return job->operand[BN_DY] ? BN_DY : BN_X; }
-
-static const bn_view nothing = {NULL, {0, 0}};
 
 static bn_view view_of_kept(const bn_job *job, const bn_box *box)
 {

@@ -158,6 +158,16 @@ static void copy_box(const bn_kernels *kernels, const bn_plan *plan, bn_role rol
     const size_t rows = plan->inner_axes - 1; /* all inner axes but the run */
     const size_t length = plan->inner_axis_sizes[rows];
     const ptrdiff_t step = layout->inner_axis_strides[rows];
+    if (rows == 0) {
+        data += (ptrdiff_t)box->inner * step;
+        for (size_t o = 0; o < box->extent.outer; o++, go_on(&outer)) {
+            for (size_t c = 0; c < box->extent.channels; c++) {
+                scratch = copy_to_or_from(&how, data + outer.offset + (ptrdiff_t)c * layout->channel_stride, step,
+                                          scratch, box->extent.inner);
+            }
+        }
+        return;
+    }
     position first_row;
     go_to(&first_row, rows, plan->inner_axis_sizes, layout->inner_axis_strides,
           box->inner / length);
