@@ -42,7 +42,7 @@ C_FLAGS = [
     *("-std=c11", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"),
     *(*STRICT, "-ffp-contract=off"),
 ]
-# Kernels say themselves which loops are to be unrolled: all of them, as -O3 does, are a quarter more
+# Kernels say themselves which loops are to be unrolled: all of them, as with -O3, are a quarter more
 # code, and no faster.
 KERNEL_FLAGS = [
     *C_FLAGS,

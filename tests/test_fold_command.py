@@ -714,7 +714,9 @@ def test_data_of_the_users_decide_where_sizes_are_open(fold):
     assert "1 of 1" in fold(path, "--data", "data.npz")
     for values in (np.ones((2, CHANNELS, 5, 5), np.uint8), np.ones(3)):
         np.savez("data.npz", x=values)
-        assert "onnxruntime cannot run it:" in fold(path, "--data", "data.npz", "--force", fails=True)
+        assert "onnxruntime cannot run it:" in fold(
+            path, "--data", "data.npz", "--force", fails=True
+        )
     for wrong in ("nowhere.npz", path):
         assert f"{wrong}: cannot be read:" in fold(path, "--data", wrong, "--force", fails=True)
 
