@@ -1,6 +1,7 @@
 """Build bnfast's one extension: Cython in front, plain C behind, one object file per ISA."""
 
 import os
+import platform
 import subprocess
 import sys
 import sysconfig
@@ -57,6 +58,11 @@ NO_CALLS_FOR_LOOPS = "-fno-tree-loop-distribute-patterns"
 # Python's own flags ask for what debuggers need, ten times as large as the code and 0.4 of the time
 # of a build. ``python setup.py build_ext --debug`` leaves it in.
 NOTHING_FOR_DEBUGGERS = ["-g0", "-fno-asynchronous-unwind-tables"]
+# How compilers take OpenMP: flags to compile with, flags to link with. Apple's compiler knows the
+# pragmas and brings no runtime: LLVM's lies where CFLAGS=-I and LDFLAGS=-L say.
+OPENMP = [(["-fopenmp"], ["-fopenmp"])]
+if sys.platform == "darwin":
+    OPENMP.append((["-Xpreprocessor", "-fopenmp"], ["-lomp"]))
 
 
 class BuildVariants(build_ext):
@@ -72,9 +78,9 @@ class BuildVariants(build_ext):
 
     def add_kernels(self, ext):
         """Compile the kernels for each instruction set, and let the extension use OpenMP."""
-        openmp = ["-fopenmp"] if self.has_openmp() else []
-        ext.extra_compile_args += openmp
-        ext.extra_link_args += openmp
+        to_compile, to_link = self.openmp_flags()
+        ext.extra_compile_args += to_compile
+        ext.extra_link_args += to_link
         ext.extra_objects = []
         kernel_flags = [*KERNEL_FLAGS]
         kernel_flags += filter(self.accepts, (VECTORIZE_ALL, NO_CALLS_FOR_LOOPS))
@@ -115,10 +121,22 @@ class BuildVariants(build_ext):
                 return False
         return True
 
-    def has_openmp(self):
-        """Compile, link and run a parallel region; BNFAST_NO_OPENMP=1 says no."""
+    def openmp_flags(self):
+        """Return what to compile and to link with; nothing where BNFAST_NO_OPENMP=1 says so."""
         if os.environ.get("BNFAST_NO_OPENMP"):
-            return False
+            return [], []
+        for to_compile, to_link in OPENMP:
+            try:
+                self.run_parallel_region(to_compile, to_link)
+            except Exception as error:
+                print(f"no OpenMP by {' '.join(to_compile)}: {error}", file=sys.stderr)
+            else:
+                return to_compile, to_link
+        print("building without OpenMP, bnfast will be serial", file=sys.stderr)
+        return [], []
+
+    def run_parallel_region(self, to_compile, to_link):
+        """Compile, link and, unless it is for another machine, run a parallel region."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "openmp.c")
             source.write_text(
@@ -127,19 +145,14 @@ class BuildVariants(build_ext):
                 "#pragma omp parallel reduction(+:n)\n"
                 "n += 1; return n == 0 || omp_get_max_threads() < 1; }\n"
             )
-            try:
-                objects = self.compiler.compile(
-                    [str(source)], output_dir=folder, extra_postargs=["-fopenmp"]
-                )
-                self.compiler.link_executable(
-                    objects, "openmp", output_dir=folder, extra_postargs=["-fopenmp"]
-                )
-                if MACHINE == os.uname().machine:
-                    subprocess.run([str(Path(folder, "openmp"))], check=True)
-            except Exception as error:
-                print(f"building without OpenMP, bnfast will be serial: {error}", file=sys.stderr)
-                return False
-        return True
+            objects = self.compiler.compile(
+                [str(source)], output_dir=folder, extra_postargs=to_compile
+            )
+            self.compiler.link_executable(
+                objects, "openmp", output_dir=folder, extra_postargs=to_link
+            )
+            if platform.machine() == MACHINE:
+                subprocess.run([str(Path(folder, "openmp"))], check=True)
 
 
 core = Extension(
@@ -200,7 +213,6 @@ setup(
             "wraparound": False,
             "initializedcheck": False,
             "cdivision": True,
-            "freethreading_compatible": True,
         },
     ),
 )
