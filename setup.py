@@ -43,15 +43,10 @@ C_FLAGS = [
     *("-std=c11", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"),
     *(*STRICT, "-ffp-contract=off"),
 ]
-# Kernels say themselves which loops are to be unrolled: with -O3 they are a quarter longer, and no
-# faster.
 KERNEL_FLAGS = [
     *C_FLAGS,
-    *("-O2", "-ftree-vectorize"),
     *("-fopenmp-simd", "-fno-lto", "-fno-math-errno", "-fno-trapping-math"),
 ]
-# Where compilers know it: loops are vectorized although what is left over makes them longer.
-VECTORIZE_ALL = "-fvect-cost-model=dynamic"
 # Where GCC knows it: else it makes calls and 16-byte moves of loops that copy a few vectors between
 # memory and registers, and what was stored in two halves is waited for when it is read as a whole.
 NO_CALLS_FOR_LOOPS = "-fno-tree-loop-distribute-patterns"
@@ -83,7 +78,8 @@ class BuildVariants(build_ext):
         ext.extra_link_args += to_link
         ext.extra_objects = []
         kernel_flags = [*KERNEL_FLAGS]
-        kernel_flags += filter(self.accepts, (VECTORIZE_ALL, NO_CALLS_FOR_LOOPS))
+        if self.accepts(NO_CALLS_FOR_LOOPS):
+            kernel_flags.append(NO_CALLS_FOR_LOOPS)
         # Side by side: each takes as long as all the rest.
         Path(self.build_temp, KERNELS).mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -46,7 +46,7 @@ def build_sanitized(folder, isa):
 
 
 def build_by_clang(folder, isa):
-    known_to_gcc_alone = ("-fno-tree-", "-fvect-cost-model")
+    known_to_gcc_alone = "-fno-tree-"
     flags = [f for f in _core.built_isas()[isa].split() if not f.startswith(known_to_gcc_alone)]
     return build_and_run(folder, isa, flags, compiler="clang")
 
