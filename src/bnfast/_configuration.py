@@ -61,6 +61,7 @@ def available_isas() -> tuple[str, ...]:
     """Return the instruction sets that this build has and this machine runs, best first.
 
     ``BNFAST_ISA`` chooses one of them before import; the results are the same bits with any.
+    `show_config` says which one is used.
 
     Returns
     -------
@@ -113,7 +114,9 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     Returns
     -------
     dict or None
-        None for ``"stdout"``.
+        Of ``"dicts"``: ``"bnfast"``, ``"build"``, ``"instruction sets"`` (``"built"``,
+        ``"available"``, ``"active"``), ``"OpenMP"``, ``"threads"``, ``"caches"``,
+        ``"output pool"`` and ``"environment"``. None for ``"stdout"``.
 
     Raises
     ------
@@ -123,7 +126,10 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     Examples
     --------
     >>> import bnfast
-    >>> bnfast.show_config(mode="dicts")["bnfast"]["version"] == bnfast.__version__
+    >>> config = bnfast.show_config(mode="dicts")
+    >>> config["bnfast"]["version"] == bnfast.__version__
+    True
+    >>> config["instruction sets"]["active"] in bnfast.available_isas()
     True
     """
     _validation.choice("mode", mode, ("stdout", "dicts"))
