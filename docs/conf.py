@@ -140,6 +140,11 @@ def leave_out_fields(app, what, name, thing, skip, options):
     return True if type(thing).__name__ == "_tuplegetter" else None
 
 
+def escape_initials(app, what, name, thing, options, lines):
+    """Keep "Y. Wu, K. He, 2018", and symbols such as "T.", from being items of a list."""
+    lines[:] = [re.sub(r"^(\s*[A-Z])\.(?= |$)", r"\1\\.", line) for line in lines]
+
+
 class LinksToReference(SphinxTransform):
     """Names of bnfast in the text of a guide lead to the reference.
 
@@ -219,6 +224,7 @@ def setup(app):
     app.connect("source-read", read_source)
     app.connect("include-read", read_included)
     app.connect("autodoc-process-signature", signature_of_class)
+    app.connect("autodoc-process-docstring", escape_initials, priority=600)  # after numpydoc
     app.connect("autodoc-skip-member", leave_out_fields)
     app.add_transform(LinksToReference)
     app.add_directive("navigation", Navigation)
