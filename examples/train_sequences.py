@@ -13,7 +13,6 @@ import sys
 import numpy as np
 
 import bnfast
-from bnfast._cli.kept_memory import kept_bytes
 
 try:
     from ml_dtypes import bfloat16
@@ -22,6 +21,25 @@ except ImportError:
 
 LONGEST, CHANNELS, BATCH, RATE = 64, 16, 50, np.float32(0.1)
 WAVES = np.sin, lambda t: np.sign(np.sin(t)), lambda t: (t / np.pi) % 2 - 1
+
+
+def kept_bytes(thing):
+    """Return how many bytes of arrays it keeps alive, by way of attributes and containers."""
+    found, waiting = {}, [thing]
+    while waiting:
+        thing = waiting.pop()
+        while isinstance(thing, np.ndarray) and isinstance(thing.base, np.ndarray):
+            thing = thing.base  # whose memory a view shows
+        if id(thing) in found or isinstance(thing, type):
+            continue
+        found[id(thing)] = thing
+        if isinstance(thing, dict):
+            waiting += thing.values()
+        elif isinstance(thing, (list, tuple)):
+            waiting += thing
+        elif not isinstance(thing, np.ndarray):
+            waiting += getattr(thing, "__dict__", {}).values()
+    return sum(thing.nbytes for thing in found.values() if isinstance(thing, np.ndarray))
 
 
 def sequences(rng, number):
