@@ -242,7 +242,8 @@ def test_members_that_are_truncated_or_changed(stats, small_blocks, rng):
 
 
 def test_what_is_not_there_or_nothing_to_read(stats):
-    assert "none.npy: cannot be read: No such file or directory" in stats("none.npy", fails=True)
+    message = stats("none.npy", fails=True)
+    assert "none.npy: cannot be read: No such file or directory; see --skip" in message
     Path("folder").mkdir()
     assert "folder: expected a folder with images" in stats("folder", fails=True)
     Path("x.txt").touch()

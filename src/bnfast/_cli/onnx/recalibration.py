@@ -71,7 +71,10 @@ def _plan(file: ModelFile, graph: Graph) -> tuple[list[list[RecalibratedLayer]],
             except _Stays as reason:
                 left.append(f"{called(one.node)}: {reason}")
     if not layers:
-        why = "; ".join(left) or "there is none"
+        why = (
+            "; ".join(left)
+            or "there is none (exporters fold it into convolutions, unless told not to)"
+        )
         raise Failure(f"{file.path}: expected batch norm with statistics to make anew: {why}")
     depths: dict[str, int] = {}  # of values: how many layers come before them at most
     levels: list[list[RecalibratedLayer]] = []

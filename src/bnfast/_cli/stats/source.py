@@ -35,10 +35,11 @@ class LeftOut:
         self.reasons: list[str] = []
 
     def add(self, failure: Failure) -> None:
-        """Leave out what failed."""
+        """Leave out what failed, or say how it could be."""
+        text = str(failure)
         if not self.skip:
-            raise failure
-        self.reasons.append(str(failure))
+            raise Failure(f"{text}; see --skip") if "cannot be read" in text else failure
+        self.reasons.append(text)
 
 
 class Source(ABC):
