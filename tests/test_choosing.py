@@ -11,6 +11,8 @@ import bnfast
 from bnfast import folding
 
 PAGE = Path(__file__).parent.parent / "docs" / "choosing.md"
+if not PAGE.is_file():
+    pytest.skip("these are tests of a clone or an sdist", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,8 @@ def test_the_cubes_are_small_and_the_same_bytes_each_time(draw_axes, tmp_path):
     assert drawn.startswith(b"\x89PNG") and len(drawn) < 100_000
     assert drawn == (tmp_path / "b").read_bytes()
     assert f"]({draw_axes.PICTURE.relative_to(PAGE.parent)})" in PAGE.read_text(encoding="utf-8")
-    assert draw_axes.PICTURE.is_file()
+    if PAGE.with_name("figures").is_dir():  # an sdist has no pictures
+        assert draw_axes.PICTURE.is_file()
 
 
 def test_what_takes_the_place_of_a_trained_layer_exists():

@@ -11,6 +11,8 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 SOURCE = ROOT / "src"
 REFERENCE = sorted(DOCS.glob("api/*.md"))
+if not (SOURCE.is_dir() and REFERENCE):
+    pytest.skip("these are tests of the source tree", allow_module_level=True)
 
 BULLET = re.compile(r"^- \[[^\]]+\]\(([^)#\s]+)\)", re.MULTILINE)
 INCLUDED = re.compile(r"^```\{include\} (\S+)$", re.MULTILINE)
