@@ -161,6 +161,25 @@ def test_what_is_saved_comes_back(tmp_path, value):
         np.testing.assert_array_equal(file["mean"], value.mean)
 
 
+@pytest.mark.parametrize(
+    ("code", "more"),
+    [
+        ("f8", {"mean_low": np.zeros(1)}),
+        ("u1", {"sum": np.array(["10"]), "sum_of_squares": np.array(["30"])}),
+    ],
+)
+def test_files_of_version_0_2_are_read(code, more):
+    """Written out, so that a later format must go on reading this one."""
+    x, file = np.array([[1], [2], [3], [4]], code), io.BytesIO()
+    of_moments = {"count": np.array(4), "mean": np.array([2.5]), "m2": np.array([5.0]), **more}
+    extremes = {"minimum": np.ones(1), "maximum": np.full(1, 4.0), "nonfinite": np.zeros(1, int)}
+    np.savez(file, Moments=np.array(1), **of_moments)
+    assert bnfast.Moments.from_bytes(file.getvalue()) == bnfast.moments(x)
+    file = io.BytesIO()
+    np.savez(file, Summary=np.array(1), **of_moments, **extremes)
+    assert bnfast.Summary.from_bytes(file.getvalue()) == bnfast.summary(x)
+
+
 def test_bytes_of_something_else_are_refused(tmp_path):
     data = bnfast.moments(np.ones((3, 2))).to_bytes()
     for wrong in (b"", b"nothing", data[:-7], data[: len(data) // 2], data[1:]):
