@@ -1,4 +1,4 @@
-"""Build bnfast's one extension: Cython in front, plain C behind, one object file per ISA."""
+"""Build bnfast: Cython in front, plain C behind, one object file for each instruction set."""
 
 import os
 import platform
