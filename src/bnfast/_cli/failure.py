@@ -18,15 +18,19 @@ class Misuse(Failure):
     status = 2
 
 
+class Unreadable(Failure):
+    """A file that cannot be read, though others may."""
+
+
 def reason_of(error: Exception) -> str:
     """Return the first line of what a library or the system says."""
     reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return str(reason).splitlines()[0]
 
 
-def cannot_be_read(name: str, error: Exception) -> Failure:
+def cannot_be_read(name: str, error: Exception) -> Unreadable:
     """Return what the user is told of a library's error."""
-    return Failure(f"{name}: cannot be read: {reason_of(error)}")
+    return Unreadable(f"{name}: cannot be read: {reason_of(error)}")
 
 
 def did_you_mean(given: str, possible: Iterable[str]) -> str:

@@ -208,8 +208,8 @@ class Trainable(ABC):
     def release(self) -> None:
         """Let go of the arrays that the last call kept for `backward`.
 
-        For checkpointed training, whose first pass keeps nothing: the call is made once more, with
-        ``recompute=True``, before its `backward`.
+        For checkpointed training, whose first pass keeps nothing: the call is made once more before
+        its `backward`, with ``recompute=True`` where the layer takes it.
 
         Examples
         --------

@@ -11,7 +11,7 @@ import numpy as np
 
 from bnfast import summary
 from bnfast._boxes import Box
-from bnfast._cli.failure import Failure
+from bnfast._cli.failure import Failure, Unreadable
 from bnfast._typing import Array
 from bnfast.statistics import Summary
 
@@ -36,10 +36,9 @@ class LeftOut:
 
     def add(self, failure: Failure) -> None:
         """Leave out what failed, or say how it could be."""
-        text = str(failure)
         if not self.skip:
-            raise Failure(f"{text}; see --skip") if "cannot be read" in text else failure
-        self.reasons.append(text)
+            raise Failure(f"{failure}; see --skip") if isinstance(failure, Unreadable) else failure
+        self.reasons.append(str(failure))
 
 
 class Source(ABC):
