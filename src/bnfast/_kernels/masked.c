@@ -219,7 +219,8 @@ static bn_box box_at(bn_box chunk, size_t first, size_t count)
 static void sum_gathered(const bn_job *job, bn_box box, size_t gathered, block_sums *block, bn_sum_box *sum_box)
 {
     const bn_plan *plan = job->plan;
-    const int staged_lines = plan->any_staged && plan->layout == BN_contiguous; /* all of a chunk: see bn_gathered_view */
+    /* Of lines that are staged, all of a chunk is: see bn_gathered_view. */
+    const int staged_lines = plan->any_staged && plan->layout == BN_contiguous;
     const size_t staged_channels = staged_lines ? channels_at_once(job, &box, 1) : box.extent.channels;
     const size_t rows = MAX(BN_SCRATCH_BYTES / (plan->channels * plan->itemsize), FEWEST_GATHERED_ROWS);
     const size_t most = plan->layout == BN_channels_last && plan->interleave == 1 ? rows : gathered;

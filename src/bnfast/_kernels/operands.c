@@ -122,7 +122,8 @@ static int is_one_run(const bn_plan *plan, const bn_operand *layout, const bn_bo
     if (plan->inner > 1) {
         step = layout->inner_axis_strides[0];
         channel = run * step;
-        if (plan->inner_axes > 1 || extent.inner < plan->inner || (extent.channels > 1 && layout->channel_stride != channel)) {
+        if (plan->inner_axes > 1 || extent.inner < plan->inner ||
+            (extent.channels > 1 && layout->channel_stride != channel)) {
             return 0;
         }
     } else if (extent.channels < plan->channels || plan->channel_axes > 1) {
