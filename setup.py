@@ -45,8 +45,19 @@ C_FLAGS = [
 ]
 KERNEL_FLAGS = [
     *C_FLAGS,
+    "-fwrapv",
     *("-fopenmp-simd", "-fno-lto", "-fno-math-errno", "-fno-trapping-math"),
 ]
+# What Pythons were built with, each in its own way, is left out of kernels, which are then the same
+# for all of them.
+OF_PYTHON = {
+    "-DNDEBUG",
+    "-Wno-unused-result",
+    "-Wsign-compare",
+    "-fno-strict-overflow",
+    "-fwrapv",
+    "-g",
+}
 # Where GCC knows it: else it makes calls and 16-byte moves of loops that copy a few vectors between
 # memory and registers, and what was stored in two halves is waited for when it is read as a whole.
 NO_CALLS_FOR_LOOPS = "-fno-tree-loop-distribute-patterns"
@@ -82,12 +93,15 @@ class BuildVariants(build_ext):
             kernel_flags.append(NO_CALLS_FOR_LOOPS)
         # Side by side: each takes as long as all the rest.
         Path(self.build_temp, KERNELS).mkdir(parents=True, exist_ok=True)
+        command = self.compiler.compiler_so
+        self.compiler.compiler_so = [word for word in command if word not in OF_PYTHON]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = [
                 pool.submit(self.compile_variant, isa, [*kernel_flags, *isa_flags])
                 for isa, isa_flags in VARIANTS.items()
             ]
             ext.extra_objects += [path for objects in compiled for path in objects.result()]
+        self.compiler.compiler_so = command
 
     def debugging(self):
         """Return the flags about what debuggers need."""
