@@ -29,6 +29,18 @@ static void go_to(position *at, size_t axes, const size_t *sizes, const ptrdiff_
     }
 }
 
+/* Of BN_MAX_AXES no more than there are: to copy all took longer than to convert a short run. */
+static void go_back(position *at, const position *to)
+{
+    at->axes = to->axes;
+    at->sizes = to->sizes;
+    at->strides = to->strides;
+    at->offset = to->offset;
+    for (size_t axis = 0; axis < to->axes; axis++) {
+        at->index[axis] = to->index[axis];
+    }
+}
+
 static void go_on(position *at)
 {
     for (size_t axis = at->axes; axis-- > 0;) {
@@ -159,23 +171,14 @@ static void copy_box(const bn_kernels *kernels, const bn_plan *plan, bn_role rol
     const size_t rows = plan->inner_axes - 1; /* all inner axes but the run */
     const size_t length = plan->inner_axis_sizes[rows];
     const ptrdiff_t step = layout->inner_axis_strides[rows];
-    if (rows == 0) {
-        data += (ptrdiff_t)box->inner * step;
-        for (size_t o = 0; o < box->extent.outer; o++, go_on(&outer)) {
-            for (size_t c = 0; c < box->extent.channels; c++) {
-                scratch = copy_to_or_from(&how, data + outer.offset + (ptrdiff_t)c * layout->channel_stride, step,
-                                          scratch, box->extent.inner);
-            }
-        }
-        return;
-    }
     position first_row;
     go_to(&first_row, rows, plan->inner_axis_sizes, layout->inner_axis_strides,
           box->inner / length);
     for (size_t o = 0; o < box->extent.outer; o++, go_on(&outer)) {
         char *channel = data + outer.offset;
         for (size_t c = 0; c < box->extent.channels; c++, channel += layout->channel_stride) {
-            position row = first_row;
+            position row;
+            go_back(&row, &first_row);
             size_t column = box->inner % length;
             for (size_t remainder = box->extent.inner; remainder > 0;) {
                 const size_t count = remainder < length - column ? remainder : length - column;
