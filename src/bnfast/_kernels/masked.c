@@ -126,10 +126,10 @@ static void copy_row(char *to, const char *from, size_t bytes)
         memcpy(to, from, bytes);
         return;
     }
-    for (size_t i = 0; i + step <= bytes; i += step) {
+    for (size_t i = 0; i + step < bytes; i += step) {
         memcpy(to + i, from + i, step);
     }
-    memcpy(to + bytes - step, from + bytes - step, step);
+    memcpy(to + bytes - step, from + bytes - step, step); /* it may overlap the last */
 }
 
 /* Rows of a mixed piece are listed so many at a time. */
