@@ -147,7 +147,6 @@ def test_the_process_ends_with_the_status_of_bad_arguments():
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is no signal there")
 def test_ctrl_c_ends_it_in_one_line(tmp_path):
     # It waits where it opens what nobody writes to.
     os.mkfifo(tmp_path / "pipe.npy")

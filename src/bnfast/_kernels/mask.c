@@ -128,7 +128,8 @@ static void end_stretch(survey *found)
     found->chunk.count += last.count;
 }
 
-/* Adds the next `size` positions, `count` of which count: to the last stretch where both are alike, or as a new one. */
+/* Adds the next `size` positions, of which the mask counts `count`: to the last stretch where both are alike, or as a
+   new stretch. */
 static void add_positions(survey *found, size_t size, size_t count)
 {
     const bn_stretch last = found->last;

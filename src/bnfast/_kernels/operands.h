@@ -28,8 +28,8 @@ static inline size_t bn_scratch_bytes(const bn_plan *plan)
 typedef struct {
     size_t outer, channel, inner; /* where the box begins */
     bn_extent extent;
-    /* Under a mask: of a box to sum, the chunk of which it has some values gathered, after `first_gathered` others; of
-       a box to write, which of its positions count, from the first on. NULL where all do. */
+    /* Under a mask, NULL where all values count. A box to sum has values gathered from this chunk, which come after
+       `first_gathered` others of the chunk; a box to write has a byte for each position, 0 where it does not count. */
     const struct bn_masked_chunk *gathered;
     size_t first_gathered;
     const unsigned char *counts;

@@ -30,7 +30,7 @@ class FusedLayer(Layer):
 
     axis: int
     _over: ClassVar[Reduction]  # whose statistics are made together
-    _grouped: ClassVar[bool] = False  # those of groups of channels
+    _grouped: ClassVar[bool] = False  # whether channels of a group have their statistics in common
 
     activation: str | None = None  # pickles of 0.1 have none
     negative_slope: float = 0.01
