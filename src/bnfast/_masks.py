@@ -5,7 +5,7 @@ Callers find these checks in `_validation`, beside those of other arguments.
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,8 +54,16 @@ def positions(name: str, value: object, x: Array, axis: int) -> NDArray[np.bool_
         ) from None
 
 
+class CheckedLengths(NamedTuple):
+    """Lengths, as what they say: `within_lengths` has checked them."""
+
+    within: NDArray[np.bool_]
+
+
 def within_lengths(value: object, x: Array, axis: int) -> NDArray[np.bool_]:
     """Return booleans (N, L), True at the first `length` positions of each sample."""
+    if isinstance(value, CheckedLengths):
+        return value.within
     if x.ndim != 3 or axis == 0:
         raise ValueError(
             "lengths must be those of samples along axis 0 of x, of shape (N, C, L) or (N, L, C), "

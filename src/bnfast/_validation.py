@@ -27,6 +27,7 @@ from bnfast._arrays import numbers as numbers
 from bnfast._arrays import statistics as statistics
 from bnfast._dtypes import is_half
 from bnfast._masks import PADDING as PADDING
+from bnfast._masks import CheckedLengths as CheckedLengths
 from bnfast._masks import counted as counted
 from bnfast._masks import mask_or_lengths as mask_or_lengths
 from bnfast._masks import nothing_counts as nothing_counts

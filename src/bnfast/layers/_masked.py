@@ -29,4 +29,6 @@ def checked_once(
         )
     if type(layer.momentum) is LearnableMomentum:
         raise ValueError("mask and lengths must be None with a LearnableMomentum, got one")
+    if mask is None:
+        return (None, _validation.CheckedLengths(counted), padding), counted
     return (counted, None, padding), counted
