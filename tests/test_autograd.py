@@ -18,9 +18,10 @@ import autograd.numpy as anp
 from autograd import grad, hessian, make_hvp, make_jvp, make_vjp
 from autograd.test_util import check_grads
 
-import bnfast.integrations.autograd as integration
 from bnfast.integrations.autograd import (
+    _calls,
     batch_norm,
+    functions,
     group_norm,
     instance_norm,
     layer_norm,
@@ -411,7 +412,7 @@ def test_parameters_of_another_dtype(member, rng):
 
 
 def test_a_gradient_through_a_cast_has_the_dtype_from_before():
-    vjp, _ = make_vjp(lambda w: integration._cast(w, np.float64))(np.ones(3, np.float32))
+    vjp, _ = make_vjp(lambda w: _calls._cast(w, np.float64))(np.ones(3, np.float32))
     assert vjp(np.ones(3)).dtype == np.float32
 
 
@@ -539,9 +540,9 @@ def test_errors_are_those_of_bnfast(call, message, traced, rng):
         call(bnfast, x)
     with pytest.raises(type(expected.value)) as got:
         if traced:
-            make_vjp(lambda x: call(integration, x))(x)
+            make_vjp(lambda x: call(functions, x))(x)
         else:
-            call(integration, x)
+            call(functions, x)
     assert str(got.value) == str(expected.value)
 
 
@@ -590,7 +591,7 @@ def test_a_network_learns():
 
 
 def test_the_examples_of_the_documentation_run():
-    failed, tried = doctest.testmod(integration)
+    failed, tried = doctest.testmod(functions)
     assert (failed, tried > 0) == (0, True)
 
 
