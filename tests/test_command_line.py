@@ -147,6 +147,56 @@ def test_the_process_ends_with_the_status_of_bad_arguments():
     assert len(done.stderr.splitlines()) == 1
 
 
+SCRIPT = "import sys; sys.argv[:1] = ['/bin/bnfast']; from bnfast.__main__ import run; run()"
+
+
+@pytest.mark.parametrize(
+    ("program", "name"),
+    [
+        (["-m", "bnfast", "info"], "python -m bnfast"),
+        (["-Bmbnfast", "info", "--json"], "python -m bnfast"),
+        (["-m", "bnfast"], "python -m bnfast"),
+        (["-c", SCRIPT, "info"], "bnfast"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("BNFAST_ISA", "sse2", "BNFAST_ISA=sse2, but this build has only: "),
+        ("BNFAST_NUM_THREADS", "0", "BNFAST_NUM_THREADS must be a positive integer, got '0'"),
+    ],
+)
+def test_a_wrong_variable_is_told_in_one_sentence(program, name, variable, value, message):
+    done = subprocess.run(
+        [sys.executable, *program],
+        env={**os.environ, variable: value},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{name}: {message}")
+
+
+def test_a_wrong_variable_is_an_import_error_in_other_programs(tmp_path):
+    (tmp_path / "other.py").write_text("try: import bnfast\nexcept ImportError as e: print(e)")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("import other")  # while argv[0] is "-m"
+    (tmp_path / "package" / "__main__.py").touch()
+    for program in (["other.py"], ["-m", "package"], ["-m", "package", "bnfast"]):
+        done = subprocess.run(
+            [sys.executable, *program],
+            env={**os.environ, "BNFAST_ISA": "sse2"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("BNFAST_ISA=sse2, but this build has only: ")
+
+
 def test_ctrl_c_ends_it_in_one_line(tmp_path):
     # It waits where it opens what nobody writes to.
     os.mkfifo(tmp_path / "pipe.npy")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bnfast import _core, _memory, _threads, _validation
+from bnfast import _core, _memory, _program, _threads, _validation
 from bnfast._version import __version__
 
 VARIABLES = (
@@ -52,9 +52,20 @@ def _choose_pool() -> None:
     _memory.set_output_pool_limit(int(wanted))
 
 
-_choose_isa()
-_choose_threads()
-_choose_pool()
+def _obey_environment() -> None:
+    """Obey the variables; a wrong value ends bnfast's own commands with one line."""
+    try:
+        _choose_isa()
+        _choose_threads()
+        _choose_pool()
+    except ImportError as error:
+        if not _program.is_starting():
+            raise
+        print(f"{_program.called()}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+_obey_environment()
 
 
 def available_isas() -> tuple[str, ...]:

@@ -6,10 +6,9 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 
-from bnfast import __version__
+from bnfast import __version__, _program
 from bnfast._cli.arguments import Parser, not_one_of
 from bnfast._cli.failure import Failure, Misuse
 
@@ -22,11 +21,6 @@ COMMANDS = {
     "recalibrate": "give batch norm in an ONNX model the statistics of your data",
     "bench": "measure bnfast and every rival that is installed, in one run",
 }
-
-
-def _program() -> str:
-    """Return what was called: the script, or the package."""
-    return "bnfast" if Path(sys.argv[0]).stem == "bnfast" else "python -m bnfast"
 
 
 def _general_parser(program: str) -> Parser:
@@ -46,7 +40,7 @@ def _general_parser(program: str) -> Parser:
 def command(name: str) -> tuple[ModuleType, Parser]:
     """Return the module of a command, and a parser with its arguments."""
     module = importlib.import_module(f"bnfast._cli.commands.{name}")
-    parser = Parser(prog=f"{_program()} {name}")
+    parser = Parser(prog=f"{_program.called()} {name}")
     module.add_arguments(parser)
     return module, parser
 
@@ -58,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made no mistake.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    program = _program()
+    program = _program.called()
     try:
         if not given or given[0].startswith("-"):
             general = _general_parser(program)
