@@ -275,7 +275,7 @@ def test_other_channels_than_those_of_the_first_file(stats, numbers, rng, capsys
         (["--axis", "one"], "argument --axis: expected integers with commas between them, or none"),
         (["--json", "--normalize"], "--normalize: not allowed with argument --json"),
         (["--save", "x.npy"], "argument --save: expected a name that ends in .npz, got 'x.npy'"),
-        (["--divide-by", "0"], "argument --divide-by: expected a number above 0, got '0'"),
+        (["--divide-by", "0"], "argument --divide-by: expected a finite number above 0, got '0'"),
         (["--convert", "CMYK"], "argument --convert: expected one of L, RGB, RGBA, got 'CMYK'"),
         (["--convert", "rgb"], "got 'rgb'; did you mean 'RGB'?"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -79,20 +80,21 @@ def _path_of_output(suffix: str, text: str) -> Path:
     return Path(text)
 
 
-def positive(
-    kind: type[int] | type[float], *, or_zero: bool = False
+def number(
+    kind: type[int] | type[float], *, above: float = -math.inf, at_least: float = -math.inf
 ) -> Callable[[str], int | float]:
-    """Return what reads a finite number above 0."""
-    what = "an integer" if kind is int else "a number"
-    expected = f"{what} {'of at least' if or_zero else 'above'} 0"
+    """Return what reads a finite number, within a bound where one is given."""
+    expected = "an integer" if kind is int else "a finite number"
+    if above != -math.inf:
+        expected += f" above {above}"
+    elif at_least != -math.inf:
+        expected += f" of at least {at_least}"
 
     def convert(text: str) -> int | float:
-        try:
-            number = kind(text)
-        except ValueError:
-            number = -1
-        if math.isfinite(number) and (number > 0 or (or_zero and number == 0)):
-            return number
+        with suppress(ValueError):
+            given = kind(text)
+            if above < given < math.inf and given >= at_least:
+                return given
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
 
     return convert

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from bnfast import _dtypes
-from bnfast._cli.arguments import HALVES, Parser, dtype_of, one_of, positive, several_of
+from bnfast._cli.arguments import HALVES, Parser, dtype_of, number, one_of, several_of
 from bnfast._cli.bench import rivals, workloads
 from bnfast._cli.bench.cell import OFFSET, OPERATIONS, PAGE
 from bnfast._cli.bench.normalizations import NORMALIZATIONS
@@ -26,7 +26,7 @@ def _shapes(text: str) -> str:
 
 
 def _threads(text: str) -> int:
-    threads = int(positive(int)(text))
+    threads = int(number(int, above=0)(text))
     if threads > allowed_threads():
         raise ArgumentTypeError(
             f"expected at most {allowed_threads()}, the processors of this process, got {text}"
@@ -110,14 +110,14 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--mean",
-        type=float,
+        type=number(float),
         default=0.0,
         metavar="NUMBER",
         help="of the data, whose deviation is 1 (default: 0)",
     )
     parser.add_argument(
         "--offset",
-        type=int,
+        type=number(int),
         default=OFFSET,
         metavar="BYTES",
         help="how far past a page of memory, and so past a cache line, all arrays begin: "

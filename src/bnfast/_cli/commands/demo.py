@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from bnfast._cli.arguments import HALVES, Parser, dtype_of, positive
+from bnfast._cli.arguments import HALVES, Parser, dtype_of, number
 from bnfast._cli.failure import missing
 
 
@@ -15,21 +15,21 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--epochs",
-        type=positive(int),
+        type=number(int, above=0),
         default=15,
         metavar="NUMBER",
         help="passes over the training set (default: 15)",
     )
     parser.add_argument(
         "--learning-rate",
-        type=positive(float),
+        type=number(float, above=0),
         default=0.5,
         metavar="NUMBER",
         help="of plain SGD, for both (default: 0.5)",
     )
     parser.add_argument(
         "--seed",
-        type=positive(int, or_zero=True),
+        type=number(int, at_least=0),
         default=0,
         metavar="NUMBER",
         help="of weights and order of batches (default: 0)",

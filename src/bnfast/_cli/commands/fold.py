@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from bnfast._cli.arguments import Parser, positive
+from bnfast._cli.arguments import Parser, number
 from bnfast._cli.failure import missing
 
 
@@ -32,7 +32,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--tolerance",
-        type=positive(float, or_zero=True),
+        type=number(float, at_least=0),
         metavar="NUMBER",
         help="by how much outputs may differ, relative to the largest value of each (default: the "
         "square root of the type's eps, 0.0003 for float32)",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from bnfast._cli.arguments import Parser, positive
+from bnfast._cli.arguments import Parser, number
 from bnfast._cli.failure import missing
 
 
@@ -30,7 +30,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--batch",
-        type=positive(int),
+        type=number(int, above=0),
         default=32,
         metavar="NUMBER",
         help="samples at once, unless the model says how many; the result is the same "

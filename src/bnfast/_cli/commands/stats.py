@@ -6,7 +6,7 @@ import re
 from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
-from bnfast._cli.arguments import Parser, one_of, positive
+from bnfast._cli.arguments import Parser, number, one_of
 
 
 def _axes(text: str) -> tuple[int, ...]:
@@ -78,7 +78,7 @@ def add_arguments(parser: Parser) -> None:
         )
     parser.add_argument(
         "--divide-by",
-        type=positive(float),
+        type=number(float, above=0),
         metavar="NUMBER",
         help="for --normalize, the value that counts as 1 (default: 255 and 65535 for unsigned "
         "integers of 8 and 16 bits, 1 for others)",
