@@ -747,7 +747,8 @@ def test_data_that_the_inputs_are_not_found_in_are_refused_with_the_names_of_bot
     np.savez("others.npz", x, x)
     np.savez("empty.npz")
     for file, names in {
-        "data.npy": "a single array",
+        "data.npy": "one without a name, as an .npy file has it; "
+        "an .npz file has several, with names",
         "one.npz": "x",
         "others.npz": "arr_0, arr_1",
         "empty.npz": "none",

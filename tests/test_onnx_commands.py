@@ -258,7 +258,7 @@ def test_inputs_have_their_names_and_those_that_lead_nowhere_are_not_asked_for(r
     )
 
 
-def test_inputs_have_as_many_samples_each(command, rng):
+def test_inputs_have_arrays_of_their_names_with_as_many_samples_each(command, rng):
     arrays = {"table": rng.normal(size=(9, 3)).astype(np.float32), "one": np.array([1])}
     model = add(parser.parse_model(TWO_INPUTS), arrays | parameters(rng, "n", 3))
     onnx.save(model, "model.onnx")
@@ -266,6 +266,9 @@ def test_inputs_have_as_many_samples_each(command, rng):
     arguments = ("recalibrate", "model.onnx", "--data", "data.npz", "-o", "new.onnx")
     message = command(*arguments, fails=True)
     assert "data.npz: expected as many samples of each input, got [19, 20]" in message
+    np.save("data.npy", np.zeros((20, 3), np.float32))
+    message = command(*arguments[:3], "data.npy", *arguments[4:], fails=True)
+    assert "data.npy: expected arrays first, second, got one without a name" in message
     for number, value in enumerate(model.graph.input[:2]):
         value.type.tensor_type.shape.dim[0].dim_value = 4 + number
     onnx.save(model, "model.onnx")

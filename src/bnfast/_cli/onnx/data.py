@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from onnx import helper
@@ -14,6 +14,8 @@ from bnfast._cli.stats.arrays import Npy, open_npy, open_npz
 from bnfast._typing import Array
 
 _ENDINGS = (".npy", ".npz")
+
+AnArray = TypeVar("AnArray")
 
 
 class Input(NamedTuple):
@@ -54,6 +56,36 @@ class Input(NamedTuple):
             wanted in (None, size)
             for wanted, size in zip(self.sizes[1:], array.shape[1:], strict=True)
         )
+
+
+def by_input(
+    file: Path, arrays: Mapping[str | None, AnArray], wanted: Sequence[str]
+) -> dict[str, AnArray]:
+    """Return the arrays of a file by the names of the inputs that they are for, and others.
+
+    Parameters
+    ----------
+    file : Path
+        For the message.
+    arrays : mapping of str or None to array
+        By the names that an .npz file gives them; None is the name of the array of an .npy file.
+    wanted : sequence of str
+        The inputs. A single array of any name is for a single input.
+
+    Raises
+    ------
+    Failure
+        Where there is no array of the name of an input.
+    """
+    if len(arrays) == len(wanted) == 1:
+        return dict(zip(wanted, arrays.values(), strict=True))
+    named = {name: array for name, array in arrays.items() if name is not None}
+    if any(name not in named for name in wanted):
+        got = ", ".join(named) or "none"
+        if None in arrays:
+            got = "one without a name, as an .npy file has it; an .npz file has several, with names"
+        raise Failure(f"{file}: expected arrays {', '.join(wanted)}, got {got}")
+    return named
 
 
 class _Part(NamedTuple):
@@ -99,18 +131,14 @@ class DataSet:
 
     def _open(self, file: Path) -> _Part:
         found = open_npy(file, None) if file.suffix == ".npy" else open_npz(file, (), None)
-        arrays = {}
+        sources: dict[str | None, Npy] = {}
         for source in (opened() for opened in found):
             if not isinstance(source, Npy):
                 raise Failure(f"{source.name}: expected arrays, got statistics")
-            arrays[source.name.removeprefix(f"{file}: ")] = source
-        if len(arrays) == len(self._inputs) == 1:
-            arrays = dict(zip(self._inputs, arrays.values(), strict=True))
+            is_named = source.name != str(file)
+            sources[source.name.removeprefix(f"{file}: ") if is_named else None] = source
+        arrays = by_input(file, sources, tuple(self._inputs))
         for name, one in self._inputs.items():
-            if name not in arrays:
-                raise Failure(
-                    f"{file}: expected arrays {', '.join(self._inputs)}, got {', '.join(arrays)}"
-                )
             _check(arrays[name], one)
         parts = {name: arrays[name] for name in self._inputs}
         counts = {array.shape[0] for array in parts.values()}

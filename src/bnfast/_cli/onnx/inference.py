@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 
 from bnfast._cli.failure import Failure, cannot_be_read
+from bnfast._cli.onnx.data import by_input
 from bnfast._typing import Array
 
 # Sizes of random inputs where the model leaves them open: of the first axis, the batch; of others.
@@ -93,14 +94,8 @@ class Session:
 
         Arrays have the names of their inputs; where there is a single one of both, any name.
         """
-        arrays = _arrays_of(path)
         wanted = [each.name for each in self._session.get_inputs()]
-        if len(arrays) == len(wanted) == 1:
-            arrays = dict(zip(wanted, arrays.values(), strict=True))
-        if any(name not in arrays for name in wanted):
-            raise Failure(
-                f"{path}: expected arrays {', '.join(wanted)}, got {', '.join(arrays) or 'none'}"
-            )
+        arrays = by_input(path, _arrays_of(path), wanted)
         takes = (*self._session.get_inputs(), *self._session.get_overridable_initializers())
         return {
             each.name: _rounded(arrays[each.name], _dtype_of(each))
@@ -137,12 +132,12 @@ def _rounded(array: Array, dtype: str) -> Array:
         return array.astype(dtype, copy=False)
 
 
-def _arrays_of(path: Path) -> dict[str, Array]:
-    """Return the arrays of an .npz file by name, or that of an .npy file."""
+def _arrays_of(path: Path) -> dict[str | None, Array]:
+    """Return the arrays of an .npz file by name, or that of an .npy file, by None."""
     try:
         arrays = np.load(path)
         if isinstance(arrays, np.ndarray):
-            return {"a single array": arrays}
+            return {None: arrays}
         with arrays:
             return dict(arrays)
     except Exception as error:  # of zipfile, zlib and others, for a broken one
