@@ -87,6 +87,20 @@ def test_reset_statistics_are_as_at_first(make, dtype, rng):
         np.testing.assert_array_equal(array, first[name] if tracked else own[name])
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in LAYERS if name.startswith(("group", "layer", "response", "rms"))]
+)
+def test_layers_that_keep_nothing_compute_the_same_in_both_modes(name, rng):
+    layer = filled(LAYERS[name](dtype=np.float64), rng)
+    x, dy = rng.normal(3, 2, (2, *SHAPE))
+    before = layer.state_dict()
+    results = [(mode()(x), layer.backward(dy)) for mode in (layer.train, layer.eval)]
+    np.testing.assert_array_equal(*results)
+    assert set(before) <= {"weight", "bias", "tau", "learned_eps"}
+    for name, array in layer.state_dict().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
 def function_of(layer, x, dy):
     """What the functions give: y, then dx, dweight and dbias."""
     weight, bias, eps = layer.weight, layer.bias, layer.eps

@@ -76,6 +76,14 @@ def randomized(layer, rng):
     return layer
 
 
+@pytest.mark.parametrize("name", [name for name in LAYERS if not name.startswith("spectral")])
+def test_layers_that_keep_nothing_compute_the_same_in_both_modes(name, rng):
+    w, dy = weights(rng), weights(rng)
+    layer = randomized(LAYERS[name](w), rng)
+    results = [(called(mode(), w), layer.backward(dy)) for mode in (layer.train, layer.eval)]
+    np.testing.assert_array_equal(*results)
+
+
 def function_of(layer, w, dy):
     """What the functions give: the weight, its gradient and that of the gain or of g."""
     if isinstance(layer, WeightNorm):

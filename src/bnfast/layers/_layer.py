@@ -100,7 +100,11 @@ class Trainable(ABC):
         return layer
 
     def train(self: AnyTrainable, mode: bool = True) -> AnyTrainable:
-        """Use the statistics of each batch, and track running ones; return the layer itself.
+        """Put the layer in training mode, as it is at first; return the layer itself.
+
+        In this mode a call updates what the layer keeps of the data: running statistics, or the
+        singular vectors of spectral norm. Layer, RMS, group and filter response norm, weight norm
+        and weight standardization keep nothing, and compute the same in both modes.
 
         Parameters
         ----------
@@ -121,7 +125,11 @@ class Trainable(ABC):
         return self
 
     def eval(self: AnyTrainable) -> AnyTrainable:
-        """Use the running statistics, if there are some; return the layer itself.
+        """Put the layer in evaluation mode; return the layer itself.
+
+        In this mode a call uses what the layer keeps of the data, running statistics or the
+        singular vectors of spectral norm, and leaves that as it is. Where nothing is kept, both
+        modes compute the same, unless the class says otherwise.
 
         Returns
         -------
