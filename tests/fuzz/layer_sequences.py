@@ -12,7 +12,8 @@ import numpy as np
 
 from fuzz import buffers, call, case, draws, masks
 from fuzz.judge import HALVES, arithmetic, complaint, same_bits
-from fuzz.layer_models import LAYERS, Plan, Step
+from fuzz.layer import Plan, Step
+from fuzz.layers import LAYERS
 
 LONGEST = 12
 

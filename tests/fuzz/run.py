@@ -30,7 +30,7 @@ import numpy as np
 from fuzz import bad_arguments, layer_sequences, other_cases, value_cases
 from fuzz.calls import CALLS
 from fuzz.case import Outcome
-from fuzz.layer_models import LAYERS
+from fuzz.layers import LAYERS
 from fuzz.other_cases import OTHERS
 
 Kind = Callable[[str, np.random.Generator], Outcome]

@@ -10,7 +10,7 @@ import bnfast
 from bnfast import _core, functional
 from fuzz import run
 from fuzz.calls import CALLS
-from fuzz.layer_models import LAYERS
+from fuzz.layers import LAYERS
 
 # Of each function or layer, and kind.
 CASES = 25
