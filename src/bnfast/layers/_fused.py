@@ -16,13 +16,15 @@ from bnfast._primitives import Activation, Reduction
 from bnfast._typing import Array, ArrayLikeOf, Float
 from bnfast.layers._layer import IN_PLACE, Gradients, Layer
 from bnfast.layers._masked import checked_once
-from bnfast.layers._tracking import NOTHING, Besides, TrackingLayer
+from bnfast.layers._tracking import NOTHING, Besides, Statistics, TrackingLayer
 from bnfast.running_averages import LearnableMomentum
 
 SHOWN_IF_NOT: Mapping[str, Any] = {"activation": None, "negative_slope": 0.01}
 
-# The mean, invstd and weight of a call, its mask, and whether the statistics did not come from x.
-Statistics = tuple[Array, Array, Array | None, Any, bool]
+# What the gradients of a call with an activation or a residual need besides statistics: the bias,
+# the activation, the residual where z is made again of it, or y where that says enough, and whether
+# there was a residual.
+Fusion = tuple[Array | None, Activation | None, Array | None, Array | None, bool]
 
 
 class FusedLayer(Layer):
@@ -59,34 +61,19 @@ class FusedLayer(Layer):
                 self._saved = IN_PLACE
                 return
         bias = None if self.bias is None or chosen is None else self.bias.copy()
-        fused = bias, chosen, residual if again else None, y if from_y else None, adds
-        self._save(x, out, *statistics, *fused, by=FusedLayer._fused_gradients)
+        fusion = bias, chosen, residual if again else None, y if from_y else None, adds
+        self._save(x, out, statistics, fusion, by=FusedLayer._fused_gradients)
 
     def _fused_gradients(
-        self,
-        dy: Array,
-        out: Array | None,
-        x: Array,
-        mean: Array,
-        invstd: Array,
-        weight: Array | None,
-        masked: _primitives.Masked,
-        constant: bool,
-        bias: Array | None,
-        chosen: Activation | None,
-        residual: Array | None,
-        y: Array | None,
-        adds: bool,
+        self, dy: Array, out: Array | None, x: Array, statistics: Statistics, fusion: Fusion
     ) -> Gradients:
-        """Of a call with an activation or a residual.
-
-        There is the residual where z is made again of it, or y where that says enough; `adds` says
-        whether there was a residual.
-        """
+        """Of a call with an activation or a residual."""
+        mean, invstd, weight, masked, constant = statistics
+        *_, adds = fusion
         over = _primitives.BATCH if constant else self._over
         dx, dweight, dbias, dresidual = _primitives.fused_gradient(
             *(dy, x, self.axis, mean, invstd, weight, constant, out, over, self._grouped),
-            *(bias, chosen, residual, y, adds),
+            *fusion,
             masked=masked,
         )
         return (dx, dresidual) if adds else dx, None if weight is None else dweight, dbias

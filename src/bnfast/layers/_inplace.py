@@ -13,8 +13,9 @@ from bnfast._activations import LEAKY, activation_of
 from bnfast._primitives import Activation
 from bnfast._scalars import describe
 from bnfast._typing import Array
-from bnfast.layers._fused import FusedTrackingLayer, Statistics
+from bnfast.layers._fused import FusedTrackingLayer
 from bnfast.layers._layer import Flag, Gradients
+from bnfast.layers._tracking import Statistics
 
 AnyInPlace = TypeVar("AnyInPlace", bound="InPlaceLayer")
 

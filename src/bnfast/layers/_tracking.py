@@ -40,6 +40,10 @@ class Besides(NamedTuple):
 
 NOTHING = Besides()
 
+# What the gradients of a call need: its mean, invstd and weight, its mask, and whether the
+# statistics did not come from x.
+Statistics = tuple[Array, Array, Array | None, Any, bool]
+
 
 class ChannelLayer(Layer):
     """A layer with a weight and a bias for each channel, which evaluates by given statistics."""
@@ -86,26 +90,18 @@ class ChannelLayer(Layer):
             *(x, self.axis, mean, variance, self.weight, self.bias, eps, self._evaluation, out),
             masked=besides.masked,
         )
-        self._save(x, out, *self._of_evaluation(mean, variance), besides.masked, True)
+        self._save(x, out, (*self._of_evaluation(mean, variance), besides.masked, True))
         return y
 
     def _of_evaluation(self, mean: Array, variance: Array) -> tuple[Array, Array, Array | None]:
-        """Return the first of what is saved of a call by these running statistics."""
+        """Return the first `Statistics` of a call by these running ones."""
         # Of an empty x nothing was prepared, and there is no gradient.
         return self._evaluation.saved or (mean, variance, self.weight)
 
     def _gradients(
-        self,
-        dy: Array,
-        out: Array | None,
-        x: Array,
-        mean: Array,
-        invstd: Array,
-        weight: Array | None,
-        masked: _primitives.Masked,
-        constant: bool,
+        self, dy: Array, out: Array | None, x: Array, statistics: Statistics
     ) -> Gradients:
-        """Of statistics, those of x unless they are `constant`."""
+        mean, invstd, weight, masked, constant = statistics
         over = _primitives.BATCH if constant else self._over
         dx, dweight, dbias = _primitives.gradient(
             dy, x, self.axis, mean, invstd, weight, constant, out, over, masked=masked
@@ -349,7 +345,7 @@ class TrackingLayer(ChannelLayer, Tracking):
                 self._count()
         else:
             y, mean, invstd = _primitives.normalize(*given, out=out, over=self._over, masked=masked)
-        self._save(x, out, mean, invstd, self._kept_weight(), masked, False)
+        self._save(x, out, (mean, invstd, self._kept_weight(), masked, False))
         return y
 
     def _count(self) -> None:

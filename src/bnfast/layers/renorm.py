@@ -142,7 +142,7 @@ class BatchRenorm(ChannelLayer, Averaging):
         if not self.training or self.frozen:
             given = array, self.axis, mean, std, self.weight, self.bias
             y, inverse_std = _primitives.evaluate_renorm(*given, self._evaluation, out)
-            self._save(array, out, mean.copy(), inverse_std, self._kept_weight(), None, True)
+            self._save(array, out, (mean.copy(), inverse_std, self._kept_weight(), None, True))
             return y
         r_max, d_max = self.schedule.at(self.num_batches_tracked)
         weight = self._kept_weight()
