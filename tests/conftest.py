@@ -2,6 +2,7 @@
 
 import os
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -112,6 +113,46 @@ def use_caches():
     before = _core.cache_sizes()
     yield _core.assume_cache_sizes
     _core.assume_cache_sizes(*before)
+
+
+@pytest.fixture
+def assert_same_bits_everywhere(use_isa, use_threads, use_caches):
+    """Compute arrays with every instruction set, with numbers of threads and sizes of caches."""
+
+    def check(compute):
+        use_isa("baseline")
+        use_threads(1)
+        expected = compute()
+        for isa in bnfast.available_isas():
+            use_isa(isa)
+            for threads, caches in ((1, (0, 0)), (2, (1 << 50, 1 << 50)), (3, (1 << 14, 1 << 16))):
+                use_threads(threads)
+                use_caches(*caches)
+                for a, b in zip(compute(), expected, strict=True):
+                    np.testing.assert_array_equal(a, b)
+
+    return check
+
+
+@pytest.fixture
+def count_calls(monkeypatch):
+    """Count from now on the calls of functions of bnfast, by name."""
+
+    def count(names):
+        counts = Counter()
+
+        def counted(name, function):
+            def call(*arguments, **keywords):
+                counts[name] += 1
+                return function(*arguments, **keywords)
+
+            return call
+
+        for name in names:
+            monkeypatch.setattr(bnfast, name, counted(name, getattr(bnfast, name)))
+        return counts
+
+    return count
 
 
 @pytest.fixture(params=[np.float32, np.float64], ids=["f32", "f64"])

@@ -99,6 +99,27 @@ def check_backward(dy, x, weight=None, axis=1, training=True, out=None):
     return dx
 
 
+PIECEWISE = ("relu", "leaky_relu", "relu6")  # the activations of straight lines
+CURVES = ("silu", "hardswish")
+SLOPE = 0.3  # of leaky_relu, below 0
+
+
+def activated(z, name):
+    """In the dtype of z, as the activation is defined."""
+    if name in CURVES:
+        return reference.activate(z, name, precision=WIDE).astype(z.dtype)
+    if name == "leaky_relu":
+        return np.where(z < 0, z.dtype.type(SLOPE) * z, z)
+    return np.clip(z, 0, 6 if name == "relu6" else None).astype(z.dtype)
+
+
+def through(dy, z, name):
+    """What of dy goes through the activation, in its dtype."""
+    if name == "leaky_relu":
+        return np.where(z > 0, dy, dy * dy.dtype.type(SLOPE))
+    return reference.activate_backward(dy, z, name, SLOPE, precision=WIDE).astype(dy.dtype)
+
+
 def central_differences(loss, array):
     """The gradient of a number, in float64, with respect to an array that is changed in place."""
     numeric = np.zeros_like(array)
@@ -115,6 +136,23 @@ def central_differences(loss, array):
 def close(a, b, dtype=np.float64):
     tolerance = 2 * ROUNDED_F32 if np.dtype(dtype) == np.float32 else CLOSE_F64
     np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def of_scaled(gradient, of_ordinary, chosen, scale):
+    """Gradients of filters times a scale, and exact ones of those of the filters as they were.
+
+    Scaled filters have the gradient over the scale: both are given times the scale, so that they
+    compare, and as 0 where a gradient leaves the range, as it must.
+    """
+    of_dtype = gradient.dtype.type
+    exact = of_ordinary.astype(WIDE)
+    exact[chosen] /= WIDE(scale)
+    lost = np.abs(exact) > np.finfo(of_dtype).max
+    np.testing.assert_array_equal(np.isinf(gradient), lost)
+    gradient, exact = np.where(lost, 0, gradient), np.where(lost, 0, exact)
+    for part in (gradient, exact):
+        part[chosen] *= of_dtype(scale)
+    return gradient, exact
 
 
 def close_to_largest(gradient, expected, dtype):

@@ -26,11 +26,6 @@ MEMBERS = {
 SHAPES = {"large": (3, 6, 40, 100), "planes": (5, 12, 4, 5), "rows": (70, 6)}
 
 
-@pytest.fixture(params=[np.float32, np.float64])
-def dtype(request):
-    return request.param
-
-
 @pytest.fixture(params=SHAPES)
 def data(request, rng, dtype):
     """x and dy, and per channel weight, bias and the parameter of the activation."""

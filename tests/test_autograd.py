@@ -4,7 +4,6 @@ import doctest
 import itertools
 import subprocess
 import sys
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -117,22 +116,10 @@ def seeded():
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """How often each of bnfast's public functions was called."""
-    counted = Counter()
-
-    def counting(name, function):
-        def call(*arguments, **keywords):
-            counted[name] += 1
-            return function(*arguments, **keywords)
-
-        return call
-
+def calls(count_calls):
     stems = "batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"
-    for stem, kind in itertools.product(stems, ("forward", "backward", "double_backward", "jvp")):
-        name = f"{stem}_{kind}"
-        monkeypatch.setattr(bnfast, name, counting(name, getattr(bnfast, name)))
-    return counted
+    kinds = "forward", "backward", "double_backward", "jvp"
+    return count_calls(f"{stem}_{kind}" for stem, kind in itertools.product(stems, kinds))
 
 
 def directional(function, order):

@@ -11,6 +11,7 @@ from bnfast import ConditionalBatchNorm
 from bnfast import _reference as reference
 from cases import BUFFERS, in_layout
 from oracle import WIDE, assert_within, central_differences, mean_of_gradient, other_axes
+from states import filled
 from tolerances import (
     CLOSE_F64,
     FINITE_DIFFERENCES,
@@ -441,16 +442,6 @@ def test_what_is_refused_writes_nothing(name):
 
 
 LABELS = np.array([3, 0, 3, 1, 3, 0, 1])  # of 5 classes, two of which have no sample
-
-
-def filled(layer, rng):
-    """The layer, its state made of random numbers."""
-    state = layer.state_dict()
-    for name, array in state.items():
-        if name != "num_batches_tracked":
-            array[...] = rng.uniform(0.5, 2, array.shape)
-    layer.load_state_dict(state)
-    return layer
 
 
 @TRAINING

@@ -22,6 +22,7 @@ from bnfast import (
 )
 from cases import in_layout
 from oracle import central_differences
+from states import filled
 from tolerances import FINITE_DIFFERENCES
 
 SHAPE = (4, 6, 5, 3)
@@ -66,16 +67,6 @@ LAYERS = {
 @pytest.fixture(params=LAYERS)
 def make(request):
     return LAYERS[request.param]
-
-
-def filled(layer, rng):
-    """The layer, its state made of random numbers."""
-    state = layer.state_dict()
-    for name, array in state.items():
-        if name != "num_batches_tracked":
-            array[...] = rng.uniform(0.5, 2, array.shape)
-    layer.load_state_dict(state)
-    return layer
 
 
 def test_reset_statistics_are_as_at_first(make, dtype, rng):

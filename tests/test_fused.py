@@ -9,15 +9,12 @@ import numpy as np
 import pytest
 
 import bnfast
-from bnfast import _reference as reference
 from bnfast import functional
+from oracle import CURVES, PIECEWISE, SLOPE, activated, through
 from tolerances import CURVE_GRADIENT, CURVE_ULPS, FINITE_DIFFERENCES, eps_of
 
 EPS = 1e-5
-PIECEWISE = ("relu", "leaky_relu", "relu6")
-CURVES = ("silu", "hardswish")
 NAMES = (*PIECEWISE, *CURVES)
-SLOPE = 0.3
 
 # Of each member: its arguments between x and weight, and the name of its functions.
 MEMBERS = {
@@ -40,11 +37,6 @@ def laid_out(array, layout):
     return view
 
 
-@pytest.fixture(params=[np.float32, np.float64])
-def dtype(request):
-    return request.param
-
-
 @pytest.fixture(params=SHAPES)
 def data(request, rng, dtype):
     """x, dy and a residual, and weight and bias."""
@@ -61,23 +53,6 @@ def forward(member, x, weight, bias, **fused):
 def backward(member, dy, x, saved, weight, **fused):
     function = getattr(functional, f"{member}_backward")
     return function(dy, x, *saved, weight, **fused)
-
-
-def activated(z, name):
-    """In the dtype of z, as its definition says."""
-    if name in CURVES:
-        return reference.activate(z, name, precision=np.longdouble).astype(z.dtype)
-    if name == "leaky_relu":
-        return np.where(z < 0, z.dtype.type(SLOPE) * z, z)
-    return np.clip(z, 0, 6 if name == "relu6" else None).astype(z.dtype)
-
-
-def through(dy, z, name):
-    """What of dy goes through the activation, in its dtype."""
-    wide = reference.activate_backward(dy, z, name, SLOPE, precision=np.longdouble)
-    if name == "leaky_relu":
-        return np.where(z > 0, dy, dy * dy.dtype.type(SLOPE))
-    return wide.astype(dy.dtype)
 
 
 def ulps(found, expected):
@@ -271,7 +246,7 @@ def test_the_ends_of_the_range(isa, dtype, name):
     z = [-np.inf, -largest, -least, -0.0, 0.0, least, largest, np.inf, np.nan]
     y, dx = applied(name, z, dtype)
     ceiling = 6 if name == "relu6" else largest
-    below = [-np.inf, -dtype(SLOPE) * largest] if name == "leaky_relu" else [0, 0]
+    below = [-np.inf, -dtype.type(SLOPE) * largest] if name == "leaky_relu" else [0, 0]
     half = 0 if name in CURVES else least  # of the least number, rounded to even
     expected = [*below, y[2], 0, 0, half, ceiling, np.inf if ceiling == largest else 6, np.nan]
     np.testing.assert_array_equal(y, np.array(expected, dtype))
@@ -357,9 +332,11 @@ def test_gates_of_x_are_those_of_the_output(isa, dtype, name, mean, scale):
     bias, ones = np.array([0.7], dtype), np.ones(1, dtype)
     edges = [mean[0]]
     if scale:
-        edges += [dtype((edge - 0.7) / scale + mean[0]) for edge in (0, 6)]
+        edges += [dtype.type((edge - 0.7) / scale + mean[0]) for edge in (0, 6)]
     steps = np.arange(-300, 300)
-    x = np.concatenate([e + steps * np.spacing(dtype(e)) for e in edges]).astype(dtype)[:, None]
+    x = np.concatenate([e + steps * np.spacing(dtype.type(e)) for e in edges]).astype(dtype)[
+        :, None
+    ]
     fused = {"activation": name, "negative_slope": SLOPE}
     z = functional.batch_norm(x, mean, ones, weight, bias, eps=0.0)
     y = functional.batch_norm(x, mean, ones, weight, bias, eps=0.0, **fused)

@@ -14,13 +14,11 @@ import re
 import subprocess
 import sys
 import warnings
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import bnfast
 from tolerances import ROUNDED_F32, WHOLE_MODEL
 
 keras = pytest.importorskip("keras", minversion="3.14")
@@ -74,20 +72,8 @@ IDS = [f"{kind.__name__}-{arguments}-{len(shape)}d" for kind, arguments, shape i
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """Count the calls of bnfast's functions."""
-    counts = Counter()
-
-    def counted(name, function):
-        def call(*arguments, **keywords):
-            counts[name] += 1
-            return function(*arguments, **keywords)
-
-        return call
-
-    for name in KERNELS:
-        monkeypatch.setattr(bnfast, name, counted(name, getattr(bnfast, name)))
-    return counts
+def calls(count_calls):
+    return count_calls(KERNELS)
 
 
 def build(kind, arguments, shape, rng, dtype="float32"):

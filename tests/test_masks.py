@@ -10,7 +10,17 @@ import bnfast
 from bnfast import _masks
 from bnfast import _reference as reference
 from cases import BUFFERS, in_layout
-from oracle import WIDE, assert_within, central_differences, close
+from oracle import (
+    CURVES,
+    PIECEWISE,
+    SLOPE,
+    WIDE,
+    activated,
+    assert_within,
+    central_differences,
+    close,
+    through,
+)
 from tolerances import (
     CLOSE_F32,
     CLOSE_F64,
@@ -193,7 +203,7 @@ def test_a_mask_of_all_values_changes_no_bit(dtype, rng, axis, norm, shape):
 
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 2, 50000)], ids=str)
 def test_threads_caches_and_instruction_sets_change_no_bit(
-    dtype, rng, use_isa, use_threads, use_caches, axis, norm, shape
+    dtype, rng, assert_same_bits_everywhere, axis, norm, shape
 ):
     masks = [masks_of(shape, make, rng) for make in MASKS]
     given = [inputs(rng, shape, axis, dtype, mask) for mask in masks]
@@ -205,15 +215,7 @@ def test_threads_caches_and_instruction_sets_change_no_bit(
             for array in everything(norm, *arrays, axis, mask=mask)
         ]
 
-    use_isa("baseline")
-    use_threads(1)
-    expected = all_of_it()
-    for isa in bnfast.available_isas():
-        use_isa(isa)
-        for num_threads, caches in ((1, (0, 0)), (2, (1 << 50, 1 << 50)), (3, (1 << 14, 1 << 16))):
-            use_threads(num_threads)
-            use_caches(*caches)
-            assert_same_bits(all_of_it(), expected)
+    assert_same_bits_everywhere(all_of_it)
 
 
 @pytest.mark.parametrize("make", [half, prefixes, runs])
@@ -452,26 +454,6 @@ def test_evaluation_normalizes_what_counts(isa, dtype, rng, axis, padding):
 
 
 # Masks with what else a call may have
-
-SLOPE = 0.3
-PIECEWISE = ("relu", "leaky_relu", "relu6")
-CURVES = ("silu", "hardswish")
-
-
-def activated(z, name):
-    if name in CURVES:
-        return reference.activate(z, name, precision=np.longdouble).astype(z.dtype)
-    if name == "leaky_relu":
-        return np.where(z < 0, z.dtype.type(SLOPE) * z, z)
-    return np.clip(z, 0, 6 if name == "relu6" else None).astype(z.dtype)
-
-
-def through(dy, z, name):
-    """What of dy goes through the activation."""
-    if name == "leaky_relu":
-        return np.where(z > 0, dy, dy * dy.dtype.type(SLOPE))
-    wide = reference.activate_backward(dy, z, name, SLOPE, precision=np.longdouble)
-    return wide.astype(dy.dtype)
 
 
 def everywhere(mask, shape, axis):

@@ -1,6 +1,5 @@
 """ONNX's reference evaluator with bnfast's operators: ONNX's tests, onnxruntime, definitions."""
 
-import collections
 import doctest
 import glob
 import os
@@ -13,7 +12,6 @@ import warnings
 import numpy as np
 import pytest
 
-import bnfast
 from bnfast import _reference as reference
 from tolerances import CLOSE_F64, HALF_AN_ULP, ROUNDED_F32
 
@@ -43,19 +41,9 @@ TRAINED_BY_OUTPUTS, TRAINED_BY_MODE = [7, 8, 9, 13], [14, 15, 21]
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(count_calls):
     """How often the operators called bnfast's functions, in all."""
-    counts = collections.Counter()
-
-    def counted(name, function):
-        def call(*arguments, **keywords):
-            counts[name] += 1
-            return function(*arguments, **keywords)
-
-        return call
-
-    for name in KERNELS:
-        monkeypatch.setattr(bnfast, name, counted(name, getattr(bnfast, name)))
+    counts = count_calls(KERNELS)
     return lambda: sum(counts.values())
 
 

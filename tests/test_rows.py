@@ -6,7 +6,7 @@ import pytest
 import bnfast
 from bnfast import _reference as reference
 from cases import BUFFERS
-from oracle import WIDE, assert_within, mean_of_gradient
+from oracle import WIDE, assert_within, central_differences, mean_of_gradient
 from tolerances import CLOSE_F32, FINITE_DIFFERENCES, GRADIENT_SUMS, INPUT_GRADIENT, OUTPUT, eps_of
 
 # Over the channels of images: neighbouring rows. Pixels around lanes, wide rows and what is summed
@@ -112,21 +112,12 @@ def test_rms_norm(isa, dtype, rng, shape, axes):
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize(("shape", "axes"), CASES, ids=str)
 def test_threads_caches_and_instruction_sets_change_no_bit(
-    dtype, rng, use_isa, use_threads, use_caches, shape, axes, centred
+    dtype, rng, assert_same_bits_everywhere, shape, axes, centred
 ):
     x, dy, _, weight, bias = inputs(rng, shape, axes, dtype, 300)
-    bias = bias if centred else None
-    use_isa("baseline")
-    use_threads(1)
-    expected = check(x, dy, axes, weight, bias, centred)
-    for isa in bnfast.available_isas():
-        use_isa(isa)
-        for num_threads, caches in ((1, (0, 0)), (2, (1 << 50, 1 << 50)), (3, (1 << 14, 1 << 16))):
-            use_threads(num_threads)
-            use_caches(*caches)
-            got = results_of(x, dy, axes, weight, bias, centred)
-            for a, b in zip(got, expected, strict=True):
-                np.testing.assert_array_equal(a, b)
+    given = x, dy, axes, weight, bias if centred else None, centred
+    check(*given)
+    assert_same_bits_everywhere(lambda: results_of(*given))
 
 
 @pytest.mark.parametrize("make", [np.asfortranarray, lambda x: np.ascontiguousarray(x.T).T])
@@ -324,14 +315,7 @@ def test_gradients_are_those_of_central_differences(rng, shape, axes, centred):
         return (bnfast.rms_norm(x, sizes, weight, 1e-5, axis=axes) * dy).sum()
 
     for array, gradient in zip((x, weight, bias), gradients, strict=centred):
-        numeric = np.zeros_like(array)
-        for index in np.ndindex(array.shape):
-            kept, ends = array[index], []
-            for step in (1e-6, -1e-6):
-                array[index] = kept + step
-                ends.append(loss())
-            array[index] = kept
-            numeric[index] = (ends[0] - ends[1]) / 2e-6
+        numeric = central_differences(loss, array)
         np.testing.assert_allclose(gradient, numeric, rtol=0, atol=3 * FINITE_DIFFERENCES)
 
 

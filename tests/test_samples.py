@@ -7,7 +7,7 @@ import bnfast
 from bnfast import InstanceNorm
 from bnfast import _reference as reference
 from cases import BUFFERS, in_layout
-from oracle import WIDE, assert_within
+from oracle import WIDE, assert_within, central_differences
 from tolerances import (
     CLOSE_F32,
     CLOSE_F64,
@@ -135,19 +135,10 @@ def everything(x, dy, weight, bias, groups, axis):
 
 @pytest.mark.parametrize(("shape", "groups"), CASES, ids=str)
 def test_threads_caches_and_instruction_sets_change_no_bit(
-    dtype, rng, use_isa, use_threads, use_caches, axis, shape, groups
+    dtype, rng, assert_same_bits_everywhere, axis, shape, groups
 ):
-    x, dy, weight, bias = inputs(rng, shape, axis, dtype, 300)
-    use_isa("baseline")
-    use_threads(1)
-    expected = everything(x, dy, weight, bias, groups, axis)
-    for isa in bnfast.available_isas():
-        use_isa(isa)
-        for num_threads, caches in ((1, (0, 0)), (2, (1 << 50, 1 << 50)), (3, (1 << 14, 1 << 16))):
-            use_threads(num_threads)
-            use_caches(*caches)
-            for a, b in zip(everything(x, dy, weight, bias, groups, axis), expected, strict=True):
-                np.testing.assert_array_equal(a, b)
+    given = *inputs(rng, shape, axis, dtype, 300), groups, axis
+    assert_same_bits_everywhere(lambda: everything(*given))
 
 
 @pytest.mark.parametrize("buffer", BUFFERS)
@@ -223,16 +214,12 @@ def test_gradients_are_those_of_central_differences(rng, axis, shape, groups):
     x, dy, weight, bias = inputs(rng, shape, axis, np.float64, 0)
     _, mean, invstd = bnfast.group_norm_forward(x, groups, axis=axis)
     gradients = bnfast.group_norm_backward(dy, x, mean, invstd, weight, axis=axis)
+
+    def loss():
+        return (bnfast.group_norm(x, groups, weight, bias, axis=axis) * dy).sum()
+
     for array, gradient in zip((x, weight, bias), gradients, strict=True):
-        numeric = np.zeros_like(array)
-        for index in np.ndindex(array.shape):
-            kept = array[index]
-            ends = []
-            for step in (1e-6, -1e-6):
-                array[index] = kept + step
-                ends.append((bnfast.group_norm(x, groups, weight, bias, axis=axis) * dy).sum())
-            array[index] = kept
-            numeric[index] = (ends[0] - ends[1]) / 2e-6
+        numeric = central_differences(loss, array)
         np.testing.assert_allclose(gradient, numeric, rtol=0, atol=FINITE_DIFFERENCES)
 
 

@@ -11,7 +11,8 @@ import bnfast
 from bnfast import _reference as reference
 from bnfast import _whitening
 from cases import BUFFERS, in_layout
-from oracle import assert_within
+from oracle import assert_within, central_differences
+from states import filled
 from tolerances import (
     FINITE_DIFFERENCES,
     ILL_CONDITIONED,
@@ -82,18 +83,6 @@ def close(actual, expected, dtype=np.float64):
     """As exact as the data's type and the arithmetic in float64 are, relative to the largest."""
     rounding = WHITENED * eps_of(dtype) if dtype == np.float32 else 0.0
     assert_within(actual, expected, (WHITENING + rounding) * (np.abs(expected).max(initial=0) + 1))
-
-
-def central_differences(loss, array):
-    numeric = np.zeros_like(array)
-    for index in np.ndindex(array.shape):
-        kept, ends = array[index], []
-        for step in (1e-6, -1e-6):
-            array[index] = kept + step
-            ends.append(loss())
-        array[index] = kept
-        numeric[index] = (ends[0] - ends[1]) / 2e-6
-    return numeric
 
 
 @pytest.mark.parametrize(("shape", "groups"), CASES, ids=str)
@@ -661,19 +650,6 @@ def test_statistics_of_a_covariance_are_checked(kind):
         of_covariance(np.zeros(4), EYES, -1.0)
     with pytest.raises(ValueError, match="dmatrix must have the shape"):
         of_covariance(np.zeros(4), EYES).covariance_gradient(np.zeros((4, 4)))
-
-
-def filled(layer, rng):
-    """The layer, its state made of random numbers, the running matrix one of a covariance."""
-    state = layer.state_dict()
-    for name, array in state.items():
-        if name == "running_matrix":
-            half = rng.normal(size=array.shape)
-            array[...] = half @ half.swapaxes(1, 2) + np.eye(array.shape[1])
-        elif name != "num_batches_tracked":
-            array[...] = rng.uniform(0.5, 2, array.shape)
-    layer.load_state_dict(state)
-    return layer
 
 
 @pytest.mark.parametrize("averaged", ["whitening", "covariance"])

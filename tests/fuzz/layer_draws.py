@@ -54,6 +54,12 @@ def recompute(rng: Random) -> dict[str, Any]:
     return {"recompute": draws.chance(rng, 0.6)} if draws.chance(rng, 0.4) else {}
 
 
+def geometry(rng: Random, first_axis: int = 0) -> tuple[int, int, int]:
+    """How many channels there are, along which axis, of how many; `first_axis` has samples if 1."""
+    ndim = int(rng.integers(2, 5))
+    return int(rng.integers(1, 9)), draws.axis(rng, ndim, first_axis), ndim
+
+
 def channel_inputs(
     channels: int,
     axis: int,

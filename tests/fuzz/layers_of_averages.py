@@ -26,6 +26,7 @@ from fuzz.layer_draws import (
     NONFINITE,
     channel_inputs,
     constructor,
+    geometry,
     not_empty,
     sometimes_nonfinite,
 )
@@ -33,8 +34,7 @@ from fuzz.layer_steps import step_by_running
 
 
 def moving_average(rng: Random) -> Plan:
-    ndim = int(rng.integers(2, 5))
-    channels, axis = int(rng.integers(1, 9)), draws.axis(rng, ndim)
+    channels, axis, ndim = geometry(rng)
     size, warm_up, later = (int(rng.integers(low, 5)) for low in (1, 0, 0))
     make, text = constructor(
         *("MovingAverageBatchNorm", channels, size),

@@ -28,6 +28,7 @@ from fuzz.layer_draws import (
     channel_inputs,
     constructor,
     data_inputs,
+    geometry,
     learned_momentum,
     not_empty,
     recompute,
@@ -45,8 +46,7 @@ from fuzz.layer_steps import (
 
 
 def batch_norm(rng: Random) -> Plan:
-    ndim = int(rng.integers(2, 5))
-    channels, axis = int(rng.integers(1, 9)), draws.axis(rng, ndim)
+    channels, axis, ndim = geometry(rng)
     more = tracking(rng) | activation(rng)
     if draws.chance(rng, 0.3):
         more["inplace"] = True
@@ -72,8 +72,7 @@ def batch_norm(rng: Random) -> Plan:
 
 
 def ghost(rng: Random) -> Plan:
-    ndim = int(rng.integers(2, 5))
-    channels, axis = int(rng.integers(1, 9)), draws.axis(rng, ndim, 1)
+    channels, axis, ndim = geometry(rng, 1)
     size = int(rng.integers(1, 5))
     make, text = constructor(
         "GhostBatchNorm",
@@ -96,8 +95,7 @@ def ghost(rng: Random) -> Plan:
 
 
 def conditional(rng: Random) -> Plan:
-    ndim = int(rng.integers(2, 5))
-    channels, axis = int(rng.integers(1, 9)), draws.axis(rng, ndim, 1)
+    channels, axis, ndim = geometry(rng, 1)
     classes = int(rng.integers(1, 5))
     make, text = constructor(
         "ConditionalBatchNorm",
@@ -123,8 +121,7 @@ def conditional(rng: Random) -> Plan:
 
 
 def renorm(rng: Random) -> Plan:
-    ndim = int(rng.integers(2, 5))
-    channels, axis = int(rng.integers(1, 9)), draws.axis(rng, ndim)
+    channels, axis, ndim = geometry(rng)
     schedule = draws.pick(
         rng,
         (None, bnfast.RenormSchedule(3.0, 5.0, 0, 0, 0), bnfast.RenormSchedule(2.0, 1.0, 1, 6, 3)),

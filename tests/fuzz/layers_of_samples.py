@@ -12,6 +12,7 @@ from fuzz.layer_draws import (
     activation,
     constructor,
     data_inputs,
+    geometry,
     recompute,
     sometimes_nonfinite,
     tracking,
@@ -29,8 +30,7 @@ from fuzz.layer_steps import (
 
 
 def instance_norm(rng: Random) -> Plan:
-    ndim = int(rng.integers(2, 5))
-    channels, axis = int(rng.integers(1, 9)), draws.axis(rng, ndim, 1)
+    channels, axis, ndim = geometry(rng, 1)
     make, text = constructor(
         "InstanceNorm",
         channels,
@@ -83,8 +83,7 @@ def group_norm(rng: Random) -> Plan:
 
 
 def response(rng: Random) -> Plan:
-    ndim = int(rng.integers(2, 5))
-    channels, axis = int(rng.integers(1, 9)), draws.axis(rng, ndim, 1)
+    channels, axis, ndim = geometry(rng, 1)
     make, text = constructor(
         "FilterResponseNorm",
         channels,
