@@ -32,6 +32,12 @@ static bn_place place_of(const bn_job *job, size_t tensors, size_t threads)
                                                                                   : BN_IN_MEMORY;
 }
 
+/* Whether what is read of so many tensors is still near when the output is made. */
+static int stays_near(const bn_job *job, size_t tensors)
+{
+    return bytes_of_call(job, tensors + 1) < bn_whole_bytes(job->caches);
+}
+
 /* Cuts the channels into slabs for so many threads, which read so many tensors; whether its tasks had
    better be fused. Sums alone are read once: no slab of theirs must stay in a cache, and images whose planes are no
    longer than a chunk are walked as they lie (moments of 32x64x56x56 took 0.45 of the time). */
@@ -44,13 +50,16 @@ static int cut_into_slabs(bn_job *job, size_t threads, size_t tensors, int sums_
     int fused;
     if (plan->layout == BN_contiguous) {
         const size_t run = plan->inner * plan->stored_itemsize;
-        const size_t neighbouring_bytes = plan->outer == 1 ? BN_ROWS_BYTES : BN_NEIGHBOURING_BYTES;
+        const int are_rows = plan->outer == 1, near = stays_near(job, tensors);
+        const int nearest = bytes_of_call(job, tensors + 1) <= bn_level2_bytes(job->caches, threads);
+        const size_t neighbouring_bytes = !are_rows ? BN_NEIGHBOURING_BYTES
+                                          : near    ? bn_near_rows_bytes(job->caches)
+                                                    : BN_ROWS_BYTES;
         const size_t max_channels = MAX((size_t)1, neighbouring_bytes / run);
         const size_t fair_share = MAX((size_t)1, channels / wanted);
         const size_t channel = values_per_channel(plan) * plan->stored_itemsize * tensors;
         const size_t slab = MAX(bn_slab_bytes(job->caches) / channel, BN_FEWEST_BYTES / run);
-        const int whole = (sums_alone && plan->chunks_per_run == 1) ||
-                          bytes_of_call(job, tensors + 1) < bn_whole_bytes(job->caches);
+        const int whole = (sums_alone && plan->chunks_per_run == 1) || (are_rows ? nearest : near);
         job->slab = whole ? fair_share : MIN(MIN(max_channels, fair_share), MAX((size_t)1, slab));
         fused = plan->blocks == 1 || repeats_suffice || channels / job->slab >= wanted;
     } else {
@@ -84,7 +93,8 @@ static void prefetch_next_slab(bn_job *job, size_t tensors)
 {
     const bn_plan *plan = job->plan;
     const size_t bytes = job->slab * plan->stored_itemsize * tensors;
-    if (plan->layout == BN_contiguous && !plan->any_staged) {
+    const int waits_near = plan->outer == 1 && stays_near(job, tensors);
+    if (plan->layout == BN_contiguous && !plan->any_staged && !waits_near) {
         job->prefetch_distance = (ptrdiff_t)job->slab * plan->operand[BN_X].channel_stride;
         job->prefetch_in_sums = plan->outer == 1 && (!job->method.has_upstream || job->method.sums_have_gates) &&
                                 sums_take_long(job, tensors);
