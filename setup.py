@@ -2,21 +2,24 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
 from setuptools import Extension, setup  # before Cython, as Cython's documentation asks
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.errors import CompileError, PlatformError
 
 from Cython.Build import cythonize  # isort: skip
 
 KERNELS = "src/bnfast/_kernels"
+WINDOWS = sys.platform == "win32"
 MACHINE = sysconfig.get_platform().rpartition("-")[2]  # honours cross builds
 
 # What each variant is compiled with. Every instruction set named here has its bit in
@@ -64,6 +67,8 @@ NO_CALLS_FOR_LOOPS = "-fno-tree-loop-distribute-patterns"
 # Python's own flags ask for what debuggers need, ten times as large as the code and 0.4 of the time
 # of a build. ``python setup.py build_ext --debug`` leaves it in.
 NOTHING_FOR_DEBUGGERS = ["-g0", "-fno-asynchronous-unwind-tables"]
+if WINDOWS:
+    NOTHING_FOR_DEBUGGERS = []  # Clang writes nothing unasked, and every function has its table
 # How compilers take OpenMP: flags to compile with, flags to link with. Apple's compiler knows the
 # pragmas and brings no runtime: LLVM's lies where CFLAGS=-I and LDFLAGS=-L say.
 OPENMP = [(["-fopenmp"], ["-fopenmp"])]
@@ -74,18 +79,55 @@ if sys.platform == "darwin":
 class BuildVariants(build_ext):
     """Compile each variant_<isa>.c with its own flags; use OpenMP where the compiler has it."""
 
+    clang = None  # on Windows: the path of clang-cl
+    openmp_library = None  # a library that must lie beside the extension
+
+    def run(self):
+        """Build, and bring the OpenMP library where Windows looks for it."""
+        super().run()
+        if self.openmp_library is not None:
+            shutil.copy2(self.openmp_library, Path(self.get_ext_fullpath(core.name)).parent)
+
+    def build_extensions(self):
+        """Build all extensions, on Windows with Clang."""
+        if WINDOWS:
+            self.take_clang()
+        super().build_extensions()
+
+    def take_clang(self):
+        """Let clang-cl compile in the place of Microsoft's cl, whose headers and linker stay.
+
+        It is Clang with the options of cl, which does not know the vector types of the kernels.
+        MinGW's GCC does, but may keep vectors of AVX where the stack is not aligned for them.
+        """
+        self.clang = shutil.which("clang-cl")
+        if self.clang is None or self.compiler.compiler_type != "msvc":
+            raise PlatformError(
+                "on Windows bnfast is built by clang-cl, not by Microsoft's cl or MinGW's GCC: "
+                "install LLVM for Windows, put the folder of clang-cl.exe on PATH, and leave the "
+                "compiler of setuptools at its default (msvc)"
+            )
+        if not self.compiler.initialized:
+            self.compiler.initialize(self.plat_name)
+        self.compiler.cc = self.clang
+        self.compiler.compile_options = [
+            option
+            for option in self.compiler.compile_options
+            if option != "/GL"  # "make code when linking": of cl alone
+        ]
+
     def build_extension(self, ext):
         """Build an extension, of the core first the variants that it links."""
-        ext.extra_compile_args = [*C_FLAGS, *VARIANTS["baseline"], *self.debugging()]
-        ext.extra_link_args = [*STRICT]
-        if ext.name == "bnfast._core":
+        ext.extra_compile_args = self.spelled([*C_FLAGS, *VARIANTS["baseline"], *self.debugging()])
+        ext.extra_link_args = [] if WINDOWS else [*STRICT]
+        if ext.name == core.name:
             self.add_kernels(ext)
         super().build_extension(ext)
 
     def add_kernels(self, ext):
         """Compile the kernels for each instruction set, and let the extension use OpenMP."""
         to_compile, to_link = self.openmp_flags()
-        ext.extra_compile_args += to_compile
+        ext.extra_compile_args += self.spelled(to_compile)
         ext.extra_link_args += to_link
         ext.extra_objects = []
         kernel_flags = [*KERNEL_FLAGS]
@@ -93,15 +135,30 @@ class BuildVariants(build_ext):
             kernel_flags.append(NO_CALLS_FOR_LOOPS)
         # Side by side: each takes as long as all the rest.
         Path(self.build_temp, KERNELS).mkdir(parents=True, exist_ok=True)
-        command = self.compiler.compiler_so
-        self.compiler.compiler_so = [word for word in command if word not in OF_PYTHON]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with self.without_flags_of_python(), ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = [
                 pool.submit(self.compile_variant, isa, [*kernel_flags, *isa_flags])
                 for isa, isa_flags in VARIANTS.items()
             ]
             ext.extra_objects += [path for objects in compiled for path in objects.result()]
+
+    @contextmanager
+    def without_flags_of_python(self):
+        """Leave out what Python was built with; on Windows setuptools adds nothing of it."""
+        if WINDOWS:
+            yield
+            return
+        command = self.compiler.compiler_so
+        self.compiler.compiler_so = [word for word in command if word not in OF_PYTHON]
+        yield  # who fails ends the build
         self.compiler.compiler_so = command
+
+    def spelled(self, flags):
+        """Return flags of GCC and Clang as the compiler's command line takes them.
+
+        clang-cl takes those of cl as they are, and Clang's own behind ``/clang:``.
+        """
+        return [f"/clang:{flag}" for flag in flags] if WINDOWS else [*flags]
 
     def debugging(self):
         """Return the flags about what debuggers need."""
@@ -115,7 +172,7 @@ class BuildVariants(build_ext):
             include_dirs=[KERNELS],
             macros=[("BN_FLAGS", '"' + " ".join(flags) + '"')],
             debug=self.debug,
-            extra_postargs=[*flags, *self.debugging()],
+            extra_postargs=self.spelled([*flags, *self.debugging()]),
         )
 
     def accepts(self, flag):
@@ -125,7 +182,9 @@ class BuildVariants(build_ext):
             source.write_text("int main(void) { return 0; }\n")
             try:
                 self.compiler.compile(
-                    [str(source)], output_dir=folder, extra_postargs=["-Werror", flag]
+                    [str(source)],
+                    output_dir=folder,
+                    extra_postargs=["-Werror", *self.spelled([flag])],
                 )
             except CompileError:
                 return False
@@ -135,7 +194,7 @@ class BuildVariants(build_ext):
         """Return what to compile and to link with; nothing where BNFAST_NO_OPENMP=1 says so."""
         if os.environ.get("BNFAST_NO_OPENMP"):
             return [], []
-        for to_compile, to_link in OPENMP:
+        for to_compile, to_link in self.openmp_of_clang() if WINDOWS else OPENMP:
             try:
                 self.run_parallel_region(to_compile, to_link)
             except Exception as error:
@@ -143,7 +202,16 @@ class BuildVariants(build_ext):
             else:
                 return to_compile, to_link
         print("building without OpenMP, bnfast will be serial", file=sys.stderr)
+        self.openmp_library = None
         return [], []
+
+    def openmp_of_clang(self):
+        """Return the flags for LLVM's library, and note where it is; nothing where it is not."""
+        library = Path(self.clang).with_name("libomp.dll")
+        if not library.is_file():
+            return []
+        self.openmp_library = library
+        return [(["-fopenmp"], [str(library.parent.parent / "lib" / "libomp.lib")])]
 
     def run_parallel_region(self, to_compile, to_link):
         """Compile, link and, unless it is for another machine, run a parallel region."""
@@ -156,13 +224,14 @@ class BuildVariants(build_ext):
                 "n += 1; return n == 0 || omp_get_max_threads() < 1; }\n"
             )
             objects = self.compiler.compile(
-                [str(source)], output_dir=folder, extra_postargs=to_compile
+                [str(source)], output_dir=folder, extra_postargs=self.spelled(to_compile)
             )
             self.compiler.link_executable(
                 objects, "openmp", output_dir=folder, extra_postargs=to_link
             )
-            if platform.machine() == MACHINE:
-                subprocess.run([str(Path(folder, "openmp"))], check=True)
+            if platform.machine().lower() == MACHINE:
+                program = self.compiler.executable_filename("openmp", output_dir=folder)
+                subprocess.run([program], check=True)
 
 
 core = Extension(
@@ -189,6 +258,7 @@ core = Extension(
                 "openmp_runtime",
                 "team",
                 "output_memory",
+                "system_windows" if WINDOWS else "system_posix",
             )
         ),
     ],

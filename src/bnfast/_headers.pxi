@@ -129,11 +129,14 @@ cdef extern from "dispatch.h" nogil:
 cdef extern from "openmp_runtime.h" nogil:
     void bn_mark_forked_children()
     bint bn_is_forked_child()
-    size_t bn_allowed_processors()
     int bn_openmp_max_threads()
     int bn_openmp_version()
     const char *bn_openmp_library()
     const char *bn_compiler()
+
+
+cdef extern from "system.h" nogil:
+    size_t bn_allowed_processors()
 
 
 cdef extern from "team.h" nogil:

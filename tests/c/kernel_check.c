@@ -835,25 +835,19 @@ static void check_halves(void)
 static void check_probes(void)
 {
     enum { LINES = 37, ELEMENTS = LINES * 16 };
-    float *from = aligned_alloc(64, ELEMENTS * sizeof *from);
-    float *to = aligned_alloc(64, ELEMENTS * sizeof *to);
+    _Alignas(64) float from[ELEMENTS], to[ELEMENTS];
     double sum = 0;
-    if (from == NULL || to == NULL) {
-        abort();
-    }
     for (size_t i = 0; i < ELEMENTS; i++) {
         from[i] = (float)(i % 7);
         sum += i < LINES / 4 * 64 ? (double)from[i] : 0;
     }
     CALL(probe_copy)(LINES, from, to);
-    int wrong = memcmp(from, to, ELEMENTS * sizeof *to) != 0;
+    int wrong = memcmp(from, to, sizeof to) != 0;
     CALL(probe_in_place)(LINES, to, to);
     wrong |= to[ELEMENTS - 1] != -from[ELEMENTS - 1];
     CALL(probe_streaming_copy)(LINES, from, to);
-    wrong |= memcmp(from, to, ELEMENTS * sizeof *to) != 0;
+    wrong |= memcmp(from, to, sizeof to) != 0;
     wrong |= CALL(probe_read)(LINES, from, to) != (float)sum;
-    free(from);
-    free(to);
     if (wrong) {
         fprintf(stderr, "a memory probe moved something else\n");
         exit(1);

@@ -1,5 +1,5 @@
 /* Linux: sysfs, which knows what the C library's sysconf gets wrong on machines with several last-level
-   caches (it reports their sum). macOS: sysctl. */
+   caches (it reports their sum). macOS: sysctl. Windows: the list of its processors' caches. */
 #include "cache_sizes.h"
 
 #include <stdio.h>
@@ -7,6 +7,10 @@
 
 #if defined(__APPLE__)
 #include <sys/sysctl.h>
+#elif defined(_WIN32)
+#define WIN32_LEAN_AND_MEAN
+#include <stdlib.h>
+#include <windows.h>
 #endif
 
 #define COMMON_LEVEL2 ((size_t)512 << 10)
@@ -66,6 +70,31 @@ static void ask_system(bn_caches *caches)
     caches->level2 = setting("hw.l2cachesize");
     const size_t level3 = setting("hw.l3cachesize");
     caches->last_level = level3 ? level3 : caches->level2;
+}
+
+#elif defined(_WIN32)
+
+static void ask_system(bn_caches *caches)
+{
+    DWORD bytes = 0;
+    int last_level = 0;
+    (void)GetLogicalProcessorInformation(NULL, &bytes);
+    SYSTEM_LOGICAL_PROCESSOR_INFORMATION *list = malloc(bytes);
+    const DWORD count = list != NULL && GetLogicalProcessorInformation(list, &bytes) ? bytes / sizeof *list : 0;
+    for (DWORD i = 0; i < count; i++) {
+        const CACHE_DESCRIPTOR *cache = &list[i].Cache;
+        if (list[i].Relationship != RelationCache || cache->Type == CacheInstruction) {
+            continue;
+        }
+        if (cache->Level == 2 && caches->level2 == 0) {
+            caches->level2 = cache->Size;
+        }
+        if (cache->Level > last_level) {
+            last_level = cache->Level;
+            caches->last_level = cache->Size;
+        }
+    }
+    free(list);
 }
 
 #else

@@ -9,10 +9,6 @@
 void bn_mark_forked_children(void);
 int bn_is_forked_child(void);
 
-/* How many processors the calling thread may run on, 0 where the system does not say. It is asked on
-   every call, because nobody is told of a change: another process may make one. */
-size_t bn_allowed_processors(void);
-
 int bn_openmp_max_threads(void); /* 1 without OpenMP */
 int bn_openmp_version(void);     /* yyyymm of the specification, 0 without OpenMP */
 const char *bn_openmp_library(void); /* file that the runtime was loaded from, or NULL */

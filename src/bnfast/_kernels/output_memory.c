@@ -3,23 +3,22 @@
 
    Nobody waits for the pool: who finds another thread at it goes without. So a process that was forked
    in the middle of things cannot hang on it either: in such a one it stays unused. */
-#define _GNU_SOURCE /* MAP_ANONYMOUS, mremap, madvise */
-#define _DARWIN_C_SOURCE
+#define _GNU_SOURCE /* posix_memalign, in a build for sanitizers */
 
 #include "output_memory.h"
+
+#include "system.h"
 
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 /* Blocks are whole huge pages, mapped, so that all of one goes back to the system when it is freed: of what
    malloc had cut up, 1.2 GiB stayed with a process that resized its outputs. What is smaller than a page (an
    output that was resized) is no block, and comes from malloc. Before the first byte of either lies how many
    bytes there are: realloc is not told. */
-#define PAGE ((size_t)2 << 20)
+#define PAGE BN_HUGE_PAGE
 #define BLOCKS 16
 #define TRIES 10000
 #define SMALL_HEAD ((size_t)64) /* a line, at whose end lies the number of bytes */
@@ -70,45 +69,19 @@ static size_t make_room(size_t limit, size_t blocks, size_t bytes, block *out)
     return removed;
 }
 
-/* Of the system: what lies before a block. */
-static size_t small_page(void) { return (size_t)sysconf(_SC_PAGESIZE); }
-
 static size_t *capacity_of(void *memory) { return (size_t *)memory - 1; }
 
-static void unmap(char *from, const char *to)
-{
-    if (from < to) {
-        (void)munmap(from, (size_t)(to - from));
-    }
-}
-
-/* Maps `bytes`, whole huge pages, from a multiple of PAGE on. */
+/* Maps `bytes`, whole huge pages. */
 static void *new_block(size_t bytes)
 {
-    const size_t head = small_page();
-    if (bytes > SIZE_MAX - PAGE - head) {
-        return NULL;
+    void *memory = bn_map_memory(bytes);
+    if (memory != NULL) {
+        *capacity_of(memory) = bytes;
     }
-    const size_t mapped = head + bytes + PAGE;
-    char *begin = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (begin == MAP_FAILED) {
-        return NULL;
-    }
-    char *memory = begin + head;
-    memory += (PAGE - (uintptr_t)memory % PAGE) % PAGE;
-    unmap(begin, memory - head);
-    unmap(memory + bytes, begin + mapped);
-#if defined(__linux__)
-    (void)madvise(memory, bytes, MADV_HUGEPAGE); /* a wish */
-#endif
-    *capacity_of(memory) = bytes;
     return memory;
 }
 
-static void free_block(void *memory)
-{
-    unmap((char *)memory - small_page(), (char *)memory + *capacity_of(memory));
-}
+static void free_block(void *memory) { bn_unmap_memory(memory, *capacity_of(memory)); }
 
 static void free_blocks(const block *blocks, size_t count)
 {
@@ -226,18 +199,11 @@ void *bn_output_calloc(void *context, size_t count, size_t size)
 /* The block itself, grown or shrunk by whole pages, or NULL. */
 static void *resized_block(void *memory, size_t wanted)
 {
-#if defined(__linux__)
-    const size_t head = small_page(), before = head + *capacity_of(memory);
-    char *begin = mremap((char *)memory - head, before, head + wanted, MREMAP_MAYMOVE);
-    if (begin == MAP_FAILED) {
-        return NULL;
+    void *resized = bn_remap_memory(memory, *capacity_of(memory), wanted);
+    if (resized != NULL) {
+        *capacity_of(resized) = wanted;
     }
-    *capacity_of(begin + head) = wanted;
-    return begin + head;
-#else
-    (void)memory, (void)wanted;
-    return NULL;
-#endif
+    return resized;
 }
 
 void *bn_output_realloc(void *context, void *memory, size_t bytes)

@@ -1,15 +1,8 @@
-#if !defined(_WIN32)
-#define _POSIX_C_SOURCE 200809L /* clock_gettime */
-#define _DARWIN_C_SOURCE
-#endif
-
 #include "team.h"
 
-#if defined(_OPENMP) && !defined(_WIN32)
+#ifdef _OPENMP
 
-#include <pthread.h>
-#include <stdlib.h>
-#include <time.h>
+#include "system.h"
 
 /* The threads of the calling thread's last region: each thread that calls has a team of its own, which the runtime
    keeps, and cuts down for a smaller region. */
@@ -18,37 +11,13 @@ static _Thread_local int team = 1;
 /* And so many threads have been tried since: a call may have no region after all, and need not try again. */
 static _Thread_local int tried = 1;
 
-/* A thread waits here until all of the others have been started, too. */
-static void *wait_at(void *gate)
-{
-    (void)pthread_mutex_lock(gate);
-    (void)pthread_mutex_unlock(gate);
-    return NULL;
-}
-
 int bn_startable_threads(int wanted)
 {
-    pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
-    pthread_t *threads;
-    int extra_threads = 0;
-    if (wanted <= tried) {
-        return wanted;
+    if (wanted > tried) {
+        tried = team + bn_try_threads(wanted - team);
+        return tried;
     }
-    threads = malloc((size_t)(wanted - team) * sizeof *threads);
-    if (threads == NULL) {
-        return team;
-    }
-    (void)pthread_mutex_lock(&gate);
-    while (extra_threads < wanted - team && pthread_create(&threads[extra_threads], NULL, wait_at, &gate) == 0) {
-        extra_threads++;
-    }
-    (void)pthread_mutex_unlock(&gate);
-    for (int i = 0; i < extra_threads; i++) {
-        (void)pthread_join(threads[i], NULL);
-    }
-    free(threads);
-    tried = team + extra_threads;
-    return tried;
+    return wanted;
 }
 
 /* A region is late if it took more than LATE / LATE_OF of the time that the calling thread alone would have computed.
@@ -69,36 +38,26 @@ int bn_startable_threads(int wanted)
 static _Thread_local uint64_t alone_until;
 static _Thread_local unsigned factor = 1;
 
-static uint64_t nanoseconds(clockid_t clock)
-{
-    struct timespec time;
-    (void)clock_gettime(clock, &time);
-    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
-}
-
-static uint64_t now(void) { return nanoseconds(CLOCK_MONOTONIC); }
-static uint64_t computed(void) { return nanoseconds(CLOCK_THREAD_CPUTIME_ID); }
-
 void bn_begin_region(bn_region_times *times, int threads)
 {
     times->grown = threads > team;
     team = tried = threads;
-    times->begun = now();
-    times->own_work = computed();
+    times->begun = bn_time_passed();
+    times->own_work = bn_time_computed();
 }
 
-void bn_end_own_tasks(bn_region_times *times) { times->own_work = computed() - times->own_work; }
+void bn_end_own_tasks(bn_region_times *times) { times->own_work = bn_time_computed() - times->own_work; }
 
 void bn_end_region(const bn_region_times *times, size_t own_tasks, size_t tasks)
 {
-    const uint64_t took = now() - times->begun;
+    const uint64_t took = bn_time_passed() - times->begun;
     if (own_tasks == 0 || times->grown) {
         return;
     }
     const uint64_t alone = times->own_work * tasks / own_tasks;
     if (LATE_OF * took > LATE * alone) {
         const uint64_t wait = (took - alone) * factor;
-        alone_until = computed() + (wait < MOST_ALONE ? wait : MOST_ALONE);
+        alone_until = bn_time_computed() + (wait < MOST_ALONE ? wait : MOST_ALONE);
         factor = factor < MOST_FACTOR ? FACTOR_STEP * factor : MOST_FACTOR;
     } else if (factor > 1) {
         factor /= 2;
@@ -107,7 +66,7 @@ void bn_end_region(const bn_region_times *times, size_t own_tasks, size_t tasks)
 
 int bn_team_was_late(void)
 {
-    if (alone_until != 0 && computed() >= alone_until) {
+    if (alone_until != 0 && bn_time_computed() >= alone_until) {
         alone_until = 0;
     }
     return alone_until != 0;
