@@ -197,6 +197,7 @@ def test_a_wrong_variable_is_an_import_error_in_other_programs(tmp_path):
         assert done.stdout.startswith("BNFAST_ISA=sse2, but this build has only: ")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
 def test_ctrl_c_ends_it_in_one_line(tmp_path):
     # It waits where it opens what nobody writes to.
     os.mkfifo(tmp_path / "pipe.npy")

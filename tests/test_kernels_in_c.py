@@ -1,4 +1,4 @@
-"""The kernels alone, without Python: sanitized, by another compiler, on an emulated aarch64."""
+"""The kernels alone, without Python: sanitized, by another compiler, on an emulated aarch64 and Windows."""
 
 import os
 import shutil
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import emulated_windows
 from bnfast import _core
 
 KERNELS = Path(__file__).parent.parent / "src" / "bnfast" / "_kernels"
@@ -21,7 +22,7 @@ pytestmark = [
 
 
 def build_and_run(folder, isa, flags, compiler="gcc", more=(), runner=()):
-    program = folder / f"check_{isa}"
+    program = folder / f"check_{isa}.exe"
     command = [
         *(compiler, *flags, "-Wconversion", "-Wdouble-promotion", "-Werror", *more),
         # GCC guesses wrongly of arrays that another function fills; clang does not know the word.
@@ -45,15 +46,20 @@ def build_sanitized(folder, isa):
     return build_and_run(folder, isa, _core.built_isas()[isa].split(), more=sanitize)
 
 
-def build_by_clang(folder, isa):
+def build_by_clang(folder, isa, more=(), runner=()):
     known_to_gcc_alone = "-fno-tree-"
     flags = [f for f in _core.built_isas()[isa].split() if not f.startswith(known_to_gcc_alone)]
-    return build_and_run(folder, isa, flags, compiler="clang")
+    return build_and_run(folder, isa, flags, "clang", more, runner)
 
 
 def checked():
     """The widest instruction set and the baseline: the others have the widest one's source."""
     return sorted({_core.available_isas()[0], "baseline"})
+
+
+def build_for_windows(folder, isa):
+    more = emulated_windows.flags_of_clang()
+    return build_by_clang(folder, isa, more, emulated_windows.runner(folder))
 
 
 def build_for_neon(folder):
@@ -85,6 +91,9 @@ def builds(tmp_path_factory):
                 made["clang", isa] = pool.submit(build_by_clang, folder(), isa)
         if has_neon:
             made["neon"] = pool.submit(build_for_neon, folder())
+        if not emulated_windows.MISSING:
+            # With the widest vectors, which Windows aligns and keeps across calls in its own way.
+            made["windows"] = pool.submit(build_for_windows, folder(), _core.available_isas()[0])
         yield made
         pool.shutdown(cancel_futures=True)
 
@@ -118,3 +127,8 @@ def test_another_compiler_makes_the_same_bits(builds, expected):
 @pytest.mark.skipif(not has_neon, reason="needs aarch64-linux-gnu-gcc and qemu-aarch64")
 def test_neon_makes_the_same_bits(builds, expected):
     assert builds["neon"].result() == expected
+
+
+@pytest.mark.skipif(bool(emulated_windows.MISSING), reason=f"needs {emulated_windows.MISSING}")
+def test_windows_makes_the_same_bits(builds, expected):
+    assert builds["windows"].result() == expected

@@ -1,7 +1,7 @@
 """Outputs begin at cache lines; the memory of large ones goes to the next, within a limit."""
 
 import gc
-import resource
+import mmap
 import subprocess
 import sys
 import threading
@@ -318,7 +318,7 @@ def test_a_bad_variable_is_an_import_error(monkeypatch, value):
 def test_what_resized_outputs_leave_goes_back_to_the_system(rng):
     def resident():
         with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
+            return int(file.read().split()[1]) * mmap.PAGESIZE
 
     x = rng.standard_normal((32, 64, 28, 28), np.float32)
     before = resident()
