@@ -1,4 +1,4 @@
-"""The kernels alone, without Python: sanitized, by another compiler, on an emulated aarch64 and Windows."""
+"""The kernels alone, without Python: sanitized, by another compiler, on emulated systems."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What the core asks of the operating system: memory, threads, clocks; of Windows, in an emulator."""
+"""What the core asks of its system: memory, threads, clocks; of Windows, in an emulator."""
 
 import shutil
 import subprocess
