@@ -1,5 +1,6 @@
 /* What a system gives (system.h): memory that is zeroed, holds what is written and is given back; threads; clocks.
-   And the pool of outputs on top of it. Compiled with the system's system_<name>.c, output_memory.c, cache_sizes.c and -D_OPENMP: it needs no runtime. */
+   And the pool of outputs on top of it. Compiled with system_<name>.c, output_memory.c, cache_sizes.c and -D_OPENMP: it
+   needs no runtime. */
 #include "system.h"
 
 #include "cache_sizes.h"

@@ -8,8 +8,8 @@
 
 #define BN_HUGE_PAGE ((size_t)2 << 20)
 
-/* Maps memory of whole huge pages; NULL if there is none. The system has set it to 0 (on Windows, too), and gets all
-   of it back. Before it lie as many bytes as a size_t has, for the caller. */
+/* Maps memory of whole huge pages, set to 0; NULL if there is none. Unmapped, all of it goes back to the system. Before
+   it lie as many bytes as a size_t has, for the caller. */
 void *bn_map_memory(size_t bytes);
 void bn_unmap_memory(void *memory, size_t bytes);
 
@@ -17,8 +17,8 @@ void bn_unmap_memory(void *memory, size_t bytes);
    nothing has changed, where the system cannot do that without a copy. */
 void *bn_remap_memory(void *memory, size_t before, size_t bytes);
 
-/* How many processors the calling thread may run on, 0 where the system does not say. It is asked on every call,
-   because nobody is told of a change: another process may make one. */
+/* How many processors the calling thread (on Windows, its process) may run on, 0 where the system does not say. It is
+   asked on every call, because nobody is told of a change: another process may make one. */
 size_t bn_allowed_processors(void);
 
 /* The rest is there in builds with OpenMP alone. */
