@@ -16,12 +16,16 @@ from tolerances import CURVE_GRADIENT, CURVE_ULPS, FINITE_DIFFERENCES, eps_of
 EPS = 1e-5
 NAMES = (*PIECEWISE, *CURVES)
 
-# Of each member: its arguments between x and weight, and the name of its functions.
-MEMBERS = {
-    "batch_norm": (),
-    "instance_norm": (),
-    "group_norm": (3,),
+# Of each member whose channels have parameters: its arguments between x and weight.
+CHANNELS = {"batch_norm": (), "instance_norm": (), "group_norm": (3,)}
+# Of each whose elements have them: which axes of x are its rows.
+ROWS = {
+    "layer_norm": slice(1, None),
+    "layer_norm of channels": slice(1, 2),
+    "rms_norm": slice(1, None),
+    "rms_norm of channels": slice(1, 2),
 }
+MEMBERS = (*CHANNELS, *ROWS)
 # More than a chunk, small planes, and a batch without planes.
 SHAPES = {"large": (3, 6, 40, 100), "planes": (5, 12, 4, 5), "rows": (70, 6)}
 
@@ -45,14 +49,40 @@ def data(request, rng, dtype):
     return *arrays, *rng.normal(size=(2, shape[1])).astype(dtype)
 
 
+def axes_of(member, x):
+    return tuple(range(x.ndim))[ROWS[member]]
+
+
+def elements(parameter, channels, sizes):
+    """A parameter of channels, repeated for elements; another one as it is."""
+    if parameter is None or parameter.shape != (channels,):
+        return parameter
+    return np.resize(parameter, sizes)
+
+
 def forward(member, x, weight, bias, **fused):
-    function = getattr(functional, f"{member}_forward")
-    return function(x, *MEMBERS[member], weight, bias, EPS, **fused)
+    name = member.partition(" ")[0]
+    function = getattr(functional, f"{name}_forward")
+    if member in CHANNELS:
+        return function(x, *CHANNELS[member], weight, bias, EPS, **fused)
+    axes = axes_of(member, x)
+    sizes = tuple(x.shape[d] for d in axes)
+    given = [elements(p, x.shape[1], sizes) for p in (weight, bias)]
+    given = given[:1] if name == "rms_norm" else given
+    return function(x, sizes, *given, EPS, axis=axes, **fused)
 
 
 def backward(member, dy, x, saved, weight, **fused):
-    function = getattr(functional, f"{member}_backward")
-    return function(dy, x, *saved, weight, **fused)
+    name = member.partition(" ")[0]
+    function = getattr(functional, f"{name}_backward")
+    if member in CHANNELS:
+        return function(dy, x, *saved, weight, **fused)
+    axes = axes_of(member, x)
+    sizes = tuple(x.shape[d] for d in axes)
+    bias = elements(fused.pop("bias", None), x.shape[1], sizes)
+    if name == "layer_norm":
+        fused["bias"] = bias
+    return function(dy, x, sizes, *saved, elements(weight, x.shape[1], sizes), axis=axes, **fused)
 
 
 def ulps(found, expected):
@@ -70,25 +100,26 @@ def test_forward_is_the_activated_sum(isa, data, member, layouts, name):
         z = y if added is None else y + added
         fused = {"activation": name, "negative_slope": SLOPE, "residual": added}
         found, *statistics = forward(member, x, weight, bias, **fused)
-        np.testing.assert_array_equal(statistics[0], saved[0])
-        np.testing.assert_array_equal(statistics[1], saved[1])
+        for a, b in zip(statistics, saved, strict=True):
+            np.testing.assert_array_equal(a, b)
         if name in PIECEWISE:
             np.testing.assert_array_equal(found, activated(z, name))
         else:
             assert ulps(found, activated(z, name)).max() <= CURVE_ULPS
 
 
-def test_a_residual_alone_is_added(isa, data):
+@pytest.mark.parametrize("member", MEMBERS)
+def test_a_residual_alone_is_added(isa, data, member):
     x, dy, residual, weight, bias = data
-    y, *saved = forward("batch_norm", x, weight, bias)
-    found, *_ = forward("batch_norm", x, weight, bias, residual=residual)
+    y, *saved = forward(member, x, weight, bias)
+    found, *_ = forward(member, x, weight, bias, residual=residual)
     np.testing.assert_array_equal(found, y + residual)
-    *gradients, dresidual = backward("batch_norm", dy, x, saved, weight, residual=residual)
+    *gradients, dresidual = backward(member, dy, x, saved, weight, residual=residual)
     assert dresidual is dy
-    for a, b in zip(gradients, backward("batch_norm", dy, x, saved, weight), strict=True):
+    for a, b in zip(gradients, backward(member, dy, x, saved, weight), strict=True):
         np.testing.assert_array_equal(a, b)
     out = dy.copy()
-    *_, dresidual = backward("batch_norm", out, x, saved, weight, residual=residual, out=out)
+    *_, dresidual = backward(member, out, x, saved, weight, residual=residual, out=out)
     np.testing.assert_array_equal(dresidual, dy)
     np.testing.assert_array_equal(out, gradients[0])
 
@@ -116,7 +147,7 @@ def test_backward_is_that_of_what_goes_through(isa, data, member, layouts, name)
                 if name in PIECEWISE:
                     np.testing.assert_array_equal(a, b)
                 else:
-                    largest = max(np.abs(b).max(), np.abs(dz).max() * saved[1].max())
+                    largest = max(np.abs(b).max(), np.abs(dz).max() * saved[-1].max())
                     assert np.abs(a - b).max() <= CURVE_GRADIENT * eps_of(dy.dtype) * largest
 
 
@@ -138,29 +169,43 @@ def test_no_gradient_passes_through_constant_statistics(isa, data, name, adds):
             assert np.abs(a - b).max() <= CURVE_GRADIENT * eps_of(dy.dtype) * largest
 
 
-def everything(x, dy, residual, name):
+def everything(member, x, dy, residual, parameters, name):
     """All results, with a residual and without."""
-    y, *saved = functional.batch_norm_forward(x)
+    weight, bias = parameters
+    y, *saved = forward(member, x, weight, bias)
     made = [y, *saved]
     for added in (None, residual):
         fused = {"activation": name, "negative_slope": SLOPE, "residual": added}
-        made.append(functional.batch_norm_forward(x, **fused)[0])
-        made.append(functional.batch_norm(x, *saved, **fused))
-        made += functional.batch_norm_backward(dy, x, *saved, **fused)
-        made += functional.batch_norm_backward(dy, x, *saved, training=False, **fused)
-    return made
+        made.append(forward(member, x, weight, bias, **fused)[0])
+        made += backward(member, dy, x, saved, weight, bias=bias, **fused)
+        if member in ROWS:
+            more = {"bias": bias, "parameters": False, **fused}
+            dx, *_ = backward(member, dy, x, saved, weight, **more)
+            # Written over x, it is made of what goes through once more.
+            over_x = x.copy(order="K")
+            made += [dx, backward(member, dy, over_x, saved, weight, out=over_x, **more)[0]]
+            over_x = x.copy(order="K")
+            more["parameters"] = True
+            made += backward(member, dy, over_x, saved, weight, out=over_x, **more)
+        if member == "batch_norm":
+            made.append(functional.batch_norm(x, *saved, weight, bias, **fused))
+            constant = {"bias": bias, "training": False, **fused}
+            made += backward(member, dy, x, saved, weight, **constant)
+    return [array for array in made if array is not None]
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("member", ["batch_norm", *ROWS])
 def test_neither_isa_nor_threads_nor_caches_change_a_bit(
-    rng, dtype, use_isa, use_threads, use_caches, name, layout
+    rng, dtype, use_isa, use_threads, use_caches, member, name, layout
 ):
     arrays = rng.normal(size=(3, 9, 5, 30, 31)).astype(dtype)
     x, dy, residual = (laid_out(a, layout) for a in arrays)
+    parameters = rng.normal(size=(2, 5)).astype(dtype) if member in ROWS else (None, None)
     use_threads(1)
     use_isa("baseline")
-    expected = everything(x, dy, residual, name)
+    expected = everything(member, x, dy, residual, parameters, name)
     for isa in bnfast.available_isas():
         use_isa(isa)
         for threads, caches in (
@@ -170,55 +215,135 @@ def test_neither_isa_nor_threads_nor_caches_change_a_bit(
         ):
             use_threads(threads)
             use_caches(*caches)
-            for a, b in zip(everything(x, dy, residual, name), expected, strict=True):
+            found = everything(member, x, dy, residual, parameters, name)
+            for a, b in zip(found, expected, strict=True):
                 np.testing.assert_array_equal(a, b)
 
 
+def turned(array):
+    """Whose rows lie in another order than those of x, so that nothing walks both as one."""
+    return np.ascontiguousarray(array.swapaxes(0, -1)).swapaxes(0, -1)
+
+
+@pytest.mark.parametrize("has_parameters", [False, True])
+@pytest.mark.parametrize("name", [None, *NAMES])
+@pytest.mark.parametrize("shape", [(6, 70, 5, 9), (40, 300), (3, 900, 9)], ids=str)
+@pytest.mark.parametrize("member", ROWS)
+def test_strides_of_what_follows_rows_change_no_bit(
+    rng, dtype, use_threads, member, shape, name, has_parameters
+):
+    x, dy, residual = rng.normal(size=(3, *shape)).astype(dtype)
+    weight, bias = rng.normal(size=(2, shape[1])).astype(dtype)
+    if not has_parameters:
+        weight = bias = None
+    fused = {"activation": name, "negative_slope": SLOPE}
+
+    def results(make):
+        added, given = make(residual), {"bias": bias, **fused}
+        y, *saved = forward(member, x, weight, bias, residual=added, **fused)
+        made = [y, *saved, *backward(member, dy, x, saved, weight, residual=added, **given)]
+        if name in PIECEWISE:
+            more = {"y": make(y), "residual": True, **fused}
+            made += backward(member, dy, x, saved, weight, **more)
+        out = make(np.zeros_like(x))
+        return [*made, *backward(member, dy, x, saved, weight, out=out, **given)]
+
+    expected = results(np.asarray)
+    for num_threads in (1, 3):
+        use_threads(num_threads)
+        for make in (turned, lambda a: laid_out(a, "strided"), lambda a: laid_out(a, "nhwc")):
+            for a, b in zip(results(make), expected, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", PIECEWISE)
+@pytest.mark.parametrize("given", [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("member", ROWS)
+def test_rows_of_one_parameter_or_none(isa, data, member, given, name):
+    x, dy, residual, *parameters = data
+    weight, bias = (p if has else None for p, has in zip(parameters, given, strict=True))
+    fused = {"activation": name, "negative_slope": SLOPE, "residual": residual}
+    y, *saved = forward(member, x, weight, bias)
+    z = y + residual
+    np.testing.assert_array_equal(forward(member, x, weight, bias, **fused)[0], activated(z, name))
+    dz = through(dy, z, name)
+    found = backward(member, dy, x, saved, weight, bias=bias, **fused)
+    for a, b in zip(found, (*backward(member, dz, x, saved, weight), dz), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("ends", [1e-80, 1e80])
+@pytest.mark.parametrize("member", ROWS)
+def test_sums_of_extreme_rows_are_made_again_of_what_went_through(rng, member, ends, name):
+    """Also where dx has been written over dy by then."""
+    x, dy = rng.normal(size=(2, 9, 5, 4))
+    weight, bias = rng.normal(size=(2, 5))
+    x[1:4] *= ends
+    _, *saved = forward(member, x, weight, bias)
+    fused = {"activation": name, "negative_slope": SLOPE, "bias": bias}
+    z = forward(member, x, weight, bias)[0]
+    expected = backward(member, through(dy, z, name), x, saved, weight)
+    found = backward(member, dy, x, saved, weight, out=dy, **fused)
+    assert found[0] is dy
+    for a, b in zip(found, expected, strict=True):
+        if name in PIECEWISE:
+            np.testing.assert_array_equal(a, b)
+        else:
+            largest = np.abs(b).max(tuple(range(1, b.ndim)), keepdims=True)
+            assert (np.abs(a - b) <= 1e-10 * largest).all()
+
+
 @pytest.mark.parametrize("where", ["x", "residual", "twice"])
-def test_the_output_may_take_the_place_of_an_input(data, where):
+@pytest.mark.parametrize("member", MEMBERS)
+def test_the_output_may_take_the_place_of_an_input(data, member, where):
     x, _, residual, weight, bias = data
     residual = x if where == "twice" else residual
     fused = {"activation": "relu"}
-    expected = forward("batch_norm", x, weight, bias, residual=residual.copy(), **fused)[0]
+    expected = forward(member, x, weight, bias, residual=residual.copy(), **fused)[0]
     x, residual = x.copy(), residual.copy()
     if where == "twice":
         residual = x
     out = residual if where == "residual" else x
-    found = forward("batch_norm", x, weight, bias, residual=residual, out=out, **fused)[0]
+    found = forward(member, x, weight, bias, residual=residual, out=out, **fused)[0]
     assert found is out
     np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("place", ["dy", "x"])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_gradient_may_take_the_place_of_an_input(data, name, place):
+@pytest.mark.parametrize("member", MEMBERS)
+def test_the_gradient_may_take_the_place_of_an_input(data, member, name, place):
     x, dy, residual, weight, bias = data
-    _, *saved = forward("batch_norm", x, weight, bias)
+    _, *saved = forward(member, x, weight, bias)
     for added in (None, residual):
         fused = {"activation": name, "bias": bias, "residual": added}
-        expected = backward("batch_norm", dy, x, saved, weight, **fused)
+        expected = backward(member, dy, x, saved, weight, **fused)
         given = {"dy": dy.copy(), "x": x.copy()}
-        found = backward("batch_norm", *given.values(), saved, weight, out=given[place], **fused)
+        found = backward(member, *given.values(), saved, weight, out=given[place], **fused)
         assert found[0] is given[place]
         for a, b in zip(found, expected, strict=True):
             np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_are_central_differences(rng, name):
+@pytest.mark.parametrize("member", ["batch_norm", *ROWS])
+def test_gradients_are_central_differences(rng, member, name):
     x, residual, dy = rng.normal(size=(3, 6, 2, 3))
-    weight, bias = rng.normal(1, 0.3, (2, 2))
+    sizes = tuple(x.shape[d] for d in axes_of(member, x)) if member in ROWS else (2,)
+    weight, bias = rng.normal(1, 0.3, (2, *sizes))
     step = 1e-6
+    given = [x, weight, residual] if member.startswith("rms") else [x, weight, bias, residual]
 
-    def loss(x, weight, bias, residual):
+    def loss(x, weight, *bias_and_residual):
+        *bias, residual = bias_and_residual
         fused = {"activation": name, "residual": residual}
-        return np.sum(functional.batch_norm_forward(x, weight, bias, EPS, **fused)[0] * dy)
+        return np.sum(forward(member, x, weight, *bias or [None], **fused)[0] * dy)
 
-    _, *saved = functional.batch_norm_forward(x, weight, bias, EPS)
-    found = functional.batch_norm_backward(
-        dy, x, *saved, weight, bias=bias, activation=name, residual=residual
-    )
-    given = [x, weight, bias, residual]
+    _, *saved = forward(member, x, weight, bias)
+    fused = {"bias": bias, "activation": name, "residual": residual}
+    found = backward(member, dy, x, saved, weight, **fused)
+    assert len(found) == len(given)
     for k, gradient in enumerate(found):
         differences = np.empty_like(gradient)
         for index in np.ndindex(gradient.shape):
@@ -293,6 +418,27 @@ def test_silu_is_within_ulps_of_the_exact_one(isa, rng, dtype):
     sigmoid = 1 / (1 + np.exp(-wide))
     slope = sigmoid * (1 + wide * (1 - sigmoid))
     assert np.max(np.abs(dx - slope)) <= 2 * np.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("has_parameters", [False, True])
+@pytest.mark.parametrize("member", ["layer_norm", "rms_norm"])
+def test_a_nan_stays_in_its_row(isa, data, member, has_parameters, name, layout):
+    x, dy, residual, weight, bias = data
+    if not has_parameters:
+        weight = bias = None
+    x, fused = laid_out(x, layout), {"activation": name, "residual": residual}
+    spoiled = x.copy(order="K")
+    spoiled[1].flat[2] = np.nan
+    made = []
+    for array in (x, spoiled):
+        y, *saved = forward(member, array, weight, bias, **fused)
+        gradients = backward(member, dy, array, saved, weight, bias=bias, **fused)
+        made.append([y, gradients[0], gradients[-1]])
+    assert np.isnan(made[1][0][1]).all() and np.isnan(made[1][1][1]).all()
+    for clean, other in zip(*made, strict=True):
+        np.testing.assert_array_equal(np.delete(clean, 1, 0), np.delete(other, 1, 0))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -398,14 +544,16 @@ def test_wrong_arguments_are_refused_before_anything_is_written(member, fused, m
         ({"activation": "relu", "y": np.zeros((4, 3))}, "y must have the shape and dtype of x"),
         ({"activation": "relu", "y": "out"}, "out must not share memory with y"),
         ({"activation": "relu", "residual": "out"}, "out must not share memory with residual"),
-        ({"activation": "relu", "bias": np.zeros(2)}, "bias must have one value for each"),
-        ({"bias": np.zeros(2)}, "bias must have one value for each"),
+        ({"activation": "relu", "bias": np.zeros(2)}, "bias must have"),
+        ({"bias": np.zeros(2)}, "bias must have"),
         ({"y": np.zeros((4, 3))}, "y must have the shape and dtype of x"),
         ({"y": "nonsense"}, "y must be float16"),
     ],
 )
 @pytest.mark.parametrize("member", MEMBERS)
 def test_wrong_arguments_of_a_gradient_are_refused(member, fused, message):
+    if "bias" in fused and member.startswith("rms"):
+        pytest.skip("RMS norm has no bias")
     out = np.full((4, 3, 5), 7.0)
     fused = {
         name: out if type(value) is str and value == "out" else value
@@ -418,14 +566,14 @@ def test_wrong_arguments_of_a_gradient_are_refused(member, fused, message):
     assert (out == 7.0).all()
 
 
-def test_empty_batches_have_empty_gradients():
+@pytest.mark.parametrize("member", MEMBERS)
+def test_empty_batches_have_empty_gradients(member):
     x = np.zeros((0, 3, 4), np.float32)
-    y, *saved = functional.batch_norm_forward(x, activation="relu", residual=x)
-    dx, dweight, dbias, dresidual = functional.batch_norm_backward(
-        x, x, *saved, activation="relu", residual=x
-    )
+    y, *saved = forward(member, x, None, None, activation="relu", residual=x)
+    dx, *gradients, dresidual = backward(member, x, x, saved, None, activation="relu", residual=x)
     assert y.shape == dx.shape == dresidual.shape == x.shape
-    np.testing.assert_array_equal([dweight, dbias], np.zeros((2, 3)))
+    for gradient in gradients:
+        np.testing.assert_array_equal(gradient, np.zeros(gradient.shape))
 
 
 # layers
@@ -440,7 +588,17 @@ def layers(activation, **more):
         bnfast.InstanceNorm(6, affine=True, **fused),
         bnfast.InstanceNorm(6, affine=True, track_running_stats=True, **fused).eval(),
         bnfast.GroupNorm(3, 6, **fused),
+        bnfast.LayerNorm(6, axis=1, **fused),
+        bnfast.LayerNorm((6, 5, 5), **fused),
+        bnfast.RMSNorm(6, axis=1, **fused),
     ]
+
+
+def set_parameters(layer):
+    """To others than the first ones, those that the layer has."""
+    for parameter, end in ((layer.weight, 1), (layer.bias, 0.5)):
+        if parameter is not None:
+            parameter[...] = np.linspace(-end, end, parameter.size).reshape(parameter.shape)
 
 
 @pytest.mark.parametrize("adds", [False, True])
@@ -450,8 +608,7 @@ def test_layers_pass_it_on(rng, name, adds):
     added = residual if adds else None
     for layer, plain in zip(layers(name), layers(None), strict=True):
         for each in (layer, plain):
-            each.weight[...] = np.linspace(-1, 1, 6)
-            each.bias[...] = np.linspace(-0.5, 0.5, 6)
+            set_parameters(each)
         y = plain(x)
         found = layer(x, added)
         z = y + residual if adds else y
@@ -460,7 +617,8 @@ def test_layers_pass_it_on(rng, name, adds):
             assert ulps(found, expected).max() <= CURVE_ULPS
         else:
             np.testing.assert_array_equal(found, expected)
-        layer.bias[...] = 3.0  # backward has the bias of the call
+        if layer.bias is not None:
+            layer.bias[...] = 3.0  # backward has the bias of the call
         dz = dy if name is None else through(dy, z, name)
         gradients = layer.backward(dy)
         dx, dresidual = gradients if adds else (gradients, dz)
@@ -468,7 +626,8 @@ def test_layers_pass_it_on(rng, name, adds):
         np.testing.assert_allclose(dx, plain.backward(dz), rtol=0, atol=tolerance)
         np.testing.assert_allclose(dresidual, dz, rtol=0, atol=tolerance)
         np.testing.assert_allclose(layer.weight_grad, plain.weight_grad, rtol=0, atol=tolerance)
-        np.testing.assert_allclose(layer.bias_grad, plain.bias_grad, rtol=0, atol=tolerance)
+        if layer.bias is not None:
+            np.testing.assert_allclose(layer.bias_grad, plain.bias_grad, rtol=0, atol=tolerance)
         if layer.running_mean is not None:
             np.testing.assert_array_equal(layer.running_mean, plain.running_mean)
             np.testing.assert_array_equal(layer.running_var, plain.running_var)
@@ -491,9 +650,10 @@ def flat(saved):
     return [a for part in saved for a in (flat(part) if isinstance(part, tuple) else [part])]
 
 
-def test_a_curve_over_its_residual_has_no_backward(rng):
+@pytest.mark.parametrize("make", [bnfast.BatchNorm, bnfast.LayerNorm, bnfast.RMSNorm])
+def test_a_curve_over_its_residual_has_no_backward(rng, make):
     x, residual = rng.normal(size=(2, 9, 6)).astype(np.float32)
-    layer = bnfast.BatchNorm(6, activation="silu")
+    layer = make(6, activation="silu")
     y = layer(x, residual, out=residual)
     with pytest.raises(RuntimeError, match="wrote over its input"):
         layer.backward(np.ones_like(y))
@@ -503,14 +663,15 @@ def test_a_curve_over_its_residual_has_no_backward(rng):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_residual_may_be_any_buffer(rng, name):
+@pytest.mark.parametrize("make", [bnfast.BatchNorm, bnfast.LayerNorm])
+def test_a_residual_may_be_any_buffer(rng, make, name):
     x, dy, residual = rng.normal(size=(3, 9, 6))
     for given in (residual.tolist(), memoryview(residual)):
         results = []
         for added in (residual, given):
-            layer = bnfast.BatchNorm(6, dtype=np.float64, activation=name)
+            layer = make(6, dtype=np.float64, activation=name)
             results.append([layer(x, added), *layer.backward(dy)])
-            assert layer.num_batches_tracked == 1
+            assert layer.num_batches_tracked == (1 if make is bnfast.BatchNorm else None)
         for a, b in zip(*results, strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -566,7 +727,9 @@ def test_gradients_of_parameters_are_there_where_these_are(rng, way, mode):
 def test_layers_show_and_pickle_their_activation():
     layer = bnfast.BatchNorm(2, activation="leaky_relu", negative_slope=0.2)
     assert "activation=leaky_relu, negative_slope=0.2" in repr(layer)
-    assert "activation" not in repr(bnfast.GroupNorm(1, 2))
+    assert "activation" not in repr(bnfast.GroupNorm(1, 2)) + repr(bnfast.LayerNorm(2))
+    shown = repr(bnfast.LayerNorm(2, bias=False, activation="silu"))
+    assert "bias=False" in shown and "activation=silu" in shown
     again = pickle.loads(pickle.dumps(layer))
     assert (again.activation, again.negative_slope) == ("leaky_relu", 0.2)
     with pytest.raises(ValueError, match="activation must be"):
@@ -584,6 +747,28 @@ def test_a_learned_momentum_is_refused(rng):
     with pytest.raises(ValueError, match="momentum must be no LearnableMomentum"):
         layer(x)
     assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("member", ["layer_norm", "rms_norm"])
+def test_torch_agrees_of_rows(rng, member, name, adds):
+    torch = pytest.importorskip("torch")
+    x, dy, residual = rng.normal(size=(3, 4, 6, 5))
+    weight, bias = rng.normal(size=(2, 6, 5))
+    parameters = [weight] if member == "rms_norm" else [weight, bias]
+    given = [torch.tensor(a, requires_grad=True) for a in (x, *parameters, residual)]
+    z = getattr(torch.nn.functional, member)(given[0], (6, 5), *given[1:-1], eps=EPS)
+    z = z + given[-1] if adds else z
+    function = getattr(torch.nn.functional, name)
+    y = function(z, SLOPE) if name == "leaky_relu" else function(z)
+    y.backward(torch.tensor(dy))
+    fused = {"activation": name, "negative_slope": SLOPE, "residual": residual if adds else None}
+    found, *saved = forward(member, x, weight, bias, **fused)
+    np.testing.assert_allclose(found, y.detach().numpy(), atol=1e-13)
+    gradients = backward(member, dy, x, saved, weight, bias=bias, **fused)
+    for a, b in zip(gradients, given if adds else given[:-1], strict=True):
+        np.testing.assert_allclose(a, b.grad.numpy(), atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -210,10 +210,12 @@ cdef int gradient_of_samples(
     Plan plan, x, dy, dx, weight, mean, invstd, sum_dy, sum_dy_xhat, int threads
 ) except -1
 cdef int normalize_rows(
-    Plan plan, x, y, weight, bias, double eps, mean, invstd, int threads
+    Plan plan, x, y, weight, bias, double eps, mean, invstd, Activation activation, residual,
+    int threads
 ) except -1
 cdef int row_gradient(
-    Plan plan, x, dy, dx, weight, mean, invstd, sums, int threads
+    Plan plan, x, dy, dx, weight, bias, mean, invstd, sums, Activation activation, residual, y,
+    dresidual, bint has_no_weight, int threads
 ) except -1
 cdef int invstd(variance, double eps, result) except -1
 cdef int normalize_part(

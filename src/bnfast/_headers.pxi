@@ -63,6 +63,7 @@ cdef extern from "job.h" nogil:
         const bn_plan *plan
         bn_caches caches
         char **operand
+        int has_no_weight
         const double *weight
         const double *bias
         bn_activated activation

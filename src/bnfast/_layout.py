@@ -319,7 +319,8 @@ def plan_rows(
 
     Rows are numbered in C order of the other axes. Those that the first operands, so many
     ``inputs``, walk as one are the channels of the plan, those that step further its repeats;
-    ``walked`` counts in `normalized`. So many ``parameters`` follow as operands: one value for each
+    ``walked`` counts in `normalized`. An output follows, and then operands that change no cut:
+    staged, unless they walk these rows as one. So many ``parameters`` come last: one value for each
     element of a row, the same for all rows, in the order in which a row is walked. In channels_last
     that is one for all channels.
     """
@@ -328,7 +329,11 @@ def plan_rows(
     while cut > 0 and len(_merge(row_axes[cut - 1 :], shape, strides[:inputs])[0]) == 1:
         cut -= 1
     rows = tuple(row_axes[cut:]), tuple(row_axes[:cut])
-    plan = plan_layout(shape, *rows, itemsize, strides, directly, stored_itemsize)
+    direct = tuple(
+        directly[k] and (k <= inputs or len(_merge(rows[0], shape, (strides[k],))[0]) <= 1)
+        for k in range(len(strides))
+    )
+    plan = plan_layout(shape, *rows, itemsize, strides, direct, stored_itemsize)
     parameter = OperandLayout(
         True, plan.inner * itemsize, 0, (0,) * len(plan.repeat_axis_sizes), (), (), ()
     )

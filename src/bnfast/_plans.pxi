@@ -150,16 +150,23 @@ cdef Plan _plan_of_activated(
     Py_ssize_t axis, Reduction over, cnp.ndarray x, cnp.ndarray dy, cnp.ndarray dx, residual, y,
     dresidual
 ):
-    """The plan of the gradient of an activated output: y is read in the place of the residual."""
+    """The plan of the gradient of an activated output."""
+    more, roles = _more_of_activated(residual, y, dresidual)
+    if not more:
+        return _plan_of_channels(axis, over.per_sample, x, dy, dx)
+    return _plan_of_more(axis, over, (x, dy, dx), (BN_X, BN_DY, BN_DX), more, roles)
+
+
+cdef tuple _more_of_activated(residual, y, dresidual):
+    """What such a gradient needs besides, and the roles: y is read in the place of the residual."""
     role = BN_RESIDUAL
     if y is not None:
         residual, role = y, BN_Y
-    if residual is None and dresidual is None:
-        return _plan_of_channels(axis, over.per_sample, x, dy, dx)
-    more, roles = (residual, dresidual), (role, BN_DRESIDUAL)
-    if dresidual is None:
-        more, roles = (residual,), (role,)
-    return _plan_of_more(axis, over, (x, dy, dx), (BN_X, BN_DY, BN_DX), more, roles)
+    if dresidual is not None:
+        return (residual, dresidual), (role, BN_DRESIDUAL)
+    if residual is not None:
+        return (residual,), (role,)
+    return (), ()
 
 
 cdef Plan _plan_of_more(
@@ -202,24 +209,34 @@ cdef Plan _plan_of_channels(
 
 
 cdef Plan _plan_of_rows(
-    int rows, tuple axes, int parameters, cnp.ndarray x, cnp.ndarray second, cnp.ndarray third
+    int rows, tuple axes, int parameters, cnp.ndarray x, cnp.ndarray second, cnp.ndarray third,
+    tuple more=(), tuple more_roles=()
 ):
-    """The plan of a call with statistics of rows: of all axes from `rows` on, or else of `axes`."""
+    """The plan of a call with statistics of rows: of all axes from `rows` on, or else of `axes`.
+
+    `more` are one or two operands that what follows a normalization needs, or none.
+    """
     cdef object key = _key(x, -1 - rows, 2 + parameters, second, third)
-    if axes is not None:
-        key = key, axes
+    if axes is not None or more:
+        key = key, axes, more_roles
+    if more:
+        key += (_key(x, 0, 0, more[0], more[1] if len(more) > 1 else None),)
     cdef Plan found = _plans.get(key)
     if found is not None:
         return found
     itemsize, strides, directly = _layout_of(second, third, x)
     normalized = tuple(range(rows, x.ndim)) if axes is None else axes
+    cdef tuple roles = _ROLES[len(strides)] + more_roles
     inputs = len(strides) - 1  # all but the output
+    if more:
+        _, more_strides, more_directly = _layout_of(more[0], more[1] if len(more) > 1 else None, x)
+        strides, directly = strides + more_strides[1:], directly + more_directly[1:]
     plan = plan_rows(
         (<object>x).shape, normalized, itemsize, strides, directly, inputs, parameters,
         cnp.PyArray_ITEMSIZE(x)
     )
     of_elements = (BN_ELEMENT_WEIGHT, BN_ELEMENT_BIAS)[:parameters]
-    return _stored(key, plan, _ROLES[len(strides)] + of_elements, x)
+    return _stored(key, plan, roles + of_elements, x)
 
 
 cdef Plan _plan_of_summary(tuple kept, cnp.ndarray x, cnp.ndarray mask):

@@ -135,6 +135,8 @@ def normalize_rows(
     eps: object,
     centred: bool,
     out: object = None,
+    activation: Activation | None = None,
+    residual: object = None,
 ) -> tuple[Array, Any, Array]: ...
 def row_gradient(
     dy: object,
@@ -147,7 +149,12 @@ def row_gradient(
     centred: bool,
     parameters: bool,
     out: object = None,
-) -> tuple[Array, Array | None, Array | None]: ...
+    bias: object = None,
+    activation: Activation | None = None,
+    residual: object = None,
+    y: object = None,
+    keeps: bool = False,
+) -> tuple[Array, Array | None, Array | None, Any]: ...
 def conditional_normalize(
     x: object,
     axis: object,

@@ -292,6 +292,13 @@ def gradient_of_output(
     )[:3]
 
 
+cdef object _gradient_of_residual(cnp.ndarray x, upstream, dx, bint is_made):
+    """Where it will be written, or dy itself, where there is no activation that it goes through."""
+    if is_made:
+        return _core.empty_output(x)
+    return upstream if _are_disjoint(dx, upstream) else upstream.copy()
+
+
 cdef inline str _parameter_name(_Activation activation):
     return "parameter" if activation is None else activation.parameter
 
@@ -328,10 +335,8 @@ cdef tuple _gradient(
         _also_read(reads, masked, counted), 2
     )
     dresidual = None
-    if keeps and activation is None:
-        dresidual = upstream if out is None or _are_disjoint(dx, upstream) else upstream.copy()
-    elif keeps:
-        dresidual = _core.empty_output(x)
+    if keeps:
+        dresidual = _gradient_of_residual(x, upstream, dx, activation is not None)
     kind = _parameter_type(x) if scale is None else cnp.PyArray_TYPE(<cnp.ndarray>scale)
     dweight, dbias = _zeros(1, &channels, kind), _zeros(1, &channels, kind)
     dparameter = None
@@ -364,11 +369,15 @@ cdef double _step_at_one(cnp.ndarray x) noexcept:
     return 2.0**-23 if _arithmetic(x) == cnp.NPY_FLOAT32 else 2.0**-52
 
 
-def normalize_rows(x_, normalized_shape, axis, weight, bias, eps, bint centred, out=None):
+def normalize_rows(
+    x_, normalized_shape, axis, weight, bias, eps, bint centred, out=None,
+    _Activation activation=None, residual=None
+):
     """Return y, and the mean and invstd (float64) of every row: over the last axes, or `axis`.
 
     `weight` and `bias` have their sizes. Around 0 where they are not `centred`, and then the mean
-    is None, and an eps of None the step at 1 of the dtype that is computed in.
+    is None, and an eps of None the step at 1 of the dtype that is computed in. A `residual` like x
+    is added before the activation.
     """
     cdef cnp.ndarray x = _data_of("x", x_)
     cdef _Rows rows
@@ -381,8 +390,12 @@ def normalize_rows(x_, normalized_shape, axis, weight, bias, eps, bint centred, 
     # 0 times infinity would make NaN of what is equal to its mean.
     scale = _of_elements("weight", weight, x, &rows, True)
     shift = _of_elements("bias", bias, x, &rows, False)
-    y = _output(out, x, ("x", "weight", "bias"), (x, weight, bias), None, 1)
+    added = None if residual is None else _upstream(residual, x, ("residual", "x"))
+    y = _output(
+        out, x, ("residual", "x", "weight", "bias"), (residual, x, weight, bias), None, 2
+    )
     cdef Plan plan
+    cdef tuple more = () if added is None else (added,)
     mean = None
     if centred:
         mean = _empty(rows.statistics, rows.statistics_shape, cnp.NPY_FLOAT64)
@@ -392,28 +405,40 @@ def normalize_rows(x_, normalized_shape, axis, weight, bias, eps, bint centred, 
             mean.fill(0.0)
         invstd.fill(invstd_of_nothing(epsilon))
         return y, mean, invstd
-    if scale is None and shift is not None:
-        scale = numpy.ones_like(shift)
-    elif shift is None and scale is not None and centred:
-        shift = cnp.PyArray_ZEROS(
-            cnp.PyArray_NDIM(<cnp.ndarray>scale), cnp.PyArray_DIMS(<cnp.ndarray>scale),
-            _arithmetic(x), 0
-        )
-    plan = _plan_of_rows(rows.first, axes, 0 if scale is None else 2, x, y, None)
+    scale, shift = _both_or_neither(scale, shift, centred)
+    plan = _plan_of_rows(
+        rows.first, axes, 0 if scale is None else 2, x, y, None, more, (BN_RESIDUAL,)[:len(more)]
+    )
     if not plan.in_order:
         scale, shift = _as_walked(scale, plan.walked), _as_walked(shift, plan.walked)
     _core.normalize_rows(
-        plan, x, y, scale, shift, epsilon, mean, invstd, _threads_for(x, 3)
+        plan, x, y, scale, shift, epsilon, mean, invstd, activation, added,
+        _threads_for(x, 3 if added is None else 4)
     )
     return y, mean, invstd
 
 
-def row_gradient(
-    dy, x_, normalized_shape, axis, mean, invstd, weight, bint centred, bint parameters, out=None
-):
-    """Return dx, and where `parameters` have gradients dweight and dbias, of the dtype of `weight`.
+cdef tuple _both_or_neither(scale, shift, bint centred):
+    """The parameters of elements that there are kernels for, where there may be one of them."""
+    if scale is None and shift is not None:
+        return numpy.ones_like(shift), shift
+    if scale is not None and shift is None and centred:
+        return scale, _zeros(
+            cnp.PyArray_NDIM(<cnp.ndarray>scale), cnp.PyArray_DIMS(<cnp.ndarray>scale),
+            cnp.PyArray_TYPE(<cnp.ndarray>scale)
+        )
+    return scale, shift
 
-    The mean of what is not `centred` is None.
+
+def row_gradient(
+    dy, x_, normalized_shape, axis, mean, invstd, weight, bint centred, bint parameters, out=None,
+    bias=None, _Activation activation=None, residual=None, y_=None, bint keeps=False
+):
+    """Return dx, dweight, dbias, of the dtype of `weight`, and the gradient of the residual.
+
+    The mean of what is not `centred` is None. Without `parameters` dweight and dbias are None, and
+    the last is where it is not to be kept (`keeps`). What the activation was given is made again of
+    x, bias and residual, or taken from y: see `fused_gradient`.
     """
     cdef cnp.ndarray x = _data_of("x", x_)
     cdef _Rows rows
@@ -427,30 +452,47 @@ def row_gradient(
         centre = _saved("mean", mean, rows.statistics, rows.statistics_shape)
     # 0 times infinity would make NaN of what is equal to its mean.
     scale = _of_elements("weight", weight, x, &rows, True)
+    shift = _of_elements("bias", bias, x, &rows, False)
+    added = None if residual is None else _upstream(residual, x, ("residual", "x"))
+    y = None if y_ is None else _upstream(y_, x, ("y", "x"))
     dx = _output(
-        out, x, ("dy", "x", "weight", "mean", saved), (upstream, x, weight, mean, invstd), None, 2
+        out, x, ("dy", "x", "weight", "mean", saved, "bias", "residual", "y"),
+        (upstream, x, weight, mean, invstd, bias, residual, y_), None, 2
     )
+    dresidual = None
+    if keeps:
+        dresidual = _gradient_of_residual(x, upstream, dx, activation is not None)
     cdef int kind = _parameter_type(x)
     if weight is not None:
         kind = _type_of_gradient(weight if scale is weight else _validation.as_array(weight))
     if cnp.PyArray_SIZE(x) == 0:
         if not parameters:
-            return dx, None, None
+            return dx, None, None, dresidual
         dbias = _zeros(rows.elements, rows.elements_shape, kind)
         dbias = _of_parameter("weight", weight, scale, dbias)
-        return dx, dbias.copy(), dbias
+        return dx, dbias.copy(), dbias, dresidual
     cdef object checked = scale
-    plan = _plan_of_rows(rows.first, axes, 0 if scale is None else 1, x, upstream, dx)
+    cdef tuple more = (), roles = ()
+    if activation is None or y is not None:  # nothing is made again
+        shift = None
+    else:
+        scale, shift = _both_or_neither(scale, shift, centred)
+    if activation is not None:
+        more, roles = _more_of_activated(added, y, dresidual)
+    cdef int given = (scale is not None) + (shift is not None)
+    plan = _plan_of_rows(rows.first, axes, given, x, upstream, dx, more, roles)
     cdef cnp.npy_intp size = <cnp.npy_intp>(plan.c.outer * plan.c.inner)
     cdef cnp.npy_intp all_sums = 2 * size * <cnp.npy_intp>plan.row_blocks
     sums = _empty(1, &all_sums, cnp.NPY_FLOAT64) if parameters else None
     if not plan.in_order:
-        scale = _as_walked(scale, plan.walked)
+        scale, shift = _as_walked(scale, plan.walked), _as_walked(shift, plan.walked)
     _core.row_gradient(
-        plan, x, upstream, dx, scale, centre, inverse, sums, _threads_for(x, 5)
+        plan, x, upstream, dx, scale, shift, centre, inverse, sums, activation,
+        None if y is not None else added, y, None if activation is None else dresidual,
+        checked is None, _threads_for(x, 5)
     )
     if sums is None:
-        return dx, None, None
+        return dx, None, None, dresidual
     if plan.in_order:
         dweight = _rounded(_doubles(sums), rows.elements, rows.elements_shape, kind)
         dbias = _rounded(_doubles(sums) + size, rows.elements, rows.elements_shape, kind)
@@ -463,7 +505,7 @@ def row_gradient(
             dweight, dbias = cnp.PyArray_Cast(columns[0], kind), cnp.PyArray_Cast(columns[1], kind)
     return (
         dx, _of_parameter("weight", weight, checked, dweight),
-        _of_parameter("weight", weight, checked, dbias)
+        _of_parameter("weight", weight, checked, dbias), dresidual
     )
 
 

@@ -6,8 +6,24 @@ from typing import Any
 
 import numpy as np
 
-from fuzz import draws, oracle
-from fuzz.call import Array, Call, Expected, Random, many, one, pair, upstream, wide
+from fuzz import draws, oracle, oracle_of_activations
+from fuzz.call import (
+    Array,
+    Call,
+    Expected,
+    Random,
+    Refused,
+    fused,
+    fused_of_gradient,
+    like_output,
+    many,
+    of_gradient,
+    one,
+    pair,
+    refused_gradient,
+    upstream,
+    wide,
+)
 from fuzz.judge import arithmetic
 
 
@@ -49,24 +65,33 @@ def row_norm(rng: Random, name: str) -> Call:
         bias = None
     else:
         arguments["bias"] = bias
-    arguments |= {"eps": eps, "axis": how["axis"]}
+    after_it = fused(rng, x)
+    arguments |= {"eps": eps, "axis": how["axis"], **after_it}
+    inputs = like_output(after_it)
 
     def expect() -> Expected:
-        rounded = [p if p is None else p.astype(arithmetic(x.dtype)) for p in (weight, bias)]
-        y, mean, invstd, _ = oracle.forward(x, fold, *rounded, number, not rms)
+        y, mean, invstd, _ = oracle.forward(x, fold, *_rounded(x, weight, bias), number, not rms)
+        if after_it:
+            y = oracle.activated(y, after_it)
         if not forward or not fold.count:
             return Expected({"y": y})
         saved = {"invrms": invstd} if rms else {"mean": mean, "invstd": invstd}
         return Expected({"y": y, **saved})
 
-    return Call(name, arguments, expect, many if forward else one, ("x",), ("x",))
+    return Call(name, arguments, expect, many if forward else one, inputs, inputs)
+
+
+def _rounded(x: Array, *parameters: Array | None) -> list[Array | None]:
+    """Parameters of elements as they are computed with."""
+    return [p if p is None else p.astype(arithmetic(x.dtype)) for p in parameters]
 
 
 def row_norm_backward(rng: Random, name: str) -> Call:
     x, how, fold = of_rows(rng)
     rms = name.startswith("rms")
-    dy, weight = upstream(rng, x), draws.parameter(rng, fold.parameter_shape)
-    found = oracle.forward(x, fold, None, None, draws.eps(rng), not rms)
+    dy, (weight, bias) = upstream(rng, x), pair(rng, fold.parameter_shape)
+    bias = None if rms else bias
+    found = oracle.forward(x, fold, *_rounded(x, weight, bias), draws.eps(rng), not rms)
     saved = {
         "mean": draws.saved(rng, wide(found.mean)[0]),
         "invrms" if rms else "invstd": draws.saved(rng, wide(found.invstd)[0]),
@@ -76,23 +101,28 @@ def row_norm_backward(rng: Random, name: str) -> Call:
     parameters = draws.chance(rng, 0.7)
     arguments = {"dy": dy, "x": x, "normalized_shape": how["normalized_shape"], **saved}
     arguments |= {"weight": weight, "axis": how["axis"], "parameters": parameters}
+    after_it = fused_of_gradient(rng, x, bias, found.y)
+    arguments |= {k: v for k, v in after_it.items() if k != "bias" or not rms}
+    inputs = of_gradient(after_it)
 
-    def expect() -> Expected:
-        computed = arithmetic(x.dtype)
-        result = computed if weight is None else weight.dtype
-        rounded = weight if weight is None else weight.astype(computed)
-        gradients = oracle.backward(
+    def expect() -> Expected | Refused:
+        result = arithmetic(x.dtype) if weight is None else weight.dtype
+        gradients = oracle_of_activations.backward(
             dy,
             x,
             fold,
             saved.get("mean"),
             saved["invrms" if rms else "invstd"],
-            rounded,
+            *_rounded(x, weight, bias),
+            after_it,
             dtype=result,
-        )._asdict()
-        kept = ("dx", "dweight") if rms else ("dx", "dweight", "dbias")
-        return Expected(
-            {key: gradients[key] if parameters or key == "dx" else None for key in kept}
         )
+        unwanted = {"dbias"} if rms else set()
+        names = [key for key in gradients if key not in unwanted]
+        found = {
+            key: gradients[key] if parameters or key in ("dx", "dresidual") else None
+            for key in names
+        }
+        return refused_gradient(after_it) or Expected(found)
 
-    return Call(name, arguments, expect, many, ("dy", "x"), ("dy", "x"))
+    return Call(name, arguments, expect, many, inputs, ("dy", "x"), passed_on="dy")

@@ -85,7 +85,7 @@ def _names_of_refusal(layer: Any, x: Array, fused: Fused) -> tuple[str, ...]:
 def activated(
     step: Step,
     fused: Fused,
-    given: tuple[Array, oracle.Fold, Array, Quantity, Array | None, Array | None],
+    given: tuple[Array, oracle.Fold, Array | None, Quantity, Array | None, Array | None],
     dtypes: dict[str, Any],
     constant: bool,
 ) -> Step:

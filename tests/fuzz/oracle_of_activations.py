@@ -63,10 +63,14 @@ def through(dy: Array, z: Array, off: Array, fused: dict[str, Any], precision: n
     return Through(dz, oracle.unjudged(np.abs(upstream) * slope_off + rounding, ~np.isnan(z)))
 
 
+def _center(fold: Fold, mean: Array | None, inverse: Array) -> Array:
+    return np.zeros_like(inverse) if mean is None else fold.keep(mean)
+
+
 def _activated_input(
     x: Array,
     fold: Fold,
-    mean: Array,
+    mean: Array | None,
     invstd: Array,
     weight: Array | None,
     bias: Array | None,
@@ -74,8 +78,9 @@ def _activated_input(
 ) -> tuple[Array, Array]:
     """z as a gradient makes it again, and how far off it may be."""
     precision = arithmetic(x.dtype)
-    center, inverse, factor = fold.keep(mean), fold.keep(invstd), fold.place(weight, 1)
-    deviation, shift = fold.fold(x) - center, fold.place(bias, 0)
+    inverse, factor, shift = fold.keep(invstd), fold.place(weight, 1), fold.place(bias, 0)
+    center = _center(fold, mean, inverse)
+    deviation = fold.fold(x) - center
     largest = np.finfo(precision).max / 4
     usable = (np.abs(fold.fold(x)) <= largest) & (np.abs(center) <= largest) & (inverse > 0)
     z, sizes = oracle.scaled(fold, deviation, inverse, factor, shift, usable, x.dtype)
@@ -87,7 +92,7 @@ def _activated_input(
         off = off + np.abs(center * inverse * factor) * eps_of(DOUBLE)
     off = oracle.unjudged(off, np.isfinite(off))
     exact = deviation == 0
-    if np.asarray(mean).dtype == WIDE:  # not a mean that was given
+    if mean is not None and mean.dtype == WIDE:  # not a mean that was given
         exact = exact.all(fold.over, keepdims=True)
     exact = exact & usable & oracle.moderate(inverse, x.dtype)
     z = np.where(exact, np.broadcast_to(shift, z.shape).astype(precision).astype(WIDE), z)
@@ -116,23 +121,25 @@ def backward(
     dy: Array,
     x: Array,
     fold: Fold,
-    mean: Array,
+    mean: Array | None,
     invstd: Array,
     weight: Array | None,
     bias: Array | None,
     fused: dict[str, Any],
     *,
     constant: bool = False,
+    dtype: np.dtype | None = None,
 ) -> dict[str, Quantity]:
     """The gradients of an input, of parameters, and of a residual where there was one.
 
-    `fused` has the arguments of a gradient: with `y` that alone says what goes through.
+    `fused` has the arguments of a gradient: with `y` that alone says what goes through. What is not
+    centred has no mean.
     """
     residual, y = fused.get("residual"), fused.get("y")
     keeps, precision = residual is not None and residual is not False, arithmetic(x.dtype)
     given = x, fold, mean, invstd, weight
     if fused.get("activation") is None:
-        found = oracle.backward(dy, *given, constant=constant)._asdict()
+        found = oracle.backward(dy, *given, constant=constant, dtype=dtype)._asdict()
         whole = Quantity(np.asarray(dy).astype(WIDE), {}, precision, x.dtype)
         return {**found, "dresidual": whole} if keeps else found
     if y is None:
@@ -140,9 +147,9 @@ def backward(
     else:
         z, off = y.astype(WIDE), np.zeros(y.shape, WIDE)
     dz, off = through(dy, z, off, fused, precision)
-    found = oracle.backward(dz, *given, constant=constant)
-    folded, inverse = fold.fold(off), fold.keep(invstd)
-    xhat, factor = np.abs((fold.fold(x) - fold.keep(mean)) * inverse), fold.place(weight, 1)
+    found = oracle.backward(dz, *given, constant=constant, dtype=dtype)
+    folded, inverse, factor = fold.fold(off), fold.keep(invstd), fold.place(weight, 1)
+    xhat = np.abs((fold.fold(x) - _center(fold, mean, inverse)) * inverse)
     before_dx = folded
     if keeps and x.dtype != precision:  # dx is made of what is rounded to 16 bits
         limits = limits_of(x.dtype)

@@ -346,28 +346,44 @@ void bn_round_mean(const bn_job *job, range channels)
                                                coefficients_from(job, c));
 }
 
-/* And what y, or xhat, is made of again; where dy goes through an activation. */
-void bn_make_output_again(const bn_job *job, range channels)
+/* Those of the forward pass, with its shift in a place of its own. */
+static bn_coefficients forward_coefficients(const bn_job *job, range channels, bn_coefficient shift)
 {
-    const size_t c = channels.first;
-    bn_coefficients forward = coefficients_from(job, c);
-    if (!forward.array[BN_FORWARD_SHIFT]) {
-        bn_round_mean(job, channels);
-        set_gates(job, channels, forward);
-        return;
-    }
-    forward.array[BN_SHIFT] = forward.array[BN_FORWARD_SHIFT];
+    bn_coefficients forward = coefficients_from(job, channels.first);
+    forward.array[BN_SHIFT] = forward.array[shift];
     if (forward.array[BN_FORWARD_SCALE]) {
         forward.array[BN_SCALE] = forward.array[BN_FORWARD_SCALE];
     }
-    job->kernels->scale_shift_coefficients[job->plan->dtype](
-        channels.count, job->column_sums != NULL, job->statistic[BN_MEAN] + c,
-        parameter_from(job->statistic[BN_MEAN_LOW], c), job->statistic[BN_INVSTD] + c,
-        parameter_from(job->weight, c), parameter_from(job->bias, c), forward);
-    if (forward.array[BN_KEPT_FROM]) {
-        set_gates(job, channels, forward);
+    return forward;
+}
+
+static void make_forward_coefficients(const bn_job *job, range channels, bn_coefficient shift, int skip_remainder)
+{
+    const size_t c = channels.first;
+    if (job->coefficients.array[shift]) {
+        job->kernels->scale_shift_coefficients[job->plan->dtype](
+            channels.count, skip_remainder, job->statistic[BN_MEAN] + c,
+            parameter_from(job->statistic[BN_MEAN_LOW], c), job->statistic[BN_INVSTD] + c,
+            parameter_from(job->weight, c), parameter_from(job->bias, c), forward_coefficients(job, channels, shift));
     }
-    bn_set_floors(job, channels, BN_FORWARD_SHIFT);
+}
+
+/* And what y and xhat are made of again; where dy goes through an activation. */
+void bn_make_output_again(const bn_job *job, range channels)
+{
+    const bn_coefficient shift = shift_of_z(job);
+    if (job->column_sums) {
+        make_forward_coefficients(job, channels, BN_FORWARD_SHIFT, 1);
+    } else if (!job->coefficients.array[shift]) {
+        bn_round_mean(job, channels);
+    }
+    make_forward_coefficients(job, channels, shift, 0);
+    if (job->coefficients.array[BN_KEPT_FROM]) {
+        set_gates(job, channels, forward_coefficients(job, channels, shift));
+    }
+    if (job->coefficients.array[shift]) {
+        bn_set_floors(job, channels, shift);
+    }
     if (job->method.again) {
         tile_coefficients(job, channels);
     }

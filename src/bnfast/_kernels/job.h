@@ -51,8 +51,11 @@ typedef struct {
     int has_upstream;          /* what goes through an activation is made, which these sums read in the place of dy */
     bn_role gate;              /* of a piecewise linear one: the operand whose bounds are known; BN_NONE: of z */
     const bn_output *again;    /* makes z again, which the activation was given; NULL where that is not needed */
+    const bn_output *second;   /* after that, or after output where that writes y: a kernel of neighbours in scratch, which
+                                  adds the residual and bends; NULL where the first one does what there is to do */
     int sums_have_gates;       /* these sums make it themselves, of x and its bounds */
-    int output_reads_upstream; /* as these sums do, made once more in scratch */
+    bn_role kept;              /* the operand where these sums leave it; BN_NONE: it is made once more in scratch */
+    int output_reads_upstream; /* as these sums do */
     int keeps_with_output;     /* the gradient of the residual is written then, rather than with the sums */
     const bn_curve *curve;     /* of the output or, of a gradient, that dy goes through; NULL for none */
     int output_in_scratch;     /* boxes of it are as small as scratch */
@@ -102,6 +105,8 @@ struct bn_job {
     /* NULL for those that the call has not. Where elements rather than channels have parameters, these are
        operands that do not step from row to row: a row is a channel of a repeat. */
     char *operand[BN_ROLES];
+
+    int has_no_weight; /* that of elements is ones, which a bias needs to make z again: nothing else is multiplied */
 
     const double *weight, *bias;
     size_t parameters_of_repeat; /* stride of weight and bias from repeat to repeat, in elements; 0 where all repeats

@@ -9,10 +9,10 @@
 
 /* one box: one kernel call */
 
-/* Copies the pointer to a kernel of the job's layout and dtype out of the table. */
-static void find_kernel(const bn_job *job, const bn_output *output, void *kernel, size_t size)
+/* Copies the pointer to a kernel of a layout and the job's dtype out of the table. */
+static void find_kernel(const bn_job *job, const bn_output *output, bn_layout layout, void *kernel, size_t size)
 {
-    const size_t place = (size_t)job->plan->layout * BN_ELEMENT_TYPES + (size_t)job->plan->element_type;
+    const size_t place = (size_t)layout * BN_ELEMENT_TYPES + (size_t)job->plan->element_type;
     memcpy(kernel, (const char *)job->kernels + output->kernel + place * size, size);
 }
 
@@ -145,6 +145,47 @@ static bn_coefficients mean_to_sum(const bn_job *job, const bn_box *box)
     return mean;
 }
 
+/* An activation that leaves everything as it is. */
+static const bn_activated unbent = {.slope = 1.0, .floor = -INFINITY, .ceiling = INFINITY};
+
+/* A coefficient of one channel, in either type. */
+typedef union {
+    float f32;
+    double f64;
+} one_coefficient;
+
+static one_coefficient coefficient_of(const bn_job *job, double number)
+{
+    return job->plan->dtype == BN_f32 ? (one_coefficient){.f32 = (float)number} : (one_coefficient){.f64 = number};
+}
+
+/* Of z in scratch: adds the residual if there is one, and bends. To the kernel all neighbours are one channel, with a
+   mean of 0, a scale of 1 and a shift of -0, which change nothing. */
+static void write_second(const bn_job *job, const bn_box *box, bn_view z, bn_activated bent, bn_view y,
+                         bn_stores stores)
+{
+    const bn_output *second = job->method.second;
+    const int adds = second->inputs > 1;
+    const bn_view views[] = {z, y, adds ? input_view(job, BN_RESIDUAL, box) : z};
+    const common_runs common = runs_in_common(job, box, views, 3);
+    one_coefficient mean = coefficient_of(job, 0.0), scale = coefficient_of(job, 1.0),
+                    shift = coefficient_of(job, -0.0), floor = coefficient_of(job, bent.floor);
+    bn_coefficients coefficients = {.slope = bent.slope, .ceiling = bent.ceiling};
+    coefficients.array[BN_ROUNDED_MEAN] = &mean;
+    coefficients.array[BN_SCALE] = &scale;
+    coefficients.array[BN_SHIFT] = &shift;
+    coefficients.array[BN_FLOOR] = &floor;
+    bn_output_kernel *kernel;
+    find_kernel(job, second, BN_contiguous, &kernel, sizeof kernel);
+    for (size_t row = 0; row < common.rows; row++) {
+        for (size_t run = 0; run < common.runs; run++) {
+            const bn_view inputs[] = {{run_of(job, z, row, run), {0, 0}}, {run_of(job, views[2], row, run), {0, 0}}};
+            kernel((bn_extent){1, 1, common.length}, inputs, coefficients,
+                   (bn_view){run_of(job, y, row, run), {0, 0}}, (bn_store_hint){stores, 0});
+        }
+    }
+}
+
 /* What an activation was given, made again in scratch as the forward pass made it. */
 static bn_view view_made_again(const bn_job *job, const bn_box *box)
 {
@@ -156,15 +197,18 @@ static bn_view view_made_again(const bn_job *job, const bn_box *box)
     for (size_t i = 0; i < again->inputs; i++) {
         inputs[i] = input_view(job, again->reads[i], box);
     }
-    coefficients.array[BN_SHIFT] = coefficients.array[BN_FORWARD_SHIFT];
+    coefficients.array[BN_SHIFT] = coefficients.array[shift_of_z(job)];
     if (coefficients.array[BN_FORWARD_SCALE]) {
         coefficients.array[BN_SCALE] = coefficients.array[BN_FORWARD_SCALE];
     }
     coefficients.slope = 1.0;
     coefficients.ceiling = INFINITY;
     coefficients.period = period_of(job->plan, box->extent.channels);
-    find_kernel(job, again, &kernel, sizeof kernel);
+    find_kernel(job, again, job->plan->layout, &kernel, sizeof kernel);
     kernel(box->extent, inputs, coefficients, z, (bn_store_hint){BN_stored, 0});
+    if (job->method.second) {
+        write_second(job, box, z, unbent, z, BN_stored);
+    }
     return z;
 }
 
@@ -200,17 +244,17 @@ static void write_curve_gradient(const bn_job *job, const bn_box *box, bn_view z
     }
 }
 
-/* dy, or the part of it that goes through an activation: the gradient of the residual, where it `keeps` that, or made
-   in scratch. What goes to the floors is added to the sums, unless these are NULL. */
-static bn_view upstream_view(const bn_job *job, const bn_box *box, double *sums_of_floors, int keeps)
+/* dy, or the part of it that goes through an activation: made in an operand that is to keep it, or, for BN_NONE, in
+   scratch. What goes to the floors is added to the sums, unless these are NULL. */
+static bn_view upstream_view(const bn_job *job, const bn_box *box, double *sums_of_floors, bn_role keeper)
 {
     const bn_view dy = input_view(job, BN_DY, box);
     if (!job->method.has_upstream) {
         return dy;
     }
-    char *kept = keeps ? job->operand[BN_DRESIDUAL] : NULL, *scratch = buffer_of(job, kept ? BN_DRESIDUAL : BN_DY);
-    const bn_view made = kept ? bn_view_to_write(job->plan, BN_DRESIDUAL, kept, box, scratch)
-                              : bn_dense_view(box, scratch);
+    const int keeps = keeper != BN_NONE;
+    char *kept = keeps ? job->operand[keeper] : NULL, *scratch = buffer_of(job, keeps ? keeper : BN_DY);
+    const bn_view made = keeps ? bn_view_to_write(job->plan, keeper, kept, box, scratch) : bn_dense_view(box, scratch);
     const bn_role gate = job->method.gate;
     const bn_view input = gate == BN_NONE ? view_made_again(job, box) : input_view(job, gate, box);
     if (job->method.curve) {
@@ -219,10 +263,23 @@ static bn_view upstream_view(const bn_job *job, const bn_box *box, double *sums_
         const bn_view inputs[] = {dy, input};
         KERNEL_OF(job, upstream)(box->extent, inputs, coefficients_from(job, box->channel), made, sums_of_floors);
     }
-    if (kept) {
-        bn_written(job->kernels, job->plan, BN_DRESIDUAL, kept, box, scratch, BN_stored);
+    if (keeps) {
+        bn_written(job->kernels, job->plan, keeper, kept, box, scratch, BN_stored);
     }
     return made;
+}
+
+/* For the sums. When these are made once more, what goes through may have been kept where dy was. */
+static bn_view upstream_to_sum(const bn_job *job, const bn_box *box, double *sums_of_floors)
+{
+    const bn_role kept = job->method.kept;
+    return job->scaled && kept == BN_DX ? input_view(job, kept, box) : upstream_view(job, box, sums_of_floors, kept);
+}
+
+bn_view bn_upstream_to_read(const bn_job *job, const bn_box *box, bn_role keeper)
+{
+    const bn_role kept = job->method.kept;
+    return kept != BN_NONE ? input_view(job, kept, box) : upstream_view(job, box, NULL, keeper);
 }
 
 void bn_gradient_sums_of_box(const bn_job *job, const bn_box *box, block_sums block)
@@ -231,8 +288,7 @@ void bn_gradient_sums_of_box(const bn_job *job, const bn_box *box, block_sums bl
                                  ? sums_of_block(job, BN_SUM_ACTIVATION, block.number, box->channel)
                                  : NULL;
     const int gated = job->method.sums_have_gates;
-    const bn_view dy = gated ? input_view(job, BN_DY, box)
-                             : upstream_view(job, box, sums_of_floors, !job->method.keeps_with_output);
+    const bn_view dy = gated ? input_view(job, BN_DY, box) : upstream_to_sum(job, box, sums_of_floors);
     const bn_view x = bn_x_to_sum(job, box);
     bn_coefficients coefficients = mean_to_sum(job, box);
     if (!gated) {
@@ -256,7 +312,7 @@ uint64_t bn_counted_moments_of_box(const bn_job *job, const bn_box *box, block_s
 
 uint64_t bn_counted_gradient_sums_of_box(const bn_job *job, const bn_box *box, block_sums block, size_t count)
 {
-    const bn_view dy = upstream_view(job, box, NULL, 0);
+    const bn_view dy = upstream_view(job, box, NULL, BN_NONE);
     const bn_view x = x_view(job, box);
     return job->kernels->counted_gradient_sums[job->plan->dtype](
         box->extent, dy.data, dy.strides, x.data, x.strides, bn_input_of(job, box), (bn_counted){box->counts, count},
@@ -266,11 +322,8 @@ uint64_t bn_counted_gradient_sums_of_box(const bn_job *job, const bn_box *box, b
 
 void bn_weighted_gradient_sums_of_box(const bn_job *job, const bn_box *box, block_sums block)
 {
-    const bn_view inputs[] = {
-        input_view(job, BN_DY, box),
-        bn_x_to_sum(job, box),
-        input_view(job, BN_ELEMENT_WEIGHT, box),
-    };
+    const bn_view upstream = upstream_to_sum(job, box, NULL); /* which may need the scratch of x */
+    const bn_view inputs[] = {upstream, bn_x_to_sum(job, box), input_view(job, BN_ELEMENT_WEIGHT, box)};
     KERNEL_OF(job, weighted_gradient_sums)(
         box->extent, inputs, bn_input_of(job, box), mean_to_sum(job, box),
         sums_of_block(job, BN_SUM_DY, block.number, box->channel),
@@ -314,14 +367,15 @@ void bn_write_values(const bn_job *job, const bn_box *box)
     for (size_t i = 0; i < output->inputs; i++) {
         inputs[i] = output->reads[i] == BN_MASK ? bn_padding_view(job, box)
                     : job->method.output_reads_upstream && output->reads[i] == BN_DY
-                        ? upstream_view(job, box, NULL, job->method.keeps_with_output)
+                        ? bn_upstream_to_read(job, box, job->method.keeps_with_output ? BN_DRESIDUAL : BN_NONE)
                     : output->reads[i] == BN_X ? x_view(job, box)
                                                : input_view(job, output->reads[i], box);
     }
-    const int curved = job->method.curve && output->writes == BN_Y;
+    const int writes_y = output->writes == BN_Y, curved = job->method.curve && writes_y;
+    const int goes_on = curved || (job->method.second && writes_y);
     const bn_view view = merged ? bn_dense_view(box, scratch)
                                 : bn_view_to_write(plan, output->writes, to, box, scratch);
-    const bn_view made = curved ? bn_dense_view(box, scratch) : view;
+    const bn_view made = goes_on ? bn_dense_view(box, scratch) : view;
     bn_coefficients coefficients = coefficients_from(job, box->channel);
     if (job->method.finish == bn_frozen_coefficients) { /* the mean is that of z, which is made again */
         coefficients.array[BN_ROUNDED_MEAN] = coefficients.array[BN_OFFSET];
@@ -332,10 +386,15 @@ void bn_write_values(const bn_job *job, const bn_box *box)
         coefficients.slope = job->mask.keeps_input;
     }
     bn_output_kernel *kernel;
-    find_kernel(job, output, &kernel, sizeof kernel);
+    find_kernel(job, output, job->plan->layout, &kernel, sizeof kernel);
     bn_store_hint hint = store_hint_of(job, box);
-    hint.stores = curved || merged ? BN_stored : hint.stores;
+    const bn_stores stores = hint.stores;
+    hint.stores = goes_on || merged ? BN_stored : stores;
     kernel(box->extent, inputs, coefficients, made, hint);
+    if (goes_on && job->method.second) {
+        write_second(job, box, made, job->activation.kind == BN_activation_piecewise ? job->activation : unbent,
+                     curved ? made : view, curved ? BN_stored : stores);
+    }
     if (curved) {
         write_curve(job, box, made, view);
     }

@@ -6,6 +6,10 @@
 
 /* x, as it is summed. */
 bn_view bn_x_to_sum(const bn_job *job, const bn_box *box);
+/* What the sums have read in the place of dy, for what comes after them: kept, or made once more, and now left where an
+   operand is to keep it, or, for BN_NONE, nowhere. */
+bn_view bn_upstream_to_read(const bn_job *job, const bn_box *box, bn_role keeper);
+
 bn_input bn_input_of(const bn_job *job, const bn_box *box);
 
 /* The sums of a box; the last two are of summaries. */

@@ -31,12 +31,6 @@ static const bn_output *masked_of(const bn_output *output)
            : output == &calls[grouped_input_gradient_id] ? &calls[masked_grouped_input_gradient_id]
                                                          : NULL;
 }
-/* Gradients of what the sums have left in the place of the residual's gradient. */
-static const bn_output of_kept_upstream[] = {
-    {offsetof(bn_kernels, input_gradient), 2, {BN_DRESIDUAL, BN_X}, BN_DX},
-    {offsetof(bn_kernels, grouped_input_gradient), 2, {BN_DRESIDUAL, BN_X}, BN_DX},
-    {offsetof(bn_kernels, scale_shift), 1, {BN_DRESIDUAL}, BN_DX},
-};
 
 static int is_piecewise(const bn_job *job) { return job->activation.kind == BN_activation_piecewise; }
 
@@ -46,20 +40,35 @@ static int is_curved(const bn_job *job) { return job->activation.kind > BN_activ
 static int has_columns(const bn_job *job)
 {
     const bn_plan *plan = job->plan;
-    return job->column_sums && job->operand[BN_ELEMENT_WEIGHT] && plan->layout == BN_channels_last &&
-           !plan->any_staged && !job->scaled;
+    return job->column_sums && is_weighted(job) && plan->layout == BN_channels_last &&
+           !plan->any_staged && !job->scaled && job->activation.kind == BN_no_activation;
+}
+
+/* Where elements have parameters, what these make of x has its residual and its activation in a second kernel. */
+static const bn_output *second_kernel(const bn_job *job, int bends)
+{
+    return !job->operand[BN_ELEMENT_WEIGHT] ? NULL
+           : job->operand[BN_RESIDUAL]      ? &calls[activated_sum_id]
+           : bends                          ? &calls[activated_id]
+                                            : NULL;
+}
+
+static const bn_output *of_element_parameters(const bn_job *job)
+{
+    return job->operand[BN_ELEMENT_BIAS] ? &calls[affine_id] : &calls[scaled_id];
 }
 
 static void choose_output(bn_job *job)
 {
     const int weighted = job->operand[BN_ELEMENT_WEIGHT] != NULL, residual = job->operand[BN_RESIDUAL] != NULL;
-    job->method.output = job->operand[BN_ELEMENT_BIAS] ? &calls[affine_id]
-                         : weighted                    ? &calls[scaled_id]
-                         : residual                    ? &calls[activated_sum_id]
-                         : is_piecewise(job)           ? &calls[activated_id]
-                                                       : &calls[scale_shift_id];
-    job->method.output_in_scratch = is_curved(job);
-    job->method.coefficients = BN_OUTPUT_COEFFICIENTS | (residual || is_piecewise(job) ? BN_SET(BN_FLOOR) : 0);
+    job->method.output = weighted            ? of_element_parameters(job)
+                         : residual          ? &calls[activated_sum_id]
+                         : is_piecewise(job) ? &calls[activated_id]
+                                             : &calls[scale_shift_id];
+    job->method.second = second_kernel(job, is_piecewise(job));
+    job->method.output_in_scratch = is_curved(job) || job->method.second;
+    job->method.coefficients =
+        BN_OUTPUT_COEFFICIENTS | (!weighted && (residual || is_piecewise(job)) ? BN_SET(BN_FLOOR) : 0);
     job->coefficients.slope = is_piecewise(job) ? job->activation.slope : 1.0;
     job->coefficients.ceiling = is_piecewise(job) ? job->activation.ceiling : INFINITY;
 }
@@ -70,55 +79,73 @@ static int is_rounded_to_be_stored(const bn_job *job)
     return job->plan->stored_itemsize != job->plan->itemsize && (is_curved(job) || job->coefficients.slope != 0.0);
 }
 
+/* Where the sums leave what goes through. Without a place of its own that is dx, if the columns want it as well: if
+   nothing is rounded there, and nothing of x overwritten. */
+static bn_role kept_upstream(const bn_job *job)
+{
+    const bn_plan *plan = job->plan;
+    const int is_kept_in_dx = job->column_sums && plan->stored_itemsize == plan->itemsize &&
+                              !plan->operand[BN_DX].staged && bn_channel_run(plan) == plan->channels &&
+                              job->operand[BN_DX] != job->operand[BN_X];
+    return job->method.keeps_with_output ? BN_NONE
+           : job->operand[BN_DRESIDUAL]  ? BN_DRESIDUAL
+           : is_kept_in_dx               ? BN_DX
+                                         : BN_NONE;
+}
+
 /* How the part of dy that goes through the activation is made; returns the set of coefficients for it. */
 static unsigned choose_upstream(bn_job *job)
 {
     bn_method *method = &job->method;
-    const int residual = job->operand[BN_RESIDUAL] != NULL;
+    const int residual = job->operand[BN_RESIDUAL] != NULL, weighted = job->operand[BN_ELEMENT_WEIGHT] != NULL;
     method->has_upstream = job->activation.kind != BN_no_activation;
     if (!method->has_upstream) {
         return 0;
     }
     job->coefficients.slope = job->activation.slope == 1.0 ? 0.0 : job->activation.slope;
-    method->gate = is_curved(job) ? BN_NONE : job->operand[BN_Y] ? BN_Y : residual ? BN_NONE : BN_X;
-    method->sums_have_gates = method->gate == BN_X && !job->floors && !job->scaled && !job->operand[BN_DRESIDUAL] &&
+    /* Sums leave out what does not count; and dx is not made of what was rounded to be stored. */
+    method->keeps_with_output = job->operand[BN_DRESIDUAL] && (job->mask.counts || is_rounded_to_be_stored(job));
+    method->kept = kept_upstream(job);
+    method->gate = is_curved(job) ? BN_NONE : job->operand[BN_Y] ? BN_Y : residual || weighted ? BN_NONE : BN_X;
+    method->sums_have_gates = method->gate == BN_X && !job->floors && !job->scaled && method->kept == BN_NONE &&
                               !job->mask.counts;
-    method->again = method->gate != BN_NONE ? NULL : residual ? &calls[activated_sum_id] : &calls[scale_shift_id];
-    return (method->gate != BN_Y ? BN_SET(BN_FORWARD_SHIFT) : 0) |
+    if (method->gate == BN_NONE) {
+        method->again = weighted   ? of_element_parameters(job)
+                        : residual ? &calls[activated_sum_id]
+                                   : &calls[scale_shift_id];
+        method->second = second_kernel(job, 0);
+    }
+    return (method->gate != BN_Y ? BN_SET(shift_of_z(job)) : 0) |
            (method->again && job->per_group > 1 ? BN_SET(BN_FORWARD_SCALE) : 0) |
-           (method->again && residual ? BN_SET(BN_FLOOR) : 0) |
+           (method->again && residual && !weighted ? BN_SET(BN_FLOOR) : 0) |
            (is_piecewise(job) ? BN_SET(BN_KEPT_FROM) | BN_SET(BN_KEPT_TO) : 0);
 }
 
 static void choose_gradient(bn_job *job)
 {
     bn_method *method = &job->method;
-    const int weighted = job->operand[BN_ELEMENT_WEIGHT] != NULL, grouped = job->per_group > 1;
+    const int weighted = is_weighted(job), grouped = job->per_group > 1;
     const unsigned upstream_coefficients = choose_upstream(job);
-    /* Sums leave out what does not count; and dx is not made of what was rounded to be stored. */
-    const int keeps_with_output = job->operand[BN_DRESIDUAL] && (job->mask.counts || is_rounded_to_be_stored(job));
-    const bn_output *of_kept = job->operand[BN_DRESIDUAL] && !keeps_with_output ? of_kept_upstream : NULL;
-    const int gated = method->has_upstream && method->gate == BN_X && !grouped && !job->constant_statistics;
+    const int gated = method->has_upstream && method->gate == BN_X && method->kept == BN_NONE && !grouped &&
+                      !job->constant_statistics;
     method->has_columns = has_columns(job);
     method->gradient_sums = method->has_columns ? bn_weighted_sums_and_columns_of_box
                             : weighted          ? bn_weighted_gradient_sums_of_box
                                                 : bn_gradient_sums_of_box;
-    method->keeps_with_output = keeps_with_output;
-    method->output_reads_upstream = method->has_upstream && !of_kept && !gated;
-    method->output_in_scratch = method->output_reads_upstream;
+    method->output_reads_upstream = method->has_upstream && !gated;
+    method->output_in_scratch = method->output_reads_upstream && method->kept == BN_NONE;
     method->prepare = method->has_upstream || job->column_sums ? bn_make_output_again : bn_round_mean;
     if (!job->operand[BN_DX]) {
         method->coefficients = BN_SET(BN_ROUNDED_MEAN);
     } else if (job->constant_statistics) {
-        const int makes_z = !of_kept && method->again;
-        method->output = of_kept ? of_kept + 2 : &scaled_upstream;
+        const int makes_z = method->kept == BN_NONE && method->again;
+        method->output = &scaled_upstream;
         method->finish = makes_z ? bn_frozen_coefficients : bn_constant_coefficients;
         method->coefficients =
             makes_z ? BN_SET(BN_ROUNDED_MEAN) | BN_SET(BN_SCALE) | BN_SET(BN_OFFSET) | BN_SET(BN_SLOPE)
                     : BN_OUTPUT_COEFFICIENTS;
     } else {
         method->output = weighted  ? &calls[weighted_input_gradient_id]
-                         : of_kept ? of_kept + grouped
                          : grouped ? &calls[grouped_input_gradient_id]
                          : gated   ? &calls[gated_input_gradient_id]
                                    : &calls[input_gradient_id];
@@ -150,6 +177,7 @@ void bn_choose_method(bn_job *job)
                    : job->centred           ? bn_moments_of_box
                                             : bn_squares_of_box,
         .merge = is_summary ? bn_merge_summaries : bn_merge_moments,
+        .kept = BN_NONE,
     };
     if (job->operand[BN_DY]) {
         choose_gradient(job);

@@ -135,7 +135,7 @@ static int is_one_run(const bn_plan *plan, const bn_operand *layout, const bn_bo
         step = layout->inner_axis_strides[0];
         channel = run * step;
         if (plan->inner_axes > 1 || extent.inner < plan->inner ||
-            (extent.channels > 1 && layout->channel_stride != channel)) {
+            (extent.channels > 1 && (plan->channel_axes > 1 || layout->channel_stride != channel))) {
             return 0;
         }
     } else if (extent.channels < plan->channels || plan->channel_axes > 1) {
@@ -143,6 +143,31 @@ static int is_one_run(const bn_plan *plan, const bn_operand *layout, const bn_bo
     }
     return extent.outer == 1 ||
            (plan->outer_axes == 1 && layout->outer_axis_strides[0] == (ptrdiff_t)extent.channels * channel);
+}
+
+/* Some channels of a box, which have one stride; returns the scratch that follows theirs. */
+static char *copy_channels(const copying *how, const bn_plan *plan, const bn_operand *layout, char *channel,
+                           size_t channels, const bn_box *box, const position *first_row, char *scratch)
+{
+    if (plan->inner == 1) {
+        return copy_to_or_from(how, channel, layout->channel_stride, scratch, channels);
+    }
+    const size_t rows = plan->inner_axes - 1; /* all inner axes but the run */
+    const size_t length = plan->inner_axis_sizes[rows];
+    const ptrdiff_t step = layout->inner_axis_strides[rows];
+    for (size_t c = 0; c < channels; c++, channel += layout->channel_stride) {
+        position row;
+        go_back(&row, first_row);
+        size_t column = box->inner % length;
+        for (size_t remainder = box->extent.inner; remainder > 0;) {
+            const size_t count = remainder < length - column ? remainder : length - column;
+            scratch = copy_to_or_from(how, channel + row.offset + (ptrdiff_t)column * step, step, scratch, count);
+            remainder -= count;
+            column = 0;
+            go_on(&row);
+        }
+    }
+    return scratch;
 }
 
 /* Visits the box in the order of scratch, (outer, channel, inner), one strided run at a time. */
@@ -154,40 +179,23 @@ static void copy_box(const bn_kernels *kernels, const bn_plan *plan, bn_role rol
     position outer;
     go_to(&outer, plan->outer_axes, plan->outer_axis_sizes, layout->outer_axis_strides,
           box->outer);
-    data += channel_offset(plan, layout, box->channel);
     if (is_one_run(plan, layout, box)) {
         const ptrdiff_t step = plan->inner == 1 ? layout->channel_stride : layout->inner_axis_strides[0];
-        copy_to_or_from(&how, data + outer.offset, step, scratch,
+        copy_to_or_from(&how, data + channel_offset(plan, layout, box->channel) + outer.offset, step, scratch,
                         box->extent.outer * box->extent.channels * box->extent.inner);
         return;
     }
-    if (plan->inner == 1) {
-        for (size_t o = 0; o < box->extent.outer; o++, go_on(&outer)) {
-            scratch = copy_to_or_from(&how, data + outer.offset, layout->channel_stride, scratch,
-                                      box->extent.channels);
-        }
-        return;
-    }
-    const size_t rows = plan->inner_axes - 1; /* all inner axes but the run */
-    const size_t length = plan->inner_axis_sizes[rows];
-    const ptrdiff_t step = layout->inner_axis_strides[rows];
+    const size_t rows = plan->inner > 1 ? plan->inner_axes - 1 : 0;
     position first_row;
     go_to(&first_row, rows, plan->inner_axis_sizes, layout->inner_axis_strides,
-          box->inner / length);
+          plan->inner > 1 ? box->inner / plan->inner_axis_sizes[rows] : 0);
+    const size_t run = bn_channel_run(plan), end = box->channel + box->extent.channels;
     for (size_t o = 0; o < box->extent.outer; o++, go_on(&outer)) {
-        char *channel = data + outer.offset;
-        for (size_t c = 0; c < box->extent.channels; c++, channel += layout->channel_stride) {
-            position row;
-            go_back(&row, &first_row);
-            size_t column = box->inner % length;
-            for (size_t remainder = box->extent.inner; remainder > 0;) {
-                const size_t count = remainder < length - column ? remainder : length - column;
-                scratch = copy_to_or_from(&how, channel + row.offset + (ptrdiff_t)column * step, step,
-                                          scratch, count);
-                remainder -= count;
-                column = 0;
-                go_on(&row);
-            }
+        for (size_t c = box->channel, count; c < end; c += count) {
+            const size_t rest = run < plan->channels ? run - c % run : end - c;
+            count = rest < end - c ? rest : end - c;
+            scratch = copy_channels(&how, plan, layout, data + channel_offset(plan, layout, c) + outer.offset, count,
+                                    box, &first_row, scratch);
         }
     }
 }

@@ -27,9 +27,10 @@ static void add_columns(const bn_job *job, range rows, double *sums)
     const size_t columns = plan->outer * plan->inner;
     const size_t *const walked =
         plan->layout == BN_contiguous ? &plan->inner : &plan->outer;
-    const size_t max_rows = plan->any_staged ? bn_row_unit(plan) : rows.count;
+    const int in_scratch = plan->any_staged || (job->method.has_upstream && job->method.kept == BN_NONE);
+    const size_t max_rows = in_scratch ? bn_row_unit(plan) : rows.count;
     const size_t max_columns =
-        plan->any_staged ? BN_SCRATCH_BYTES / bn_row_unit(plan) / plan->itemsize : columns;
+        in_scratch ? BN_SCRATCH_BYTES / bn_row_unit(plan) / plan->itemsize : columns;
     for (size_t row = 0; row < rows.count; row += max_rows) {
         for (size_t column = 0, width; column < columns; column += width) {
             width = MIN(max_columns, *walked - column % *walked);
@@ -42,7 +43,7 @@ static void add_columns(const bn_job *job, range rows, double *sums)
                            walked == &plan->inner ? width : 1},
             };
             const bn_view inputs[] = {
-                input_view(job, BN_DY, &box),
+                bn_upstream_to_read(job, &box, BN_NONE),
                 input_view(job, BN_X, &box),
             };
             KERNEL_OF(job, column_sums)(
@@ -57,9 +58,10 @@ static void add_columns(const bn_job *job, range rows, double *sums)
 static int may_write_with_columns(const bn_job *job)
 {
     const bn_plan *plan = job->plan;
-    return job->operand[BN_ELEMENT_WEIGHT] && plan->layout == BN_contiguous && plan->outer == 1 &&
+    return is_weighted(job) && plan->layout == BN_contiguous && plan->outer == 1 &&
            !plan->any_staged && bn_channel_run(plan) == plan->channels &&
-           job->stores == BN_stored && !is_in_place(job, BN_DX);
+           (!job->method.has_upstream || job->method.kept == BN_DRESIDUAL) && job->stores == BN_stored &&
+           !is_in_place(job, BN_DX);
 }
 
 static void add_columns_and_write(const bn_job *job, range rows, double *sums)
@@ -67,7 +69,7 @@ static void add_columns_and_write(const bn_job *job, range rows, double *sums)
     const bn_plan *plan = job->plan;
     const bn_box box = {.channel = rows.first, .extent = {1, rows.count, plan->inner}};
     const bn_view inputs[] = {
-        input_view(job, BN_DY, &box),
+        bn_upstream_to_read(job, &box, BN_NONE),
         input_view(job, BN_X, &box),
         input_view(job, BN_ELEMENT_WEIGHT, &box),
     };

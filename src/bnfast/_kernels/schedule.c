@@ -13,10 +13,11 @@ static size_t bytes_of_call(const bn_job *job, size_t tensors)
 
 static void choose_stores(bn_job *job, size_t threads, bn_role output, size_t tensors)
 {
-    /* In place, a line has been read already; what is copied as it is goes element by element. */
+    /* In place, a line has been read already, or written; what is copied as it is goes element by element. */
     const bn_operand *to = &job->plan->operand[output];
     const int streamed = bytes_of_call(job, tensors) >= bn_streamed_from(job->caches, threads, tensors) &&
-                         !is_in_place(job, output) && !(to->staged && to->stored == BN_as_computed);
+                         !is_in_place(job, output) && job->method.kept != output &&
+                         !(to->staged && to->stored == BN_as_computed);
     job->stores = streamed ? BN_streamed : BN_stored;
 }
 
@@ -214,11 +215,13 @@ size_t bn_row_gradient_stages(bn_job *job, size_t threads, bn_stage *stages)
     const bn_plan *plan = job->plan;
     const size_t columns = plan->outer * plan->inner;
     const size_t unit = bn_row_unit(plan);
-    const size_t slab = bn_slab_bytes(job->caches) / (2 * columns * plan->stored_itemsize);
+    const int reads_more = job->operand[BN_RESIDUAL] || job->operand[BN_Y], keeps = job->method.kept != BN_NONE;
+    const size_t inputs = (size_t)(2 + reads_more + keeps);
+    const size_t slab = bn_slab_bytes(job->caches) / (inputs * columns * plan->stored_itemsize);
     if (!job->column_sums) {
         return bn_gradient_stages(job, threads, stages);
     }
-    choose_stores(job, threads, BN_DX, 3);
+    choose_stores(job, threads, BN_DX, inputs + 1);
     job->place = place_of(job, 2, threads);
     job->slab = MAX((size_t)1, slab / unit) * unit;
     stages[0] = (bn_stage){bn_row_gradient_task, bn_row_blocks(plan), 1, 0};

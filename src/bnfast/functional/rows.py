@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bnfast import _primitives, _validation
+from bnfast._activations import activation_of, upstream_of
 from bnfast._float_mode import in_default_float_mode
 from bnfast._typing import Array, ArrayLikeOf, Float
 
@@ -21,6 +23,9 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     axis: int | Sequence[int] | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: ArrayLikeOf[Float] | None = None,
     out: NDArray[Float] | None = None,
 ) -> NDArray[Float]:
     """Normalize the elements of each row, as ``torch.nn.functional.layer_norm`` does.
@@ -39,8 +44,10 @@ def layer_norm(
     axis : int or sequence of int, optional
         Which axes make a row, in the order of `normalized_shape`; need not be the last ones, nor
         neighbours, as in Keras.
+    activation, negative_slope, residual
+        As in `batch_norm`.
     out : array like `x`, optional
-        Where to write: `x` itself, or an array that shares no element with it.
+        Where to write: `x` or `residual` itself, or an array that shares no element with either.
 
     Returns
     -------
@@ -60,6 +67,8 @@ def layer_norm(
         var = mean((x - mu)**2)
         y   = weight * (x - mu) / sqrt(var + eps) + bias
 
+    and, where they are asked for, y = activation(y + residual).
+
     References
     ----------
     J. L. Ba, J. R. Kiros, G. E. Hinton, 2016, "Layer Normalization", arXiv:1607.06450.
@@ -72,7 +81,18 @@ def layer_norm(
     array([[-1.,  1.],
            [-1.,  1.]], dtype=float32)
     """
-    y, _, _ = layer_norm_forward(x, normalized_shape, weight, bias, eps, axis=axis, out=out)
+    y, _, _ = layer_norm_forward(
+        x,
+        normalized_shape,
+        weight,
+        bias,
+        eps,
+        axis=axis,
+        activation=activation,
+        negative_slope=negative_slope,
+        residual=residual,
+        out=out,
+    )
     return y
 
 
@@ -85,13 +105,16 @@ def layer_norm_forward(
     eps: float = 1e-5,
     *,
     axis: int | Sequence[int] | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: ArrayLikeOf[Float] | None = None,
     out: NDArray[Float] | None = None,
 ) -> tuple[NDArray[Float], NDArray[np.float64], NDArray[np.float64]]:
     """Normalize the elements of each row; return the statistics for the backward pass.
 
     Parameters
     ----------
-    x, normalized_shape, weight, bias, eps, axis, out
+    x, normalized_shape, weight, bias, eps, axis, activation, negative_slope, residual, out
         As in `layer_norm`.
 
     Returns
@@ -122,9 +145,64 @@ def layer_norm_forward(
     >>> mean
     array([ 2., 20.])
     """
-    return _primitives.normalize_rows(x, normalized_shape, axis, weight, bias, eps, True, out)
+    chosen = None if activation is None else activation_of(activation, negative_slope)
+    return _primitives.normalize_rows(
+        x, normalized_shape, axis, weight, bias, eps, True, out, chosen, residual
+    )
 
 
+def _gradients(
+    given: tuple[Any, Any, Any, Any, Any, Any, Any, bool, bool, Any],
+    activation: object,
+    negative_slope: object,
+    bias: object,
+    residual: object,
+    y: object,
+) -> tuple[Array, Array | None, Array | None, Array | None]:
+    """Return dx, dweight, dbias and the gradient of the residual, None where there was none."""
+    if activation is None and residual is None and bias is None and y is None:
+        return _primitives.row_gradient(*given)
+    chosen = activation_of(activation, negative_slope)
+    added, output, keeps = upstream_of(chosen, residual, y)
+    return _primitives.row_gradient(*given, bias, chosen, added, output, keeps)
+
+
+@overload
+def layer_norm_backward(
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    normalized_shape: int | Sequence[int],
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    axis: int | Sequence[int] | None = None,
+    parameters: bool = ...,
+    bias: ArrayLike | None = None,
+    activation: str | None = None,
+    negative_slope: float = ...,
+    residual: Literal[False] | None = None,
+    y: ArrayLikeOf[Float] | None = None,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], Array | None, Array | None]: ...
+@overload
+def layer_norm_backward(
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    normalized_shape: int | Sequence[int],
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    axis: int | Sequence[int] | None = None,
+    parameters: bool = ...,
+    bias: ArrayLike | None = None,
+    activation: str | None = None,
+    negative_slope: float = ...,
+    residual: ArrayLikeOf[Float] | Literal[True],
+    y: ArrayLikeOf[Float] | None = None,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], Array | None, Array | None, NDArray[Float]]: ...
 @in_default_float_mode
 def layer_norm_backward(
     dy: ArrayLikeOf[Float],
@@ -136,8 +214,13 @@ def layer_norm_backward(
     *,
     axis: int | Sequence[int] | None = None,
     parameters: bool = True,
+    bias: ArrayLike | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: ArrayLikeOf[Float] | bool | None = None,
+    y: ArrayLikeOf[Float] | None = None,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], Array | None, Array | None]:
+) -> tuple[Any, ...]:
     """Return the gradients of layer normalization: of its input, weight and bias.
 
     Parameters
@@ -154,6 +237,10 @@ def layer_norm_backward(
         gamma; 1 where None.
     parameters : bool
         False leaves out dweight and dbias, which cost as much again as dx.
+    bias : array of `normalized_shape`, optional
+        beta, which only an activation needs, and no `y`.
+    activation, negative_slope, residual, y
+        As in `batch_norm_backward`.
     out : array like `x`, optional
         Where to write dx: `dy` or `x` itself, or an array that shares no element with either.
 
@@ -164,6 +251,8 @@ def layer_norm_backward(
     dweight, dbias : array of `normalized_shape`, or None
         The gradients of weight and bias, of the dtype of `weight`; where it is None of that of `x`,
         but float32 for one of 16 bits.
+    dresidual : array like `x`
+        Only where there was a residual: its gradient; without an activation `dy` itself.
 
     Raises
     ------
@@ -176,6 +265,8 @@ def layer_norm_backward(
 
         dx      = invstd * (g - mean(g) - xhat * mean(g * xhat))
         dweight = sum(dy * xhat), dbias = sum(dy) over all rows
+
+    with an activation of dz, as in `batch_norm_backward`, in the place of dy.
 
     References
     ----------
@@ -190,18 +281,10 @@ def layer_norm_backward(
     >>> dbias
     array([2., 2.])
     """
-    return _primitives.row_gradient(
-        dy,
-        x,
-        normalized_shape,
-        axis,
-        mean,
-        invstd,
-        weight,
-        True,
-        _validation.flag("parameters", parameters),
-        out,
-    )
+    wanted = _validation.flag("parameters", parameters)
+    given = dy, x, normalized_shape, axis, mean, invstd, weight, True, wanted, out
+    *gradients, dresidual = _gradients(given, activation, negative_slope, bias, residual, y)
+    return tuple(gradients) if dresidual is None else (*gradients, dresidual)
 
 
 @in_default_float_mode
@@ -212,13 +295,16 @@ def rms_norm(
     eps: float | None = None,
     *,
     axis: int | Sequence[int] | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: ArrayLikeOf[Float] | None = None,
     out: NDArray[Float] | None = None,
 ) -> NDArray[Float]:
     """Divide the elements of each row by their root mean square, as PyTorch's ``rms_norm`` does.
 
     Parameters
     ----------
-    x, normalized_shape, axis, out
+    x, normalized_shape, axis, activation, negative_slope, residual, out
         As in `layer_norm`.
     weight : array of `normalized_shape`, of float16, bfloat16, float32 or float64, optional
         gamma of each element of a row; 1 where None. Rounded to the dtype of `x`.
@@ -242,6 +328,7 @@ def rms_norm(
 
         y = weight * x / sqrt(mean(x**2) + eps)
 
+    and, where they are asked for, y = activation(y + residual).
     A row with infinities of both signs is NaN throughout.
 
     References
@@ -256,7 +343,17 @@ def rms_norm(
     array([[ 0.2,  1.4],
            [-0.2,  1.4]], dtype=float32)
     """
-    y, _ = rms_norm_forward(x, normalized_shape, weight, eps, axis=axis, out=out)
+    y, _ = rms_norm_forward(
+        x,
+        normalized_shape,
+        weight,
+        eps,
+        axis=axis,
+        activation=activation,
+        negative_slope=negative_slope,
+        residual=residual,
+        out=out,
+    )
     return y
 
 
@@ -268,13 +365,16 @@ def rms_norm_forward(
     eps: float | None = None,
     *,
     axis: int | Sequence[int] | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: ArrayLikeOf[Float] | None = None,
     out: NDArray[Float] | None = None,
 ) -> tuple[NDArray[Float], NDArray[np.float64]]:
     """Divide each row by its root mean square; return what the backward pass needs.
 
     Parameters
     ----------
-    x, normalized_shape, weight, eps, axis, out
+    x, normalized_shape, weight, eps, axis, activation, negative_slope, residual, out
         As in `rms_norm`.
 
     Returns
@@ -304,12 +404,45 @@ def rms_norm_forward(
     >>> invrms.round(3)
     array([0.2 , 0.02])
     """
+    chosen = None if activation is None else activation_of(activation, negative_slope)
     y, _, invrms = _primitives.normalize_rows(
-        x, normalized_shape, axis, weight, None, eps, False, out
+        x, normalized_shape, axis, weight, None, eps, False, out, chosen, residual
     )
     return y, invrms
 
 
+@overload
+def rms_norm_backward(
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    normalized_shape: int | Sequence[int],
+    invrms: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    axis: int | Sequence[int] | None = None,
+    parameters: bool = ...,
+    activation: str | None = None,
+    negative_slope: float = ...,
+    residual: Literal[False] | None = None,
+    y: ArrayLikeOf[Float] | None = None,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], Array | None]: ...
+@overload
+def rms_norm_backward(
+    dy: ArrayLikeOf[Float],
+    x: ArrayLikeOf[Float],
+    normalized_shape: int | Sequence[int],
+    invrms: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    axis: int | Sequence[int] | None = None,
+    parameters: bool = ...,
+    activation: str | None = None,
+    negative_slope: float = ...,
+    residual: ArrayLikeOf[Float] | Literal[True],
+    y: ArrayLikeOf[Float] | None = None,
+    out: NDArray[Float] | None = None,
+) -> tuple[NDArray[Float], Array | None, NDArray[Float]]: ...
 @in_default_float_mode
 def rms_norm_backward(
     dy: ArrayLikeOf[Float],
@@ -320,13 +453,17 @@ def rms_norm_backward(
     *,
     axis: int | Sequence[int] | None = None,
     parameters: bool = True,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: ArrayLikeOf[Float] | bool | None = None,
+    y: ArrayLikeOf[Float] | None = None,
     out: NDArray[Float] | None = None,
-) -> tuple[NDArray[Float], Array | None]:
+) -> tuple[Any, ...]:
     """Return the gradients of RMS normalization: of its input and weight.
 
     Parameters
     ----------
-    dy, x, normalized_shape, weight, axis, parameters, out
+    dy, x, normalized_shape, weight, axis, parameters, activation, negative_slope, residual, y, out
         As in `layer_norm_backward`.
     invrms : array of float32 or float64
         What the forward pass returned.
@@ -337,6 +474,8 @@ def rms_norm_backward(
         The gradient of the input.
     dweight : array of `normalized_shape`, or None
         The gradient of the weight, of its dtype, or of that of `x` where it is None.
+    dresidual : array like `x`
+        As in `layer_norm_backward`.
 
     Raises
     ------
@@ -349,6 +488,8 @@ def rms_norm_backward(
 
         dx      = invrms * (g - xhat * mean(g * xhat))
         dweight = sum(dy * xhat) over all rows
+
+    with an activation of dz, as in `batch_norm_backward`, in the place of dy.
 
     References
     ----------
@@ -363,16 +504,7 @@ def rms_norm_backward(
     >>> dweight.round(3)
     array([0. , 2.8])
     """
-    dx, dweight, _ = _primitives.row_gradient(
-        dy,
-        x,
-        normalized_shape,
-        axis,
-        None,
-        invrms,
-        weight,
-        False,
-        _validation.flag("parameters", parameters),
-        out,
-    )
-    return dx, dweight
+    wanted = _validation.flag("parameters", parameters)
+    given = dy, x, normalized_shape, axis, None, invrms, weight, False, wanted, out
+    dx, dweight, _, dresidual = _gradients(given, activation, negative_slope, None, residual, y)
+    return (dx, dweight) if dresidual is None else (dx, dweight, dresidual)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -30,10 +31,6 @@ Fusion = tuple[Array | None, Activation | None, Array | None, Array | None, bool
 class FusedLayer(Layer):
     """A layer with an activation of its own, whose calls may add a residual before it."""
 
-    axis: int
-    _over: ClassVar[Reduction]  # whose statistics are made together
-    _grouped: ClassVar[bool] = False  # whether channels of a group have their statistics in common
-
     activation: str | None = None  # pickles of 0.1 have none
     negative_slope: float = 0.01
 
@@ -47,7 +44,7 @@ class FusedLayer(Layer):
         x: Array,
         y: Array,
         out: Array | None,
-        statistics: Statistics,
+        statistics: Any,
         chosen: Activation | None,
         residual: Any,
     ) -> None:
@@ -62,12 +59,25 @@ class FusedLayer(Layer):
                 return
         bias = None if self.bias is None or chosen is None else self.bias.copy()
         fusion = bias, chosen, residual if again else None, y if from_y else None, adds
-        self._save(x, out, statistics, fusion, by=FusedLayer._fused_gradients)
+        self._save(x, out, statistics, fusion, by=type(self)._fused_gradients)
+
+    @abstractmethod
+    def _fused_gradients(
+        self, dy: Array, out: Array | None, x: Array, statistics: Any, fusion: Fusion
+    ) -> Gradients:
+        """Return those of a call with an activation or a residual."""
+
+
+class FusedChannels(FusedLayer):
+    """Such a layer whose channels have parameters."""
+
+    axis: int
+    _over: ClassVar[Reduction]  # whose statistics are made together
+    _grouped: ClassVar[bool] = False  # whether channels of a group have their statistics in common
 
     def _fused_gradients(
         self, dy: Array, out: Array | None, x: Array, statistics: Statistics, fusion: Fusion
     ) -> Gradients:
-        """Of a call with an activation or a residual."""
         mean, invstd, weight, masked, constant = statistics
         *_, adds = fusion
         over = _primitives.BATCH if constant else self._over
@@ -79,8 +89,8 @@ class FusedLayer(Layer):
         return (dx, dresidual) if adds else dx, None if weight is None else dweight, dbias
 
 
-class FusedTrackingLayer(FusedLayer, TrackingLayer):
-    """Such a layer of channels, with running statistics or without."""
+class FusedTrackingLayer(FusedChannels, TrackingLayer):
+    """Such a layer with running statistics or without."""
 
     _shown_if_not: ClassVar[Mapping[str, Any]] = {
         **TrackingLayer._shown_if_not,

@@ -331,8 +331,14 @@ class Trainable(ABC):
         first, *others = self._shown
         unusual = self._shown_if_not.items()
         names = [*others, *(name for name, usual in unusual if getattr(self, name) != usual)]
-        shown = [str(getattr(self, first)), *[f"{name}={getattr(self, name)}" for name in names]]
+        shown = [
+            str(getattr(self, first)),
+            *[f"{name}={self._shown_value(name)}" for name in names],
+        ]
         return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _shown_value(self, name: str) -> object:
+        return getattr(self, name)
 
 
 class Layer(Trainable):

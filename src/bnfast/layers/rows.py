@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from bnfast import _validation, functional
+from bnfast import _primitives, _validation
+from bnfast._activations import activation_of
 from bnfast._conventions import KERAS_LAYERS, PYTORCH_LAYERS
 from bnfast._float_mode import in_default_float_mode
 from bnfast._typing import Array, ArrayLikeOf, Float
 from bnfast.layers._framework import FrameworkLayer, of_rows
-from bnfast.layers._layer import Flag, Gradients, Layer
+from bnfast.layers._fused import SHOWN_IF_NOT, FusedLayer
+from bnfast.layers._layer import Flag, Gradients
 
 
-class _RowLayer(Layer):
+class _RowLayer(FusedLayer):
     """A layer of rows, with a weight for each of their elements."""
+
+    _centred: ClassVar[bool]  # whether statistics are around the mean
+    _shown_if_not: ClassVar[Mapping[str, Any]] = SHOWN_IF_NOT
 
     elementwise_affine = Flag(fixed=True)
 
@@ -29,7 +33,10 @@ class _RowLayer(Layer):
         elementwise_affine: bool,
         axis: int | Sequence[int] | None,
         dtype: DTypeLike,
+        activation: str | None,
+        negative_slope: float,
     ) -> None:
+        self._set_activation(activation, negative_slope)
         self.normalized_shape = _validation.sizes("normalized_shape", normalized_shape)
         self.eps = None if eps is None else _validation.real("eps", eps)
         self.elementwise_affine = elementwise_affine
@@ -40,18 +47,27 @@ class _RowLayer(Layer):
 
     @in_default_float_mode
     def __call__(
-        self, x: ArrayLikeOf[Float], *, recompute: bool = False, out: NDArray[Float] | None = None
+        self,
+        x: ArrayLikeOf[Float],
+        residual: ArrayLikeOf[Float] | None = None,
+        *,
+        recompute: bool = False,
+        out: NDArray[Float] | None = None,
     ) -> NDArray[Float]:
         """Normalize rows.
 
         Parameters
         ----------
         x : array of float16, bfloat16, float32 or float64
-            Keep its values for `backward`.
+            Keep its values for `backward`, and those of the output where there is a residual.
+        residual : array like `x`, optional
+            What is added before the activation, of any strides; `backward` then returns its
+            gradient as well.
         recompute : bool
             Whether the call is made again, as of `bnfast.BatchNorm`: it makes no difference here.
         out : array like `x`, optional
-            Where to write. In place, where it is `x` itself, there can be no `backward`.
+            Where to write. In place, where it is `x` itself, there can be no `backward`; nor where
+            it is the residual itself, if the activation is silu or hardswish.
 
         Returns
         -------
@@ -64,13 +80,24 @@ class _RowLayer(Layer):
         """
         array = _validation.data_array("x", x)
         _validation.flag("recompute", recompute)
-        y, *statistics = self._normalize(array, out)
-        self._save(array, out, statistics, self._kept_weight())
+        chosen = activation_of(self.activation, self.negative_slope)
+        y, mean, inverse = _primitives.normalize_rows(
+            *(array, self.normalized_shape, self.axis, self.weight, self.bias, self.eps),
+            *(self._centred, out, chosen, residual),
+        )
+        self._save_fused(array, y, out, (mean, inverse, self._kept_weight()), chosen, residual)
         return y
 
-    @abstractmethod
-    def _normalize(self, x: Array, out: Array | None) -> tuple[Array, ...]:
-        """Return y and the statistics that the backward pass needs."""
+    def _fused_gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
+        (mean, inverse, weight), (bias, chosen, residual, y, adds) = saved
+        has_parameters = weight is not None or self.bias is not None
+        dx, dweight, dbias, dresidual = _primitives.row_gradient(
+            *(dy, x, self.normalized_shape, self.axis, mean, inverse, weight, self._centred),
+            *(has_parameters, out, bias, chosen, residual, y, adds),
+        )
+        return (dx, dresidual) if adds else dx, dweight, dbias
+
+    _gradients = _fused_gradients
 
 
 class LayerNorm(_RowLayer):
@@ -92,6 +119,8 @@ class LayerNorm(_RowLayer):
         Which axes make a row, in the order of `normalized_shape`.
     dtype : dtype
         Of the parameters: float32 or float64, whatever the input's.
+    activation, negative_slope
+        As in `bnfast.batch_norm`.
 
     Attributes
     ----------
@@ -125,6 +154,9 @@ class LayerNorm(_RowLayer):
     array([3., 3., 3., 3.], dtype=float32)
     """
 
+    _centred = True
+    _shown = ("normalized_shape", "eps", "elementwise_affine", "bias", "axis", "dtype")
+
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -134,9 +166,12 @@ class LayerNorm(_RowLayer):
         *,
         axis: int | Sequence[int] | None = None,
         dtype: DTypeLike = np.float32,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
     ) -> None:
         super().__init__(
-            normalized_shape, _validation.real("eps", eps), elementwise_affine, axis, dtype
+            *(normalized_shape, _validation.real("eps", eps), elementwise_affine, axis, dtype),
+            *(activation, negative_slope),
         )
         if _validation.flag("bias", bias) and self.elementwise_affine:
             self.bias = np.zeros(self.normalized_shape, self.dtype)
@@ -214,27 +249,8 @@ class LayerNorm(_RowLayer):
             )
         return of_rows(cls, source, *source.rows())
 
-    def _normalize(self, x: Array, out: Array | None) -> tuple[Array, ...]:
-        eps = float(self.eps or 0.0)
-        return functional.layer_norm_forward(
-            x, self.normalized_shape, self.weight, self.bias, eps, axis=self.axis, out=out
-        )
-
-    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        (mean, invstd), weight = saved
-        return functional.layer_norm_backward(
-            *(dy, x, self.normalized_shape, mean, invstd, weight),
-            axis=self.axis,
-            parameters=weight is not None or self.bias is not None,
-            out=out,
-        )
-
-    def __repr__(self) -> str:
-        return (
-            f"LayerNorm({self.normalized_shape}, eps={self.eps}, "
-            f"elementwise_affine={self.elementwise_affine}, bias={self.bias is not None}, "
-            f"axis={self.axis}, dtype={self.dtype})"
-        )
+    def _shown_value(self, name: str) -> object:
+        return self.bias is not None if name == "bias" else super()._shown_value(name)
 
 
 class RMSNorm(_RowLayer):
@@ -244,7 +260,7 @@ class RMSNorm(_RowLayer):
 
     Parameters
     ----------
-    normalized_shape, elementwise_affine, axis, dtype
+    normalized_shape, elementwise_affine, axis, dtype, activation, negative_slope
         As in `LayerNorm`.
     eps : float or None
         Added to the mean square; None for that of `bnfast.rms_norm`.
@@ -281,6 +297,7 @@ class RMSNorm(_RowLayer):
     array([3., 3., 3., 3.], dtype=float32)
     """
 
+    _centred = False
     _shown = ("normalized_shape", "eps", "elementwise_affine", "axis", "dtype")
 
     def __init__(
@@ -291,8 +308,12 @@ class RMSNorm(_RowLayer):
         *,
         axis: int | Sequence[int] | None = None,
         dtype: DTypeLike = np.float32,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
     ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, axis, dtype)
+        super().__init__(
+            *(normalized_shape, eps, elementwise_affine, axis, dtype, activation, negative_slope)
+        )
 
     @classmethod
     @in_default_float_mode
@@ -359,18 +380,3 @@ class RMSNorm(_RowLayer):
         shape, axes = source.rows()
         source.refuse_other_than_last(axes)
         return of_rows(cls, source, shape, axes)
-
-    def _normalize(self, x: Array, out: Array | None) -> tuple[Array, ...]:
-        return functional.rms_norm_forward(
-            x, self.normalized_shape, self.weight, self.eps, axis=self.axis, out=out
-        )
-
-    def _gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        (invrms,), weight = saved
-        dx, dweight = functional.rms_norm_backward(
-            *(dy, x, self.normalized_shape, invrms, weight),
-            axis=self.axis,
-            parameters=weight is not None,
-            out=out,
-        )
-        return dx, dweight, None

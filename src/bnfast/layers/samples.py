@@ -16,7 +16,7 @@ from bnfast._masks import ZEROS
 from bnfast._primitives import GROUPS, PER_SAMPLE
 from bnfast._typing import Array, ArrayLikeOf, Float
 from bnfast.layers._framework import FrameworkLayer, of_channels, of_groups
-from bnfast.layers._fused import SHOWN_IF_NOT, FusedLayer, FusedTrackingLayer
+from bnfast.layers._fused import SHOWN_IF_NOT, FusedChannels, FusedTrackingLayer
 from bnfast.layers._layer import Flag
 from bnfast.layers._tracking import PROPAGATE
 from bnfast.running_averages import Momentum
@@ -201,7 +201,7 @@ class InstanceNorm(FusedTrackingLayer):
             super()._count()
 
 
-class GroupNorm(FusedLayer):
+class GroupNorm(FusedChannels):
     """Group normalization: groups of neighbouring channels of every sample.
 
     As ``torch.nn.GroupNorm``.
@@ -408,4 +408,4 @@ class GroupNorm(FusedLayer):
         self._save_fused(array, y, out, statistics, chosen, residual)
         return y
 
-    _gradients = FusedLayer._fused_gradients
+    _gradients = FusedChannels._fused_gradients
