@@ -41,6 +41,9 @@ def layers():
     yield "instance norm + relu", bnfast.InstanceNorm(CHANNELS, activation="relu"), False
     yield "group norm + relu", bnfast.GroupNorm(8, CHANNELS, activation="relu"), False
     yield "layer norm", bnfast.LayerNorm(SHAPE[1:]), False
+    for activation in ("relu", "silu"):
+        layer = bnfast.LayerNorm(SHAPE[1:], activation=activation)
+        yield f"layer norm + residual + {activation}", layer, True
     yield "RMS norm", bnfast.RMSNorm(SHAPE[1:]), False
     yield "filter response norm", bnfast.FilterResponseNorm(CHANNELS), False
 

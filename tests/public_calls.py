@@ -176,26 +176,39 @@ def public_calls(x, dy, weight, bias):
             *f.group_norm_backward(dy, x, *saved["group_norm"], weight, **counted),
             *f.group_norm_backward(dy, x, *saved["group_norm"], weight[:2], per_group=True),
         ],
-        "layer_norm": lambda: f.layer_norm(x, channels, weight, bias, axis=1),
-        "layer_norm_forward": lambda: f.layer_norm_forward(x, inner, *of_elements),
+        "layer_norm": lambda: [
+            f.layer_norm(x, channels, weight, bias, axis=1),
+            f.layer_norm(x, channels, weight, bias, axis=1, **fused),
+        ],
+        "layer_norm_forward": lambda: [
+            *f.layer_norm_forward(x, inner, *of_elements),
+            *f.layer_norm_forward(x, inner, *of_elements, activation="relu6", residual=dy),
+        ],
         "layer_norm_jvp": lambda: f.layer_norm_jvp(
             dy, x, inner, *saved["layer_norm"], of_elements[0]
         ),
         "layer_norm_double_backward": lambda: f.layer_norm_double_backward(
             x, *of_elements, dy, x, inner, *saved["layer_norm"], of_elements[0]
         ),
-        "layer_norm_backward": lambda: f.layer_norm_backward(
-            dy, x, inner, *saved["layer_norm"], of_elements[0]
-        ),
-        "rms_norm": lambda: f.rms_norm(x, channels, weight, axis=1),
+        "layer_norm_backward": lambda: [
+            *f.layer_norm_backward(dy, x, inner, *saved["layer_norm"], of_elements[0]),
+            *f.layer_norm_backward(
+                *(dy, x, inner, *saved["layer_norm"], of_elements[0]), bias=of_elements[1], **fused
+            ),
+        ],
+        "rms_norm": lambda: [
+            f.rms_norm(x, channels, weight, axis=1),
+            f.rms_norm(x, channels, weight, axis=1, **fused),
+        ],
         "rms_norm_forward": lambda: f.rms_norm_forward(x, inner, of_elements[0]),
         "rms_norm_jvp": lambda: f.rms_norm_jvp(dy, x, inner, *saved["rms_norm"], of_elements[0]),
         "rms_norm_double_backward": lambda: f.rms_norm_double_backward(
             x, of_elements[1], dy, x, inner, *saved["rms_norm"], of_elements[0]
         ),
-        "rms_norm_backward": lambda: f.rms_norm_backward(
-            dy, x, inner, *saved["rms_norm"], of_elements[0]
-        ),
+        "rms_norm_backward": lambda: [
+            *f.rms_norm_backward(dy, x, inner, *saved["rms_norm"], of_elements[0]),
+            *f.rms_norm_backward(dy, x, inner, *saved["rms_norm"], of_elements[0], **fused),
+        ],
         "batch_renorm": lambda: tracked(f.batch_renorm),
         "batch_renorm_forward": renormalized,
         "batch_renorm_backward": lambda: f.batch_renorm_backward(

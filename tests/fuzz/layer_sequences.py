@@ -383,7 +383,8 @@ class Sequence:
         if not self.plan.inputs(self.rng):
             self.refused(lambda: self.layer(out=value if value is not None else 3), ("out",))
         else:
-            names = ("x", "w", "axis", "normalized_shape", "labels")
+            # The layer's own activation may be wrong, too.
+            names = ("x", "w", "axis", "normalized_shape", "labels", "activation")
             self.refused(lambda: self.layer(value, *more), names)
 
     def settings(self) -> None:
@@ -402,7 +403,8 @@ class Sequence:
                 layer.activation = "tanh"
         elif kind == "weight" and layer.weight is not None:
             layer.weight[...] = self.rng.normal(size=layer.weight.shape)
-            layer.bias[...] = self.rng.normal(size=layer.bias.shape)
+            if layer.bias is not None:
+                layer.bias[...] = self.rng.normal(size=layer.bias.shape)
             if draws.chance(self.rng, 0.1):
                 layer.weight.flat[0] = 0
         elif hasattr(layer, kind) and kind != "weight":

@@ -57,7 +57,7 @@ class FusedLayer(Layer):
             if out is not None and _validation.shares_memory(residual, out):
                 self._saved = IN_PLACE
                 return
-        bias = None if self.bias is None or chosen is None else self.bias.copy()
+        bias = None if self.bias is None or chosen is None or from_y else self.bias.copy()
         fusion = bias, chosen, residual if again else None, y if from_y else None, adds
         self._save(x, out, statistics, fusion, by=type(self)._fused_gradients)
 
