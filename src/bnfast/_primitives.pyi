@@ -154,7 +154,7 @@ def row_gradient(
     residual: object = None,
     y: object = None,
     keeps: bool = False,
-) -> tuple[Array, Array | None, Array | None, Any]: ...
+) -> tuple[Any, ...]: ...
 def conditional_normalize(
     x: object,
     axis: object,

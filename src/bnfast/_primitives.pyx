@@ -395,7 +395,9 @@ def normalize_rows(
         out, x, ("residual", "x", "weight", "bias"), (residual, x, weight, bias), None, 2
     )
     cdef Plan plan
-    cdef tuple more = () if added is None else (added,)
+    cdef tuple more = (), roles = ()
+    if added is not None:
+        more, roles = (added,), _ROLES_OF_SUM
     mean = None
     if centred:
         mean = _empty(rows.statistics, rows.statistics_shape, cnp.NPY_FLOAT64)
@@ -406,9 +408,7 @@ def normalize_rows(
         invstd.fill(invstd_of_nothing(epsilon))
         return y, mean, invstd
     scale, shift = _both_or_neither(scale, shift, centred)
-    plan = _plan_of_rows(
-        rows.first, axes, 0 if scale is None else 2, x, y, None, more, (BN_RESIDUAL,)[:len(more)]
-    )
+    plan = _plan_of_rows(rows.first, axes, 0 if scale is None else 2, x, y, None, more, roles)
     if not plan.in_order:
         scale, shift = _as_walked(scale, plan.walked), _as_walked(shift, plan.walked)
     _core.normalize_rows(
@@ -434,11 +434,11 @@ def row_gradient(
     dy, x_, normalized_shape, axis, mean, invstd, weight, bint centred, bint parameters, out=None,
     bias=None, _Activation activation=None, residual=None, y_=None, bint keeps=False
 ):
-    """Return dx, dweight, dbias, of the dtype of `weight`, and the gradient of the residual.
+    """Return dx, dweight, dbias and, where it `keeps` that, the gradient of the residual.
 
-    The mean of what is not `centred` is None. Without `parameters` dweight and dbias are None, and
-    the last is where it is not to be kept (`keeps`). What the activation was given is made again of
-    x, bias and residual, or taken from y: see `fused_gradient`.
+    The mean of what is not `centred` is None. Gradients of parameters have the dtype of `weight`,
+    and without `parameters` are None. What the activation was given is made again of x, bias and
+    residual, or taken from y: see `fused_gradient`.
     """
     cdef cnp.ndarray x = _data_of("x", x_)
     cdef _Rows rows
@@ -467,10 +467,10 @@ def row_gradient(
         kind = _type_of_gradient(weight if scale is weight else _validation.as_array(weight))
     if cnp.PyArray_SIZE(x) == 0:
         if not parameters:
-            return dx, None, None, dresidual
+            return _gradients_of_rows(dx, None, None, keeps, dresidual)
         dbias = _zeros(rows.elements, rows.elements_shape, kind)
         dbias = _of_parameter("weight", weight, scale, dbias)
-        return dx, dbias.copy(), dbias, dresidual
+        return _gradients_of_rows(dx, dbias.copy(), dbias, keeps, dresidual)
     cdef object checked = scale
     cdef tuple more = (), roles = ()
     if activation is None or y is not None:  # nothing is made again
@@ -492,7 +492,7 @@ def row_gradient(
         checked is None, _threads_for(x, 5)
     )
     if sums is None:
-        return dx, None, None, dresidual
+        return _gradients_of_rows(dx, None, None, keeps, dresidual)
     if plan.in_order:
         dweight = _rounded(_doubles(sums), rows.elements, rows.elements_shape, kind)
         dbias = _rounded(_doubles(sums) + size, rows.elements, rows.elements_shape, kind)
@@ -503,10 +503,14 @@ def row_gradient(
         )
         with numpy.errstate(all="ignore"):
             dweight, dbias = cnp.PyArray_Cast(columns[0], kind), cnp.PyArray_Cast(columns[1], kind)
-    return (
+    return _gradients_of_rows(
         dx, _of_parameter("weight", weight, checked, dweight),
-        _of_parameter("weight", weight, checked, dbias), dresidual
+        _of_parameter("weight", weight, checked, dbias), keeps, dresidual
     )
+
+
+cdef inline tuple _gradients_of_rows(dx, dweight, dbias, bint keeps, dresidual):
+    return (dx, dweight, dbias, dresidual) if keeps else (dx, dweight, dbias)
 
 
 def _as_walked(parameter, walked):

@@ -628,9 +628,9 @@ def _row_jvp(
     tangent = _validation.upstream_gradient(dx, array, ("dx", "x"))
     shape = tuple(array.shape[d] for d in axes)
     own = _validation.element_parameter("weight", weight, shape, array.dtype, finite=True)
-    dy, *_ = _primitives.row_gradient(
+    dy: Array = _primitives.row_gradient(
         tangent, array, normalized_shape, axis, mean, invstd, None, centred, False, None
-    )
+    )[0]
     if own is not None:
         rows = _rows(axes, centred).arrange(dy)
         with np.errstate(all="ignore"):

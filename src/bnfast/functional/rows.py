@@ -151,17 +151,15 @@ def layer_norm_forward(
     )
 
 
-def _gradients(
+def _fused_gradients(
     given: tuple[Any, Any, Any, Any, Any, Any, Any, bool, bool, Any],
     activation: object,
     negative_slope: object,
     bias: object,
     residual: object,
     y: object,
-) -> tuple[Array, Array | None, Array | None, Array | None]:
-    """Return dx, dweight, dbias and the gradient of the residual, None where there was none."""
-    if activation is None and residual is None and bias is None and y is None:
-        return _primitives.row_gradient(*given)
+) -> tuple[Any, ...]:
+    """Return dx, dweight, dbias and, where there was a residual, its gradient."""
     chosen = activation_of(activation, negative_slope)
     added, output, keeps = upstream_of(chosen, residual, y)
     return _primitives.row_gradient(*given, bias, chosen, added, output, keeps)
@@ -283,8 +281,9 @@ def layer_norm_backward(
     """
     wanted = _validation.flag("parameters", parameters)
     given = dy, x, normalized_shape, axis, mean, invstd, weight, True, wanted, out
-    *gradients, dresidual = _gradients(given, activation, negative_slope, bias, residual, y)
-    return tuple(gradients) if dresidual is None else (*gradients, dresidual)
+    if activation is None and residual is None and bias is None and y is None:
+        return _primitives.row_gradient(*given)
+    return _fused_gradients(given, activation, negative_slope, bias, residual, y)
 
 
 @in_default_float_mode
@@ -506,5 +505,7 @@ def rms_norm_backward(
     """
     wanted = _validation.flag("parameters", parameters)
     given = dy, x, normalized_shape, axis, None, invrms, weight, False, wanted, out
-    dx, dweight, _, dresidual = _gradients(given, activation, negative_slope, None, residual, y)
-    return (dx, dweight) if dresidual is None else (dx, dweight, dresidual)
+    if activation is None and residual is None and y is None:
+        return _primitives.row_gradient(*given)[:2]
+    made = _fused_gradients(given, activation, negative_slope, None, residual, y)
+    return made[:2] + made[3:]

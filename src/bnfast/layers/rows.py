@@ -91,11 +91,11 @@ class _RowLayer(FusedLayer):
     def _fused_gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
         (mean, inverse, weight), (bias, chosen, residual, y, adds) = saved
         has_parameters = weight is not None or self.bias is not None
-        dx, dweight, dbias, dresidual = _primitives.row_gradient(
+        dx, dweight, dbias, *dresidual = _primitives.row_gradient(
             *(dy, x, self.normalized_shape, self.axis, mean, inverse, weight, self._centred),
             *(has_parameters, out, bias, chosen, residual, y, adds),
         )
-        return (dx, dresidual) if adds else dx, dweight, dbias
+        return (dx, *dresidual) if adds else dx, dweight, dbias
 
     _gradients = _fused_gradients
 
