@@ -119,9 +119,14 @@ def test_all_names_are_there_and_documented():
         ),
         (
             bnfast.layer_norm,
-            "x, normalized_shape, weight=None, bias=None, eps=1e-05, *, axis=None, out=None",
+            "x, normalized_shape, weight=None, bias=None, eps=1e-05, *, axis=None, "
+            "activation=None, negative_slope=0.01, residual=None, out=None",
         ),
-        (bnfast.rms_norm, "x, normalized_shape, weight=None, eps=None, *, axis=None, out=None"),
+        (
+            bnfast.rms_norm,
+            "x, normalized_shape, weight=None, eps=None, *, axis=None, "
+            "activation=None, negative_slope=0.01, residual=None, out=None",
+        ),
         (
             bnfast.BatchNorm,
             "num_features, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, *, "
