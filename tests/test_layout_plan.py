@@ -299,6 +299,16 @@ def test_neighbouring_rows_are_summed_in_parts_of_a_sample_or_in_some_samples(sh
     assert c_plan_of(plan).row_blocks == blocks
 
 
+@pytest.mark.parametrize("axis", [1, 3])
+def test_what_follows_rows_changes_no_cut_and_is_staged_where_it_walks_rows_otherwise(axis):
+    x = np.empty((4, 6, 5, 7), np.float32)
+    like_x, turned = np.empty_like(x), np.empty((5, 6, 4, 7), np.float32).swapaxes(0, 2)
+    arrays = x, np.empty_like(x), like_x, turned
+    plan = plan_rows(x.shape, (axis,), 4, tuple(a.strides for a in arrays), (True,) * 4, 1)
+    assert cuts(plan) == cuts(rows_of(*arrays[:2], normalized=(axis,)))
+    assert [operand.direct for operand in plan.operands] == [True, True, True, False]
+
+
 @pytest.mark.parametrize("window", [np.s_[:], np.s_[..., ::-1]], ids=["plain", "reversed"])
 def test_parameters_of_elements_are_direct_and_the_same_for_all_rows(window):
     x = np.empty((2, 3, 4, 5), np.float32)[window]

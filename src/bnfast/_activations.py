@@ -48,12 +48,12 @@ def upstream_of(
         if activation.is_curve:
             raise ValueError(
                 "y does not tell what silu or hardswish was given: leave it out, and give the "
-                "bias, and the residual where there was one"
+                "bias and the residual where there were such"
             )
         if not activation.is_gated_by_output:
             raise ValueError(
                 "y does not tell the gradient of leaky_relu with a negative_slope below 0: leave "
-                "it out, and give the bias, and the residual where there was one"
+                "it out, and give the bias and the residual where there were such"
             )
     return residual, y, keeps
 
