@@ -14,7 +14,7 @@ from bnfast._conventions import KERAS_LAYERS, PYTORCH_LAYERS
 from bnfast._float_mode import in_default_float_mode
 from bnfast._typing import Array, ArrayLikeOf, Float
 from bnfast.layers._framework import FrameworkLayer, of_rows
-from bnfast.layers._fused import SHOWN_IF_NOT, FusedLayer
+from bnfast.layers._fused import SHOWN_IF_NOT, FusedLayer, Fusion
 from bnfast.layers._layer import Flag, Gradients
 
 
@@ -88,12 +88,15 @@ class _RowLayer(FusedLayer):
         self._save_fused(array, y, out, (mean, inverse, self._kept_weight()), chosen, residual)
         return y
 
-    def _fused_gradients(self, dy: Array, out: Array | None, x: Array, *saved: Any) -> Gradients:
-        (mean, inverse, weight), (bias, chosen, residual, y, adds) = saved
+    def _fused_gradients(
+        self, dy: Array, out: Array | None, x: Array, statistics: Any, fusion: Fusion
+    ) -> Gradients:
+        mean, inverse, weight = statistics
+        *_, adds = fusion
         has_parameters = weight is not None or self.bias is not None
         dx, dweight, dbias, *dresidual = _primitives.row_gradient(
             *(dy, x, self.normalized_shape, self.axis, mean, inverse, weight, self._centred),
-            *(has_parameters, out, bias, chosen, residual, y, adds),
+            *(has_parameters, out, *fusion),
         )
         return (dx, *dresidual) if adds else dx, dweight, dbias
 
