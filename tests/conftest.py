@@ -1,5 +1,6 @@
 """Fixtures that every test may ask for: instruction set, threads, dtype, layout, random numbers."""
 
+import contextlib
 import os
 import zlib
 from collections import Counter
@@ -12,6 +13,17 @@ from bnfast import _core, _threads
 
 # Before anything imports Keras, which reads it once; programs that tests start inherit it.
 os.environ["KERAS_BACKEND"] = "numpy"
+
+# Idle threads of OpenBLAS spin, also on processors that other programs need: what trained a network
+# beside one took twenty times as long.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+def pytest_configure(config):
+    with contextlib.suppress(ImportError):  # NumPy has been imported, by a plugin perhaps
+        from threadpoolctl import threadpool_limits
+
+        threadpool_limits(1, user_api="blas")
 
 
 def pytest_addoption(parser):

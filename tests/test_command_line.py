@@ -1,13 +1,14 @@
 """``python -m bnfast``, as a user calls it."""
 
+import functools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -207,7 +208,7 @@ def test_ctrl_c_ends_it_in_one_line(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         # Shells have what runs beside them ignore it.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     with child:
         # As soon as this opens, the other side has; then it waits for bytes.
@@ -284,38 +285,55 @@ def test_a_full_disk_is_told_in_one_line(arguments, tmp_path):
     assert done.stderr.splitlines() == ["cannot be written: No space left on device"]
 
 
-@pytest.mark.parametrize("half", ["float16", "bfloat16"])
-def test_the_network_of_the_demo_is_as_accurate_with_activations_of_16_bits(half):
-    for package in ("sklearn", "ml_dtypes"):
-        pytest.importorskip(package)
+class Trained(NamedTuple):
+    accuracy: float
+    kept_bytes: int
+    activations: set  # the types of what normalizations took and gave
+    parameters: set  # their types
+
+
+@functools.cache
+def trained(dtype, **of_layers):
+    """The network of the demo after some epochs, with batch norm of such arguments."""
     from bnfast._cli import digits
+
+    seen = set()
 
     class Watched(digits.Normalization):
         def forward(self, x):
             y = super().forward(x)
-            seen.update((x.dtype, y.dtype))
+            seen.update((x.dtype.name, y.dtype.name))
             return y
 
         def backward(self, dy):
             dx = super().backward(dy)
-            seen.update((dy.dtype, dx.dtype))
+            seen.update((dy.dtype.name, dx.dtype.name))
             return dx
 
     def normalize(channels):
-        return Watched(bnfast.BatchNorm(channels, axis=-1))
+        return Watched(bnfast.BatchNorm(channels, axis=-1, **of_layers))
 
     data = digits.load()
-    accuracies = []
-    for dtype in (np.dtype(np.float32), _dtypes.named(half)):
-        seen = set()
-        network = digits.Network(0, normalize, dtype=dtype)
-        list(network.train(data, epochs=5, batch_size=64, learning_rate=0.5, seed=0))
-        assert seen == {dtype}
-        parameters = [pair for stage in network.stages for pair in stage.parameters()]
-        assert {array.dtype for pair in parameters for array in pair} == {np.dtype(np.float32)}
-        accuracies.append(network.accuracy(data))
-    assert accuracies[0] > 0.95
-    assert abs(accuracies[1] - accuracies[0]) <= 0.01
+    network = digits.Network(0, normalize, fused=bool(of_layers), dtype=_dtypes.named(dtype))
+    list(network.train(data, epochs=5, batch_size=64, learning_rate=0.5, seed=0))
+    parameters = [pair for stage in network.stages for pair in stage.parameters()]
+    return Trained(
+        network.accuracy(data),
+        network.kept_bytes(data.images[:64]),
+        seen,
+        {array.dtype.name for pair in parameters for array in pair},
+    )
+
+
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_the_network_of_the_demo_is_as_accurate_with_activations_of_16_bits(half):
+    for package in ("sklearn", "ml_dtypes"):
+        pytest.importorskip(package)
+    wide, narrow = trained("float32"), trained(half)
+    assert (wide.activations, narrow.activations) == ({"float32"}, {half})
+    assert wide.parameters == narrow.parameters == {"float32"}
+    assert wide.accuracy > 0.95
+    assert abs(narrow.accuracy - wide.accuracy) <= 0.01
 
 
 def test_the_demo_says_which_type_its_activations_have(tmp_path):
@@ -333,23 +351,12 @@ def test_the_demo_says_which_type_its_activations_have(tmp_path):
 def test_the_network_of_the_demo_is_as_accurate_fused_and_in_place(fused):
     for package in ("sklearn", "matplotlib", "rich", "ml_dtypes"):
         pytest.importorskip(package)
-    from bnfast._cli import demo, digits
+    from bnfast._cli import demo
 
-    data = digits.load()
-    kept, accuracies = [], []
-    for dtype, kind in (("float32", None), ("bfloat16", fused)):
-
-        def normalize(channels, kind=kind):
-            layer = bnfast.BatchNorm(channels, axis=-1, **demo.FUSED[kind])
-            return digits.Normalization(layer)
-
-        network = digits.Network(0, normalize, fused=kind is not None, dtype=_dtypes.named(dtype))
-        list(network.train(data, epochs=5, batch_size=64, learning_rate=0.5, seed=0))
-        accuracies.append(network.accuracy(data))
-        kept.append(network.kept_bytes(data.images[:64]))
-    assert accuracies[0] > 0.95
-    assert abs(accuracies[1] - accuracies[0]) <= 0.01
-    assert kept[1] < 0.5 * kept[0]
+    plain, narrow = trained("float32"), trained("bfloat16", **demo.FUSED[fused])
+    assert plain.accuracy > 0.95
+    assert abs(narrow.accuracy - plain.accuracy) <= 0.01
+    assert narrow.kept_bytes < 0.5 * plain.kept_bytes
 
 
 @pytest.mark.parametrize(
