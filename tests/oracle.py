@@ -18,6 +18,11 @@ from tolerances import (
 WIDE = np.longdouble
 
 
+def wider_than(dtype):
+    """What a definition is computed in: long double takes several times as long as float64."""
+    return np.float64 if dtype == np.float32 else WIDE
+
+
 def other_axes(x, axis):
     return tuple(d for d in range(x.ndim) if d != axis % x.ndim)
 
@@ -30,8 +35,8 @@ def along(values, x, axis):
 
 def assert_within(actual, expected, tolerance):
     """`tolerance` may be an array: the allowed absolute error."""
-    actual = np.asarray(actual, WIDE)
-    expected = np.asarray(expected, WIDE)
+    wide = np.result_type(actual, expected, np.float64)
+    actual, expected = np.asarray(actual, wide), np.asarray(expected, wide)
     assert actual.shape == expected.shape
     error = np.abs(actual - expected)
     bad = ~(error <= tolerance)
@@ -107,7 +112,7 @@ SLOPE = 0.3  # of leaky_relu, below 0
 def activated(z, name):
     """In the dtype of z, as the activation is defined."""
     if name in CURVES:
-        return reference.activate(z, name, precision=WIDE).astype(z.dtype)
+        return reference.activate(z, name, precision=wider_than(z.dtype)).astype(z.dtype)
     if name == "leaky_relu":
         return np.where(z < 0, z.dtype.type(SLOPE) * z, z)
     return np.clip(z, 0, 6 if name == "relu6" else None).astype(z.dtype)
@@ -117,7 +122,8 @@ def through(dy, z, name):
     """What of dy goes through the activation, in its dtype."""
     if name == "leaky_relu":
         return np.where(z > 0, dy, dy * dy.dtype.type(SLOPE))
-    return reference.activate_backward(dy, z, name, SLOPE, precision=WIDE).astype(dy.dtype)
+    wide = reference.activate_backward(dy, z, name, SLOPE, precision=wider_than(dy.dtype))
+    return wide.astype(dy.dtype)
 
 
 def central_differences(loss, array):
