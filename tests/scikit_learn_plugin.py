@@ -1,4 +1,10 @@
-"""A plugin of pytest, for scikit-learn's own tests: bnfast in the place of what they test."""
+"""A plugin of pytest, for scikit-learn's own tests: bnfast in the place of what they test.
+
+The last line that pytest prints is JSON: how many tests of each file have passed.
+"""
+
+import json
+from collections import Counter
 
 import numpy as np
 import sklearn.preprocessing
@@ -36,3 +42,13 @@ def incremental_mean_and_var(X, last_mean, last_variance, last_sample_count, sam
 sklearn.preprocessing.StandardScaler = StandardScaler
 sklearn.preprocessing._data.StandardScaler = StandardScaler
 sklearn.utils.extmath._incremental_mean_and_var = incremental_mean_and_var
+
+passed = Counter()
+
+
+def pytest_runtest_logreport(report):
+    passed[report.fspath] += report.when == "call" and report.passed
+
+
+def pytest_unconfigure():
+    print(json.dumps(passed))
