@@ -1,4 +1,4 @@
-"""What a rank does in ``test_distributed_processes.py``: ``program.py TRANSPORT SCENARIO``."""
+"""What a rank does in ``test_distributed_processes.py``: ``program.py TRANSPORT SCENARIO...``."""
 
 import copy
 import os
@@ -177,15 +177,16 @@ def module_refuses(communicator):
 
 
 def main():
-    transport, scenario = sys.argv[1:]
-    communicator = communicator_of(transport, TIMEOUT.get(scenario, 60.0))
-    globals()[scenario](communicator)
+    transport, *scenarios = sys.argv[1:]
+    communicator = communicator_of(transport, min(TIMEOUT.get(name, 60.0) for name in scenarios))
+    for name in scenarios:
+        globals()[name](communicator)
+        sys.stdout.write(f"done {name}, rank {communicator.rank}\n")
     if transport == "gloo":
         import torch.distributed
 
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    sys.stdout.write(f"done {communicator.rank}\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Synchronized batch norm of real processes: MPI's, and those of torch.distributed with gloo."""
 
+import functools
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -46,41 +48,50 @@ def started(*command, **more):
     )
 
 
-def mpi(scenario, size, folder):
+def mpi(size, *scenarios):
     pytest.importorskip("mpi4py")
     mpiexec = shutil.which("mpiexec", path=Path(sys.executable).parent) or shutil.which("mpiexec")
     if mpiexec is None:
         pytest.skip("no mpiexec: pip install mpich")
-    return outcome([started(mpiexec, "-n", str(size), sys.executable, PROGRAM, "mpi", scenario)])
+    return outcome([started(mpiexec, "-n", str(size), sys.executable, PROGRAM, "mpi", *scenarios)])
 
 
-def gloo(scenario, size, folder):
+def gloo(size, *scenarios):
     if find_spec("torch") is None:
         pytest.skip("no torch")
-    meeting = {"WORLD_SIZE": str(size), "MEETING": str(folder / "meeting")}
-    return outcome(
-        [
-            started(sys.executable, PROGRAM, "gloo", scenario, RANK=str(rank), **meeting)
-            for rank in range(size)
-        ]
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = {"WORLD_SIZE": str(size), "MEETING": os.path.join(folder, "meeting")}
+        return outcome(
+            [
+                started(sys.executable, PROGRAM, "gloo", *scenarios, RANK=str(rank), **meeting)
+                for rank in range(size)
+            ]
+        )
 
 
 TRANSPORTS = pytest.mark.parametrize("transport", [mpi, gloo], ids=lambda f: f.__name__)
+AGREE = ("steps", "differ", "fail")
+OF_MODULES = ("module", "module_refuses")
+
+
+@functools.cache
+def of_all(transport, size, scenarios):
+    """What came of scenarios without a victim, one after the other: ranks take long to start."""
+    return transport(size, *scenarios)
 
 
 @TRANSPORTS
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("scenario", ["steps", "differ", "fail"])
-def test_processes_agree(transport, scenario, size, tmp_path):
-    status, output = transport(scenario, size, tmp_path)
+@pytest.mark.parametrize("scenario", AGREE)
+def test_processes_agree(transport, scenario, size):
+    status, output = of_all(transport, size, AGREE)
     assert status == {0}, output
-    assert output.count("done") == size
+    assert output.count(f"done {scenario}, ") == size
 
 
 @TRANSPORTS
-def test_a_rank_that_is_killed_ends_the_job(transport, tmp_path):
-    status, output = transport("die", 2, tmp_path)
+def test_a_rank_that_is_killed_ends_the_job(transport):
+    status, output = transport(2, "die")
     assert 0 not in status, output
     assert "done" not in output
     if transport is gloo:
@@ -88,22 +99,23 @@ def test_a_rank_that_is_killed_ends_the_job(transport, tmp_path):
 
 
 @TRANSPORTS
-def test_a_rank_that_leaves_by_an_error_ends_the_job(transport, tmp_path):
-    status, output = transport("leave", 2, tmp_path)
+def test_a_rank_that_leaves_by_an_error_ends_the_job(transport):
+    status, output = transport(2, "leave")
     assert 0 not in status, output
     assert "KeyError" in output
     assert "done" not in output
 
 
 @TRANSPORTS
-def test_a_rank_that_exchanges_nothing_is_not_waited_for_for_ever(transport, tmp_path):
-    status, output = transport("evaluate", 2, tmp_path)
+def test_a_rank_that_exchanges_nothing_is_not_waited_for_for_ever(transport):
+    status, output = transport(2, "evaluate")
     assert status != {0}, output
     error = "TimeoutError: the other ranks" if transport is mpi else "ConnectionError: rank 0"
     assert error in output
 
 
-@pytest.mark.parametrize("scenario", ["module", "module_refuses"])
-def test_pytorchs_module_trains_and_fails_as_one_process_would(scenario, tmp_path):
-    status, output = gloo(scenario, 2, tmp_path)
+@pytest.mark.parametrize("scenario", OF_MODULES)
+def test_pytorchs_module_trains_and_fails_as_one_process_would(scenario):
+    status, output = of_all(gloo, 2, OF_MODULES)
     assert status == {0}, output
+    assert output.count(f"done {scenario}, ") == 2
