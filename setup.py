@@ -150,7 +150,7 @@ class BuildVariants(build_ext):
             return
         command = self.compiler.compiler_so
         self.compiler.compiler_so = [word for word in command if word not in OF_PYTHON]
-        yield  # who fails ends the build
+        yield  # a failure ends the build
         self.compiler.compiler_so = command
 
     def spelled(self, flags):

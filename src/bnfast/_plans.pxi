@@ -115,7 +115,7 @@ cdef enum:
 # Of calls on so many arrays.
 cdef tuple _ROLES = ((), (BN_X,), (BN_X, BN_Y), (BN_X, BN_DY, BN_DX))
 cdef tuple _ROLES_OF_SUMS = (BN_X, BN_DY)
-cdef tuple _ROLES_OF_SUM = (BN_RESIDUAL,)  # besides
+cdef tuple _ROLES_OF_RESIDUAL = (BN_RESIDUAL,)  # besides
 
 
 cdef Plan _stored(key, plan, tuple roles, cnp.ndarray x):
@@ -144,7 +144,7 @@ cdef Plan _plan_of_sum(
     """The plan of a call with statistics of channels that may add a residual to its output."""
     if residual is None:
         return _plan_of_channels(axis, over.per_sample, x, y, None)
-    return _plan_of_more(axis, over, (x, y), (BN_X, BN_Y), (residual,), _ROLES_OF_SUM)
+    return _plan_of_more(axis, over, (x, y), (BN_X, BN_Y), (residual,), _ROLES_OF_RESIDUAL)
 
 
 cdef Plan _plan_of_activated(

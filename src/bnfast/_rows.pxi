@@ -28,7 +28,7 @@ def normalize_rows(
     cdef Plan plan
     cdef tuple more = (), roles = ()
     if added is not None:
-        more, roles = (added,), _ROLES_OF_SUM
+        more, roles = (added,), _ROLES_OF_RESIDUAL
     mean = None
     if centred:
         mean = _empty(rows.statistics, rows.statistics_shape, cnp.NPY_FLOAT64)

@@ -45,7 +45,7 @@ static void check_memory(void)
     expect(all_are((unsigned char *)memory, bytes, 7), "memory keeps what is written");
     bn_unmap_memory(memory, larger == NULL ? bytes : 3 * BN_HUGE_PAGE);
     expect(bn_map_memory(SIZE_MAX / BN_HUGE_PAGE * BN_HUGE_PAGE) == NULL, "no memory beyond all of it");
-    for (int times = 0; times < 1000; times++) { /* 64 GiB, more than there is */
+    for (int times = 0; times < 1000; times++) { /* 64 GB in all, more than most machines have */
         memory = bn_map_memory(32 * BN_HUGE_PAGE);
         expect(memory != NULL, "memory that was given back is to be had again");
         if (memory == NULL) {

@@ -129,8 +129,8 @@ static inline void clear(double *array, range channels)
 /* Whether elements have a weight that a gradient is multiplied by. */
 static inline int is_weighted(const bn_job *job) { return job->operand[BN_ELEMENT_WEIGHT] && !job->has_no_weight; }
 
-/* Of what an activation was given. Where columns are summed, BN_FORWARD_SHIFT is that of xhat, which does without what
-   nobody notices. */
+/* The shift with which z is made again, which an activation was given. Where columns are summed, BN_FORWARD_SHIFT is
+   taken: by the shift that makes xhat, without a remainder that nobody notices. */
 static inline bn_coefficient shift_of_z(const bn_job *job)
 {
     return job->column_sums ? BN_SHIFT : BN_FORWARD_SHIFT;

@@ -6,8 +6,8 @@
 
 /* x, as it is summed. */
 bn_view bn_x_to_sum(const bn_job *job, const bn_box *box);
-/* What the sums have read in the place of dy, for what comes after them: kept, or made once more, and now left where an
-   operand is to keep it, or, for BN_NONE, nowhere. */
+/* What the sums have read in the place of dy, for what comes after them. Where they have not kept it, it is made once
+   more: in the operand `keeper` or, for BN_NONE, in scratch. */
 bn_view bn_upstream_to_read(const bn_job *job, const bn_box *box, bn_role keeper);
 
 bn_input bn_input_of(const bn_job *job, const bn_box *box);
