@@ -57,10 +57,10 @@ def batch_norm(
 
     Notes
     -----
-    The formula stands in `bnfast.batch_norm`, those of the derivatives in
-    `bnfast.batch_norm_backward`, `bnfast.batch_norm_double_backward` and this module. A derivative
-    has the dtype of what it is the derivative by; a gradient of another dtype than that of `x` is
-    converted.
+    The formula stands in `bnfast.batch_norm`, those of the first two derivatives in
+    `bnfast.batch_norm_backward` and `bnfast.batch_norm_double_backward`, and the rules of all
+    further ones in ``bnfast/integrations/autograd/_rules.py``. A derivative has the dtype of what
+    it is the derivative by; a gradient of another dtype than that of `x` is converted.
 
     References
     ----------
