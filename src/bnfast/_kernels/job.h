@@ -51,8 +51,8 @@ typedef struct {
     int has_upstream;          /* what goes through an activation is made, which these sums read in the place of dy */
     bn_role gate;              /* of a piecewise linear one: the operand whose bounds are known; BN_NONE: of z */
     const bn_output *again;    /* makes z again, which the activation was given; NULL where that is not needed */
-    const bn_output *second;   /* after that, or after output where that writes y: a kernel of neighbours in scratch, which
-                                  adds the residual and bends; NULL where the first one does what there is to do */
+    const bn_output *second;   /* after that, or after output where that writes y: a kernel of neighbours in scratch,
+                                  which adds the residual and bends; NULL where the first one does all that there is */
     int sums_have_gates;       /* these sums make it themselves, of x and its bounds */
     bn_role kept;              /* the operand where these sums leave it; BN_NONE: it is made once more in scratch */
     int output_reads_upstream; /* as these sums do */
