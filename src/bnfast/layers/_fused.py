@@ -127,8 +127,8 @@ class FusedTrackingLayer(FusedChannels, TrackingLayer):
             output was not kept: the same bits, but the running statistics do not see it twice.
         out : array like `x`, optional
             Where to write. In place, where it is `x` itself, there can be no `backward`, unless
-            ``inplace=True``; nor where it is the residual itself, if the activation is silu or
-            hardswish.
+            ``inplace=True``; nor where it is the residual itself, if the activation is silu,
+            hardswish, or leaky_relu with a `negative_slope` below 0.
 
         Returns
         -------

@@ -380,7 +380,8 @@ class GroupNorm(FusedChannels):
             Whether the call is made again, as of `bnfast.BatchNorm`: it makes no difference here.
         out : array like `x`, optional
             Where to write. In place, where it is `x` itself, there can be no `backward`; nor where
-            it is the residual itself, if the activation is silu or hardswish.
+            it is the residual itself, if the activation is silu, hardswish, or leaky_relu with a
+            `negative_slope` below 0.
 
         Returns
         -------
