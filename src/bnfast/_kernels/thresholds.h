@@ -102,7 +102,7 @@ static inline size_t bn_lost_slab_bytes(bn_caches caches) { return caches.level2
 
 /* Where all is still in the last level of cache, more: rows then come one after the other anyway, and a slab only
    keeps its output from reading there once more. Nothing is prefetched. (On a Xeon whose last level is slow, layer
-   norm of 3 and 6 MB 1.15 to 1.37 times as fast as all rows at once, batch norm of one image 1.2 to 1.39; with 32 KiB
+   norm of 3 and 6 MB 1.15 to 1.39 times as fast as all rows at once, batch norm of one image 1.15 to 1.46; with 32 KiB
    0.85 to 1.2.) */
 static inline size_t bn_near_rows_bytes(bn_caches caches)
 {
