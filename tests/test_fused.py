@@ -807,3 +807,12 @@ def test_torch_agrees(rng, name, adds):
     gradients = functional.batch_norm_backward(dy, x, *saved, weight, bias=bias, **fused)
     for a, b in zip(gradients, given if adds else given[:3], strict=True):
         np.testing.assert_allclose(a, b.grad.numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize("residual", [None, -np.zeros((2, 3))], ids=["alone", "added"])
+def test_rows_keep_the_sign_of_zero(isa, dtype, residual):
+    weight, bias = -np.ones(3, dtype), -np.zeros(3, dtype)
+    added = None if residual is None else residual.astype(dtype)
+    x = np.full((2, 3), 5, dtype)
+    y = bnfast.layer_norm(x, 3, weight, bias, activation="leaky_relu", residual=added)
+    assert np.signbit(y).all() and not y.any()
