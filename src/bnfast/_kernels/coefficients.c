@@ -346,7 +346,7 @@ void bn_round_mean(const bn_job *job, range channels)
                                                coefficients_from(job, c));
 }
 
-/* Those of the forward pass, with its shift in a place of its own. */
+/* The coefficients of the forward pass; its shift is stored as `shift`, apart from the gradient's. */
 static bn_coefficients forward_coefficients(const bn_job *job, range channels, bn_coefficient shift)
 {
     bn_coefficients forward = coefficients_from(job, channels.first);

@@ -106,7 +106,7 @@ struct bn_job {
        operands that do not step from row to row: a row is a channel of a repeat. */
     char *operand[BN_ROLES];
 
-    int has_no_weight; /* that of elements is ones, which a bias needs to make z again: nothing else is multiplied */
+    int has_no_weight; /* the call has none: the weight of elements is ones, which z with a bias is made again with */
 
     const double *weight, *bias;
     size_t parameters_of_repeat; /* stride of weight and bias from repeat to repeat, in elements; 0 where all repeats

@@ -128,7 +128,7 @@ static void end_stretch(survey *found)
     found->chunk.count += last.count;
 }
 
-/* Adds the next `size` positions, of which the mask counts `count`: to the last stretch where both are alike, or as a
+/* Adds the next `size` positions, of which `count` count: to the last stretch, if that is of the same kind, else as a
    new stretch. */
 static void add_positions(survey *found, size_t size, size_t count)
 {

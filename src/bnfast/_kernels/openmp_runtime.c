@@ -21,7 +21,7 @@ int bn_openmp_max_threads(void) { return omp_get_max_threads(); }
 int bn_openmp_version(void) { return _OPENMP; }
 
 #if defined(_WIN32)
-/* Where the linker keeps the function's address: its name is that of a jump, within this module. */
+/* On Windows the name of an imported function is a jump within this module; the linker stores its address here. */
 extern int (*__imp_omp_get_max_threads)(void);
 #define FUNCTION_OF_RUNTIME __imp_omp_get_max_threads
 #else

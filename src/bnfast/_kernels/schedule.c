@@ -33,7 +33,7 @@ static bn_place place_of(const bn_job *job, size_t tensors, size_t threads)
                                                                                   : BN_IN_MEMORY;
 }
 
-/* Whether what is read of so many tensors is still near when the output is made. */
+/* Whether the sums' inputs, so many tensors, are still in the last level of cache when the output is made. */
 static int stays_near(const bn_job *job, size_t tensors)
 {
     return bytes_of_call(job, tensors + 1) < bn_whole_bytes(job->caches);

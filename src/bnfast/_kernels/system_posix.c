@@ -59,7 +59,7 @@ size_t bn_allowed_processors(void)
 {
     size_t processors = 0;
 #if defined(__linux__)
-    /* The system call itself says how long the kernel's mask is; that of Linux has 8192 at most. */
+    /* The system call returns the length of Linux's mask in bytes; a mask has at most 8192 bits, one a processor. */
     unsigned long mask[8192 / 8 / sizeof(unsigned long)];
     const long bytes = syscall(SYS_sched_getaffinity, 0, sizeof mask, mask);
     for (size_t i = 0; bytes > 0 && i < (size_t)bytes / sizeof *mask; i++) {
